@@ -1,1 +1,20 @@
+"""Items, records and the folders they live in."""
+
 from __future__ import annotations
+
+from unime_st.data.images import BadImageError, ImageRef
+from unime_st.data.items import Item
+from unime_st.data.manifest import StageConflictError, is_complete, read_manifest, write_manifest
+from unime_st.data.records import PairRecord, RecordSet
+
+__all__ = [
+    "BadImageError",
+    "ImageRef",
+    "Item",
+    "PairRecord",
+    "RecordSet",
+    "StageConflictError",
+    "is_complete",
+    "read_manifest",
+    "write_manifest",
+]

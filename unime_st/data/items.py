@@ -1,0 +1,146 @@
+"""The unit of everything: a text, an image, or an image with a text."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unime_st.data.images import ImageRef, png_bytes
+
+ImageLike = ImageRef | Image.Image | str | Path | bytes
+
+
+class Item:
+    """A text, an image, or both, known by its content.
+
+    An item is immutable. Two items with the same text and the same encoded image have the same :attr:`id`, compare
+    equal and hash alike, wherever the image lies; so "the same item" is never embedded or judged twice.
+
+    Args:
+        text: The text, kept verbatim. The empty string counts as no text.
+        image: A Pillow image, a path, encoded bytes or an :class:`ImageRef`. A Pillow image is kept as lossless PNG.
+
+    Raises:
+        ValueError: If there is neither an image nor a text with at least one visible character, or the text is not
+            valid Unicode.
+        TypeError: If an argument has another type.
+
+    Example:
+        >>> from unime_st.data import Item
+        >>> Item("a red square") == Item(text="a red square"), Item("a red square").modality
+        (True, 'text')
+        >>> Item("a red square").to_input()
+        {'text': 'a red square'}
+    """
+
+    __slots__ = ("_text", "_image", "_id")
+    _text: str | None
+    _image: ImageRef | None
+    _id: str | None
+
+    def __init__(self, text: str | None = None, image: ImageLike | None = None) -> None:
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"Item.text must be a str or None, got {type(text).__name__}")
+        if image is None and (text is None or not text.strip()):
+            raise ValueError("an item needs a text, an image or both; both are missing or empty")
+        if text is not None and not text.isascii():
+            text.encode("utf-8")  # a lone surrogate cannot be stored; UnicodeEncodeError is a ValueError
+        self._text = text or None
+        self._image = None if image is None else _coerce_image(image)
+        self._id = None
+
+    @classmethod
+    def stored(cls, text: str | None, image: ImageRef | None, item_id: str) -> Item:
+        """Rebuild an item whose id is already known, without reading its image.
+
+        Args:
+            text: As in the constructor.
+            image: Reference to the encoded image.
+            item_id: The :attr:`id` computed when the item was stored.
+
+        Returns:
+            Item: The item.
+        """
+        item = cls(text, image)
+        item._id = item_id
+        return item
+
+    @property
+    def text(self) -> str | None:
+        """The text, or None."""
+        return self._text
+
+    @property
+    def image(self) -> ImageRef | None:
+        """The undecoded image, or None."""
+        return self._image
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits of a SHA-256 over the text and the encoded image.
+
+        Computed at first use, which reads (not decodes) the image.
+
+        Raises:
+            BadImageError: If the image cannot be read.
+        """
+        if self._id is None:
+            digest = hashlib.sha256()
+            if self._text is not None:
+                encoded = self._text.encode("utf-8")
+                # The length keeps the text from imitating what follows it.
+                digest.update(b"text" + len(encoded).to_bytes(8, "big") + encoded)
+            if self._image is not None:
+                digest.update(b"image" + hashlib.sha256(self._image.read()).digest())
+            self._id = digest.hexdigest()[:32]
+        return self._id
+
+    @property
+    def modality(self) -> str:
+        """One of "text", "image" and "image+text"."""
+        return "+".join(name for name, part in (("image", self._image), ("text", self._text)) if part is not None)
+
+    def to_input(self) -> dict[str, Any]:
+        """Return what ``SentenceTransformer.encode`` takes.
+
+        Returns:
+            dict: "image" (decoded, RGB) and "text", only those present, image first: chat templates keep this order.
+
+        Raises:
+            BadImageError: If the image cannot be decoded.
+        """
+        decoded: dict[str, Any] = {}
+        if self._image is not None:
+            decoded["image"] = self._image.open()
+        if self._text is not None:
+            decoded["text"] = self._text
+        return decoded
+
+    def __eq__(self, other: object) -> bool:
+        return self.id == other.id if isinstance(other, Item) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        image = "" if self._image is None else f"image={self._image.label!r}"
+        text = "" if self._text is None else f"text={self._text!r}"
+        return f"Item({', '.join(part for part in (text, image) if part)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Item.stored, (self._text, self._image, self._id)) if self._id else (Item, (self._text, self._image))
+
+
+def _coerce_image(image: ImageLike) -> ImageRef:
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, Image.Image):
+        return ImageRef(data=png_bytes(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return ImageRef(data=bytes(image))
+    if isinstance(image, (str, Path)):
+        return ImageRef(path=str(image))
+    raise TypeError(f"Item.image must be a Pillow image, a path, bytes or an ImageRef, got {type(image).__name__}")

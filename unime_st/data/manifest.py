@@ -1,0 +1,265 @@
+"""What makes a folder a finished stage: ``manifest.json``, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+"""Version of the folder layout; a reader refuses folders written by a newer one."""
+
+MANIFEST = "manifest.json"
+PLAN = "stage.json"
+
+_WHOLE_FILE = 1 << 28
+_SAMPLE = 1 << 20
+
+
+class StageConflictError(ValueError):
+    """A stage folder holds the work of other inputs or options."""
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Say whether a stage has finished in ``folder``.
+
+    Args:
+        folder: Any path.
+
+    Returns:
+        bool: True when the folder has a manifest, which is written last.
+    """
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read the manifest of a finished stage.
+
+    Args:
+        folder: The stage's folder.
+
+    Returns:
+        dict: The manifest, with at least "schema_version".
+
+    Raises:
+        FileNotFoundError: If the stage has not finished.
+        ValueError: If the manifest is damaged or was written by a newer version.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        hint = "its stage has not finished: run it again" if (Path(folder) / PLAN).is_file() else "not a stage folder"
+        raise FileNotFoundError(f"{folder}: no {MANIFEST} ({hint})")
+    manifest = _read_json(path)
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version is {version!r}, this version of unime-st reads up to {SCHEMA_VERSION}"
+        )
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Declare a stage finished: write its manifest in one step.
+
+    Args:
+        folder: The stage's folder; everything else in it must already be written.
+        manifest: JSON-serialisable facts about the stage. "schema_version" is added.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest})
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is either complete or absent, whatever happens to the process.
+
+    Args:
+        path: Where to write.
+        content: JSON-serialisable; NaN and infinity are refused because JSON has none.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    publish(temporary, path)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Move a finished temporary file to its final name, its bytes on disk first.
+
+    Args:
+        temporary: A closed file in the same folder as ``final``.
+        final: The name under which readers look for it.
+    """
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, final)
+
+
+def fingerprint_inputs(*inputs: str | Path) -> str:
+    """Summarise the content that a stage reads.
+
+    A stage folder is known by its manifest, a file by its bytes, any other folder by the files in it. Files above
+    256 MiB are known by size, modification time, first and last MiB, so that a start does not cost a full read.
+
+    Args:
+        *inputs: Files or folders.
+
+    Returns:
+        str: 32 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: If an input does not exist.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, inputs):
+        if is_complete(path):
+            _digest_file(digest, path / MANIFEST)
+        elif path.is_dir():
+            for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+                digest.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))
+                _digest_file(digest, file)
+        elif path.is_file():
+            _digest_file(digest, path)
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+    return digest.hexdigest()[:32]
+
+
+def begin_stage(
+    folder: str | Path,
+    stage: str,
+    *,
+    inputs: Iterable[str | Path],
+    options: Mapping[str, Any],
+    overwrite: bool = False,
+) -> bool:
+    """Open a folder for a stage, or recognise that its work is already done.
+
+    The plan (stage, inputs, options) is written to ``stage.json`` before any work and becomes part of the manifest at
+    the end, see :func:`finish_stage`. A stage started again with the same plan goes on; with another plan it is
+    refused, because the folder would mix two answers.
+
+    Args:
+        folder: Output folder; created if absent.
+        stage: Name of the stage, such as "mine".
+        inputs: Files or folders the stage reads.
+        options: Every option that changes the result; JSON-serialisable.
+        overwrite: Throw the folder's content away first. Defaults to False.
+
+    Returns:
+        bool: True if there is work to do, False if the folder already holds the finished result.
+
+    Raises:
+        StageConflictError: If the folder belongs to another stage, other inputs or other options.
+        FileExistsError: If the folder holds something that no stage wrote.
+
+    Example:
+        >>> import tempfile
+        >>> from unime_st.data.manifest import begin_stage, finish_stage
+        >>> folder = tempfile.mkdtemp()
+        >>> begin_stage(folder, "demo", inputs=[], options={"k": 1})
+        True
+        >>> finish_stage(folder, {"rows": 0})
+        >>> begin_stage(folder, "demo", inputs=[], options={"k": 1})
+        False
+    """
+    folder = Path(folder)
+    plan = _plain({"stage": stage, "inputs": fingerprint_inputs(*inputs), "options": dict(options)})
+    if overwrite and folder.exists():
+        _clear(folder)
+    found = _existing_plan(folder)
+    if found is not None:
+        _require_same(folder, found, plan)
+        return not is_complete(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
+        raise FileExistsError(f"{folder}: not empty and not a stage folder; choose another output folder")
+    write_json(folder / PLAN, plan)
+    return True
+
+
+def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of a stage that :func:`begin_stage` opened.
+
+    Args:
+        folder: The stage's folder.
+        facts: What the stage found out: counts, statistics, names of models.
+    """
+    plan = _read_json(Path(folder) / PLAN)
+    for leftover in Path(folder).glob("*.tmp"):  # of a process that was killed while writing
+        leftover.unlink()
+    write_manifest(folder, {**plan, **facts})
+
+
+def _plain(content: Any) -> Any:
+    # What JSON gives back: tuples become lists, so that plans compare equal after a restart.
+    return json.loads(json.dumps(content, default=str))
+
+
+def _existing_plan(folder: Path) -> dict[str, Any] | None:
+    if is_complete(folder):
+        return read_manifest(folder)
+    return _read_json(folder / PLAN) if (folder / PLAN).is_file() else None
+
+
+def _require_same(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    before, now = found.get("options", {}), plan["options"]
+    differences = [
+        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if found.get("stage") != plan["stage"]:
+        differences.insert(0, f"stage: {found.get('stage')!r} there, {plan['stage']!r} now")
+    if found.get("inputs") != plan["inputs"]:
+        differences.append("the input data are not the same")
+    if differences:
+        raise StageConflictError(
+            f"{folder} was made with something else ({'; '.join(differences)}). "
+            "Choose another output folder, or pass --overwrite (overwrite=True) to throw the old result away."
+        )
+
+
+def _clear(folder: Path) -> None:
+    if _existing_plan(folder) is None:
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{folder}: not a stage folder, so it is not overwritten; remove it yourself")
+        return
+    # A kill in the middle must leave an unfinished but recognisable stage folder: the plan goes last.
+    if (folder / MANIFEST).is_file():
+        os.replace(folder / MANIFEST, folder / PLAN)
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == PLAN):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _digest_file(digest: Any, path: Path) -> None:
+    stat = path.stat()
+    digest.update(stat.st_size.to_bytes(8, "big"))
+    with path.open("rb") as handle:
+        if stat.st_size <= _WHOLE_FILE:
+            while block := handle.read(_SAMPLE):
+                digest.update(block)
+            return
+        digest.update(str(stat.st_mtime_ns).encode("ascii"))
+        digest.update(handle.read(_SAMPLE))
+        handle.seek(-_SAMPLE, os.SEEK_END)
+        digest.update(handle.read(_SAMPLE))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as JSON ({error}); remove the folder and run the stage again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,261 @@
+"""Pairs and judged rows, and the folder they live in."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from unime_st.data.items import Item
+from unime_st.data.manifest import is_complete, read_manifest, write_manifest
+from unime_st.data.tables import ItemReader, ItemWriter, ShardReader, ShardWriter
+
+logger = logging.getLogger(__name__)
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("positive", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("negatives", pa.list_(pa.string()), nullable=False),
+        pa.field("positive_logit", pa.float32()),
+        pa.field("negative_logits", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""One row per pair record; items are named by their ids."""
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """A query and the item that answers it, optionally with judged negatives.
+
+    Args:
+        query: What is asked for.
+        positive: What answers it.
+        dataset: Name of the data set the pair comes from. Defaults to "".
+        negatives: Items that answer the query less well, in the order they were chosen.
+        positive_logit: The judge's log-odds Yes - No for the positive, before any temperature.
+        negative_logits: The same for each negative; empty when nothing was judged.
+
+    Raises:
+        ValueError: If there are logits, but not exactly one finite logit for each negative and the positive.
+
+    Example:
+        >>> from unime_st.data import Item, PairRecord
+        >>> PairRecord(Item("2 + 2"), Item("4"), negatives=(Item("5"),), positive_logit=3.0, negative_logits=(-4.0,)).dataset
+        ''
+    """
+
+    query: Item
+    positive: Item
+    dataset: str = ""
+    negatives: tuple[Item, ...] = ()
+    positive_logit: float | None = None
+    negative_logits: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.positive_logit is None and not self.negative_logits:
+            return
+        if self.positive_logit is None or len(self.negative_logits) != len(self.negatives):
+            raise ValueError(
+                f"a judged record needs a logit for its positive and for each of its {len(self.negatives)} negatives, "
+                f"got {self.positive_logit} and {len(self.negative_logits)}"
+            )
+        if not all(map(math.isfinite, (self.positive_logit, *self.negative_logits))):
+            raise ValueError("judge logits must be finite numbers")
+
+
+class RecordSet:
+    """Pair records on disk: each distinct item once, rows that name items by id, and a manifest.
+
+    Records are read when asked for, and their images stay undecoded, so a set may be larger than memory. It can be
+    handed to data loader workers.
+
+    Args:
+        folder: A finished folder.
+
+    Raises:
+        FileNotFoundError: If the folder is not a finished stage.
+
+    Example:
+        >>> import tempfile
+        >>> from unime_st.data import Item, PairRecord, RecordSet
+        >>> pair = PairRecord(Item("a red square"), Item("the square is red"), dataset="demo")
+        >>> records = RecordSet.write(tempfile.mkdtemp(), [pair], {"source": "made up"})
+        >>> len(records), records[0] == pair, records.manifest["items"]
+        (1, True, 2)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: dict[str, Any] = read_manifest(folder)
+        self.items = ItemReader(self.folder, self.manifest.get("image_root"))
+        self._rows = ShardReader(self.folder, "rows")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RecordSet:
+        """Open a finished folder.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            RecordSet: The records in it.
+
+        Raises:
+            FileNotFoundError: If the folder is not a finished stage.
+        """
+        return cls(folder)
+
+    @classmethod
+    def write(
+        cls,
+        folder: str | Path,
+        records: Iterable[PairRecord],
+        manifest: Mapping[str, Any],
+        *,
+        image_root: str | Path | None = None,
+    ) -> RecordSet:
+        """Write records one after the other; the folder counts as written only when it is complete.
+
+        Args:
+            folder: Output folder, created if absent. Remains of an interrupted write are replaced.
+            records: Any iterable; it is consumed once and never held in memory.
+            manifest: Facts to keep with the records, such as their source.
+            image_root: Images in files below this folder are stored as relative paths, all others as bytes. None
+                (default) stores every image as bytes, so that the folder can be moved.
+
+        Returns:
+            RecordSet: The written records.
+
+        Raises:
+            FileExistsError: If the folder already holds finished records.
+            BadImageError: If an image cannot be read.
+        """
+        with RecordWriter(folder, image_root=image_root) as writer:
+            for record in tqdm(records, desc="writing records", unit="row", leave=False):
+                writer.add(record)
+        writer.finish(manifest)
+        return cls(folder)
+
+    @property
+    def rows(self) -> pa.Table:
+        """All rows as an Arrow table of ids (query, positive, dataset, negatives, positive_logit, negative_logits)."""
+        return self._rows.table()
+
+    @property
+    def item_ids(self) -> list[str]:
+        """Ids of the distinct items, in stored order."""
+        return self.items.ids
+
+    def item(self, item_id: str) -> Item:
+        """Return a distinct item.
+
+        Args:
+            item_id: Its id.
+
+        Raises:
+            KeyError: If there is no such item.
+        """
+        return self.items.item(item_id)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> PairRecord:
+        return self._build(self._rows.row(index + len(self) if index < 0 else index))
+
+    def __iter__(self) -> Iterator[PairRecord]:
+        return (self._build(row) for row in self._rows.rows())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)
+
+    def _build(self, row: Mapping[str, Any]) -> PairRecord:
+        return PairRecord(
+            query=self.item(row["query"]),
+            positive=self.item(row["positive"]),
+            dataset=row["dataset"],
+            negatives=tuple(map(self.item, row["negatives"])),
+            positive_logit=row["positive_logit"],
+            negative_logits=tuple(row["negative_logits"]),
+        )
+
+
+class RecordWriter:
+    """Write a :class:`RecordSet` row by row, with columns of one's own if need be.
+
+    Use it as a context manager, then call :meth:`finish`; without that the folder stays unfinished.
+
+    Args:
+        folder: Output folder.
+        image_root: As in :meth:`RecordSet.write`.
+        extra: Further columns of the rows. Defaults to none.
+
+    Raises:
+        FileExistsError: If the folder already holds finished records.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, image_root: str | Path | None = None, extra: Iterable[pa.Field] = ()
+    ) -> None:
+        self.folder = Path(folder)
+        if is_complete(self.folder):
+            raise FileExistsError(f"{folder}: already holds finished records; choose another folder or remove it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in [*self.folder.glob("items-*.parquet*"), *self.folder.glob("rows-*.parquet*")]:
+            stale.unlink()
+        self.items = ItemWriter(self.folder, image_root)
+        self.rows = ShardWriter(self.folder, "rows", pa.schema([*ROW_SCHEMA, *extra]))
+
+    def add(self, record: PairRecord, **extra: Any) -> None:
+        """Append one record.
+
+        Args:
+            record: The record.
+            **extra: Values of the further columns.
+
+        Raises:
+            BadImageError: If one of its images cannot be read; no row is appended then.
+        """
+        query, positive, *negatives = [
+            self.items.add(item) for item in (record.query, record.positive, *record.negatives)
+        ]
+        self.rows.add(
+            {
+                "query": query,
+                "positive": positive,
+                "dataset": record.dataset,
+                "negatives": negatives,
+                "positive_logit": record.positive_logit,
+                "negative_logits": list(record.negative_logits),
+                **extra,
+            }
+        )
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Make the folder visible as finished.
+
+        Args:
+            manifest: Facts to keep with the records; counts and the image root are added.
+        """
+        write_manifest(self.folder, {**manifest, **self.counts})
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What every record manifest says: numbers of items and rows, and where image paths start."""
+        root = None if self.items.root is None else str(self.items.root)
+        return {"items": self.items.shards.rows, "rows": self.rows.rows, "image_root": root}
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        for shards in (self.items.shards, self.rows):
+            shards.close() if kind is None else shards.abort()

@@ -1,0 +1,342 @@
+"""Parquet shards that appear whole or not at all, and are read row group by row group."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unime_st.data.images import ImageRef, resolve_inside
+from unime_st.data.items import Item
+from unime_st.data.manifest import publish
+
+ITEM_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.string()),
+        pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
+    ]
+)
+"""One row per distinct item. ``image.path`` is relative to the manifest's "image_root"; an entry of a zip archive is
+written as ``zip://member::archive``, the form that `datasets` knows."""
+
+_GROUP_ROWS = 1024
+_GROUP_BYTES = 4 << 20
+_SHARD_BYTES = 512 << 20
+_CACHED_GROUPS = 32
+_ZIP = "zip://"
+
+
+class ShardWriter:
+    """Write rows to ``<stem>-00000.parquet``, ``<stem>-00001.parquet``, ... in bounded memory.
+
+    Args:
+        folder: Existing folder.
+        stem: First part of the file names.
+        schema: Arrow schema of the rows.
+        first_shard: Number of the first file. Defaults to 0.
+        group_rows: Rows per row group, the unit of reading. Defaults to 1024.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, schema: pa.Schema, *, first_shard: int = 0, group_rows: int = _GROUP_ROWS
+    ) -> None:
+        self.folder, self.stem, self.schema = Path(folder), stem, schema
+        self.shard, self.group_rows, self.rows = first_shard, group_rows, 0
+        self._buffer: list[dict[str, Any]] = []
+        self._buffered = self._written = 0
+        self._file: pq.ParquetWriter | None = None
+
+    def add(self, row: dict[str, Any], size: int = 0) -> None:
+        """Append one row; ``size`` is the number of bytes of its large values, if it has any."""
+        self._buffer.append(row)
+        self._buffered += size
+        self.rows += 1
+        if len(self._buffer) >= self.group_rows or self._buffered >= _GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is buffered and publish the last file. An empty writer publishes one empty file."""
+        if self._buffer or (self._file is None and self.rows == 0):
+            self._flush()
+        self._publish()
+
+    def abort(self) -> None:
+        """Forget the file in progress."""
+        if self._file is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._file = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f"{self.stem}-{self.shard:05d}.parquet.{os.getpid()}.tmp"
+
+    def _flush(self) -> None:
+        if self._file is None:
+            # Encoded images do not compress, and a dictionary of them would only be a second copy.
+            compression = {name: "none" if name == "image.bytes" else "zstd" for name in _leaves(self.schema)}
+            self._file = pq.ParquetWriter(
+                self._temporary, self.schema, compression=compression, use_dictionary="image" not in self.schema.names
+            )
+        self._file.write_table(pa.Table.from_pylist(self._buffer, schema=self.schema))
+        self._written += self._buffered
+        self._buffer, self._buffered = [], 0
+        if self._written >= _SHARD_BYTES:
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        publish(self._temporary, self.folder / f"{self.stem}-{self.shard:05d}.parquet")
+        self._file, self._written = None, 0
+        self.shard += 1
+
+
+class ShardReader:
+    """Read the rows of ``<stem>-*.parquet`` by position, a few row groups in memory at a time.
+
+    Args:
+        folder: Folder that holds the shards.
+        stem: First part of the file names.
+
+    Raises:
+        FileNotFoundError: If there is no such shard.
+    """
+
+    def __init__(self, folder: str | Path, stem: str) -> None:
+        self.folder, self.stem = Path(folder), stem
+        self.paths = sorted(self.folder.glob(f"{stem}-*.parquet"))
+        if not self.paths:
+            raise FileNotFoundError(f"{folder}: no {stem}-*.parquet")
+        self._files = [pq.ParquetFile(path, memory_map=True) for path in self.paths]
+        self._groups = [(file, number) for file in self._files for number in range(file.num_row_groups)]
+        sizes = [file.metadata.row_group(number).num_rows for file, number in self._groups]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row as Python values.
+
+        Args:
+            index: Position, 0 <= index < len(self).
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.folder}")
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[group - 1]) if group else 0
+        return self._group(group).slice(index - start, 1).to_pylist()[0]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield every row in order, one row group in memory."""
+        for file, number in self._groups:
+            yield from file.read_row_group(number, use_threads=False).to_pylist()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one whole column.
+
+        Args:
+            name: A top-level column.
+        """
+        return self.table([name]).column(name)
+
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        """Return the whole table, or some of its columns, in memory.
+
+        Args:
+            columns: Top-level columns; None means all.
+        """
+        return pa.concat_tables([file.read(columns=columns, use_threads=False) for file in self._files])
+
+    def _group(self, group: int) -> pa.Table:
+        with self._lock:
+            if group in self._cache:
+                self._cache.move_to_end(group)
+                return self._cache[group]
+            file, number = self._groups[group]
+            # Arrow's thread pool does not survive a fork, and data loader workers are forks.
+            table = self._cache[group] = file.read_row_group(number, use_threads=False)
+            if len(self._cache) > _CACHED_GROUPS:
+                self._cache.popitem(last=False)
+            return table
+
+
+class ItemWriter:
+    """Write every distinct item once.
+
+    Args:
+        folder: Existing folder.
+        image_root: Files below it are stored as paths relative to it; all other images are stored as bytes. None
+            (default) stores every image as bytes, which makes the folder self-contained.
+    """
+
+    def __init__(self, folder: Path, image_root: str | Path | None = None) -> None:
+        self.root = None if image_root is None else Path(image_root).resolve()
+        self.shards = ShardWriter(folder, "items", ITEM_SCHEMA)
+        self._seen: set[bytes] = set()
+
+    def add(self, item: Item) -> str:
+        """Store an item unless it is there already.
+
+        Args:
+            item: Any item.
+
+        Returns:
+            str: Its id.
+
+        Raises:
+            BadImageError: If its image cannot be read.
+        """
+        key = bytes.fromhex(item.id)
+        if key not in self._seen:
+            image = None if item.image is None else self._image(item.image)
+            self.shards.add({"id": item.id, "text": item.text, "image": image}, _size(item.text, image))
+            self._seen.add(key)
+        return item.id
+
+    def _image(self, image: ImageRef) -> dict[str, Any]:
+        if self.root is not None and image.path is not None:
+            path = Path(image.path).resolve()
+            if path.is_relative_to(self.root):
+                relative = path.relative_to(self.root).as_posix()
+                return {"path": f"{_ZIP}{image.member}::{relative}" if image.member is not None else relative}
+        return {"bytes": image.read()}
+
+
+class ItemReader:
+    """Look items up by id; nothing is decoded, and only a few row groups are in memory.
+
+    Args:
+        folder: A stage folder.
+        image_root: Folder that stored image paths are relative to; None if there are none.
+    """
+
+    def __init__(self, folder: str | Path, image_root: str | Path | None = None) -> None:
+        self.folder, self.image_root = Path(folder), image_root
+        self._shards = ShardReader(folder, "items")
+        self._ids: list[str] = self._shards.column("id").to_pylist()
+        # 32 bytes per item, where a dict would need ten times as many.
+        keys = np.array([item_id.encode("ascii") for item_id in self._ids], dtype="S32")
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all items, in stored order."""
+        return list(self._ids)
+
+    def position(self, item_id: str) -> int:
+        """Return where an item is stored.
+
+        Args:
+            item_id: An id.
+
+        Raises:
+            KeyError: If there is no such item.
+        """
+        key = item_id.encode("ascii", "replace")
+        place = int(np.searchsorted(self._keys, np.bytes_(key)))
+        if place == len(self._keys) or self._keys[place] != key:
+            raise KeyError(f"item {item_id!r} is not in {self.folder}")
+        return int(self._order[place])
+
+    def item(self, item_id: str) -> Item:
+        """Return the item with an id.
+
+        Args:
+            item_id: An id.
+
+        Raises:
+            KeyError: If there is no such item.
+            BadImageError: If its stored path lies outside the image root.
+        """
+        return self._build(self._shards.row(self.position(item_id)))
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self._build(row) for row in self._shards.rows())
+
+    def _build(self, row: Mapping[str, Any]) -> Item:
+        return Item.stored(row["text"], self._reference(row["image"]), row["id"])
+
+    def _reference(self, image: Mapping[str, Any] | None) -> ImageRef | None:
+        if image is None:
+            return None
+        if image["bytes"] is not None:
+            return ImageRef(data=image["bytes"])
+        member, path = split_zip_path(image["path"])
+        return ImageRef(path=str(resolve_inside(self.image_root or self.folder, path)), member=member)
+
+
+def split_zip_path(path: str) -> tuple[str | None, str]:
+    """Split ``zip://member::archive`` into (member, archive); any other path gives (None, path).
+
+    Args:
+        path: A stored path.
+    """
+    if path.startswith(_ZIP) and "::" in path:
+        member, archive = path[len(_ZIP) :].split("::", 1)
+        return member, archive
+    return None, path
+
+
+def link_items(source: Path, target: Path) -> None:
+    """Give a stage folder the items of the folder it was made from.
+
+    Shards never change once published, so a hard link is a safe copy that takes no space; where links are impossible
+    (another file system) the file is copied.
+
+    Args:
+        source: Finished stage folder.
+        target: Folder of the new stage; items that it already has are replaced.
+    """
+    for path in sorted(source.glob("items-*.parquet")):
+        temporary = target / f"{path.name}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            temporary.write_bytes(path.read_bytes())
+        os.replace(temporary, target / path.name)
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    names = []
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            names += [f"{field.name}.{child.name}" for child in field.type]
+        elif pa.types.is_list(field.type):
+            names.append(f"{field.name}.list.element")
+        else:
+            names.append(field.name)
+    return names
+
+
+def _size(text: str | None, image: Mapping[str, Any] | None) -> int:
+    return len(text or "") + len((image or {}).get("bytes") or b"")
