@@ -1,1 +1,9 @@
+"""The training objectives of UniME and UniME-V2 as sentence-transformers losses."""
+
 from __future__ import annotations
+
+from unime_st.losses.hard_negative_ranking import HardNegativeRankingLoss
+from unime_st.losses.similarity_distillation import SimilarityDistillationLoss
+from unime_st.losses.soft_label_distillation import SoftLabelDistillationLoss
+
+__all__ = ["HardNegativeRankingLoss", "SimilarityDistillationLoss", "SoftLabelDistillationLoss"]

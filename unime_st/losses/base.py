@@ -1,0 +1,236 @@
+"""What the three embedding losses share: caching, chunking over rows, gathering across devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tqdm
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+
+# Rows of the loss handled at once where only a token budget, and no mini-batch size, is given.
+_DEFAULT_CHUNK_SIZE = 32
+
+
+def unit_rows(embeddings: Tensor) -> Tensor:
+    """L2-normalise rows in float32, or in float64 if that is what they came in.
+
+    Args:
+        embeddings: ``(rows, dim)`` of any floating dtype. Half precision is widened first: a cosine rounded to
+            bfloat16 is off by up to 0.002, which at temperature 0.02 is a tenth in the logit.
+
+    Returns:
+        Tensor ``(rows, dim)``, float32 or float64.
+    """
+    if embeddings.dtype != torch.float64:
+        embeddings = embeddings.float()
+    return F.normalize(embeddings, p=2, dim=-1)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` if it is a positive finite number, else raise a ValueError that names the option."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number, but is {value}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the rows of one global batch lie over the processes that gather them.
+
+    Args:
+        sizes: Number of rows of every process, in rank order; a single entry when nothing is gathered.
+        rank: Position of this process in ``sizes``.
+    """
+
+    sizes: list[int]
+    rank: int
+
+    @classmethod
+    def of(cls, num_rows: int, device: torch.device, gather: bool) -> Shards:
+        """Ask the other processes for their number of rows if ``gather`` is set."""
+        if not gather:
+            return cls([num_rows], 0)
+        return cls(all_gather(torch.tensor([num_rows], device=device)).tolist(), get_rank())
+
+    @property
+    def offset(self) -> int:
+        """Global index of this process's first row."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def row_weight(self) -> float:
+        """Weight of one row in the local loss.
+
+        DDP averages gradients over processes, so the local loss is ``world_size / total_rows`` times the sum of its
+        rows: with equal shards their mean (as in sentence-transformers' losses), with uneven ones still the gradient
+        of the mean over the global batch.
+        """
+        return len(self.sizes) / sum(self.sizes)
+
+    def gather(self, rows: Tensor, with_grad: bool = True) -> Tensor:
+        """Concatenate the rows of all processes in rank order, padding uneven shards for the transfer only."""
+        if len(self.sizes) == 1:
+            return rows
+        longest = max(self.sizes)
+        padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+        gathered = all_gather_with_grad(padded) if with_grad else all_gather(padded)
+        shards = gathered.split(longest)
+        return torch.cat([shard[:size] for shard, size in zip(shards, self.sizes)])
+
+
+@dataclass
+class RowwiseLoss:
+    """A batch made ready for :meth:`CachedEmbeddingLoss.calculate_loss`.
+
+    Args:
+        rows: Tensors with one entry per local query; they are cut into chunks together.
+        shared: Tensors that every chunk needs whole, e.g. the gathered candidates.
+        losses: ``losses(chunk, rows, shared)`` returns the loss of each row of the chunk, shape ``(len(chunk),)``.
+            ``chunk`` is the slice of local rows, ``rows`` holds only these.
+    """
+
+    rows: list[Tensor]
+    shared: list[Tensor]
+    losses: Callable[[slice, Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+class CachedEmbeddingLoss(CachedLossMixin, nn.Module):
+    """Base of the embedding losses: plain or gradient-cached, on one process or on many.
+
+    A subclass implements :meth:`prepare`; everything is computed on unit vectors in at least float32.
+
+    Args:
+        model: The model to train.
+        mini_batch_size: Number of inputs embedded at a time with gradient caching
+            (https://huggingface.co/papers/2101.06983), which bounds memory by the mini-batch instead of the batch.
+            None (default) embeds the batch in one ordinary forward pass.
+        mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
+            ``mini_batch_size`` inputs; turns gradient caching on as well.
+        gather_across_devices: Compare with the inputs of all processes instead of this one's only. The gradient then
+            equals that of one process with the whole batch; shards may differ in size.
+        show_progress_bar: Show the progress over mini-batches.
+    """
+
+    mini_batch_size: int | None  # type: ignore[assignment]  # None where the cache is off
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a positive integer or None, but is {value}.")
+        self.model = model
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.gather_across_devices = gather_across_devices
+        self.show_progress_bar = show_progress_bar
+        self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
+        if self.uses_gradient_cache and has_static_embedding_input(model):
+            raise ValueError(
+                f"{type(self).__name__} cannot cache gradients for a model based on a StaticEmbedding, whose inputs "
+                "cannot be split into mini-batches. Leave mini_batch_size and mini_batch_num_tokens at None."
+            )
+
+    def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
+        """Check a batch and arrange it for the computation row by row.
+
+        Args:
+            columns: Unit vectors of every input column, each ``(rows, dim)``.
+            labels: The labels of the batch, or None.
+            shards: Where this process's rows lie in the global batch.
+
+        Returns:
+            The tensors to differentiate and the function from a chunk of them to its losses.
+        """
+        raise NotImplementedError
+
+    def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
+        """Raise a ValueError if columns or labels are not what this loss takes."""
+        raise NotImplementedError
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns and compute the loss; with caching, its backward pass re-embeds the mini-batches."""
+        sentence_features = list(sentence_features)
+        if self.uses_gradient_cache:
+            return self.forward_cached(sentence_features, labels)
+        embeddings = embed_columns(self.model, sentence_features)
+        return self.calculate_loss([[column] for column in embeddings], labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Compute the loss of a batch from its embeddings.
+
+        Args:
+            reps: For every input column the embeddings of its mini-batches, each ``(mini_batch, dim)``; they need
+                not be normalised.
+            labels: The labels of the whole batch, see the class.
+            with_backward: Back-propagate into ``reps``, one chunk of rows at a time so that the similarity matrix is
+                never held whole, and return a detached loss.
+
+        Returns:
+            Scalar tensor: the mean over the rows.
+
+        Raises:
+            ValueError: If the number of columns or the labels are not what the loss takes.
+        """
+        device = reps[0][0].device
+        # Autocast would round the similarities to half precision whatever dtype the embeddings have.
+        with torch.autocast(device.type, enabled=False):
+            columns = [unit_rows(torch.cat(column)) for column in reps]
+            self.check_inputs(len(columns), len(columns[0]), labels)
+            shards = Shards.of(len(columns[0]), device, self.gather_across_devices)
+            batch = self.prepare(columns, labels, shards)
+            return self._sum_over_chunks(batch, shards.row_weight, with_backward)
+
+    def _sum_over_chunks(self, batch: RowwiseLoss, row_weight: float, with_backward: bool) -> Tensor:
+        num_rows = len(batch.rows[0])
+        # Without a backward pass per chunk all chunk graphs would stay alive, so chunking would save nothing.
+        chunked = with_backward or not torch.is_grad_enabled()
+        chunk_size = (self.mini_batch_size or _DEFAULT_CHUNK_SIZE) if chunked else num_rows
+        pieces = list(zip(*(tensor.split(chunk_size) for tensor in batch.rows)))
+        shared = batch.shared
+        if with_backward:
+            # Leaves cut the graph at the (gathered) unit vectors: each chunk's graph is freed at once, and the
+            # backward pass through normalisation and communication below happens once, not per chunk.
+            pieces = [tuple(tensor.detach().requires_grad_() for tensor in piece) for piece in pieces]
+            shared = [tensor.detach().requires_grad_() for tensor in batch.shared]
+
+        total = batch.rows[0].new_zeros(())
+        begin = 0
+        for piece in tqdm.tqdm(pieces, desc="Calculating loss", disable=not self.show_progress_bar):
+            chunk = slice(begin, begin + len(piece[0]))
+            loss = batch.losses(chunk, piece, shared).sum() * row_weight
+            if with_backward:
+                loss.backward()
+                loss = loss.detach()
+            total = total + loss
+            begin = chunk.stop
+
+        if with_backward:
+            row_gradients = [torch.cat([tensor.grad for tensor in column]) for column in zip(*pieces)]
+            torch.autograd.backward([*batch.rows, *batch.shared], [*row_gradients, *(leaf.grad for leaf in shared)])
+        return total
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options that go into the model card."""
+        return {
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+            "gather_across_devices": self.gather_across_devices,
+        }

@@ -1,0 +1,25 @@
+"""BibTeX entries of the papers behind the losses, for model cards."""
+
+from __future__ import annotations
+
+UNIME_CITATION = """
+@misc{gu2025breaking,
+    title={Breaking the Modality Barrier: Universal Embedding Learning with Multimodal LLMs},
+    author={Tiancheng Gu and Kaicheng Yang and Ziyong Feng and Xingjun Wang and Yanzhao Zhang and Dingkun Long and Yingda Chen and Weidong Cai and Jiankang Deng},
+    year={2025},
+    eprint={2504.17432},
+    archivePrefix={arXiv},
+    primaryClass={cs.CV}
+}
+"""
+
+UNIME_V2_CITATION = """
+@misc{gu2025unimev2,
+    title={UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning},
+    author={Tiancheng Gu and Kaicheng Yang and Kaichen Zhang and Xiang An and Ziyong Feng and Yueyi Zhang and Weidong Cai and Jiankang Deng and Lidong Bing},
+    year={2025},
+    eprint={2510.13515},
+    archivePrefix={arXiv},
+    primaryClass={cs.CV}
+}
+"""

@@ -1,0 +1,199 @@
+"""UniME-V2: align the distribution of similarities over judged candidates with the judge's scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from unime_st.losses.base import CachedEmbeddingLoss, RowwiseLoss, Shards, check_positive
+from unime_st.losses.citations import UNIME_V2_CITATION
+
+Divergence = Literal["symmetric_kl", "js", "kl"]
+
+
+class SoftLabelDistillationLoss(CachedEmbeddingLoss):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.02,
+        divergence: Divergence = "symmetric_kl",
+        *,
+        label_temperature: float | None = None,
+        in_batch_weight: float = 0.0,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+    ) -> None:
+        """
+        MLLM-judgment based distribution alignment of UniME-V2. Over the candidates C of a query q (its positive and its
+        mined negatives) with judge scores s in [0, 1]::
+
+            P = softmax_C(cos(q, c) / temperature)        Q = softmax_C(s_c / label_temperature)
+            loss = mean_q 1/2 (KL(P || Q) + KL(Q || P))
+
+        The loss of a query depends on its own candidates only. Plain gradient accumulation over small batches is
+        therefore exactly equivalent to a large batch: neither gradient caching nor gathering buys anything unless
+        ``in_batch_weight`` is set.
+
+        Args:
+            model: The model to train.
+            temperature: Divides the cosines. Default: the paper's 0.02.
+            divergence: One of
+
+                - ``"symmetric_kl"`` (default): half the Jeffreys divergence, the formula above. It is what the paper's
+                  equation and the released code compute, although the paper's text calls it JS divergence.
+                - ``"js"``: the Jensen-Shannon divergence proper, bounded by ln 2; learning rates do not carry over.
+                - ``"kl"``: KL(Q || P) alone, from the judge to the model.
+            label_temperature: Divides the judge's scores. None (default) takes ``temperature``, as in the paper.
+            in_batch_weight: Weight of an additional InfoNCE of each query against the positives of all queries in the
+                (gathered) batch, at ``temperature``. Mined negatives stay out of it: they may be false negatives, which
+                is what the soft labels are for. 0 (default) is the paper's loss.
+            mini_batch_size: Number of inputs embedded at a time with gradient caching, which bounds memory by the
+                mini-batch instead of the batch. None (default) embeds the batch in one ordinary forward pass.
+            mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
+                ``mini_batch_size`` inputs; turns gradient caching on as well.
+            gather_across_devices: Let the in-batch term see the positives of all processes.
+            show_progress_bar: Show the progress over mini-batches.
+
+        References:
+            - UniME-V2: https://arxiv.org/abs/2510.13515, section "MLLM Judgment Based Training Framework"
+            - Gradient caching: https://huggingface.co/papers/2101.06983
+
+        Requirements:
+            1. Rows of a query, its positive and one or more negatives, the same number in every row
+            2. A judge score P(Yes) in [0, 1] for each candidate, the positive's first
+
+        Inputs:
+            +------------------------------------------------+------------------------------------------------------+
+            | Inputs                                         | Labels                                               |
+            +================================================+======================================================+
+            | (query, positive, negative_1, ..., negative_k) | [score(positive), score(negative_1), ...], 1 + k each|
+            +------------------------------------------------+------------------------------------------------------+
+
+        Recommendations:
+            - Alone, this loss says nothing about the rest of the corpus. Start from a model that retrieves already, or
+              set ``in_batch_weight``; watch a retrieval metric for collapse.
+
+        Relations:
+            - :class:`DistillKLDivLoss` is the ``"kl"`` variant without caching and multiplied by the squared
+              temperature, 0.0004 here.
+
+        Example:
+            ::
+
+                from datasets import Dataset
+                from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+                from unime_st.losses import SoftLabelDistillationLoss
+
+                model = SentenceTransformer("unime-tiny")
+                train_dataset = Dataset.from_dict({
+                    "query": ["a red square", "a blue circle"],
+                    "positive": ["the square is red", "the circle is blue"],
+                    "negative_1": ["a red shape", "a green circle"],
+                    "negative_2": ["a blue square", "a blue square"],
+                    "label": [[0.98, 0.71, 0.02], [0.97, 0.05, 0.12]],
+                })
+                loss = SoftLabelDistillationLoss(model)
+                trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
+                trainer.train()
+        """
+        super().__init__(
+            model,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            gather_across_devices=gather_across_devices,
+            show_progress_bar=show_progress_bar,
+        )
+        if divergence not in get_args(Divergence):
+            raise ValueError(f"divergence must be one of {get_args(Divergence)}, but is {divergence!r}.")
+        if not 0.0 <= in_batch_weight < math.inf:
+            raise ValueError(f"in_batch_weight must be a finite number >= 0, but is {in_batch_weight}.")
+        self.temperature = check_positive("temperature", temperature)
+        self.label_temperature = (
+            self.temperature if label_temperature is None else check_positive("label_temperature", label_temperature)
+        )
+        self.divergence = divergence
+        self.in_batch_weight = in_batch_weight
+
+    def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
+        """Raise a ValueError unless every candidate column has a judge score in [0, 1]."""
+        if num_columns < 3:
+            raise ValueError(
+                "SoftLabelDistillationLoss takes the columns query, positive, negative_1, ..., negative_k with at "
+                f"least one negative, but got {num_columns} column(s). Over one candidate the loss is constant."
+            )
+        expected = (num_rows, num_columns - 1)
+        if labels is None or tuple(labels.shape) != expected:
+            found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise ValueError(
+                "SoftLabelDistillationLoss takes one judge score per candidate column, the positive's first, as "
+                f"labels of shape (batch, 1 + k) = {expected}, but got {found}."
+            )
+        bad = (~((labels >= 0) & (labels <= 1))).nonzero().tolist()  # the negation also catches NaN
+        if bad:
+            row, candidate = bad[0]
+            raise ValueError(
+                f"The judge score of row {row}, candidate {candidate} (0 = positive) of this batch is "
+                f"{labels[row, candidate].item()}, but scores are probabilities in [0, 1] ({len(bad)} are not). "
+                "Turn log-odds into probabilities with a sigmoid first."
+            )
+
+    def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
+        """Arrange queries, their own candidates and, for the in-batch term, all positives."""
+        assert labels is not None  # check_inputs has run
+        queries, *documents = columns
+        log_judge = (labels.detach().to(queries) / self.label_temperature).log_softmax(dim=1)
+        in_batch = [shards.gather(documents[0])] if self.in_batch_weight > 0 else []
+
+        def losses(chunk: slice, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
+            query, candidates = rows
+            similarities = (candidates @ query[:, :, None])[:, :, 0]
+            log_model = (similarities / self.temperature).log_softmax(dim=1)
+            loss = _divergence(self.divergence, log_model, log_judge[chunk])
+            if shared:
+                targets = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
+                logits = query @ shared[0].T / self.temperature
+                loss = loss + self.in_batch_weight * F.cross_entropy(logits, targets, reduction="none")
+            return loss
+
+        return RowwiseLoss(rows=[queries, torch.stack(documents, dim=1)], shared=in_batch, losses=losses)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options that go into the model card."""
+        return {
+            "temperature": self.temperature,
+            "divergence": self.divergence,
+            "label_temperature": self.label_temperature,
+            "in_batch_weight": self.in_batch_weight,
+            **super().get_config_dict(),
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the UniME-V2 paper."""
+        return UNIME_V2_CITATION
+
+
+def _divergence(name: Divergence, log_model: Tensor, log_judge: Tensor) -> Tensor:
+    """Divergence of each row of two log-probability tables ``(rows, candidates)``.
+
+    Everything stays in log space: adding an epsilon to probabilities, as the released code does, removes the gradient
+    as soon as the positive lies about 0.35 in cosine below the best negative.
+    """
+    if name == "symmetric_kl":
+        return 0.5 * ((log_model.exp() - log_judge.exp()) * (log_model - log_judge)).sum(dim=1)
+    if name == "kl":
+        return _kl(log_judge, log_model)
+    log_mean = torch.logaddexp(log_model, log_judge) - math.log(2.0)
+    return 0.5 * (_kl(log_model, log_mean) + _kl(log_judge, log_mean))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
