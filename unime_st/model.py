@@ -1,0 +1,125 @@
+"""`UniME`: a SentenceTransformer without the traps that vision-language backbones meet in plain Sentence Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import output_capturing
+
+
+class UniME(SentenceTransformer):
+    """Universal multimodal embedding model: texts, images and image+text go in, unit vectors come out.
+
+    A thin :class:`~sentence_transformers.SentenceTransformer`: what it saves loads in the plain class and the reverse.
+    It adds what the plain class leaves open:
+
+    - a bare vision-language checkpoint is refused, where the plain class would silently use mean pooling;
+    - embeddings cut with ``truncate_dim`` are normalised again, so they stay unit vectors;
+    - a pool of processes works for LLaVA backbones, whose registry of outputs is lost when they are pickled;
+    - mixed batches of LLaVA-OneVision can be cut into mini-batches (cached losses), which needs image counts per row.
+
+    Args:
+        model_name_or_path: Alias (``"unime-v2"``, ``"unime-tiny"``), folder, or hub name of a native model.
+        image_size: Side in pixels of the square that pictures are squashed to, ``"official"``, ``"training"`` or
+            ``"native"``; None keeps what the folder says. Only for folders that :command:`unime` wrote with an image
+            rule.
+        **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`.
+
+    Raises:
+        ValueError: The folder is a vision-language checkpoint without ``modules.json``.
+
+    Example:
+        >>> from unime_st import UniME
+        >>> model = UniME("unime-tiny")                                              # doctest: +SKIP
+        >>> model.encode([{"text": "a red circle"}]).shape                           # doctest: +SKIP
+        (1, 128)
+    """
+
+    def __init__(
+        self, model_name_or_path: str | Path | None = None, *, image_size: str | int | None = None, **kwargs: Any
+    ) -> None:
+        if image_size is not None:
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "image_size": image_size}
+        super().__init__(
+            str(model_name_or_path) if isinstance(model_name_or_path, Path) else model_name_or_path, **kwargs
+        )
+
+    def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        config = AutoConfig.from_pretrained(
+            model_name_or_path,
+            token=kwargs.get("token"),
+            cache_dir=kwargs.get("cache_folder"),
+            revision=kwargs.get("revision"),
+            local_files_only=kwargs.get("local_files_only", False),
+        )
+        if getattr(config, "vision_config", None) is not None:
+            raise ValueError(
+                f"{model_name_or_path} is a bare {config.model_type} checkpoint (no modules.json), for which Sentence "
+                "Transformers would silently use mean pooling. Make an embedding model of it first: "
+                f"`unime convert {model_name_or_path} --recipe NAME --output DIR`."
+            )
+        return super()._load_default_modules(model_name_or_path, *args, **kwargs)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Turn inputs into features of the model, see :meth:`SentenceTransformer.preprocess`.
+
+        Args:
+            inputs: Batch of texts, images, ``{"image": ..., "text": ...}`` dicts or chats.
+            prompt: Instruction that the chat template places.
+            **kwargs: Passed on.
+
+        Returns:
+            Features; ``batch_num_images``, where there is one, counts the images of every row.
+
+        Example:
+            >>> features = model.preprocess([{"text": "a red circle"}])              # doctest: +SKIP
+        """
+        features = super().preprocess(inputs, prompt=prompt, **kwargs)
+        if "batch_num_images" in features and "num_images_per_sample" in features:
+            features["batch_num_images"] = features["num_images_per_sample"]
+        return features
+
+    def encode(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute embeddings, see :meth:`SentenceTransformer.encode`.
+
+        Args:
+            inputs: One input or a list: text, image (PIL, path, URL, array), ``{"image": ..., "text": ...}``, chat.
+            *args: Passed on.
+            **kwargs: Passed on; with ``truncate_dim`` the default of ``normalize_embeddings`` becomes True.
+
+        Returns:
+            Array of shape ``(n, dim)``, or ``(dim,)`` for one input.
+
+        Example:
+            >>> model.encode(["a red circle"], truncate_dim=32).shape                # doctest: +SKIP
+            (1, 32)
+        """
+        if kwargs.get("truncate_dim") is not None or self.truncate_dim is not None:
+            kwargs.setdefault("normalize_embeddings", True)
+        return super().encode(inputs, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        restore_output_registry(self)
+
+
+def restore_output_registry(module: nn.Module) -> None:
+    """Enter every transformers model inside ``module`` again into the table of outputs it can record.
+
+    transformers fills that table when a model is built. A model that arrives in another process by pickle was never
+    built there, and LLaVA models then fail with "NoneType object is not subscriptable".
+
+    Args:
+        module: Any module that may contain transformers models.
+
+    Example:
+        >>> restore_output_registry(nn.Linear(1, 1))
+    """
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel) and hasattr(child, "_can_record_outputs"):
+            output_capturing._CAN_RECORD_REGISTRY[child] = child._can_record_outputs
