@@ -1,1 +1,30 @@
+"""The MLLM judge: prompts, the protocol of anything that scores pairs, and a judge in this process."""
+
 from __future__ import annotations
+
+from unime_st.judging.judge import Group, Judge, LocalJudge, PairError
+from unime_st.judging.prompts import (
+    LIST_PROMPT,
+    PAIR_PROMPT,
+    answer_token_ids,
+    as_item,
+    check_template,
+    clean_text,
+    index_token_ids,
+    load_template,
+)
+
+__all__ = [
+    "LIST_PROMPT",
+    "PAIR_PROMPT",
+    "Group",
+    "Judge",
+    "LocalJudge",
+    "PairError",
+    "answer_token_ids",
+    "as_item",
+    "check_template",
+    "clean_text",
+    "index_token_ids",
+    "load_template",
+]

@@ -1,0 +1,288 @@
+"""Judging: the log-odds of a model's Yes against its No that a candidate meets a query."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.util import batch_to_device
+from tqdm.auto import tqdm
+
+from unime_st.data import BadImageError, Item
+from unime_st.judging.features import Encoded, pair_encoder
+from unime_st.judging.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
+from unime_st.judging.prompts import ItemLike, as_item, check_template, load_template, prompt_hash
+
+# Prompts are sorted by length within this many batches: enough to waste little on padding, few enough to hold.
+_BATCHES_SORTED_TOGETHER = 16
+
+
+@dataclass(frozen=True, init=False)
+class Group:
+    """A query and the candidates to judge for it.
+
+    Args:
+        query: What is asked.
+        candidates: What might meet it. Both are items or what :func:`~unime_st.judging.as_item` makes one of.
+
+    Example:
+        >>> from unime_st.judging import Group
+        >>> len(Group("a red square", ["a red box", "a blue dot"]).candidates)
+        2
+    """
+
+    query: Item
+    candidates: list[Item]
+
+    def __init__(self, query: ItemLike, candidates: Sequence[ItemLike]) -> None:
+        object.__setattr__(self, "query", as_item(query))
+        object.__setattr__(self, "candidates", [as_item(candidate) for candidate in candidates])
+
+
+@dataclass(frozen=True)
+class PairError:
+    """Why a pair has no score.
+
+    Args:
+        group: Index of the group.
+        candidate: Index of the candidate in its group.
+        reason: One sentence.
+    """
+
+    group: int
+    candidate: int
+    reason: str
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Anything that scores candidates.
+
+    ``name``, ``revision`` and ``prompt_hash`` identify where a score comes from; scores that differ in one of them must
+    not be mixed.
+    """
+
+    name: str
+    revision: str
+    prompt_hash: str
+
+    def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
+        """Score every candidate of every group.
+
+        Args:
+            groups: Queries with their candidates.
+            errors: Where given, pairs that cannot be judged are appended here and scored NaN; else they raise.
+
+        Returns:
+            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order.
+        """
+        ...
+
+
+class LocalJudge:
+    """Judge pairs with a generative vision-language model in this process.
+
+    The score is ``l_Yes - l_No``, the difference of the logits at the first answer position, in float32 and before any
+    temperature or repetition penalty; ``sigmoid(score)`` is the ``s`` of the paper.
+
+    Args:
+        model: Folder, hub repository or alias of a generative vision-language model or a saved reranker, or a loaded
+            ``CrossEncoder`` with a ``LogitScore`` module.
+        template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to the one a
+            saved reranker carries, else "official".
+        batch_size: Pairs per forward pass. Defaults to 32.
+        device: Such as "cuda:0". Defaults to what sentence-transformers picks.
+        image_tokens: Fewest and most visual tokens per image. Defaults to what the template was made for (4 to 300
+            for "official"), else to the limits of the model's own image processor.
+        cache_bytes: Bound of the memory for processed images, in bytes. Defaults to 256 MiB.
+        model_kwargs: Passed to ``from_pretrained`` when a model is loaded, for example ``{"dtype": "bfloat16"}``.
+        name: What to call this judge in manifests. Defaults to the last part of the model's name.
+        show_progress_bar: Whether to show progress in pairs. Defaults to False.
+
+    Attributes:
+        name, revision, prompt_hash: See :class:`Judge`; the revision is the hub's commit or a hash over the weights.
+
+    Raises:
+        ValueError: If the model is no generative one, or the template drops a part of its input.
+
+    References:
+        UniME-V2 (https://arxiv.org/abs/2510.13515), "MLLM-as-a-Judge", the equation of the semantic matching score.
+
+    Example:
+        >>> from unime_st.judging import Group, LocalJudge
+        >>> judge = LocalJudge("unime-tiny", template="tiny")
+        >>> scores = judge.score([Group("a red square", ["a red square", "a blue circle"])])
+        >>> scores[0].shape, scores[0].dtype
+        ((2,), dtype('float32'))
+    """
+
+    def __init__(
+        self,
+        model: str | Path | CrossEncoder,
+        *,
+        template: str | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        image_tokens: ImageTokens | None = None,
+        cache_bytes: int = 256 * 2**20,
+        model_kwargs: dict[str, Any] | None = None,
+        name: str | None = None,
+        show_progress_bar: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(model, CrossEncoder):
+            name = name or Path(model).name
+            model = load_cross_encoder(
+                model, template=template, image_tokens=image_tokens, device=device, model_kwargs=model_kwargs
+            )
+        elif device is not None:
+            model.to(device)
+        transformer, head = _generative_parts(model)
+        processor = transformer.processor
+        source = processor.chat_template if template is None else load_template(template)
+        check_template(processor, source)
+        size = image_size_limits(processor, image_tokens or default_image_tokens(processor, template))
+        self.model = model
+        self.batch_size = batch_size
+        self.cache_bytes = cache_bytes
+        self.show_progress_bar = show_progress_bar
+        self._answer_ids = [head.true_token_id, head.false_token_id]
+        self._encoder = pair_encoder(transformer, source, size, cache_bytes)
+        self.name = name or Path(transformer.config.name_or_path or "model").name
+        self.revision = getattr(transformer.config, "_commit_hash", None) or _weights_hash(model)
+        answers = transformer.tokenizer.convert_ids_to_tokens(self._answer_ids)
+        self.prompt_hash = prompt_hash(source, answers, sorted(self._encoder.options.items()))
+
+    def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
+        """Score every candidate of every group; each distinct pair is judged once.
+
+        Args:
+            groups: Queries with their candidates.
+            errors: Where given, pairs that cannot be judged (an unreadable image, a prompt longer than the model
+                takes) are appended here and scored NaN. Defaults to None: they raise.
+
+        Returns:
+            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order; empty for a group
+            without candidates.
+
+        Raises:
+            BadImageError: If an image cannot be read and ``errors`` is None; the message names group and candidate.
+            ValueError: If a prompt is longer than the model takes and ``errors`` is None.
+            FloatingPointError: If a logit is not finite.
+        """
+        scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
+        places = _distinct_pairs(groups, errors)
+        with (
+            _evaluating(self.model),
+            tqdm(total=len(places), desc="Judging", unit="pair", disable=not self.show_progress_bar) as progress,
+        ):
+            for pair, outcome in self._judge(list(places)):
+                for group, candidate in places[pair]:
+                    if isinstance(outcome, ValueError):
+                        _set_aside(errors, group, candidate, outcome)
+                    elif not np.isfinite(outcome):
+                        raise FloatingPointError(
+                            f"group {group}, candidate {candidate}: the log-odds are {outcome}, so the model overflowed "
+                            f"or is broken (dtype {self.model.dtype}). Load it in bfloat16 or float32."
+                        )
+                    else:
+                        scores[group][candidate] = outcome
+                progress.update()
+        self._encoder.clear()
+        return scores
+
+    def _judge(self, pairs: list[tuple[Item, Item]]) -> Iterator[tuple[tuple[Item, Item], float | ValueError]]:
+        """Yield each pair with its log-odds, or with the error that keeps it from being judged."""
+        window: list[tuple[tuple[Item, Item], Encoded]] = []
+        for start in range(0, len(pairs), self.batch_size):
+            chunk = pairs[start : start + self.batch_size]
+            for pair, encoded in zip(chunk, self._encoder.encode(chunk), strict=True):
+                if isinstance(encoded, Encoded):
+                    window.append((pair, encoded))
+                else:
+                    yield pair, encoded
+            held = sum(encoded.nbytes for _, encoded in window)
+            if len(window) >= _BATCHES_SORTED_TOGETHER * self.batch_size or held > self.cache_bytes:
+                yield from self._judge_window(window)
+                window = []
+        yield from self._judge_window(window)
+
+    def _judge_window(
+        self, window: list[tuple[tuple[Item, Item], Encoded]]
+    ) -> Iterator[tuple[tuple[Item, Item], float]]:
+        """Run the model on prompts of similar length together."""
+        window = sorted(window, key=lambda entry: -entry[1].length)
+        for start in range(0, len(window), self.batch_size):
+            batch = window[start : start + self.batch_size]
+            yield from zip((pair for pair, _ in batch), self._log_odds([encoded for _, encoded in batch]), strict=True)
+
+    @torch.inference_mode()
+    def _log_odds(self, batch: list[Encoded]) -> list[float]:
+        features = batch_to_device(self._encoder.collate(batch), self.model.device)
+        # Subtracted in float32: a bfloat16 difference of two logits near 20 would move in steps of 0.125.
+        logits = self.model(features)["causal_logits"][:, -1, self._answer_ids].float()
+        return (logits[:, 0] - logits[:, 1]).tolist()
+
+
+def _generative_parts(model: CrossEncoder) -> tuple[Transformer, LogitScore]:
+    """Return the two modules a judge needs."""
+    first, last = model[0], model[-1]
+    if not isinstance(first, Transformer) or not isinstance(last, LogitScore) or last.false_token_id is None:
+        raise ValueError(
+            f"a judge needs a generative CrossEncoder, [Transformer, LogitScore(yes, no)], got "
+            f"[{', '.join(type(module).__name__ for module in model)}]. Load one with UniMEReranker(folder)."
+        )
+    if first.processor.chat_template is None:
+        raise ValueError("this CrossEncoder has no chat template: pass template='official' to UniMEReranker(folder)")
+    return first, last
+
+
+def _distinct_pairs(
+    groups: Sequence[Group], errors: list[PairError] | None
+) -> dict[tuple[Item, Item], list[tuple[int, int]]]:
+    """Map each distinct pair to all places where it occurs, query-major."""
+    places: dict[tuple[Item, Item], list[tuple[int, int]]] = {}
+    for row, group in enumerate(groups):
+        for column, candidate in enumerate(group.candidates):
+            try:
+                places.setdefault((group.query, candidate), []).append((row, column))
+            except BadImageError as error:  # the content that makes items equal cannot be read
+                _set_aside(errors, row, column, error)
+    return places
+
+
+def _set_aside(errors: list[PairError] | None, group: int, candidate: int, error: ValueError) -> None:
+    """Record why a pair cannot be judged, or raise it with its place."""
+    if errors is None:
+        raise type(error)(f"group {group}, candidate {candidate}: {error}") from error
+    errors.append(PairError(group, candidate, str(error)))
+
+
+@contextmanager
+def _evaluating(model: CrossEncoder) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _weights_hash(model: CrossEncoder) -> str:
+    """Tell local checkpoints of one name apart by a few numbers of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
