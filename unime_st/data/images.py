@@ -20,6 +20,9 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 28
 """Largest encoded image that is read, in bytes."""
 
+MAX_ASPECT = 200
+"""Longest picture for its width: the image processors of the Qwen-VL family refuse anything beyond."""
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -167,6 +170,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image:
+    """Widen an extremely long picture with white margins, so that every image processor takes it.
+
+    Args:
+        image: An RGB image.
+        limit: Largest ratio of the longer to the shorter side. Defaults to :data:`MAX_ASPECT`.
+
+    Returns:
+        PIL.Image.Image: The image itself when it is within the limit.
+
+    Example:
+        >>> from PIL import Image
+        >>> from unime_st.data.images import padded_to_aspect
+        >>> padded_to_aspect(Image.new("RGB", (20000, 10))).size
+        (20000, 100)
+    """
+    width, height = image.size
+    shortest = -(-max(width, height) // limit)
+    if min(width, height) >= shortest:
+        return image
+    canvas = Image.new("RGB", (max(width, shortest), max(height, shortest)), "white")
+    canvas.paste(image, ((canvas.width - width) // 2, (canvas.height - height) // 2))
+    return canvas
 
 
 def png_bytes(image: Image.Image) -> bytes:

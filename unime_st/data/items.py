@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from unime_st.data.images import ImageRef, png_bytes
+from unime_st.data.images import ImageRef, padded_to_aspect, png_bytes
 
 ImageLike = ImageRef | Image.Image | str | Path | bytes
 
@@ -107,14 +107,15 @@ class Item:
         """Return what ``SentenceTransformer.encode`` takes.
 
         Returns:
-            dict: "image" (decoded, RGB) and "text", only those present, image first: chat templates keep this order.
+            dict: "image" (decoded, RGB) and "text", only those present, image first: chat templates keep this order. Pictures
+                more than 200 times as long as wide get white margins up to that ratio.
 
         Raises:
             BadImageError: If the image cannot be decoded.
         """
         decoded: dict[str, Any] = {}
         if self._image is not None:
-            decoded["image"] = self._image.open()
+            decoded["image"] = padded_to_aspect(self._image.open())
         if self._text is not None:
             decoded["text"] = self._text
         return decoded
