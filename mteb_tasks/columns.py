@@ -1,0 +1,120 @@
+"""Items to mteb's dataset columns and back.
+
+mteb hands a model rows of a ``datasets.Dataset``. Two facts of mteb shape the columns used here: a modality that the
+task's ``category`` does not give to a side is dropped before the model sees it, and document texts are stripped. The
+exact text of an item therefore travels in a column of its own, ``official_text``, which mteb leaves alone; ``text``
+and ``image`` are what foreign models read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from datasets import Dataset, Features, Image, Value
+
+from unime_st.data.items import Item
+
+OFFICIAL_TEXT = "official_text"
+"""Column with the untouched text of an item; an empty string stands for "no text"."""
+
+Modality = Literal["text", "image"]
+
+
+def category_modalities(category: str) -> tuple[list[Modality], list[Modality]]:
+    """Split an mteb category into the modalities of its queries and of its documents.
+
+    Args:
+        category: mteb's code, for instance ``"it2t"``.
+
+    Returns:
+        The modalities of the queries and those of the documents, text first.
+
+    Example:
+        >>> category_modalities("it2t")
+        (['text', 'image'], ['text'])
+    """
+    names: dict[str, Modality] = {"t": "text", "i": "image"}
+    sides = [[names[code] for code in side] for side in category.split("2")]
+    queries, documents = (sorted(side, key=["text", "image"].index) for side in sides)
+    return queries, documents
+
+
+def to_dataset(items: Mapping[str, Item], modalities: Sequence[Modality]) -> Dataset:
+    """Build the query or corpus table of a retrieval task without decoding a picture.
+
+    Args:
+        items: Row id to item.
+        modalities: What foreign models shall see of this side. Our loader sees the whole item in any case.
+
+    Returns:
+        A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
+        `modalities` names it). Pictures stay encoded: paths stay paths, bytes stay bytes.
+
+    Example:
+        >>> from unime_st.data.items import Item
+        >>> to_dataset({"d0": Item(text="a cat")}, ["text"])[0]
+        {'id': 'd0', 'official_text': 'a cat', 'text': 'a cat'}
+    """
+    texts = [item.text or "" for item in items.values()]
+    columns: dict[str, Sequence[Any]] = {"id": list(items), OFFICIAL_TEXT: texts}
+    features: dict[str, Any] = {"id": Value("string"), OFFICIAL_TEXT: Value("string")}
+    if "text" in modalities:
+        columns["text"], features["text"] = texts, Value("string")
+    if any(item.image is not None for item in items.values()):
+        columns["image"] = [_encoded_image(item) for item in items.values()]
+        features["image"] = Image()
+    return Dataset.from_dict(dict(columns), features=Features(features))
+
+
+def _encoded_image(item: Item) -> dict[str, Any] | None:
+    if item.image is None:
+        return None
+    if item.image.path is not None and item.image.member is None:
+        return {"path": str(item.image.path), "bytes": None}
+    return {"path": None, "bytes": item.image.read()}
+
+
+def has_encoded_items(dataset: Any) -> bool:
+    """Whether rows of `dataset` can be read as items without decoding (a plain table with our exact-text column).
+
+    Args:
+        dataset: What mteb passes as corpus, queries or ``DataLoader.dataset``.
+
+    Returns:
+        True for tables made by `to_dataset` (or by mteb from one of them).
+
+    Example:
+        >>> from unime_st.data.items import Item
+        >>> has_encoded_items(to_dataset({"d0": Item(text="a cat")}, ["text"]))
+        True
+    """
+    return isinstance(dataset, Dataset) and OFFICIAL_TEXT in dataset.column_names
+
+
+def iter_items(dataset: Dataset, window: int = 1024) -> Iterator[list[Item]]:
+    """Read items from a table made by `to_dataset`, a window at a time, pictures undecoded.
+
+    Args:
+        dataset: The table.
+        window: Rows held at once. Bounds the encoded pictures in memory.
+
+    Yields:
+        Lists of at most `window` items in row order.
+
+    Example:
+        >>> from unime_st.data.items import Item
+        >>> [[item.text for item in part] for part in iter_items(to_dataset({"d0": Item(text="a cat")}, ["text"]))]
+        [['a cat']]
+    """
+    if "image" in dataset.column_names:
+        dataset = dataset.cast_column("image", Image(decode=False))
+    for start in range(0, len(dataset), window):
+        rows = dataset[start : start + window]
+        images = rows.get("image") or [None] * len(rows["id"])
+        yield [_item(text, image) for text, image in zip(rows[OFFICIAL_TEXT], images)]
+
+
+def _item(text: str, image: Mapping[str, Any] | None) -> Item:
+    source = None if image is None else (image["bytes"] if image["bytes"] is not None else image["path"])
+    return Item(text=text or None, image=source)

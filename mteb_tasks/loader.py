@@ -1,0 +1,302 @@
+"""One mteb model object for every alias, local folder and in-memory SentenceTransformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from mteb.models import ModelMeta
+from mteb.models.model_meta import ScoringFunction
+from mteb.models.search_wrappers import SearchEncoderWrapper
+from sentence_transformers import SentenceTransformer
+
+from mteb_tasks.columns import OFFICIAL_TEXT, has_encoded_items, iter_items
+from mteb_tasks.ranking import rank_candidates, tie_order
+from unime_st.data.items import Item
+from unime_st.encoding import encode_items
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models.models_protocols import EncoderProtocol
+    from mteb.types import PromptType, RetrievalOutputType
+    from torch.utils.data import DataLoader
+
+WINDOW = 1024
+"""Rows whose encoded pictures are held at once."""
+
+
+def model_meta(name: str, revision: str | None, *, loader: Any = None, **fields: Any) -> ModelMeta:
+    """Describe one of our embedding models to mteb.
+
+    Args:
+        name: ``organisation/model``; mteb names result folders after it.
+        revision: Part of mteb's result key: two different models must not share it.
+        loader: What mteb calls to load the model; None for a model already in memory.
+        **fields: Further fields of mteb's ``ModelMeta``.
+
+    Returns:
+        Metadata that declares text and image input (a plain SentenceTransformer would be declared text only and
+        refused by every image task) and cosine similarity.
+
+    Example:
+        >>> model_meta("unime/local", "1").modalities
+        ['text', 'image']
+    """
+    known: dict[str, Any] = {
+        "loader": loader,
+        "name": name,
+        "revision": revision,
+        "modalities": ["text", "image"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "framework": ["Sentence Transformers"],
+        "use_instructions": True,
+        "languages": ["eng-Latn"],
+    }
+    empty = ModelMeta.create_empty().model_dump()
+    return ModelMeta(**{**empty, **known, **fields})
+
+
+class UniMELoader:
+    """Run a SentenceTransformer on mteb's tasks.
+
+    Reads the exact text of our tasks where they carry it, encodes each distinct item once, keeps pictures undecoded
+    until their mini-batch, and ranks by itself (it is an encoder and a search model), which spares mteb's row-wise
+    conversion of every corpus and its loop over queries.
+
+    Args:
+        model_name: ``organisation/alias``, an alias or a folder; resolved by `unime_st.registry`. Ignored for
+            loading when `model` is given.
+        revision: Revision stored with the results.
+        device: Device to load the model on; None lets sentence-transformers choose.
+        model: A model already in memory.
+        **model_kwargs: Passed on to SentenceTransformer.
+
+    Example:
+        >>> import mteb
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from mteb_tasks.scenes import ScenesVQA
+        >>> loader = UniMELoader("unime/tiny", model=SentenceTransformer("unime-tiny"))  # doctest: +SKIP
+        >>> mteb.evaluate(loader, ScenesVQA(), cache=None)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        model: SentenceTransformer | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        if model is None:
+            from unime_st import registry
+
+            folder = registry.resolve(model_name.removeprefix("unime/"))
+            model = SentenceTransformer(str(folder), device=device, **model_kwargs)
+        self.model = model
+        self.mteb_model_meta = model_meta(model_name, revision)
+        self._known: dict[str, np.ndarray] = {}
+        self._corpus: Dataset | None = None
+
+    def encode(
+        self,
+        inputs: DataLoader,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Embed the rows of an mteb data loader, each distinct item once.
+
+        Args:
+            inputs: Batches with the columns ``official_text`` or ``text``, and ``image``.
+            task_metadata: The task (unused: texts carry their instruction).
+            hf_split: Split of the task (unused).
+            hf_subset: Subset of the task (unused).
+            prompt_type: Query or document side (unused).
+            **kwargs: mteb's encode arguments; ``batch_size`` and ``show_progress_bar`` are honoured.
+
+        Returns:
+            float32 array ``(num_rows, dim)``, rows in the order of the loader.
+        """
+        if has_encoded_items(inputs.dataset):
+            return self.embed(iter_items(inputs.dataset, WINDOW), **kwargs)
+        return self.embed(_items_of_batches(inputs), **kwargs)
+
+    def embed(
+        self,
+        windows: Iterable[list[Item]],
+        *,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+        **_: Any,
+    ) -> np.ndarray:
+        """Embed a stream of items.
+
+        Args:
+            windows: Lists of items; only one list is held at a time.
+            batch_size: Items per forward pass.
+            show_progress_bar: Show a bar for each window.
+
+        Returns:
+            float32 array ``(num_items, dim)`` in stream order. An item seen before in the life of this object is
+            not encoded again.
+
+        Raises:
+            ValueError: If there is nothing to embed.
+        """
+        order: list[str] = []
+        for items in windows:
+            fresh = {item.id: item for item in items if item.id not in self._known}
+            if fresh:
+                vectors = encode_items(
+                    self.model, list(fresh.values()), batch_size=batch_size, show_progress_bar=show_progress_bar
+                )
+                self._known.update(zip(fresh, vectors))
+            order.extend(item.id for item in items)
+        if not order:
+            raise ValueError("there is nothing to embed: the dataset has no rows")
+        return np.stack([self._known[item_id] for item_id in order])
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarity of all pairs.
+
+        Args:
+            embeddings1: ``(n, dim)`` or ``(dim,)``.
+            embeddings2: ``(m, dim)`` or ``(dim,)``.
+
+        Returns:
+            float32 tensor ``(n, m)``.
+        """
+        return self.model.similarity(_float32(embeddings1), _float32(embeddings2))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarity of corresponding rows.
+
+        Args:
+            embeddings1: ``(n, dim)``.
+            embeddings2: ``(n, dim)``.
+
+        Returns:
+            float32 tensor ``(n,)``.
+        """
+        return self.model.similarity_pairwise(_float32(embeddings1), _float32(embeddings2))
+
+    def index(self, corpus: Dataset, **_: Any) -> None:
+        """Take the corpus of the next `search`.
+
+        Args:
+            corpus: mteb's corpus table.
+        """
+        self._corpus = corpus
+
+    def search(
+        self,
+        queries: Dataset,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        top_k: int,
+        encode_kwargs: dict[str, Any],
+        top_ranked: dict[str, list[str]] | None = None,
+        num_proc: int | None = None,
+        **kwargs: Any,
+    ) -> RetrievalOutputType:
+        """Rank the indexed corpus for each query.
+
+        Args:
+            queries: mteb's query table.
+            task_metadata: The task.
+            hf_split: Split of the task.
+            hf_subset: Subset of the task.
+            top_k: Documents to return for each query.
+            encode_kwargs: ``batch_size`` and the like.
+            top_ranked: Candidates of each query; None searches the whole corpus.
+            num_proc: Workers for tasks that are not ours.
+            **kwargs: Further arguments of mteb, unused.
+
+        Returns:
+            ``{query id: {document id: cosine}}``.
+
+        Raises:
+            ValueError: If `index` was not called, or a query has no candidates.
+        """
+        corpus, self._corpus = self._corpus, None
+        if corpus is None:
+            raise ValueError("call index(corpus) before search(queries)")
+        if not (has_encoded_items(corpus) and has_encoded_items(queries)):
+            stock = SearchEncoderWrapper(
+                cast("EncoderProtocol", self)
+            )  # another project's task: its columns are mteb's business
+            common: dict[str, Any] = {"task_metadata": task_metadata, "hf_split": hf_split, "hf_subset": hf_subset}
+            common |= {"encode_kwargs": encode_kwargs, "num_proc": num_proc}
+            stock.index(corpus, **common)
+            return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
+        query_ids, document_ids = list(queries["id"]), list(corpus["id"])
+        ranked = rank_candidates(
+            self.embed(iter_items(queries, WINDOW), **encode_kwargs),
+            self.embed(iter_items(corpus, WINDOW), **encode_kwargs),
+            _candidate_rows(query_ids, document_ids, top_ranked),
+            tie_order(document_ids),
+            top_k,
+        )
+        return {
+            query: {document_ids[row]: float(score) for row, score in zip(rows, scores)}
+            for query, (rows, scores) in zip(query_ids, ranked)
+        }
+
+
+def wrap(
+    model: SentenceTransformer, name: str = "unime/local", revision: str | None = "in-memory", **fields: Any
+) -> UniMELoader:
+    """Make a SentenceTransformer in memory an mteb model that takes images.
+
+    Args:
+        model: The model.
+        name: ``organisation/model`` under which results are filed.
+        revision: Revision under which results are filed.
+        **fields: Further fields of mteb's ``ModelMeta``.
+
+    Returns:
+        An object for ``mteb.evaluate``. Wrap again after changing the weights: embeddings are remembered.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> wrap(SentenceTransformer("unime-tiny"), "unime/tiny")  # doctest: +SKIP
+    """
+    loader = UniMELoader(name, revision, model=model)
+    loader.mteb_model_meta = model_meta(name, revision, **fields)
+    return loader
+
+
+def _float32(embeddings: Any) -> torch.Tensor:
+    return torch.as_tensor(embeddings).float()
+
+
+def _candidate_rows(
+    query_ids: list[str], document_ids: list[str], top_ranked: dict[str, list[str]] | None
+) -> list[np.ndarray] | None:
+    if top_ranked is None:
+        return None
+    rows = {document: row for row, document in enumerate(document_ids)}
+    missing = [query for query in query_ids if not top_ranked.get(query)]
+    if missing:
+        raise ValueError(f"{len(missing)} queries have no candidates, the first is {missing[0]!r}")
+    return [np.array([rows[document] for document in top_ranked[query]]) for query in query_ids]
+
+
+def _items_of_batches(inputs: DataLoader) -> Iterator[list[Item]]:
+    for batch in inputs:
+        images = batch.get("image")
+        texts = batch.get(OFFICIAL_TEXT, batch.get("text"))
+        size = len(images if images is not None else texts)
+        yield [
+            Item(text=text or None, image=image)
+            for text, image in zip(texts or [None] * size, images or [None] * size)
+        ]

@@ -1,0 +1,67 @@
+"""Task metadata with every field mteb's own tests ask for, and descriptive statistics kept in this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mteb.abstasks.task_metadata import TaskMetadata
+
+UNIME_V2_BIBTEX = r"""
+@article{gu2025unimev2,
+  author = {Gu, Tiancheng and Yang, Kaicheng and Zhang, Kaichen and An, Xiang and Feng, Ziyong and Zhang, Yueyi and Cai, Weidong and Deng, Jiankang and Bing, Lidong},
+  journal = {arXiv preprint arXiv:2510.13515},
+  title = {UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning},
+  year = {2025},
+}
+"""
+
+
+class UniMETaskMetadata(TaskMetadata):
+    """mteb's metadata with the statistics file next to our tasks (mteb's own path points into its installed wheel).
+
+    Example:
+        >>> task_metadata(name="Demo", description="d", category="t2i").descriptive_stat_path.name
+        'Demo.json'
+    """
+
+    @property
+    def descriptive_stat_path(self) -> Path:
+        """Where the statistics of this task are stored."""
+        return Path(__file__).parent / "descriptive_stats" / f"{self.name}.json"
+
+
+def task_metadata(*, name: str, description: str, category: str, **fields: Any) -> UniMETaskMetadata:
+    """Fill the metadata of a task.
+
+    Args:
+        name: Name of the task.
+        description: One or two sentences for mteb's documentation.
+        category: mteb's modality code, for instance ``"it2t"``.
+        **fields: Fields that differ from the defaults of this project.
+
+    Returns:
+        Metadata with no field left empty.
+
+    Example:
+        >>> task_metadata(name="Demo", description="d", category="t2i").modalities
+        ['text', 'image']
+    """
+    modalities = [word for letter, word in (("t", "text"), ("i", "image")) if letter in category]
+    known: dict[str, Any] = {
+        "type": "Any2AnyRetrieval",
+        "modalities": modalities,
+        "reference": "https://arxiv.org/abs/2510.13515",
+        "eval_splits": ["test"],
+        "eval_langs": ["eng-Latn"],
+        "main_score": "hit_rate_at_1",
+        "date": ("2025-01-01", "2026-01-01"),
+        "domains": ["Constructed"],
+        "task_subtypes": ["Image Text Retrieval"],
+        "license": "apache-2.0",
+        "annotations_creators": "derived",
+        "dialect": [],
+        "sample_creation": "created",
+        "bibtex_citation": UNIME_V2_BIBTEX,
+    }
+    return UniMETaskMetadata(**{**known, "name": name, "description": description, "category": category, **fields})

@@ -1,0 +1,175 @@
+"""Compositional understanding: does a picture prefer its caption to a foil?"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from datasets import Dataset
+from mteb.abstasks.image.image_text_pair_classification import AbsTaskImageTextPairClassification
+from mteb.models.models_protocols import EncoderProtocol
+from mteb.timing import TimingStack
+from mteb.types import PromptType
+from torch.utils.data import DataLoader
+
+from mteb_tasks.columns import Modality, iter_items, to_dataset
+from unime_st.data.items import Item
+
+if TYPE_CHECKING:
+    from mteb.types import EncodeKwargs
+
+    from unime_st.data.scenes import Foil
+
+GROUPS = ("replace", "swap", "add")
+"""SugarCrepe's groups; a category is named ``<group>_<what>``."""
+
+
+@runtime_checkable
+class PairScorer(Protocol):
+    """A model that judges a picture and a text together (a reranker)."""
+
+    def score_pairs(self, queries: Sequence[Item], documents: Sequence[Item], *, batch_size: int) -> np.ndarray:
+        """Score corresponding items; higher is a better match. Returns ``(n,)`` floats."""
+        ...
+
+
+class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
+    """Share of pictures strictly closer to their caption than to the foil, one subset per category.
+
+    Differs from mteb's base class where that would change the result: a tie counts as wrong (a constant model scores
+    0, not 1), and each distinct picture and text is encoded once, in batches. Rerankers are scored pairwise.
+    """
+
+    images_column_names = "image"
+    texts_column_names = ("caption", "negative_caption")
+    _support_search = True
+
+    @abstractmethod
+    def foils(self, category: str, split: str) -> Sequence[Foil]:
+        """Read one category.
+
+        Args:
+            category: Name of the subset.
+            split: Name of the split.
+
+        Returns:
+            Picture, caption and foil of each pair.
+        """
+
+    def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
+        """Load all categories (a second call does nothing).
+
+        Args:
+            num_proc: Unused; pictures are decoded by the model, batch by batch.
+            timer: mteb's stop watch.
+            **kwargs: Unused arguments of mteb.
+        """
+        if self.data_loaded:
+            return
+        with (timer or TimingStack())("Data loading"):
+            self.dataset = {
+                category: {split: _pair_table(self.foils(category, split)) for split in self.eval_splits}
+                for category in self.hf_subsets
+            }
+        self.data_loaded = True
+
+    def _evaluate_subset(
+        self,
+        model: Any,
+        data_split: Dataset,
+        *,
+        encode_kwargs: EncodeKwargs,
+        hf_split: str,
+        hf_subset: str,
+        prediction_folder: Path | None = None,
+        num_proc: int | None = None,
+        timer: TimingStack,
+        **kwargs: Any,
+    ) -> Any:
+        with timer("Encoding and scoring", split=hf_split, subset=hf_subset):
+            if isinstance(model, PairScorer):
+                scores = _judged(model, data_split, int(encode_kwargs.get("batch_size", 32)))
+            elif isinstance(model, EncoderProtocol):
+                context = {"task_metadata": self.metadata, "hf_split": hf_split, "hf_subset": hf_subset}
+                scores = _embedded(model, data_split, encode_kwargs, context)
+            else:
+                raise TypeError(f"{type(model).__name__} neither encodes nor scores pairs of picture and text")
+        if prediction_folder is not None:
+            rows = {str(i): dict(zip(self.texts_column_names, map(float, pair))) for i, pair in enumerate(scores)}
+            self._save_task_predictions(rows, model, prediction_folder, hf_split=hf_split, hf_subset=hf_subset)
+        correct = scores[:, 0] > scores[:, 1]
+        return {"text_acc": float(correct.mean()), "tie_rate": float((scores[:, 0] == scores[:, 1]).mean())}
+
+
+def group_means(scores: dict[str, float]) -> dict[str, float]:
+    """Average categories into SugarCrepe's groups, unweighted as in the papers.
+
+    Args:
+        scores: Accuracy of each category, for instance ``{"replace_obj": 0.9, ...}``.
+
+    Returns:
+        Mean of each group that has a category, and ``"mean"`` of the groups.
+
+    Example:
+        >>> group_means({"swap_obj": 0.5, "swap_att": 0.7, "add_obj": 0.8})
+        {'swap': 0.6, 'add': 0.8, 'mean': 0.7}
+    """
+    groups = {group: [value for name, value in scores.items() if name.startswith(f"{group}_")] for group in GROUPS}
+    means = {group: float(np.mean(values)) for group, values in groups.items() if values}
+    return {**means, "mean": float(np.mean(list(means.values())))} if means else {}
+
+
+def _pair_table(foils: Sequence[Foil]) -> Dataset:
+    pictures = to_dataset({str(row): foil.image for row, foil in enumerate(foils)}, ["image"])
+    columns = {"caption": [foil.caption for foil in foils], "negative_caption": [foil.foil for foil in foils]}
+    for name, values in columns.items():
+        pictures = pictures.add_column(name, values)
+    return pictures
+
+
+def _items(data: Dataset) -> tuple[list[Item], list[Item], list[Item]]:
+    pictures = [item for window in iter_items(data) for item in window]
+    captions, foils = ([Item(text=text) for text in data[name]] for name in ("caption", "negative_caption"))
+    return pictures, captions, foils
+
+
+def _judged(model: PairScorer, data: Dataset, batch_size: int) -> np.ndarray:
+    pictures, captions, foils = _items(data)
+    sides = [model.score_pairs(pictures, texts, batch_size=batch_size) for texts in (captions, foils)]
+    return np.stack(sides, axis=1)
+
+
+def _embedded(
+    model: EncoderProtocol, data: Dataset, encode_kwargs: EncodeKwargs, context: dict[str, Any]
+) -> np.ndarray:
+    """Cosine of each picture with caption and foil: float32 ``(num_pairs, 2)``."""
+    pictures, captions, foils = _items(data)
+    context = {**context, **encode_kwargs}
+    picture_of = _unit_vectors(model, pictures, "image", prompt_type=PromptType.query, **context)
+    text_of = _unit_vectors(model, captions + foils, "text", prompt_type=PromptType.document, **context)
+    left = np.stack([picture_of[item.id] for item in pictures])
+    right = (np.stack([text_of[item.id] for item in texts]) for texts in (captions, foils))
+    return np.stack([(left * texts).sum(axis=1) for texts in right], axis=1)
+
+
+def _unit_vectors(
+    model: EncoderProtocol, items: Sequence[Item], modality: Modality, **context: Any
+) -> dict[str, np.ndarray]:
+    """Embed each distinct item once: item id to unit vector."""
+    distinct = {item.id: item for item in items}
+    loader: DataLoader = DataLoader(
+        to_dataset(distinct, [modality]),  # type: ignore[arg-type]
+        batch_size=int(context.get("batch_size", 32)),
+        collate_fn=_columns_of,
+    )
+    # Foreign models may return tensors of any type on any device.
+    vectors = torch.as_tensor(model.encode(loader, **context)).float().cpu().numpy()
+    return dict(zip(distinct, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)))
+
+
+def _columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}

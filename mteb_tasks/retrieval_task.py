@@ -1,0 +1,133 @@
+"""Base of all our retrieval tasks: items in, ``hit_rate_at_1`` out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.timing import TimingStack
+
+from mteb_tasks.columns import category_modalities, to_dataset
+
+if TYPE_CHECKING:
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+
+    from unime_st.data.scenes import RetrievalData
+
+
+def retrieval_split(data: RetrievalData, category: str) -> RetrievalSplitData:
+    """Turn retrieval data into the tables mteb evaluates.
+
+    Args:
+        data: Queries, corpus, relevant documents and, where each query has its own, candidates.
+        category: mteb's modality code of the task.
+
+    Returns:
+        mteb's split: ``queries``, ``corpus``, ``relevant_docs`` and ``top_ranked`` (None = whole corpus). Candidates
+        listed twice for a query are kept once, so that a copy of the positive cannot beat it by position.
+
+    Raises:
+        ValueError: If a query has no relevant document, or lists a document the corpus lacks.
+
+    Example:
+        >>> from unime_st.data.items import Item
+        >>> from unime_st.data.scenes import RetrievalData
+        >>> d = RetrievalData({"q": Item(text="cat")}, {"d": Item(text="a cat")}, {"q": {"d"}}, {"q": ["d", "d"]})
+        >>> retrieval_split(d, "t2t")["top_ranked"]
+        {'q': ['d']}
+    """
+    query_modalities, document_modalities = category_modalities(category)
+    _check(data)
+    return {
+        "queries": to_dataset(data.queries, query_modalities),
+        "corpus": to_dataset(data.corpus, document_modalities),
+        "relevant_docs": {query: dict.fromkeys(sorted(docs), 1) for query, docs in data.relevant.items()},
+        "top_ranked": None
+        if data.candidates is None
+        else {query: list(dict.fromkeys(docs)) for query, docs in data.candidates.items()},
+    }
+
+
+def _check(data: RetrievalData) -> None:
+    for query in data.queries:
+        if not data.relevant.get(query):
+            raise ValueError(f"query {query!r} has no relevant document")
+        listed = set(data.relevant[query])
+        if data.candidates is not None:
+            if not data.candidates.get(query):
+                raise ValueError(f"query {query!r} has an empty candidate list")
+            listed |= set(data.candidates[query])
+        unknown = sorted(listed - data.corpus.keys())
+        if unknown:
+            raise ValueError(f"query {query!r} lists documents that the corpus lacks, the first is {unknown[0]!r}")
+
+
+class ItemRetrievalTask(AbsTaskRetrieval):
+    """A retrieval task whose data are items.
+
+    Subclasses give ``metadata`` and `retrieval_data`. Data once loaded stay loaded, so that a list of task objects can
+    be evaluated with model after model.
+    """
+
+    ignore_identical_ids = False
+    # Ten documents per query are enough for reranking and keep prediction files and metrics small.
+    k_values = (1, 5, 10)
+
+    @abstractmethod
+    def retrieval_data(self, subset: str, split: str) -> RetrievalData:
+        """Read the data of one subset.
+
+        Args:
+            subset: Name of the subset, ``"default"`` when there is only one.
+            split: Name of the split.
+
+        Returns:
+            The items and who is relevant to whom.
+        """
+
+    def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
+        """Load all subsets (a second call does nothing).
+
+        Args:
+            num_proc: Unused; pictures are decoded by the model, batch by batch.
+            timer: mteb's stop watch.
+            **kwargs: Unused arguments of mteb.
+        """
+        if self.data_loaded:
+            return
+        with (timer or TimingStack())("Data loading"):
+            self.dataset = {
+                subset: {
+                    split: retrieval_split(self.retrieval_data(subset, split), self.metadata.category or "it2it")
+                    for split in self.eval_splits
+                }
+                for subset in self.hf_subsets
+            }
+        self.data_loaded = True
+
+    def task_specific_scores(
+        self,
+        scores: Mapping[str, Mapping[str, float]],
+        qrels: Mapping[str, Mapping[str, int]],
+        results: Mapping[str, Mapping[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, float]:
+        """Add what chance would give, so that a score can be read against it.
+
+        Args:
+            scores: pytrec_eval's scores of each query.
+            qrels: Relevant documents of each query.
+            results: Ranked documents of each query.
+            hf_split: Name of the split.
+            hf_subset: Name of the subset.
+
+        Returns:
+            ``{"chance": mean over queries of relevant candidates / candidates}``.
+        """
+        data = self.dataset[hf_subset][hf_split]
+        everything, listed = len(data["corpus"]), data["top_ranked"]
+        shares = [len(docs) / (everything if listed is None else len(listed[query])) for query, docs in qrels.items()]
+        return {"chance": sum(shares) / len(shares)}

@@ -1,0 +1,159 @@
+"""mteb tasks on the drawn scenes: every kind of MMEB task, and SugarCrepe's seven categories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from mteb_tasks.metadata import task_metadata
+from mteb_tasks.preference_task import CaptionPreferenceTask
+from mteb_tasks.retrieval_task import ItemRetrievalTask
+from unime_st.data.scenes import FOIL_CATEGORIES, Foil, RetrievalData, foils, retrieval_data
+
+SCENES_REVISION = "1"
+"""Part of the result key; raise it when the drawings or texts of the test split change."""
+
+
+def _metadata(name: str, description: str, category: str, **fields: Any) -> Any:
+    return task_metadata(
+        name=name,
+        description=description,
+        category=category,
+        dataset={"path": "unime-st/scenes", "revision": SCENES_REVISION},
+        **fields,
+    )
+
+
+class _ScenesRetrieval(ItemRetrievalTask):
+    """Scenes as a retrieval task.
+
+    Args:
+        size: Number of queries.
+        data_seed: Which held-out scenes are drawn.
+        **kwargs: mteb's task arguments.
+    """
+
+    scene_task: ClassVar[str]
+
+    def __init__(self, *, size: int = 300, data_seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.size, self.data_seed = size, data_seed
+
+    def retrieval_data(self, subset: str, split: str) -> RetrievalData:
+        """Draw the scenes of the split."""
+        return retrieval_data(self.scene_task, split=split, size=self.size, seed=self.data_seed)
+
+
+class ScenesShortT2IRetrieval(_ScenesRetrieval):
+    """Find the picture of a short caption."""
+
+    scene_task = "short_t2i"
+    metadata = _metadata("ScenesShortT2IRetrieval", "Find the drawn scene that a short caption describes.", "t2i")
+
+
+class ScenesShortI2TRetrieval(_ScenesRetrieval):
+    """Find the short caption of a picture."""
+
+    scene_task = "short_i2t"
+    metadata = _metadata("ScenesShortI2TRetrieval", "Find the short caption of a drawn scene.", "i2t")
+
+
+class ScenesLongT2IRetrieval(_ScenesRetrieval):
+    """Find the picture of a long caption."""
+
+    scene_task = "long_t2i"
+    metadata = _metadata("ScenesLongT2IRetrieval", "Find the drawn scene that a long caption describes.", "t2i")
+
+
+class ScenesLongI2TRetrieval(_ScenesRetrieval):
+    """Find the long caption of a picture."""
+
+    scene_task = "long_i2t"
+    metadata = _metadata("ScenesLongI2TRetrieval", "Find the long caption of a drawn scene.", "i2t")
+
+
+class ScenesVQA(_ScenesRetrieval):
+    """Answer a question about a picture."""
+
+    scene_task = "vqa"
+    metadata = _metadata(
+        "ScenesVQA",
+        "Answer a question about a drawn scene by retrieving the answer.",
+        "it2t",
+        task_subtypes=["Question answering"],
+    )
+
+
+class ScenesGrounding(_ScenesRetrieval):
+    """Find the crop that shows the object an expression refers to."""
+
+    scene_task = "grounding"
+    metadata = _metadata(
+        "ScenesGrounding",
+        "Find the crop of a drawn scene that shows the object an expression refers to.",
+        "it2i",
+        task_subtypes=["Object recognition"],
+    )
+
+
+class ScenesComposedRetrieval(_ScenesRetrieval):
+    """Find the picture that differs from another as a text says."""
+
+    scene_task = "composed"
+    metadata = _metadata(
+        "ScenesComposedRetrieval", "Find the drawn scene that differs from another one as a text says.", "it2i"
+    )
+
+
+class ScenesClassification(_ScenesRetrieval):
+    """Find the class of a picture."""
+
+    scene_task = "classification"
+    metadata = _metadata(
+        "ScenesClassification",
+        "Classify a drawn scene by retrieving its class name.",
+        "i2t",
+        task_subtypes=["Scene recognition"],
+    )
+
+
+class ScenesCompositional(CaptionPreferenceTask):
+    """Tell a caption from a foil that differs in one object, attribute or relation.
+
+    Args:
+        size: Number of pairs of each category.
+        data_seed: Which held-out scenes are drawn.
+        **kwargs: mteb's task arguments.
+    """
+
+    metadata = _metadata(
+        "ScenesCompositional",
+        "Tell the caption of a drawn scene from a foil, in the seven categories of SugarCrepe.",
+        "i2t",
+        type="Compositionality",
+        eval_langs={category: ["eng-Latn"] for category in FOIL_CATEGORIES},
+        main_score="text_acc",
+        task_subtypes=["Caption Pairing"],
+    )
+
+    def __init__(self, *, size: int = 150, data_seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.size, self.data_seed = size, data_seed
+
+    def foils(self, category: str, split: str) -> Sequence[Foil]:
+        """Draw the pairs of one category."""
+        return foils(category, split=split, size=self.size, seed=self.data_seed)
+
+
+SCENES_TASKS = (
+    ScenesShortT2IRetrieval,
+    ScenesShortI2TRetrieval,
+    ScenesLongT2IRetrieval,
+    ScenesLongI2TRetrieval,
+    ScenesVQA,
+    ScenesGrounding,
+    ScenesComposedRetrieval,
+    ScenesClassification,
+    ScenesCompositional,
+)
+"""Every scenes task."""

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from mteb_tasks import RecordsRetrieval, evaluate
+from mteb_tasks.retrieval_task import retrieval_split
+from unime_st.data.items import Item
+from unime_st.data.records import PairRecord, RecordSet
+from unime_st.data.scenes import RetrievalData
+
+
+def _records():
+    red, blue = (Item(image=Image.new("RGB", (8, 8), color)) for color in ("red", "blue"))
+    return [
+        PairRecord(Item(text="red?"), red, "names"),
+        PairRecord(Item(text="blue?"), blue, "names"),
+        PairRecord(Item(text="blue?"), Item(text="same", image=Image.new("RGB", (8, 8), "navy")), "names"),
+        PairRecord(red, Item(text="red"), "captions"),
+        PairRecord(blue, Item(text="blue"), "captions"),
+    ]
+
+
+def test_a_record_folder_becomes_a_task_with_one_subset_per_dataset(tiny, tmp_path):
+    RecordSet.write(tmp_path / "mine", _records(), {})
+    task = RecordsRetrieval(tmp_path / "mine")
+    scores = evaluate(tiny, [task], tmp_path / "out")
+    assert task.metadata.name == "Records-mine"
+    assert set(scores["Records-mine"]) == {"names", "captions"}
+    names = task.dataset["names"]["test"]
+    assert len(names["queries"]) == 2 and len(names["corpus"]) == 3
+    blue = next(query for query in names["queries"]["id"] if len(names["relevant_docs"][query]) == 2)
+    assert names["relevant_docs"][blue].keys() < set(names["corpus"]["id"])
+
+
+def test_other_records_are_another_revision(tmp_path):
+    for name, records in (("a", _records()), ("b", _records()[:-1]), ("c", _records())):
+        RecordSet.write(tmp_path / name, records, {})
+    a, b, c = (RecordsRetrieval(tmp_path / name).metadata.revision for name in "abc")
+    assert a == c != b
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    RecordSet.write(tmp_path / "none", [], {})
+    with pytest.raises(ValueError, match="holds no records"):
+        RecordsRetrieval(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"relevant": {}}, "'q' has no relevant document"),
+        ({"candidates": {"q": []}}, "'q' has an empty candidate list"),
+        ({"candidates": {"q": ["d", "gone"]}}, "the first is 'gone'"),
+    ],
+)
+def test_broken_retrieval_data_are_named(change, message):
+    good = {"queries": {"q": Item(text="a")}, "corpus": {"d": Item(text="b")}, "relevant": {"q": {"d"}}}
+    with pytest.raises(ValueError, match=message):
+        retrieval_split(RetrievalData(**{"candidates": None, **good, **change}), "t2t")

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import mteb
+import pytest
+
+import mteb_tasks
+from mteb_tasks.registration import add_task
+from mteb_tasks.scenes import SCENES_TASKS, ScenesVQA
+
+
+def test_register_twice_and_find_every_task_by_name(caplog):
+    mteb_tasks.register()
+    mteb_tasks.register()
+    home = sys.modules["mteb.get_tasks"]
+    for task in SCENES_TASKS:
+        assert type(mteb.get_task(task.metadata.name)) is task
+        assert home.TASK_LIST.count(task) == 1
+    assert not caplog.records
+
+
+def test_a_name_that_mteb_has_stays_its_own(caplog):
+    class Impostor(ScenesVQA):
+        metadata = ScenesVQA.metadata.model_copy(update={"name": "Banking77Classification"})
+
+    before = mteb.get_task("Banking77Classification")
+    add_task(Impostor)
+    assert type(mteb.get_task("Banking77Classification")) is type(before)
+    assert "already has a task named Banking77Classification" in caplog.text
+
+
+@pytest.mark.parametrize("module", ["mteb", "mteb_tasks.records"])
+def test_whatever_is_imported_first_the_tasks_are_known(module):
+    code = f"import {module}, mteb_tasks, mteb; mteb_tasks.register(); print(mteb.get_task('ScenesVQA').metadata.name)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "ScenesVQA" and "Warning" not in found.stderr
