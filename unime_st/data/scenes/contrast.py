@@ -1,0 +1,154 @@
+"""One training example of any kind: a query about a scene, its right answer, and a wrong one that is hard to tell."""
+
+from __future__ import annotations
+
+import random
+
+from unime_st.data.items import Item
+from unime_st.data.records import PairRecord
+from unime_st.data.scenes.draw import crop_thing, draw_scene, to_png
+from unime_st.data.scenes.foils import FOIL_CATEGORIES, make_foil
+from unime_st.data.scenes.language import (
+    ask,
+    ask_again,
+    edit,
+    full_pattern,
+    long_caption,
+    noun_phrase,
+    short_caption,
+    unique_pattern,
+)
+from unime_st.data.scenes.world import ATTRIBUTES, Scene, Thing, describe, sample_scene
+
+# Every query carries its instruction, as in MMEB.
+INSTRUCTIONS = {
+    "t2i": "find an image: {}",
+    "i2t": "find a caption.",
+    "vqa": "answer: {}",
+    "grounding": "crop the {}.",
+    "composed": "find this image, but {}.",
+    "classification": "classify the object.",
+}
+
+
+def picture(scene: Scene, rng: random.Random) -> Item:
+    """A drawing of ``scene``."""
+    return Item(image=to_png(draw_scene(scene, rng)))
+
+
+def crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
+    """A drawing of one object of ``scene``, cut out and enlarged."""
+    return Item(image=to_png(crop_thing(draw_scene(scene, rng), thing)))
+
+
+def with_instruction(kind: str, text: str = "", image: Item | None = None) -> Item:
+    """A query: the instruction of its kind around ``text``, with the picture that it is about."""
+    return Item(text=INSTRUCTIONS[kind].format(text), image=None if image is None else image.image)
+
+
+def label(scene: Scene) -> str:
+    """The class of a scene with one object."""
+    return f"{scene.things[0].color} {scene.things[0].shape}"
+
+
+def scene_for(kind: str, rng: random.Random, split: str) -> Scene:
+    """A random scene of the size that tasks of this kind ask about."""
+    return sample_scene(rng, split, counts=(1,) if kind == "classification" else (2, 2, 3, 3, 4))
+
+
+def grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
+    """An object and words that single it out in its picture."""
+    while True:
+        thing = rng.choice(scene.things)
+        pattern = unique_pattern(scene, thing, rng)
+        if pattern is not None:
+            return thing, noun_phrase(pattern, rng)
+
+
+def _short(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A true short caption and a false one: by a compositional edit, or true of another scene."""
+    if rng.random() < 0.6:
+        pair = make_foil(rng.choice(FOIL_CATEGORIES), scene, rng)
+        if pair is not None:
+            seed = rng.getrandbits(32)
+            true, false = (short_caption(description, random.Random(seed)) for description in pair)
+            return true, false
+    detail = rng.choice((0.3, 0.6, 0.9))
+    true_description = describe(scene, rng, detail)
+    while True:
+        other = edit(scene, rng)[1] if rng.random() < 0.5 else scene_for("short", rng, scene.split)
+        false_description = describe(other, rng, detail)
+        if not false_description.true_of(scene):
+            return short_caption(true_description, rng), short_caption(false_description, rng)
+
+
+def _false_picture(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    """A caption that is true of ``scene`` and another scene, often nearly the same, of which it is false."""
+    while True:
+        description = describe(scene, rng, rng.choice((0.3, 0.6, 0.9)))
+        for _ in range(4):
+            other = edit(scene, rng)[1] if rng.random() < 0.6 else scene_for("short", rng, scene.split)
+            if not description.true_of(other):
+                return short_caption(description, rng), other
+
+
+def _wrong_crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
+    others = [other for other in scene.things if full_pattern(other) != full_pattern(thing)]
+    if others and rng.random() < 0.7:
+        return crop(scene, rng.choice(others), rng)
+    other = scene_for("grounding", rng, scene.split)
+    wrong = [candidate for candidate in other.things if full_pattern(candidate) != full_pattern(thing)]
+    return crop(other, rng.choice(wrong), rng) if wrong else _wrong_crop(scene, thing, rng)
+
+
+def _wrong_label(scene: Scene, rng: random.Random) -> str:
+    name = rng.choice(("color", "shape"))
+    thing = {key: getattr(scene.things[0], key) for key in ("color", "shape")}
+    thing[name] = rng.choice([value for value in ATTRIBUTES[name] if value != thing[name]])
+    return f"{thing['color']} {thing['shape']}"
+
+
+def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
+    """One training pair of the given kind about ``scene``, with one hard negative.
+
+    Args:
+        kind: A name of :data:`unime_st.data.scenes.SCENE_TASKS`.
+        scene: What the query is about.
+        rng: Source of randomness of words and drawing.
+
+    Returns:
+        A record with exactly one negative, which is false for the query by the scene's meaning.
+    """
+    seen = picture(scene, rng)
+
+    def record(query: Item, positive: Item, negative: Item) -> PairRecord:
+        return PairRecord(query, positive, kind, (negative,))
+
+    if kind == "short_i2t":
+        true, false = _short(scene, rng)
+        return record(with_instruction("i2t", image=seen), Item(text=true), Item(text=false))
+    if kind == "short_t2i":
+        caption, other = _false_picture(scene, rng)
+        return record(with_instruction("t2i", caption), seen, picture(other, rng))
+    if kind in ("long_i2t", "long_t2i"):
+        other = edit(scene, rng)[1]
+        if kind == "long_t2i":
+            return record(with_instruction("t2i", long_caption(scene, rng)), seen, picture(other, rng))
+        captions = (long_caption(scene, rng), long_caption(other, rng))
+        return record(with_instruction("i2t", image=seen), Item(text=captions[0]), Item(text=captions[1]))
+    if kind == "vqa":
+        question, answer = ask(scene, rng)
+        return record(with_instruction("vqa", question, seen), Item(text=answer), Item(text=ask_again(answer, rng)))
+    if kind == "grounding":
+        thing, words = grounding_target(scene, rng)
+        return record(
+            with_instruction("grounding", words, seen), crop(scene, thing, rng), _wrong_crop(scene, thing, rng)
+        )
+    if kind == "composed":
+        words, changed = edit(scene, rng)
+        wrong = scene if rng.random() < 0.5 else edit(changed, rng)[1]
+        return record(with_instruction("composed", words, seen), picture(changed, rng), picture(wrong, rng))
+    if kind == "classification":
+        wrong_label = _wrong_label(scene, rng)
+        return record(with_instruction("classification", image=seen), Item(text=label(scene)), Item(text=wrong_label))
+    raise ValueError(f"Unknown kind of record {kind!r}.")

@@ -1,0 +1,126 @@
+"""Draws scenes with Pillow: 84 x 84 pixels, a 3 x 3 grid of cells, each object jittered within its cell."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from functools import cache
+
+from PIL import Image, ImageDraw
+
+from unime_st.data.scenes.world import Scene, Thing
+
+CELL = 28
+SIDE = 3 * CELL
+_SCALE = 4  # objects are drawn larger and shrunk once, so that edges come out smooth
+_PAINT = {
+    "red": (215, 30, 35),
+    "green": (30, 150, 55),
+    "blue": (35, 70, 215),
+    "yellow": (245, 215, 35),
+    "purple": (130, 40, 165),
+    "orange": (245, 130, 20),
+    "cyan": (45, 205, 215),
+    "pink": (245, 145, 185),
+    "white": (250, 250, 250),
+    "gray": (150, 150, 150),
+    "brown": (110, 75, 45),
+    "black": (20, 20, 20),
+}
+
+
+def _points(shape: str, side: float) -> list[tuple[float, float]]:
+    """Corners of the polygonal shapes in a square of the given side."""
+    centre = side / 2
+    if shape == "square":
+        return [(0, 0), (side, 0), (side, side), (0, side)]
+    if shape == "triangle":
+        return [(centre, 0), (side, side), (0, side)]
+    if shape == "diamond":
+        return [(centre, 0), (side, centre), (centre, side), (0, centre)]
+    if shape == "cross":
+        a, b = side * 0.33, side * 0.67
+        return [
+            (a, 0),
+            (b, 0),
+            (b, a),
+            (side, a),
+            (side, b),
+            (b, b),
+            (b, side),
+            (a, side),
+            (a, b),
+            (0, b),
+            (0, a),
+            (a, a),
+        ]
+    if shape == "star":
+        radii = [centre if corner % 2 == 0 else centre * 0.42 for corner in range(10)]
+        angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
+        return [(centre + r * math.cos(a), centre + r * math.sin(a)) for r, a in zip(radii, angles)]
+    turns = [2 * math.pi * step / 60 for step in range(60)]  # heart, as a closed curve
+    x = [16 * math.sin(t) ** 3 for t in turns]
+    y = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
+    return [(centre + u / 34 * side, centre - (v + 2.5) / 34 * side) for u, v in zip(x, y)]
+
+
+@cache
+def _tile(color: str, shape: str, size: str, texture: str) -> Image.Image:
+    """One object as a small picture with transparency."""
+    side = (24 if size == "large" else 14) * _SCALE
+    mask = Image.new("L", (side, side), 0)
+    pen = ImageDraw.Draw(mask)
+    if shape in ("circle", "ring"):
+        pen.ellipse((0, 0, side - 1, side - 1), fill=255)
+        if shape == "ring":
+            pen.ellipse((side * 0.28, side * 0.28, side * 0.72, side * 0.72), fill=0)
+    else:
+        pen.polygon(_points(shape, side - 1), fill=255)
+    paint = _PAINT[color]
+    shade = tuple(channel // 3 for channel in paint)
+    layer = Image.new("RGB", (side, side), paint)
+    brush = ImageDraw.Draw(layer)
+    if texture == "striped":
+        for top in range(0, side, 5 * _SCALE):
+            brush.rectangle((0, top, side, top + 2 * _SCALE - 1), fill=shade)
+    elif texture == "dotted":
+        for top in range(0, side, 5 * _SCALE):
+            for left in range(0, side, 5 * _SCALE):
+                brush.ellipse((left, top, left + 3 * _SCALE, top + 3 * _SCALE), fill=shade)
+    layer.putalpha(mask)
+    return layer.resize((side // _SCALE, side // _SCALE), Image.Resampling.LANCZOS)
+
+
+def _corner(thing: Thing, tile: Image.Image, rng: random.Random) -> tuple[int, int]:
+    """Upper left corner of an object: centred in its cell, moved by up to two pixels."""
+    slack = min(2, (CELL - tile.width) // 2)
+    row, column = thing.cell
+    centre = (CELL - tile.width) // 2
+    return (
+        column * CELL + centre + rng.randint(-slack, slack),
+        row * CELL + centre + rng.randint(-slack, slack),
+    )
+
+
+def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draw ``scene``; ``rng`` only moves the objects a little, so two drawings of a scene are near-duplicates."""
+    picture = Image.new("RGB", (SIDE, SIDE), _PAINT[scene.background])
+    for thing in scene.things:
+        tile = _tile(thing.color, thing.shape, thing.size, thing.texture)
+        picture.paste(tile, _corner(thing, tile, rng), tile)
+    return picture
+
+
+def crop_thing(picture: Image.Image, thing: Thing) -> Image.Image:
+    """The cell of ``thing`` cut out of a drawn scene and enlarged to the size of a scene."""
+    row, column = thing.cell
+    box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
+    return picture.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """Lossless bytes of a drawing."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,147 @@
+"""What the embedded default learns as a language model: describing, answering, judging pairs, choosing from a list."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import Qwen2VLProcessor
+
+from unime_st.data.items import Item
+from unime_st.data.scenes.contrast import INSTRUCTIONS, contrast, picture, scene_for
+from unime_st.data.scenes.language import ask, long_caption, short_caption
+from unime_st.data.scenes.tasks import TRAINING_MIX
+from unime_st.data.scenes.world import describe
+
+_TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
+_IGNORE = -100
+# Kind of lesson -> (share of the batches, examples per batch)
+LESSONS = {
+    "describe": (0.15, 64),
+    "describe_long": (0.10, 24),
+    "answer": (0.25, 48),
+    "judge": (0.35, 96),
+    "judge_long": (0.05, 32),
+    "choose": (0.10, 24),
+}
+_LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
+_SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
+
+
+@dataclass
+class Example:
+    """Pictures and alternating pieces of text: (what is said, what has to be answered)."""
+
+    images: list[Image.Image]
+    turns: list[tuple[str, str]]
+
+
+def _shown(item: Item, images: list[Image.Image]) -> str:
+    """The text of an item with its picture's placeholder before it; the picture goes to ``images``."""
+    text = item.text or ""
+    if item.image is None:
+        return text
+    images.append(item.image.open())
+    return "<|vision_start|><|image_pad|><|vision_end|>" + text
+
+
+def _describe(rng: random.Random, long: bool) -> Example:
+    scene = scene_for("short", rng, "train")
+    images: list[Image.Image] = []
+    shown = _shown(picture(scene, rng), images)
+    if long:
+        return Example(images, [(f"{shown}describe in detail.{_TURN}", long_caption(scene, rng))])
+    turns = [(f"{shown}describe.{_TURN}", short_caption(describe(scene, rng, 0.8), rng))]
+    return Example(images, turns)
+
+
+def _answer(rng: random.Random) -> Example:
+    scene = scene_for("vqa", rng, "train")
+    images: list[Image.Image] = []
+    shown = _shown(picture(scene, rng), images)
+    turns = []
+    for _ in range(4):
+        question, answer = ask(scene, rng)
+        turns.append((f"{shown}{INSTRUCTIONS['vqa'].format(question)}{_TURN}", answer))
+        shown = ""
+    return Example(images, turns)
+
+
+def _judge(rng: random.Random, mix: dict[str, float]) -> Example:
+    (kind,) = rng.choices(list(mix), list(mix.values()))
+    scene = scene_for(kind, rng, "train")
+    record = contrast(kind, scene, rng)
+    right = rng.random() < 0.5
+    candidate = record.positive if right else record.negatives[0]
+    if not right and rng.random() < 0.25:  # easy negatives too: the right answer to another question
+        candidate = contrast(kind, scene_for(kind, rng, "train"), rng).negatives[0]
+    images: list[Image.Image] = []
+    prompt = f"Query:{_shown(record.query, images)}Candidate:{_shown(candidate, images)}{_TURN}"
+    return Example(images, [(prompt, "Yes" if right else "No")])
+
+
+def _choose(rng: random.Random) -> Example:
+    (kind,) = rng.choices(list(_SHORT), list(_SHORT.values()))
+    record = contrast(kind, scene_for(kind, rng, "train"), rng)
+    others = [contrast(kind, scene_for(kind, rng, "train"), rng).negatives[0] for _ in range(rng.randint(0, 4))]
+    candidates = [record.positive, *record.negatives, *others]
+    order = rng.sample(range(len(candidates)), len(candidates))
+    images: list[Image.Image] = []
+    prompt = f"Query:{_shown(record.query, images)}Candidates:"
+    for place, index in enumerate(order, start=1):
+        prompt += f"({place}) {_shown(candidates[index], images)}"
+    return Example(images, [(f"{prompt}{_TURN}Ans: (", f"{order.index(0) + 1})")])
+
+
+_MAKERS: dict[str, Callable[[random.Random], Example]] = {
+    "describe": lambda rng: _describe(rng, long=False),
+    "describe_long": lambda rng: _describe(rng, long=True),
+    "answer": _answer,
+    "judge": lambda rng: _judge(rng, _SHORT),
+    "judge_long": lambda rng: _judge(rng, _LONG),
+    "choose": _choose,
+}
+
+
+def draw_batch(rng: random.Random) -> tuple[str, list[Example]]:
+    """A batch of examples of one random kind of lesson."""
+    (lesson,) = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])
+    return lesson, [_MAKERS[lesson](rng) for _ in range(LESSONS[lesson][1])]
+
+
+def collate(examples: list[Example], processor: Qwen2VLProcessor) -> dict[str, Any]:
+    """Model inputs and labels of a batch; only what has to be answered is a label.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``mm_token_type_ids``, ``labels`` of shape (batch, length), padded on the
+        right, and ``pixel_values``, ``image_grid_thw`` of all pictures in order.
+    """
+    tokenizer = processor.tokenizer
+    pictures = [image for example in examples for image in example.images]
+    vision = processor.image_processor(images=pictures, return_tensors="pt") if pictures else {}
+    grids = vision["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2 if pictures else []
+    rows, used = [], 0
+    for example in examples:
+        row, labels = [], []
+        for said, answered in example.turns:
+            for image in range(said.count("<|image_pad|>")):
+                said = said.replace("<|image_pad|>", "<|video_pad|>" * int(grids[used + image]), 1)
+            used += said.count("<|vision_start|>")
+            prompt = tokenizer.encode(said.replace("<|video_pad|>", "<|image_pad|>"), add_special_tokens=False)
+            answer = tokenizer.encode(f"{answered}<|im_end|>", add_special_tokens=False)
+            row += prompt + answer
+            labels += [_IGNORE] * len(prompt) + answer
+        rows.append((row, labels))
+    width = max(len(row) for row, _ in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, _IGNORE)}
+    for index, (row, labels) in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        batch["attention_mask"][index, : len(row)] = 1
+        batch["labels"][index, : len(row)] = torch.tensor(labels)
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return {**batch, "mm_token_type_ids": (ids == image_id).long(), **vision}
