@@ -49,7 +49,7 @@ def labelled_losses(
     teacher = torch.randn(num_rows, 12, generator=generator)
     scores = torch.rand(num_rows, 3, generator=generator)
     return {
-        "similarity": (SimilarityDistillationLoss(model, 0.1, **options), 1, teacher),
+        "similarity": (SimilarityDistillationLoss(model, 0.1, mask_diagonal=True, **options), 1, teacher),
         "hard negatives": (HardNegativeRankingLoss(model, 0.1, num_negatives=3, **options), 3, None),
         "all filtered": (HardNegativeRankingLoss(model, 0.1, -3.0, **options), 3, None),
         "soft labels": (SoftLabelDistillationLoss(model, 0.1, **options), 4, scores),
