@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import output_capturing
+from transformers import AutoConfig
+
+from unime_st.backbones.pickling import restore_output_registry
 
 
 class UniME(SentenceTransformer):
@@ -107,19 +107,3 @@ class UniME(SentenceTransformer):
         super().__setstate__(state)
         restore_output_registry(self)
 
-
-def restore_output_registry(module: nn.Module) -> None:
-    """Enter every transformers model inside ``module`` again into the table of outputs it can record.
-
-    transformers fills that table when a model is built. A model that arrives in another process by pickle was never
-    built there, and LLaVA models then fail with "NoneType object is not subscriptable".
-
-    Args:
-        module: Any module that may contain transformers models.
-
-    Example:
-        >>> restore_output_registry(nn.Linear(1, 1))
-    """
-    for child in module.modules():
-        if isinstance(child, PreTrainedModel) and hasattr(child, "_can_record_outputs"):
-            output_capturing._CAN_RECORD_REGISTRY[child] = child._can_record_outputs

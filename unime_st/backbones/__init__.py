@@ -1,1 +1,47 @@
+"""Model classes that transformers lacks, under model types of their own.
+
+A checkpoint whose official numbers need more than transformers' own classes (one-dimensional image positions, an image
+rule, Phi-3.5-Vision) carries a model type that begins with ``unime_``. Where this package is missing, loading it fails
+with "model type not recognized" and never gives other vectors silently.
+"""
+
 from __future__ import annotations
+
+from unime_st.backbones.families import FAMILIES, Family
+
+__all__ = ["FAMILIES", "Family", "register"]
+
+
+def register() -> None:
+    """Enter our classes in transformers' Auto classes; a second call changes nothing.
+
+    ``import unime_st`` arranges for this to happen at the first ``from_pretrained`` of an Auto class.
+
+    Example:
+        >>> register()
+        >>> from transformers import AutoConfig
+        >>> AutoConfig.for_model("unime_qwen2_vl").image_positions
+        '1d'
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    for family in FAMILIES.values():
+        if family.module is None:
+            continue
+        config, model = family.load("config"), family.load("model")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoProcessor.register(config, family.load("processor"), exist_ok=True)
+        renamed = {model: family.weights_like}
+        if family.generator is not None:
+            generator = family.load("generator")
+            AutoModelForImageTextToText.register(config, generator, exist_ok=True)
+            AutoModelForMultimodalLM.register(config, generator, exist_ok=True)
+            renamed[generator] = family.generator_weights_like
+        for cls, like in renamed.items():
+            if like is not None and (mapping := get_checkpoint_conversion_mapping(like)) is not None:
+                register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)

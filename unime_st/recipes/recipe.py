@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Literal
 
 
@@ -92,7 +93,7 @@ class Recipe:
         processor_hub_id: Repository of tokenizer and image processor when ``hub_id`` lacks them.
         base_model: Backbone named in the model card.
         task: ``"embedding"`` or ``"reranker"``.
-        template: File in ``recipes/templates``; None keeps the chat template of the checkpoint.
+        template: File in ``recipes/templates``, or an absolute path; None keeps the chat template of the checkpoint.
         template_kwargs: Variables of the template that the folder fixes.
         image: How pictures are prepared; None leaves everything to the checkpoint's own processor.
         positions: ``"1d"`` counts every token, image tokens included; ``"native"`` keeps the backbone's scheme.
@@ -143,4 +144,6 @@ class Recipe:
         """
         if self.template is None:
             return None
+        if Path(self.template).is_absolute():
+            return Path(self.template).read_text(encoding="utf-8")
         return (files("unime_st.recipes") / "templates" / self.template).read_text(encoding="utf-8")

@@ -39,7 +39,10 @@ _V1_DEMO = Demo(
 _V2_QWEN_IMAGES = ImageRule(official=1344, training=672, exif=False)
 # LLaVA-OneVision: the official path goes through the chat template, which turns pictures after the squash.
 _V2_LLAVA_IMAGES = ImageRule(official=1344, training=336, exif=True)
-_V1_IMAGES = ImageRule(official=None, training=336, exif=True)
+# UniME's scripts for LLaVA-1.6 call the processor on the opened picture, those for LLaVA-OneVision go through the chat
+# template, which turns it.
+_V1_LLAVA_IMAGES = ImageRule(official=None, training=336, exif=False)
+_V1_LLAVA_OV_IMAGES = ImageRule(official=None, training=336, exif=True)
 # LamRA's loader: transparency on white, 4 to 300 tokens of 28 x 28 pixels.
 _RERANKER_IMAGES = ImageRule(
     official=None, exif=False, alpha="white", min_pixels=4 * 28 * 28, max_pixels=300 * 28 * 28
@@ -54,7 +57,6 @@ _ROWS = (
         revision="36ef54da9f3dc3a2bfba115c4fb403b1a1f7cb0c",
         base_model="llava-hf/llava-onevision-qwen2-7b-ov-hf",
         template="v2_llava_onevision.jinja",
-        template_kwargs={"add_generation_prompt": True},
         image=_V2_LLAVA_IMAGES,
         dtype="bfloat16",
         prompts=_V2_PROMPTS,
@@ -108,7 +110,6 @@ _ROWS = (
         processor_hub_id="microsoft/Phi-3.5-vision-instruct",
         base_model="microsoft/Phi-3.5-vision-instruct",
         template="v1_phi3_v.jinja",
-        template_kwargs={"style": "one_word"},
         image=ImageRule(official=None, training=336, exif=False),
         dtype="float16",
         prompts=_NO_PROMPTS,
@@ -122,8 +123,7 @@ _ROWS = (
         processor_hub_id="llava-hf/llava-v1.6-mistral-7b-hf",
         base_model="llava-hf/llava-v1.6-mistral-7b-hf",
         template="v1_llava_next.jinja",
-        template_kwargs={"style": "one_word"},
-        image=_V1_IMAGES,
+        image=_V1_LLAVA_IMAGES,
         dtype="float16",
         prompts=_NO_PROMPTS,
         demo=_V1_DEMO,
@@ -135,8 +135,7 @@ _ROWS = (
         hub_id="DeepGlint-AI/UniME-LLaVA-OneVision-7B",
         base_model="llava-hf/llava-onevision-qwen2-7b-ov-hf",
         template="v1_llava_onevision.jinja",
-        template_kwargs={"style": "one_word", "add_generation_prompt": True},
-        image=_V1_IMAGES,
+        image=_V1_LLAVA_OV_IMAGES,
         dtype="float16",
         prompts=_NO_PROMPTS,
     ),

@@ -1,0 +1,110 @@
+"""From what a user gives as a picture to the RGB picture that the official code gave to its image processor."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from unime_st.data.images import BadImageError
+from unime_st.recipes.recipe import ImageRule
+
+
+def open_picture(source: Any) -> Image.Image:
+    """Open a picture without changing its mode, size or orientation.
+
+    Args:
+        source: PIL image, path, ``http(s)`` URL, data URI or base64 text; or an array or tensor of ``uint8`` with the
+            channels (1, 3 or 4) last or first.
+
+    Returns:
+        The picture as stored.
+
+    Raises:
+        BadImageError: It cannot be read or decoded; the message names it.
+        TypeError: It is of another type.
+
+    Example:
+        >>> open_picture(np.zeros((2, 3, 3), dtype=np.uint8)).size
+        (3, 2)
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _from_array(source)
+    if not isinstance(source, str):
+        raise TypeError(f"A picture is a PIL image, path, URL, data URI or array, got {type(source).__name__}.")
+    label = source if len(source) <= 200 else source[:60] + "..."
+    try:
+        picture = Image.open(_bytes_of(source) if not os.path.isfile(source) else source)
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"image {label}: cannot be opened ({error})") from error
+    return picture
+
+
+def _bytes_of(source: str) -> io.BytesIO:
+    if source.startswith(("http://", "https://")):
+        from huggingface_hub.utils import get_session
+
+        response = get_session().get(source, follow_redirects=True)
+        if response.status_code != 200:
+            raise OSError(f"the server answered {response.status_code}")
+        return io.BytesIO(response.content)
+    encoded = source.split(",", 1)[1] if source.startswith("data:image/") else source
+    try:
+        return io.BytesIO(base64.b64decode(encoded, validate=True))
+    except binascii.Error as error:
+        raise OSError("no such file, and neither a URL nor base64 text") from error
+
+
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[-1] not in (1, 3, 4):
+        raise BadImageError(
+            f"image array of shape {tuple(values.shape)} and type {values.dtype}: expected uint8 values and 1, 3 or 4 "
+            "channels, last or first"
+        )
+    return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def prepare_picture(source: Any, rule: ImageRule, side: int | None) -> Image.Image:
+    """Bring a picture to RGB the way the official code does.
+
+    Args:
+        source: See :func:`open_picture`.
+        rule: What to do about orientation and transparency.
+        side: Side in pixels of the square to squash to, None keeps the size.
+
+    Returns:
+        RGB picture without EXIF data, so that nothing later turns it again.
+
+    Raises:
+        BadImageError: The picture cannot be read.
+
+    Example:
+        >>> prepare_picture(Image.new("P", (30, 20)), ImageRule(), 28).size
+        (28, 28)
+    """
+    picture = open_picture(source)
+    if side is not None:
+        picture = picture.resize((side, side))  # Pillow's default: bicubic, nearest neighbour for palettes
+    if rule.exif:
+        picture = ImageOps.exif_transpose(picture)
+    if rule.alpha == "white" and picture.mode == "RGBA":
+        white = Image.new("RGB", picture.size, (255, 255, 255))
+        white.paste(picture, mask=picture.getchannel("A"))
+        picture = white
+    rgb = picture.convert("RGB")
+    if rgb is source:
+        rgb = rgb.copy()
+    rgb.info = {}
+    return rgb

@@ -1,0 +1,167 @@
+"""What our processors add to those of transformers: the image rule of a recipe, and a prompt tail that truncation keeps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature
+from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+
+from unime_st.backbones.pictures import prepare_picture
+from unime_st.recipes.recipe import ImageRule
+
+_RULE_OPTIONS = ("image_rule", "image_size", "image_backend")
+
+
+class UniMEProcessorMixin:
+    """Mixin for a transformers processor; goes before it in the list of bases.
+
+    The processor configuration holds three fields more: ``image_rule`` (:class:`~unime_st.recipes.ImageRule` as a
+    dict), ``image_size`` and ``image_backend``. All three can be overridden when loading, e.g.
+    ``SentenceTransformer(folder, processor_kwargs={"image_size": 336})``.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+
+    def set_image_rule(
+        self, image_rule: dict[str, Any] | None, image_size: str | int | None, image_backend: str | None
+    ) -> None:
+        """Set how pictures are prepared.
+
+        Args:
+            image_rule: Fields of :class:`~unime_st.recipes.ImageRule`; None is the default rule.
+            image_size: ``"official"``, ``"training"``, ``"native"`` or the side of a square in pixels.
+            image_backend: ``"pil"`` or ``"torchvision"``; None takes the backend of the rule.
+
+        Raises:
+            ValueError: A value is not allowed.
+
+        Example:
+            >>> processor.set_image_rule({"official": 1344}, "native", "pil")        # doctest: +SKIP
+        """
+        rule = ImageRule(**(image_rule or {}))
+        self._rule, self._side = rule, rule.side(image_size)
+        self.image_rule = asdict(rule)
+        self.image_size = "official" if image_size is None else image_size
+        self.image_backend = image_backend or rule.backend
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Load the parts, the image processor in the backend that the recipe asks for."""
+        stored = processor_dict or {}
+        rule = ImageRule(**(kwargs.get("image_rule") or stored.get("image_rule") or {}))
+        backend = kwargs.get("image_backend") or stored.get("image_backend") or rule.backend
+        if backend not in ("pil", "torchvision"):
+            raise ValueError(f"image_backend {backend!r}: use 'pil' or 'torchvision'.")
+        kwargs = {key: value for key, value in kwargs.items() if key not in _RULE_OPTIONS}
+        parts = []
+        for name in cls.get_attributes():  # type: ignore[attr-defined]
+            if name == "tokenizer":
+                parts.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+            else:
+                auto = MODALITY_TO_AUTOPROCESSOR_MAPPING[name]
+                chosen = {"backend": backend} if name == "image_processor" else {}
+                parts.append(auto.from_pretrained(pretrained_model_name_or_path, **kwargs, **chosen))
+        return parts
+
+    def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> Any:
+        """Apply the image rule before anything else sees the pictures."""
+        return super().prepare_inputs_layout(images=self._prepare(images), **kwargs)  # type: ignore[misc]
+
+    def _prepare(self, images: Any) -> Any:
+        if images is None:
+            return None
+        if isinstance(images, (list, tuple)):
+            return [self._prepare(image) for image in images]
+        return prepare_picture(images, self._rule, self._side)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Process pictures and rendered text, see :class:`transformers.ProcessorMixin`."""
+        features: BatchFeature = super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
+        if "batch_num_images" in features and isinstance(text, list) and len(features["batch_num_images"]) < len(text):
+            # One count per row, zeros included: whoever cuts a mixed batch into mini-batches slices rows.
+            features["batch_num_images"] = torch.tensor([len(row) for row in images])
+        return features
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Render and process chats; a row with pictures that truncation has cut gets the end of its prompt back.
+
+        The last token is the embedding. Sentence Transformers gives the end of the prompt back to text rows only, so
+        without this an over-long row with a picture would be read at some word of its text.
+        """
+        output = super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
+        text_kwargs = (kwargs.get("processor_kwargs") or {}).get("text_kwargs") or {}
+        if not isinstance(output, BatchFeature) or not text_kwargs.get("truncation"):
+            return output
+        limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+        if output["attention_mask"].shape[-1] >= limit:
+            template_kwargs = {
+                key: value for key, value in kwargs.items() if key not in ("tokenize", "return_dict", "return_tensors")
+            }
+            _restore_tails(self, conversation, output, limit, template_kwargs)
+        return output
+
+
+def _restore_tails(
+    processor: Any, conversations: Any, features: BatchFeature, limit: int, template_kwargs: dict[str, Any]
+) -> None:
+    """Write the end of the prompt over the last tokens of rows with pictures that reached the limit."""
+    if not isinstance(conversations[0], (list, tuple)):
+        conversations = [conversations]
+    mask = features["attention_mask"]
+    for row, conversation in enumerate(conversations):
+        if int(mask[row].sum()) < limit or not _has_picture(conversation):
+            continue
+        tail = _tail_tokens(processor, conversation, template_kwargs)
+        if not tail:
+            continue
+        last = int(mask[row].nonzero()[-1]) + 1
+        place = slice(last - len(tail), last)
+        image_token = processor.image_token_id
+        if len(tail) >= limit or bool((features["input_ids"][row, place] == image_token).any()):
+            raise ValueError(
+                f"Row {row} has {int((features['input_ids'][row] == image_token).sum())} image tokens, which leaves no "
+                f"room for the end of its prompt within {limit} tokens. Raise max_seq_length or use a smaller image "
+                "size."
+            )
+        features["input_ids"][row, place] = torch.tensor(tail)
+
+
+def _has_picture(conversation: Any) -> bool:
+    contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
+    return any(part.get("type") == "image" for content in contents for part in content)
+
+
+def _tail_tokens(processor: Any, conversation: Any, template_kwargs: dict[str, Any]) -> list[int]:
+    """Tokens at the end of the rendered prompt that do not depend on the text, found by rendering two texts."""
+    renders = []
+    for filler in ("0", "1 2 3 4"):
+        skeleton = [_with_text(message, filler) for message in conversation]
+        text = super(UniMEProcessorMixin, processor).apply_chat_template(
+            [skeleton], tokenize=False, **{k: v for k, v in template_kwargs.items() if k != "processor_kwargs"}
+        )[0]
+        renders.append(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    first, second = renders
+    same = 0
+    while same < min(len(first), len(second)) and first[-1 - same] == second[-1 - same]:
+        same += 1
+    return first[len(first) - same :] if same < min(len(first), len(second)) else []
+
+
+def _with_text(message: dict[str, Any], filler: str) -> dict[str, Any]:
+    if message["role"] == "system":
+        return message
+    if isinstance(message["content"], str):
+        return {**message, "content": filler}
+    placeholder = Image.new("RGB", (1, 1))
+    content = []
+    for part in message["content"]:
+        kind = part.get("type")
+        content.append({"type": "text", "text": filler} if kind == "text" else {"type": kind, kind: placeholder})
+    return {**message, "content": content}

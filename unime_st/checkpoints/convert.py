@@ -1,0 +1,248 @@
+"""`unime convert`: a native Sentence Transformers folder from a checkpoint, an adapter or a bare backbone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, PreTrainedConfig
+
+from unime_st import __version__, backbones
+from unime_st.backbones.families import Family
+from unime_st.checkpoints.card import write_card
+from unime_st.checkpoints.folder import MANIFEST, link_file, new_folder, write_json, write_modules
+from unime_st.checkpoints.source import CheckpointError, Source, family_of, read_source
+from unime_st.recipes import ImageRule, Recipe, get_recipe
+from unime_st.registry import local_folder
+
+logger = logging.getLogger(__name__)
+
+_HEAD = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
+
+
+def convert(
+    folder: str | Path,
+    recipe: str | Recipe,
+    *,
+    output: str | Path | None = None,
+    alias: str | None = None,
+    base: str | Path | None = None,
+    processor: str | Path | None = None,
+    image_size: str | int | None = None,
+    image_backend: str | None = None,
+    dtype: str | None = None,
+    style: str | None = None,
+    template: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Make a native folder of a local checkpoint.
+
+    The weights are linked, not copied, except where an adapter has to be merged into its base.
+
+    Args:
+        folder: Full model, or LoRA/DoRA adapter, in transformers' or peft's layout.
+        recipe: Name of a recipe (:data:`unime_st.recipes.RECIPES`) or a recipe.
+        output: Folder to write. Give this or ``alias``.
+        alias: Name under which ``SentenceTransformer(alias)`` finds the model; writes ``$UNIME_HOME/models/<alias>``.
+        base: Folder of the base model, for an adapter.
+        processor: Folder of tokenizer and image processor, where ``folder`` (or ``base``) has none.
+        image_size: ``"official"`` (default), ``"training"``, ``"native"``, or the side of a square in pixels.
+        image_backend: ``"pil"`` or ``"torchvision"``; default as in the recipe.
+        dtype: Type to load the weights in, e.g. ``"float32"``; default as stored, ``"official"`` as in the recipe.
+        style: Prompt style of the template, e.g. ``"mmeb"`` for UniME v1; default is the first one.
+        template: File of a chat template to use instead of the recipe's.
+        revision: Commit that ``folder`` was downloaded at, for the record.
+        overwrite: Replace an existing folder.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        CheckpointError: The folder is incomplete, damaged, or does not fit the recipe.
+        FileExistsError: The output exists and ``overwrite`` is False.
+        ValueError: An option is wrong.
+
+    Example:
+        >>> convert("UniME-V2-Qwen2VL-2B", "unime-v2-2b", alias="unime-v2-2b")       # doctest: +SKIP
+    """
+    if (output is None) == (alias is None):
+        raise ValueError("Give either an output folder (--output) or a name (--alias).")
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if template is not None:
+        recipe = replace(recipe, template=str(Path(template).resolve()))
+    target = local_folder(alias) if alias is not None else Path(output)  # type: ignore[arg-type]
+    backbones.register()
+    source = read_source(folder)
+    full = _full_source(source, base)
+    family = family_of(full, recipe)
+    ours = _needs_our_classes(recipe, family, image_size)
+    with new_folder(target, overwrite=overwrite) as part:
+        config = _write_config(part, full, recipe, family, ours, dtype)
+        made = _processor(full, processor, recipe, family, ours, image_size, image_backend)
+        made.save_pretrained(part)
+        if source.adapter is not None:
+            from unime_st.checkpoints.adapters import write_merged
+
+            weights = write_merged(part, source, full, config)
+        else:
+            weights = [link_file(path, part / path.name) for path in source.weights]
+            for index in source.folder.glob("model.safetensors.index.json"):
+                link_file(index, part / index.name)
+        _check_weights(part, recipe)
+        write_modules(
+            part,
+            recipe,
+            dimension=int(config.get_text_config().hidden_size),
+            processing_kwargs=_processing_kwargs(recipe, ours, style, made),
+            yes_no_ids=_answer_ids(made.tokenizer, recipe) if recipe.task == "reranker" else None,
+        )
+        manifest = {
+            "recipe": recipe.name,
+            "source": str(source.folder.resolve()),
+            "base": str(full.folder.resolve()) if source.adapter is not None else None,
+            "hub_id": recipe.hub_id,
+            "revision": revision,
+            "weights": sorted(set(weights)),
+            "unime_st": __version__,
+        }
+        write_json(part / MANIFEST, manifest)
+        write_card(part, recipe, alias=alias, manifest=manifest, processor=made)
+    logger.info("%s is ready", target)
+    return target
+
+
+def _full_source(source: Source, base: str | Path | None) -> Source:
+    """Return the model whose configuration and processor count: the checkpoint itself, or the base of an adapter."""
+    if source.adapter is None:
+        if base is not None:
+            raise CheckpointError(f"{source.folder} is a whole model, so --base makes no sense. Leave it out.")
+        return source
+    if base is None:
+        named = source.adapter.get("base_model_name_or_path") or "its base model"
+        raise CheckpointError(f"{source.folder} is an adapter. Give the folder of {named} with --base.")
+    full = read_source(base)
+    if full.adapter is not None:
+        raise CheckpointError(f"--base {full.folder} is an adapter itself. Give the folder of a whole model.")
+    return full
+
+
+def _needs_our_classes(recipe: Recipe, family: Family, image_size: str | int | None) -> bool:
+    """Whether transformers' own classes cannot do what the recipe and the options ask for."""
+    asked = image_size not in (None, "native", "official")
+    if (recipe.image is not None or asked) and family.module is None:
+        raise ValueError(f"{family.name} has no image rule here: its pictures keep their size. Drop --image-size.")
+    return recipe.image is not None or recipe.positions != "native" or asked or not family.native
+
+
+def _write_config(
+    part: Path, full: Source, recipe: Recipe, family: Family, ours: bool, dtype: str | None
+) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = family.read_config(full.folder) if not family.native else AutoConfig.from_pretrained(full.folder)
+    if ours and family.native:
+        content = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        config = family.load("config").from_dict(content)
+        if hasattr(config, "image_positions"):
+            config.image_positions = "1d" if recipe.positions == "1d" else "3d"
+    if dtype is not None:
+        name = recipe.dtype if dtype == "official" else dtype
+        kind = getattr(torch, name, None)
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+            raise ValueError(f"dtype {dtype!r}: use 'official', 'float32', 'bfloat16' or 'float16'.")
+        config.dtype = kind
+    if ours:
+        config.architectures = [family.load("generator" if recipe.task == "reranker" else "model").__name__]
+    config.save_pretrained(part)
+    return config
+
+
+def _processor(
+    full: Source,
+    named: str | Path | None,
+    recipe: Recipe,
+    family: Family,
+    ours: bool,
+    image_size: str | int | None,
+    image_backend: str | None,
+) -> Any:
+    """Load tokenizer and image processor and set what the recipe says about them."""
+    where = Path(named) if named is not None else full.folder
+    if not any((where / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        theirs = recipe.processor_hub_id or recipe.base_model or "its base model"
+        raise CheckpointError(f"{where} has no tokenizer. Give a download of {theirs} with --processor.")
+    if not any((where / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        theirs = recipe.processor_hub_id or recipe.base_model or "its base model"
+        raise CheckpointError(f"{where} has no image processor. Give a download of {theirs} with --processor.")
+    if ours:
+        rule = recipe.image or ImageRule(backend="torchvision")
+        processor = family.load("processor").from_pretrained(
+            where, image_rule=asdict(rule), image_size=image_size or "official", image_backend=image_backend
+        )
+        limits = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+        size = {**dict(processor.image_processor.size), **{key: value for key, value in limits.items() if value}}
+        processor.image_processor.size = size
+    else:
+        processor = AutoProcessor.from_pretrained(where, **({"backend": image_backend} if image_backend else {}))
+    text = recipe.read_template()
+    if text is not None:
+        processor.chat_template, processor.tokenizer.chat_template = text, None
+    elif processor.chat_template is None and processor.tokenizer.chat_template is None:
+        raise CheckpointError(f"{where} has no chat template. Give one with --template FILE.")
+    processor.tokenizer.padding_side = recipe.padding_side
+    if recipe.max_length is not None:
+        processor.tokenizer.model_max_length = recipe.max_length
+    return processor
+
+
+def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor: Any) -> dict[str, Any]:
+    variables = dict(recipe.template_kwargs)
+    if style is not None:
+        if f"'{style}'" not in (processor.chat_template or ""):
+            raise ValueError(f"The chat template of recipe {recipe.name!r} has no style {style!r}.")
+        variables["style"] = style
+    kwargs: dict[str, Any] = {"chat_template": variables} if variables else {}
+    if not ours:
+        # transformers' processors cut the end of the prompt off long rows with pictures, and the embedding is read
+        # there. Ours put it back; with theirs the only safe way is not to cut.
+        kwargs["text"] = {"truncation": False}
+    return kwargs
+
+
+def _answer_ids(tokenizer: Any, recipe: Recipe) -> tuple[int, int]:
+    ids = []
+    for word in recipe.yes_no:
+        tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(tokens) != 1:
+            raise CheckpointError(f"{word!r} is {len(tokens)} tokens of this tokenizer; a reranker needs one.")
+        ids.append(tokens[0])
+    return ids[0], ids[1]
+
+
+def _check_weights(part: Path, recipe: Recipe) -> None:
+    """Let transformers match names and shapes without reading the weights; anything left over is an error."""
+    from transformers import AutoModel, AutoModelForMultimodalLM
+
+    auto = AutoModelForMultimodalLM if recipe.task == "reranker" else AutoModel
+    try:
+        _, report = auto.from_pretrained(part, device_map="meta", output_loading_info=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"The weights do not fit their configuration: {error}") from error
+    problems = [
+        f"{len(names)} {what} ({', '.join(sorted(str(name) for name in names)[:3])})"
+        for what, names in (
+            ("are missing", report["missing_keys"]),
+            ("have another shape", report["mismatched_keys"]),
+            ("are unknown", {name for name in report["unexpected_keys"] if name not in _HEAD}),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            "The weights do not fit their configuration: of the tensors " + "; ".join(problems) + ". The folder is of a "
+            "newer or older layout, or its files are from different models. Download it again, or update transformers."
+        )

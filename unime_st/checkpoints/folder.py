@@ -1,0 +1,174 @@
+"""Writing the files that make a folder a native Sentence Transformers model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sentence_transformers
+import torch
+import transformers
+
+from unime_st.recipes import Recipe
+
+MANIFEST = "unime.json"
+"""File in a converted folder that says what it was made of."""
+
+_BASE = "sentence_transformers.base.modules"
+_ST = "sentence_transformers.sentence_transformer.modules"
+_CE = "sentence_transformers.cross_encoder.modules"
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder that takes the place of ``target`` once the block has succeeded.
+
+    A reader sees either nothing (or the old folder) or the whole new one, also when the process is killed.
+
+    Args:
+        target: The folder to make.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        FileExistsError: It exists and ``overwrite`` is False.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     with new_folder(Path(root) / "a", overwrite=False) as part:
+        ...         _ = (part / "file").write_text("x")
+        ...     sorted(path.name for path in Path(root).iterdir())
+        ['a']
+    """
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists. Choose another --output or --alias, or add --overwrite.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(part, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def link_file(source: Path, target: Path) -> str:
+    """Put a file at a second place without copying it if the file system can do so.
+
+    Args:
+        source: Existing file; a link is followed.
+        target: New name.
+
+    Returns:
+        ``"hard link"``, ``"symbolic link"`` or ``"copy"``, whichever was possible, in this order.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     _ = (Path(root) / "a").write_text("x")
+        ...     link_file(Path(root) / "a", Path(root) / "b")
+        'hard link'
+    """
+    real = source.resolve()
+    for kind, make in (("hard link", os.link), ("symbolic link", os.symlink)):
+        try:
+            make(real, target)
+        except OSError:
+            continue
+        return kind
+    shutil.copyfile(real, target)
+    return "copy"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file with a final newline.
+
+    Example:
+        >>> write_json(Path("/dev/null"), {"a": 1})
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_modules(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    dimension: int,
+    processing_kwargs: dict[str, Any],
+    yes_no_ids: tuple[int, int] | None,
+) -> None:
+    """Write ``modules.json`` and the configuration of every module.
+
+    Args:
+        folder: The folder, with model and processor already in it.
+        recipe: What it is made by.
+        dimension: Width of the hidden states.
+        processing_kwargs: What Sentence Transformers passes to the processor by default.
+        yes_no_ids: Token ids of the two answers, for a reranker.
+
+    Raises:
+        ValueError: A reranker comes without answer tokens.
+
+    Example:
+        >>> write_modules(folder, recipe, dimension=64, processing_kwargs={}, yes_no_ids=None)   # doctest: +SKIP
+    """
+    reranker = recipe.task == "reranker"
+    output = "logits" if reranker else "last_hidden_state"
+    method = {"method": "forward", "method_output_name": output}
+    config: dict[str, Any] = {
+        "transformer_task": "any-to-any" if reranker else "feature-extraction",
+        "modality_config": {"text": method, "image": method, "message": {**method, "format": "structured"}},
+        "module_output_name": "causal_logits" if reranker else "token_embeddings",
+        "unpad_inputs": False,
+    }
+    if processing_kwargs:
+        config["processing_kwargs"] = processing_kwargs
+    write_json(folder / "sentence_bert_config.json", config)
+    types = [f"{_BASE}.transformer.Transformer"]
+    if reranker:
+        if yes_no_ids is None:
+            raise ValueError(f"Recipe {recipe.name!r} is a reranker, so it needs the ids of its two answer tokens.")
+        scorer = {"true_token_id": yes_no_ids[0], "false_token_id": yes_no_ids[1], "module_input_name": "causal_logits"}
+        write_json(folder / "1_LogitScore" / "config.json", scorer)
+        types.append(f"{_CE}.logit_score.LogitScore")
+    else:
+        pooling = {"embedding_dimension": dimension, "pooling_mode": recipe.pooling, "include_prompt": True}
+        write_json(folder / "1_Pooling" / "config.json", pooling)
+        write_json(folder / "2_Normalize" / "config.json", {})
+        types += [f"{_ST}.pooling.Pooling", f"{_BASE}.normalize.Normalize"]
+    modules = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": "" if index == 0 else f"{index}_{kind.rpartition('.')[2]}",
+            "type": kind,
+        }
+        for index, kind in enumerate(types)
+    ]
+    write_json(folder / "modules.json", modules)
+    settings: dict[str, Any] = {
+        "model_type": "CrossEncoder" if reranker else "SentenceTransformer",
+        "__version__": {
+            "sentence_transformers": sentence_transformers.__version__,
+            "transformers": transformers.__version__,
+            "pytorch": torch.__version__,
+        },
+        "prompts": dict(recipe.prompts),
+        "default_prompt_name": None,
+    }
+    if reranker:
+        settings["activation_fn"] = "torch.nn.modules.activation.Sigmoid"
+    else:
+        settings["similarity_fn_name"] = "cosine"
+    write_json(folder / "config_sentence_transformers.json", settings)

@@ -1,0 +1,178 @@
+"""Looking at a folder before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unime_st.backbones.families import FAMILIES, Family
+from unime_st.recipes import RECIPES, Recipe
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be used; the message says what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk that has been looked through.
+
+    Args:
+        folder: Where it is.
+        config: Content of ``config.json``; empty for an adapter.
+        weights: Weight files, complete and readable.
+        tensors: Shape of every tensor by its name.
+        adapter: Content of ``adapter_config.json`` when this is a LoRA or DoRA adapter.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    tensors: dict[str, tuple[int, ...]] = field(repr=False)
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the configuration, ``"?"`` when there is none."""
+        return str(self.config.get("model_type", "?"))
+
+
+def read_source(folder: str | Path) -> Source:
+    """Look through a checkpoint folder: configuration, and every weight file to its last byte.
+
+    Args:
+        folder: Local folder of a model or of an adapter.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        CheckpointError: There is no such folder, a file is missing, damaged or of a kind that is not read.
+
+    Example:
+        >>> read_source("no/such/folder")
+        Traceback (most recent call last):
+        unime_st.checkpoints.source.CheckpointError: No folder no/such/folder. ...
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"No folder {folder}. Give a local download, or run `unime pull ALIAS` to fetch one.")
+    leftovers = sorted(path.name for path in folder.rglob("*.incomplete"))
+    if leftovers:
+        raise CheckpointError(f"{folder} is half-downloaded ({leftovers[0]} is there). Let the download finish first.")
+    adapter = _read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    config_file = folder / "config.json"
+    if adapter is None and not config_file.is_file():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a model in transformers' layout.")
+    config = _read_json(config_file) if config_file.is_file() else {}
+    weights = _weight_files(folder, "adapter_model" if adapter is not None else "model")
+    tensors: dict[str, tuple[int, ...]] = {}
+    for path in weights:
+        tensors.update(read_header(path))
+    return Source(folder, config, weights, tensors, adapter)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object. Download it again.")
+    return content
+
+
+def _weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """Names of the weight files from the index or the folder; all must exist."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            what = f"{len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])})"
+            raise CheckpointError(f"{folder}: {what}. The download is incomplete; let it finish.")
+        return tuple(folder / name for name in names)
+    single = folder / f"{stem}.safetensors"
+    if single.exists():
+        return (single,)
+    if single.is_symlink():
+        raise CheckpointError(f"{single} links to {os.readlink(single)}, which is gone. Download or convert again.")
+    old = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if old:
+        raise CheckpointError(
+            f"{folder} has weights only as {old[0]}, which can run code when opened. Save them as safetensors first: "
+            "load the model with transformers in an environment you trust and call save_pretrained."
+        )
+    raise CheckpointError(f"{folder} has no {stem}.safetensors. The download is incomplete; let it finish.")
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read names and shapes of a safetensors file and check that the file is complete.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Shape by tensor name.
+
+    Raises:
+        CheckpointError: The file is cut off, damaged, or not safetensors.
+    """
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
+            if length > min(size, _MAX_HEADER):
+                raise ValueError("no safetensors header")
+            header = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "It holds a git-lfs pointer. " if size < 1024 and path.read_bytes().startswith(b"version https") else ""
+        raise CheckpointError(f"{path} is damaged ({error}). {hint}Delete it and download it again.") from error
+    if size != 8 + length + end:
+        raise CheckpointError(
+            f"{path} has {size} bytes where its header announces {8 + length + end}: it is incomplete or damaged. "
+            "Delete it and download it again."
+        )
+    return shapes
+
+
+def family_of(source: Source, recipe: Recipe) -> Family:
+    """Return the family of a recipe after checking that the checkpoint belongs to it.
+
+    Args:
+        source: The checkpoint.
+        recipe: The recipe that somebody wants to use on it.
+
+    Raises:
+        CheckpointError: It is of another family; the message names the recipes that fit.
+
+    Example:
+        >>> family_of(read_source(folder), get_recipe("unime-v2-2b")).name           # doctest: +SKIP
+        'qwen2_vl'
+    """
+    family = FAMILIES[recipe.family]
+    if source.model_type in (*family.model_types, f"unime_{family.name}"):
+        return family
+    fitting = [
+        name
+        for name, other in RECIPES.items()
+        if source.model_type in (*FAMILIES[other.family].model_types, f"unime_{other.family}")
+    ]
+    if fitting:
+        hint = f"Recipes for it: {', '.join(fitting)}."
+    else:
+        known = sorted({kind for row in FAMILIES.values() for kind in row.model_types})
+        hint = f"Families that can be converted: {', '.join(known)}."
+    raise CheckpointError(
+        f"{source.folder} is of type {source.model_type!r}, recipe {recipe.name!r} is for {recipe.family!r}. {hint}"
+    )
