@@ -1,0 +1,314 @@
+"""Somebody's own files become a record folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from unime_st.data.images import BadImageError
+from unime_st.data.items import Item
+from unime_st.data.manifest import begin_stage, finish_stage, publish
+from unime_st.data.records import PairRecord, RecordSet, RecordWriter
+from unime_st.data.scores import check_scores, to_logits
+from unime_st.data.sources import SourceRow, read_rows
+from unime_st.data.specs import (
+    JoinSpec,
+    PairSpec,
+    as_item,
+    build_item,
+    default_pairs,
+    matches,
+    parse_pairs,
+    resolve_columns,
+)
+
+logger = logging.getLogger(__name__)
+
+REJECTED = "rejected.jsonl"
+_BATCH = 256
+
+
+def import_records(
+    source: str | Path,
+    output: str | Path,
+    *,
+    pairs: Sequence[Mapping[str, Any]] | None = None,
+    image_root: str | Path | None = None,
+    embed_images: bool = False,
+    limit: int | None = None,
+    verify_images: bool = True,
+    workers: int = 4,
+    overwrite: bool = False,
+) -> RecordSet:
+    """Make pair records of JSON Lines, JSON, Parquet or `datasets` data.
+
+    Each row of the source gives one pair per specification. A pair that cannot be made (missing value, unreadable
+    image, score outside [0, 1], ...) is set aside in ``rejected.jsonl`` of the output with its row and the reason, and
+    counted; the rest is imported. Images are checked now rather than after an hour of training.
+
+    Args:
+        source: A file, a folder of files, or a saved dataset; see :func:`~unime_st.data.sources.read_rows`.
+        output: Folder to write.
+        pairs: What makes a pair, in the form of :class:`~unime_st.data.specs.PairSpec`. Defaults to None: the columns
+            query, positive (or query_text, query_image, positive_text, positive_image), negatives, scores, dataset.
+        image_root: Folder that image paths are relative to and must not leave. Defaults to the source's folder.
+        embed_images: Copy images that are files into the output. Defaults to False: they stay where they are.
+        limit: Read only so many rows. Defaults to None, all.
+        verify_images: Decode every image once. Defaults to True; False checks the headers only.
+        workers: Threads that decode. Defaults to 4.
+        overwrite: Replace an output made with other options. Defaults to False.
+
+    Returns:
+        RecordSet: The records. If the output already holds them, nothing is done.
+
+    Raises:
+        ValueError: If a specification names an unknown key or column, or if nothing at all could be imported.
+        StageConflictError: If the output was made of something else and ``overwrite`` is False.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from unime_st.data.importing import import_records
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "own.jsonl").write_text(json.dumps({"word": "melon", "kind": "fruit"}))
+        >>> pairs = [{"query": {"text": "What is a {word}?"}, "positive": {"text": "kind"}}]
+        >>> import_records(folder / "own.jsonl", folder / "records", pairs=pairs)[0].query.text
+        'What is a melon?'
+    """
+    source, output = Path(source), Path(output)
+    specs = None if pairs is None else parse_pairs(pairs)
+    root = Path(image_root) if image_root is not None else source if source.is_dir() else source.parent
+    options = {
+        "pairs": pairs,
+        "image_root": None if image_root is None else str(image_root),
+        "embed_images": embed_images,
+        "limit": limit,
+        "verify_images": verify_images,
+    }
+    if not begin_stage(output, "import", inputs=[source], options=options, overwrite=overwrite):
+        return RecordSet.load(output)
+    with (
+        RecordWriter(output, image_root=None if embed_images else root) as writer,
+        RejectedWriter(output) as rejected,
+        ImageChecker(workers, full=verify_images) as checker,
+    ):
+        rows = tqdm(islice(read_rows(source), limit), desc=f"importing {source.name}", unit="row")
+        _import_all(rows, specs, root, writer, rejected, checker)
+    _require_some(writer, rejected, source)
+    finish_stage(output, {**writer.counts, "source": str(source), "rejected": rejected.count})
+    return RecordSet.load(output)
+
+
+class RejectedWriter:
+    """Keeps what could not be used: ``rejected.jsonl``, published when its block ends without an error.
+
+    Args:
+        folder: Stage folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.count, self.first = Path(folder) / REJECTED, 0, ""
+        self._temporary = self.path.with_name(f"{REJECTED}.{os.getpid()}.tmp")
+
+    def add(self, reason: str, **where: Any) -> None:
+        """Set one thing aside.
+
+        Args:
+            reason: Why, in words.
+            **where: What it was: file, row, data set, ids.
+        """
+        entry = json.dumps({**where, "reason": reason}, ensure_ascii=False, default=str)
+        # A lone surrogate in broken data must not keep the reason from being written.
+        self._handle.write(entry.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+        self.count += 1
+        self.first = self.first or entry
+
+    def __enter__(self) -> RejectedWriter:
+        self.path.unlink(missing_ok=True)  # of an interrupted run
+        self._handle = self._temporary.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        self._handle.close()
+        if kind is not None or self.count == 0:
+            self._temporary.unlink()
+            return
+        publish(self._temporary, self.path)
+        logger.warning("%d set aside in %s; the first: %s", self.count, self.path, self.first)
+
+
+class ImageChecker:
+    """Finds out which items have unreadable images, in threads, each distinct image once.
+
+    Args:
+        workers: Number of threads.
+        full: Decode the pixels; otherwise only the header.
+    """
+
+    def __init__(self, workers: int, *, full: bool = True) -> None:
+        self.full = full
+        self._pool = ThreadPoolExecutor(max(1, workers))
+        self._sound: set[Any] = set()
+
+    def errors(self, items: Iterable[Item]) -> dict[int, str]:
+        """Check items.
+
+        Args:
+            items: Any items.
+
+        Returns:
+            dict[int, str]: Reason by ``id(item)`` for those whose image is unreadable.
+        """
+        pictured = [item for item in items if item.image is not None]
+        reasons = self._pool.map(self._reason, pictured)
+        return {id(item): reason for item, reason in zip(pictured, reasons) if reason is not None}
+
+    def _reason(self, item: Item) -> str | None:
+        image = item.image
+        if image is None:
+            return None
+        key = (image.path, image.member) if image.data is None else hashlib.sha256(image.data).digest()
+        try:
+            if key not in self._sound:
+                image.open() if self.full else image.size()
+                self._sound.add(key)
+        except BadImageError as error:
+            return str(error)
+        return None
+
+    def __enter__(self) -> ImageChecker:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+Candidate = tuple[dict[str, Any], PairRecord]
+"""A pair with the words that say where it came from."""
+
+
+def _import_all(
+    rows: Iterable[SourceRow],
+    specs: list[PairSpec] | None,
+    root: Path,
+    writer: RecordWriter,
+    rejected: RejectedWriter,
+    checker: ImageChecker,
+) -> None:
+    groups: list[_Groups] = []
+    iterator = iter(rows)
+    resolved: list[PairSpec] | None = None
+    while batch := list(islice(iterator, _BATCH)):
+        good = []
+        for row in batch:
+            if row.values is None:
+                rejected.add(row.error, file=row.file, row=row.number)
+            else:
+                good.append(row)
+        if resolved is None and good:
+            # Rows of JSON may lack keys, so the columns are those of the first batch together.
+            columns = {name for row in good for name in row.values or ()}
+            resolved = [resolve_columns(spec, columns) for spec in specs or default_pairs(columns)]
+            groups = [_Groups(spec, spec.join) for spec in resolved if spec.join is not None]
+        plain = [spec for spec in resolved or () if spec.join is None]
+        _write(_pairs_of(good, plain, root, rejected), writer, rejected, checker)
+        for group in groups:
+            group.add(good, rejected)
+    for group in groups:
+        _write(group.pairs(root, rejected), writer, rejected, checker)
+
+
+def _pairs_of(
+    rows: Sequence[SourceRow], specs: Sequence[PairSpec], root: Path, rejected: RejectedWriter
+) -> Iterator[Candidate]:
+    for row, spec in product(rows, specs):
+        where = {"file": row.file, "row": row.number, "dataset": spec.dataset}
+        values = row.values or {}
+        try:
+            yield where, _build(spec, {"query": values, "positive": values}, root)
+        except (ValueError, TypeError) as error:
+            rejected.add(str(error), **where)
+
+
+def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) -> PairRecord:
+    query = build_item(spec.query, rows, "query", root)
+    positive = build_item(spec.positive, rows, "positive", root)
+    row = rows["positive"]
+    dataset = spec.dataset if spec.dataset_column is None else str(row.get(spec.dataset_column) or "")
+    found = row.get(spec.negatives) or [] if spec.negatives is not None else []
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"column {spec.negatives} holds {type(found).__name__}, expected a list")
+    negatives = tuple(as_item(value, root) for value in found)
+    scores = None if spec.scores is None else row.get(spec.scores)
+    if scores is None:
+        return PairRecord(query, positive, dataset, negatives)
+    logits = to_logits(check_scores(scores, 1 + len(negatives))).tolist()
+    return PairRecord(query, positive, dataset, negatives, logits[0], tuple(logits[1:]))
+
+
+def _write(
+    candidates: Iterator[Candidate], writer: RecordWriter, rejected: RejectedWriter, checker: ImageChecker
+) -> None:
+    while batch := list(islice(candidates, _BATCH)):
+        reasons = checker.errors(item for _, record in batch for item in _items(record))
+        for where, record in batch:
+            bad = [reasons[id(item)] for item in _items(record) if id(item) in reasons]
+            if bad:
+                rejected.add("; ".join(bad), **where)
+            else:
+                writer.add(record)
+
+
+def _items(record: PairRecord) -> tuple[Item, ...]:
+    return (record.query, record.positive, *record.negatives)
+
+
+class _Groups:
+    """Rows that take part in a join, in memory with their encoded images: the data of one's own, not of the web."""
+
+    def __init__(self, spec: PairSpec, join: JoinSpec) -> None:
+        self.spec, self.join = spec, join
+        self._groups: dict[str, dict[str, list[SourceRow]]] = {}
+
+    def add(self, rows: Iterable[SourceRow], rejected: RejectedWriter) -> None:
+        for row in rows:
+            values = row.values or {}
+            roles = [role for role in ("query", "positive") if matches(getattr(self.join, role), values)]
+            key = values.get(self.join.on)
+            if roles and key is None:
+                reason = f"column {self.join.on} has no value"
+                rejected.add(reason, file=row.file, row=row.number, dataset=self.spec.dataset)
+                continue
+            for role in roles:
+                group = self._groups.setdefault(json.dumps(key, default=str), {"query": [], "positive": []})
+                group[role].append(row)
+
+    def pairs(self, root: Path, rejected: RejectedWriter) -> Iterator[Candidate]:
+        for group in self._groups.values():
+            for query, positive in product(group["query"], group["positive"]):
+                if query is positive:
+                    continue
+                where = {"file": query.file, "row": query.number, "positive_row": positive.number}
+                try:
+                    rows = {"query": query.values or {}, "positive": positive.values or {}}
+                    yield {**where, "dataset": self.spec.dataset}, _build(self.spec, rows, root)
+                except (ValueError, TypeError) as error:
+                    rejected.add(str(error), **where, dataset=self.spec.dataset)
+
+
+def _require_some(writer: RecordWriter, rejected: RejectedWriter, source: Path) -> None:
+    if writer.rows.rows:
+        return
+    if rejected.count:
+        raise ValueError(
+            f"{source}: all {rejected.count} pairs were rejected, see {rejected.path}; first: {rejected.first}"
+        )
+    raise ValueError(f"{source}: no pairs; the source is empty or no two rows meet the conditions of a join")
