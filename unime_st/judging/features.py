@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,15 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.judging.prompts import Message, conversation
 
 Pair = tuple[Item, Item]
+_PIXELS = "pixel_values"
+_GRID = "image_grid_thw"
+_SEEN = "visual_tokens"
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def pair_encoder(
     joining = JoiningEncoder(transformer, template, options, cache_bytes)
     # What these processors make of an image depends on that image alone, and images are joined by concatenation.
     # Others pad images to each other or treat several images of a prompt differently.
-    if set(joining.process(Image.new("RGB", (56, 56))).tensors) == {"pixel_values", "image_grid_thw"}:
+    if set(joining.process([Image.new("RGB", (56, 56))])[0].tensors) == {_PIXELS, _GRID}:
         return joining
     return ProcessorEncoder(transformer, template, options)
 
@@ -154,50 +159,91 @@ class JoiningEncoder:
     def __init__(self, transformer: Transformer, template: str, options: dict[str, Any], cache_bytes: int) -> None:
         self.transformer = transformer
         self.processor = transformer.processor
-        self.tokenizer = transformer.tokenizer
+        self.tokenizer: Any = transformer.tokenizer
         self.template = template
         self.options = options
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[ImageRef, ImageFeatures] = OrderedDict()
         self._cached_bytes = 0
         self._has_token_types = False
+        self._tokens_ahead = self._takes_visual_tokens()
 
     def clear(self) -> None:
         """Forget all processed images."""
         self._cache.clear()
         self._cached_bytes = 0
 
-    def process(self, image: Image.Image) -> ImageFeatures:
-        """Run the processor on one image and its placeholder alone.
+    def _takes_visual_tokens(self) -> bool:
+        """Whether the vision tower can run ahead, because the model takes visual tokens in place of pixels.
+
+        Not Qwen3-VL's, whose vision tower also feeds inner layers of the language model.
+        """
+        model: Any = self.transformer.model
+        takes_tokens = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+        inner_layers = hasattr(model.config.vision_config, "deepstack_visual_indexes")
+        return takes_tokens and not inner_layers
+
+    def process(self, images: list[Image.Image]) -> list[ImageFeatures]:
+        """Run the processor on images, each with its placeholder as the whole prompt.
 
         Args:
-            image: Decoded image.
+            images: Decoded images.
 
         Returns:
-            ImageFeatures: The tokens that the placeholder becomes, and what the image processor returns.
+            list[ImageFeatures]: The tokens that each placeholder becomes, and what the image processor returns.
         """
         out = self.processor(
-            text=[self.processor.image_token],
-            images=[image],
+            text=[self.processor.image_token] * len(images),
+            images=images,
             images_kwargs=self.options,
-            text_kwargs={"add_special_tokens": False},
+            text_kwargs={"add_special_tokens": False, "padding": True},
             common_kwargs={"return_tensors": "pt"},
         )
-        token_ids = out.pop("input_ids")[0].tolist()
-        out.pop("attention_mask", None)
-        self._has_token_types = out.pop("mm_token_type_ids", None) is not None
-        return ImageFeatures(token_ids, dict(out))
+        self._has_token_types = "mm_token_type_ids" in out
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["attention_mask"], strict=True)]
+        tensors = {key: value for key, value in out.items() if key in self.processor.image_processor.model_input_names}
+        if set(tensors) != {_PIXELS, _GRID}:
+            return [ImageFeatures(row, tensors) for row in rows]
+        pixels = tensors[_PIXELS].split(tensors[_GRID].prod(-1).tolist())
+        grids = tensors[_GRID].split(1)
+        return [
+            ImageFeatures(row, {_PIXELS: patches, _GRID: grid})
+            for row, patches, grid in zip(rows, pixels, grids, strict=True)
+        ]
 
-    def _image(self, ref: ImageRef) -> ImageFeatures:
-        """Process an image, or return what an earlier call made of it."""
-        if ref in self._cache:
-            self._cache.move_to_end(ref)
-            return self._cache[ref]
-        features = self._cache[ref] = self.process(ref.open())
-        self._cached_bytes += features.nbytes
+    def _process_images(self, pairs: Sequence[Pair]) -> dict[ImageRef, ImageFeatures | BadImageError]:
+        """Process the distinct images of pairs, but for those that an earlier call has left in the cache."""
+        found: dict[ImageRef, ImageFeatures | BadImageError] = {}
+        decoded: dict[ImageRef, Image.Image] = {}
+        for ref in dict.fromkeys(item.image for pair in pairs for item in pair if item.image is not None):
+            if ref in self._cache:
+                self._cache.move_to_end(ref)
+                found[ref] = self._cache[ref]
+                continue
+            try:
+                decoded[ref] = ref.open()
+            except BadImageError as error:
+                found[ref] = error
+        if decoded:
+            images = self.process(list(decoded.values()))
+            for ref, image in zip(decoded, self._see(images) if self._tokens_ahead else images, strict=True):
+                found[ref] = self._cache[ref] = image
+                self._cached_bytes += image.nbytes
         while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return features
+        return found
+
+    @torch.inference_mode()
+    def _see(self, images: Sequence[ImageFeatures]) -> list[ImageFeatures]:
+        """Run the vision tower, so that an image costs it one pass however many prompts it is in."""
+        pixels, grids = (torch.cat([image.tensors[key] for image in images]) for key in (_PIXELS, _GRID))
+        model: Any = self.transformer.model
+        device = model.device
+        seen = model.get_image_features(pixels.to(device), grids.to(device), return_dict=True).pooler_output
+        return [
+            ImageFeatures(image.token_ids, {_GRID: image.tensors[_GRID], _SEEN: tokens})
+            for image, tokens in zip(images, seen, strict=True)
+        ]
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded | ValueError]:
         """Render and tokenise pairs and process their images."""
@@ -207,14 +253,18 @@ class JoiningEncoder:
         bos = self.tokenizer.bos_token
         special = not (bos is not None and prompts[0].startswith(bos))
         rows = self.tokenizer(prompts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-        return [self._expand(row, pair) for row, pair in zip(rows, pairs, strict=True)]
+        processed = self._process_images(pairs)
+        return [
+            self._expand(row, [processed[item.image] for item in pair if item.image is not None])
+            for row, pair in zip(rows, pairs, strict=True)
+        ]
 
-    def _expand(self, token_ids: list[int], pair: Pair) -> Encoded | ValueError:
+    def _expand(self, token_ids: list[int], found: list[ImageFeatures | BadImageError]) -> Encoded | ValueError:
         """Put the tokens of each image in the place of its placeholder."""
-        try:
-            images = [self._image(item.image) for item in pair if item.image is not None]
-        except BadImageError as error:
-            return error
+        images = [image for image in found if isinstance(image, ImageFeatures)]
+        for image in found:
+            if isinstance(image, BadImageError):
+                return image
         places = [place for place, token in enumerate(token_ids) if token == self.processor.image_token_id]
         if len(places) != len(images):
             return ValueError(f"the prompt has {len(places)} image placeholders for {len(images)} images")
@@ -239,7 +289,11 @@ class JoiningEncoder:
             features["mm_token_type_ids"] = (input_ids == self.processor.image_token_id).long() * attention_mask
         images = [image for row in batch for image in row.images]
         for key in images[0].tensors if images else ():
-            features[key] = torch.cat([image.tensors[key] for image in images])
+            if key == _SEEN:
+                tokens = tuple(image.tensors[key] for image in images)
+                features["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}  # type: ignore[arg-type]
+            else:
+                features[key] = torch.cat([image.tensors[key] for image in images])
         return {**features, "modality": "message", "logits_to_keep": 1}
 
 

@@ -140,27 +140,28 @@ class LocalJudge:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not isinstance(model, CrossEncoder):
+        if isinstance(model, (str, Path)):
             name = name or Path(model).name
             model = load_cross_encoder(
                 model, template=template, image_tokens=image_tokens, device=device, model_kwargs=model_kwargs
             )
         elif device is not None:
             model.to(device)
-        transformer, head = _generative_parts(model)
+        self.model = model
+        transformer, answer_ids = _generative_parts(self.model)
         processor = transformer.processor
         source = processor.chat_template if template is None else load_template(template)
         check_template(processor, source)
         size = image_size_limits(processor, image_tokens or default_image_tokens(processor, template))
-        self.model = model
         self.batch_size = batch_size
         self.cache_bytes = cache_bytes
         self.show_progress_bar = show_progress_bar
-        self._answer_ids = [head.true_token_id, head.false_token_id]
+        self._answer_ids = answer_ids
         self._encoder = pair_encoder(transformer, source, size, cache_bytes)
         self.name = name or Path(transformer.config.name_or_path or "model").name
-        self.revision = getattr(transformer.config, "_commit_hash", None) or _weights_hash(model)
-        answers = transformer.tokenizer.convert_ids_to_tokens(self._answer_ids)
+        self.revision = getattr(transformer.config, "_commit_hash", None) or _weights_hash(self.model)
+        tokenizer: Any = transformer.tokenizer
+        answers = tokenizer.convert_ids_to_tokens(self._answer_ids)
         self.prompt_hash = prompt_hash(source, answers, sorted(self._encoder.options.items()))
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
@@ -234,8 +235,8 @@ class LocalJudge:
         return (logits[:, 0] - logits[:, 1]).tolist()
 
 
-def _generative_parts(model: CrossEncoder) -> tuple[Transformer, LogitScore]:
-    """Return the two modules a judge needs."""
+def _generative_parts(model: CrossEncoder) -> tuple[Transformer, list[int]]:
+    """Return the input module and the ids of the two answers."""
     first, last = model[0], model[-1]
     if not isinstance(first, Transformer) or not isinstance(last, LogitScore) or last.false_token_id is None:
         raise ValueError(
@@ -244,7 +245,7 @@ def _generative_parts(model: CrossEncoder) -> tuple[Transformer, LogitScore]:
         )
     if first.processor.chat_template is None:
         raise ValueError("this CrossEncoder has no chat template: pass template='official' to UniMEReranker(folder)")
-    return first, last
+    return first, [last.true_token_id, last.false_token_id]
 
 
 def _distinct_pairs(

@@ -105,8 +105,11 @@ def use_pillow(transformer: Transformer, folder: str) -> None:
         transformer: Module whose processor is changed in place.
         folder: Folder or hub repository the processor came from.
     """
-    if isinstance(transformer.processor, ProcessorMixin) and hasattr(transformer.processor, "image_processor"):
-        transformer.processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor = transformer.processor
+    # Processors from elsewhere, ours for the released checkpoints among them, choose their own backend.
+    stock = isinstance(processor, ProcessorMixin) and type(processor).__module__.startswith("transformers.")
+    if stock and hasattr(processor, "image_processor"):
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
 def set_prompt(transformer: Transformer, template: str, image_tokens: ImageTokens | None) -> None:

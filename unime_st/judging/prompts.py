@@ -67,7 +67,7 @@ def load_template(name: str) -> str:
         return name
     if name not in TEMPLATES:
         raise ValueError(f"unknown template {name!r}: expected one of {sorted(TEMPLATES)} or the text of a template")
-    return resources.files("unime_st.recipes").joinpath("templates", TEMPLATES[name]).read_text(encoding="utf-8")
+    return (resources.files("unime_st.recipes") / "templates" / TEMPLATES[name]).read_text(encoding="utf-8")
 
 
 def clean_text(text: str) -> str:
@@ -166,9 +166,7 @@ def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True)
         ['query', 'document', 'document']
     """
     items = [("query", query), *(("document", document) for document in documents)]
-    return [
-        message(role, item.text, item.image and (item.image.open() if decode else True)) for role, item in items
-    ]
+    return [message(role, item.text, item.image and (item.image.open() if decode else True)) for role, item in items]
 
 
 def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -1,0 +1,331 @@
+"""UniME-V2-Reranker: answer Yes or No about one candidate, and name the best of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
+
+from unime_st.losses.citations import UNIME_V2_CITATION
+
+_LIST_ANSWER_START = "Ans: ("
+
+
+class RerankerLoss(CachedLossMixin, nn.Module):
+    mini_batch_size: int | None  # type: ignore[assignment]  # None where the cache is off
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        pairwise_weight: float = 1.0,
+        listwise_weight: float = 1.0,
+        *,
+        mini_batch_size: int | None = None,
+        seed: int = 42,
+        show_progress_bar: bool = False,
+    ) -> None:
+        """
+        Joint pairwise and listwise training of UniME-V2-Reranker. For a query q with its positive and x mined
+        negatives, of which h is the hardest by the judge's score::
+
+            pair = CE(Yes | q, positive) + CE(No | q, h)
+            list = CE(k | q, the x negatives in their order with the positive put in at place k)
+            loss = mean_q (pairwise_weight * pair + listwise_weight * list)
+
+        Each cross entropy is over the whole vocabulary at the one position where the answer stands. k is uniform over
+        all 1 + x places. (In the authors' code the place is biased, the last one never holds the positive, the loss
+        also averages over header and end tokens, and no text reaches the prompt; see their paper for what is meant.)
+
+        Args:
+            model: A ``CrossEncoder`` of ``[Transformer, LogitScore(yes, no)]`` whose chat template renders pairs and,
+                with ``task="listwise"``, lists; such as :class:`~unime_st.UniMEReranker`.
+            pairwise_weight: Weight of the pair term. 0 leaves it out.
+            listwise_weight: Weight of the list term. 0 leaves it out.
+            mini_batch_size: Number of prompts in memory at a time. With gradient caching the gradient stays that of
+                the whole batch; images are decoded for the mini-batch only, and twice. None (default) handles each of
+                the positives, the hardest negatives and the lists in one ordinary forward pass.
+            seed: Seed of the places k. All processes draw from it for the global batch, so that training on several
+                devices equals training on one.
+            show_progress_bar: Show the progress over mini-batches.
+
+        References:
+            - UniME-V2: https://arxiv.org/abs/2510.13515, section "UniME-V2-Reranker", equations of L_pair and L_list
+
+        Requirements:
+            1. Rows of a query, its positive and one or more negatives, the same number in every row
+            2. Single tokens for the indices 1 to 1 + x where the list term is on
+
+        Inputs:
+            +------------------------------------------------+------------------------------------------------------+
+            | Inputs                                         | Labels                                               |
+            +================================================+======================================================+
+            | (query, positive, negative_1, ..., negative_x) | none: negative_1 is the hardest                      |
+            +------------------------------------------------+------------------------------------------------------+
+            | (query, positive, negative_1, ..., negative_x) | [score(positive), score(negative_1), ...], 1 + x each|
+            +------------------------------------------------+------------------------------------------------------+
+
+            Inputs are texts, images, dicts with "text" and / or "image" (None counts as absent) or objects with a
+            ``to_input()`` that returns such a dict, for example :class:`~unime_st.Item`. Scores may be probabilities
+            or log-odds: only the order among the negatives counts.
+
+        Relations:
+            - :class:`~sentence_transformers.cross_encoder.losses.BinaryCrossEntropyLoss` on the same pairs compares
+              Yes with No only and lets both drift away from the rest of the vocabulary.
+
+        Example:
+            ::
+
+                from datasets import Dataset
+                from sentence_transformers.cross_encoder import CrossEncoderTrainer
+                from unime_st import UniMEReranker
+                from unime_st.losses import RerankerLoss
+
+                model = UniMEReranker("unime-tiny", template="tiny")
+                train_dataset = Dataset.from_dict({
+                    "query": ["a red square", "a blue circle"],
+                    "positive": ["the square is red", "the circle is blue"],
+                    "negative_1": ["a red shape", "a green circle"],
+                    "negative_2": ["a blue square", "a blue square"],
+                    "label": [[0.98, 0.71, 0.02], [0.97, 0.05, 0.12]],
+                })
+                loss = RerankerLoss(model)
+                trainer = CrossEncoderTrainer(model=model, train_dataset=train_dataset, loss=loss)
+                trainer.train()
+        """
+        super().__init__()
+        head = model[-1]
+        if not isinstance(head, LogitScore) or head.false_token_id is None:
+            raise ValueError(
+                f"{type(self).__name__} trains a generative CrossEncoder, [Transformer, LogitScore(yes, no)], but the "
+                f"model is [{', '.join(type(module).__name__ for module in model)}]. Load it with UniMEReranker(folder)."
+            )
+        if min(pairwise_weight, listwise_weight) < 0 or pairwise_weight + listwise_weight <= 0:
+            raise ValueError(
+                "pairwise_weight and listwise_weight must be at least 0 and not both 0, but are "
+                f"{pairwise_weight} and {listwise_weight}."
+            )
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be a positive integer or None, but is {mini_batch_size}.")
+        self.model = model
+        self.pairwise_weight = pairwise_weight
+        self.listwise_weight = listwise_weight
+        self.mini_batch_size = mini_batch_size
+        self.seed = seed
+        self.show_progress_bar = show_progress_bar
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.yes_id, self.no_id = head.true_token_id, head.false_token_id
+        # Kept here because the trainer may replace `self.model` by a wrapper for several devices.
+        transformer: Any = model[0]
+        self._processor, self._tokenizer = transformer.processor, transformer.tokenizer
+        self._to_messages = transformer.input_formatter.pair_to_messages
+        self._generator = torch.Generator().manual_seed(seed)
+        self._parts: dict[str, Tensor] = {}
+        if listwise_weight:
+            self._check_listwise()
+
+    def _check_listwise(self) -> None:
+        """Refuse a template that would silently render a list as a pair."""
+        chat = self._chat("query", ["first", "second"])
+
+        def render(**options: Any) -> str:
+            return str(self._processor.apply_chat_template(chat, tokenize=False, **options))
+
+        prompt = render(task="listwise")
+        if prompt == render() or not prompt.endswith(_LIST_ANSWER_START) or "second" not in prompt:
+            raise ValueError(
+                "The chat template of the model has no listwise prompt: with task='listwise' it must number all "
+                f"documents and end with {_LIST_ANSWER_START!r}. Load the model with "
+                "UniMEReranker(folder, template='official') or set listwise_weight=0."
+            )
+
+    def forward(
+        self,
+        inputs: Sequence[Sequence[Any]],
+        labels: Tensor | Sequence[Tensor] | None = None,
+        prompt: str | None = None,
+        task: str | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute both terms of a batch.
+
+        Args:
+            inputs: The columns query, positive, negative_1, ..., negative_x.
+            labels: Judge scores per row, ``(rows, 1 + x)``, or None.
+            prompt: Instruction handed to the chat template.
+            task: Not used: this loss decides itself which prompts are lists.
+
+        Returns:
+            The weighted terms "pair" and "list", whose sum is the loss.
+        """
+        if len(inputs) < 3:
+            raise ValueError(
+                f"{type(self).__name__} takes the columns query, positive and at least one negative, but got "
+                f"{len(inputs)} column(s). Mine negatives first."
+            )
+        queries, positives, *negatives = inputs
+        hardest = _hardest(labels, len(queries), len(negatives))
+        slots = self._draw_slots(len(queries), 1 + len(negatives))
+        columns: list[dict[str, Any]] = []
+        if self.pairwise_weight:
+            columns.append({"candidates": [[positive] for positive in positives]})
+            columns.append({"candidates": [[negatives[place][row]] for row, place in enumerate(hardest)]})
+        if self.listwise_weight:
+            lists = [list(row) for row in zip(*negatives, strict=True)]
+            for row, slot in enumerate(slots.tolist()):
+                lists[row].insert(slot, positives[row])
+            columns.append({"candidates": lists, "options": {"task": "listwise"}})
+        for column in columns:
+            # The gradient cache reads the number of rows off a tensor.
+            column.update(queries=queries, prompt=prompt, rows=torch.arange(len(queries)))
+
+        answers = self._index_ids(1 + len(negatives))[slots] if self.listwise_weight else None
+        if self.uses_gradient_cache:
+            total = self.forward_cached(columns, answers)
+            # The gradient is attached to the total, so the other term joins it as a number.
+            first, *others = self._parts
+            return {first: total - sum(self._parts[name] for name in others), **{n: self._parts[n] for n in others}}
+        reps = [[self._logits(column, 0, len(queries))] for column in columns]
+        self.calculate_loss(reps, answers)
+        return self._parts
+
+    def _chat(self, query: Any, candidates: Sequence[Any]) -> list[dict[str, Any]]:
+        """Build one conversation: the query, then its candidates in order."""
+        pairs = [self._to_messages((_plain(query), _plain(candidate))) for candidate in candidates]
+        return [pairs[0][0], *(pair[1] for pair in pairs)]
+
+    def _index_ids(self, count: int) -> Tensor:
+        """Find the tokens 1, 2, ..., count as they follow the start of the answer."""
+        start = self._tokenizer.encode(_LIST_ANSWER_START, add_special_tokens=False)
+        ids = [
+            self._tokenizer.encode(f"{_LIST_ANSWER_START}{index}", add_special_tokens=False)
+            for index in range(1, count + 1)
+        ]
+        if any(row[:-1] != start for row in ids) or len({row[-1] for row in ids}) < count:
+            raise ValueError(
+                f"The tokenizer has no single token for each index 1 to {count}, so {count} candidates cannot share a "
+                "list. Train with fewer negatives per row or set listwise_weight=0."
+            )
+        return torch.tensor([row[-1] for row in ids])
+
+    def _draw_slots(self, rows: int, places: int) -> Tensor:
+        """Draw where the positive stands in each list, uniformly."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
+        drawn = torch.randint(places, (world * rows,), generator=self._generator)
+        return drawn[rank * rows : (rank + 1) * rows]
+
+    def _logits(self, column: dict[str, Any], begin: int, end: int, random_state: RandContext | None = None) -> Tensor:
+        """Run the model on some prompts of a column and return its logits at the answer, ``(end - begin, vocab)``."""
+        # Images are decoded here, so that no more of them are in memory than one mini-batch needs.
+        chats = [self._chat(*row) for row in zip(column["queries"][begin:end], column["candidates"][begin:end])]
+        features = self.model.preprocess(chats, prompt=column["prompt"], **column.get("options", {}))
+        features = batch_to_device(features, next(self.model.parameters()).device)
+        if random_state is None:
+            return self.model(features)["causal_logits"][:, -1]
+        with random_state:
+            return self.model(features)["causal_logits"][:, -1]
+
+    def embed_minibatch_iter(
+        self,
+        sentence_feature: dict[str, Any],
+        with_grad: bool,
+        copy_random_state: bool,
+        random_states: list[RandContext] | None = None,
+        ranges: list[tuple[int, int]] | None = None,
+    ) -> Iterator[tuple[Tensor, RandContext | None]]:
+        """Yield the logits at the answer, mini-batch by mini-batch; called by the gradient cache.
+
+        Args:
+            sentence_feature: One column of prompts.
+            with_grad: Whether to keep the graph.
+            copy_random_state: Whether to snapshot the random state, so that dropout can be replayed.
+            random_states: Snapshots to replay.
+            ranges: Begin and end of the mini-batches.
+        """
+        anchor = next(self.model.parameters()).new_empty(0)  # tells the snapshot on which device the model runs
+        for place, (begin, end) in enumerate(ranges or []):
+            snapshot = RandContext(anchor) if copy_random_state else None
+            replay = None if random_states is None else random_states[place]
+            with torch.set_grad_enabled(with_grad):
+                yield self._logits(sentence_feature, begin, end, replay), snapshot
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Compute the loss of a batch from the logits at the answer position.
+
+        Args:
+            reps: Logits of the positives' pairs, of the hardest negatives' pairs and of the lists, each as
+                mini-batches of shape ``(mini_batch, vocab)``; without those of a term whose weight is 0.
+            labels: Id of the index token that is right for each list, ``(rows,)``.
+            with_backward: Back-propagate into ``reps`` and return a detached loss.
+
+        Returns:
+            Scalar tensor: the mean over the rows of the weighted sum of both terms.
+        """
+        # Cross entropies of half-precision logits would be computed in half precision.
+        columns = [_widened(torch.cat(column)) for column in reps]
+        parts: dict[str, Tensor] = {}
+        if self.pairwise_weight:
+            positive, negative, *columns = columns
+            right = torch.full((len(positive),), self.yes_id, device=positive.device)
+            wrong = torch.full((len(negative),), self.no_id, device=negative.device)
+            pair = F.cross_entropy(positive, right) + F.cross_entropy(negative, wrong)
+            parts["pair"] = self.pairwise_weight * pair
+        if self.listwise_weight:
+            if labels is None:
+                raise ValueError("calculate_loss needs the ids of the right index tokens as labels")
+            parts["list"] = self.listwise_weight * F.cross_entropy(columns[0], labels.to(columns[0].device))
+        total = torch.stack(list(parts.values())).sum()
+        if with_backward:
+            total.backward()
+            total, parts = total.detach(), {name: part.detach() for name, part in parts.items()}
+        self._parts = parts
+        return total
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options that go into the model card."""
+        return {
+            "pairwise_weight": self.pairwise_weight,
+            "listwise_weight": self.listwise_weight,
+            "mini_batch_size": self.mini_batch_size,
+            "seed": self.seed,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper, for model cards."""
+        return UNIME_V2_CITATION
+
+
+def _plain(value: Any) -> Any:
+    """Turn an item into a dict of its decoded parts, and drop the absent parts of a dict."""
+    if hasattr(value, "to_input"):
+        value = value.to_input()
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
+def _hardest(labels: Tensor | Sequence[Tensor] | None, rows: int, negatives: int) -> list[int]:
+    """Choose each row's hardest negative by its score."""
+    if labels is None:
+        return [0] * rows
+    scores = labels if isinstance(labels, Tensor) else torch.stack(list(labels))
+    if scores.shape != (rows, 1 + negatives) or not torch.isfinite(scores).all():
+        raise ValueError(
+            f"RerankerLoss takes one finite score per candidate, the positive's first: shape {(rows, 1 + negatives)}, "
+            f"but the labels have shape {tuple(scores.shape)}"
+            + ("." if scores.shape != (rows, 1 + negatives) else " and some are not finite.")
+        )
+    return scores[:, 1:].argmax(1).tolist()
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Return at least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
