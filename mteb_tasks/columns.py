@@ -8,7 +8,7 @@ and ``image`` are what foreign models read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from datasets import Dataset, Features, Image, Value
@@ -40,12 +40,15 @@ def category_modalities(category: str) -> tuple[list[Modality], list[Modality]]:
     return queries, documents
 
 
-def to_dataset(items: Mapping[str, Item], modalities: Sequence[Modality]) -> Dataset:
+def to_dataset(
+    items: Mapping[str, Item], modalities: Sequence[Modality], body: Callable[[str], str] | None = None
+) -> Dataset:
     """Build the query or corpus table of a retrieval task without decoding a picture.
 
     Args:
         items: Row id to item.
         modalities: What foreign models shall see of this side. Our loader sees the whole item in any case.
+        body: Takes the instruction off a text for foreign models, which have their own; None leaves it on.
 
     Returns:
         A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
@@ -60,7 +63,8 @@ def to_dataset(items: Mapping[str, Item], modalities: Sequence[Modality]) -> Dat
     columns: dict[str, Sequence[Any]] = {"id": list(items), OFFICIAL_TEXT: texts}
     features: dict[str, Any] = {"id": Value("string"), OFFICIAL_TEXT: Value("string")}
     if "text" in modalities:
-        columns["text"], features["text"] = texts, Value("string")
+        columns["text"] = texts if body is None else [body(text) for text in texts]
+        features["text"] = Value("string")
     if any(item.image is not None for item in items.values()):
         columns["image"] = [_encoded_image(item) for item in items.values()]
         features["image"] = Image()

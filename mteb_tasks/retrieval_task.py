@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mteb.abstasks import AbsTaskRetrieval
@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from unime_st.data.scenes import RetrievalData
 
 
-def retrieval_split(data: RetrievalData, category: str) -> RetrievalSplitData:
+def retrieval_split(
+    data: RetrievalData,
+    category: str,
+    *,
+    query_body: Callable[[str], str] | None = None,
+    document_body: Callable[[str], str] | None = None,
+) -> RetrievalSplitData:
     """Turn retrieval data into the tables mteb evaluates.
 
     Args:
         data: Queries, corpus, relevant documents and, where each query has its own, candidates.
         category: mteb's modality code of the task.
+        query_body: Takes the instruction off a query for foreign models; None leaves texts as they are.
+        document_body: The same for documents.
 
     Returns:
         mteb's split: ``queries``, ``corpus``, ``relevant_docs`` and ``top_ranked`` (None = whole corpus). Candidates
@@ -41,8 +49,8 @@ def retrieval_split(data: RetrievalData, category: str) -> RetrievalSplitData:
     query_modalities, document_modalities = category_modalities(category)
     _check(data)
     return {
-        "queries": to_dataset(data.queries, query_modalities),
-        "corpus": to_dataset(data.corpus, document_modalities),
+        "queries": to_dataset(data.queries, query_modalities, query_body),
+        "corpus": to_dataset(data.corpus, document_modalities, document_body),
         "relevant_docs": {query: dict.fromkeys(sorted(docs), 1) for query, docs in data.relevant.items()},
         "top_ranked": None
         if data.candidates is None
@@ -87,6 +95,17 @@ class ItemRetrievalTask(AbsTaskRetrieval):
             The items and who is relevant to whom.
         """
 
+    def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
+        """Turn the data of one subset into mteb's tables; see `retrieval_split`.
+
+        Args:
+            data: From `retrieval_data`.
+
+        Returns:
+            The tables.
+        """
+        return retrieval_split(data, self.metadata.category or "it2it")
+
     def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
         """Load all subsets (a second call does nothing).
 
@@ -99,10 +118,7 @@ class ItemRetrievalTask(AbsTaskRetrieval):
             return
         with (timer or TimingStack())("Data loading"):
             self.dataset = {
-                subset: {
-                    split: retrieval_split(self.retrieval_data(subset, split), self.metadata.category or "it2it")
-                    for split in self.eval_splits
-                }
+                subset: {split: self.split_tables(self.retrieval_data(subset, split)) for split in self.eval_splits}
                 for subset in self.hf_subsets
             }
         self.data_loaded = True

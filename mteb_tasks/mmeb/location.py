@@ -1,0 +1,192 @@
+"""Where MMEB's evaluation data lie: a local folder, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "MMEB_EVAL_DIR"
+HUB_DATASET = "TIGER-Lab/MMEB-eval"
+HUB_REVISION = "main"
+_IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
+
+
+class MMEBDataError(ValueError):
+    """Evaluation data that are missing or not what the benchmark prescribes; names the file and the row."""
+
+
+def local_root() -> Path | None:
+    """Folder named by ``$MMEB_EVAL_DIR``.
+
+    Returns:
+        The folder, or None when the variable is not set (the data then come from the hub).
+
+    Raises:
+        MMEBDataError: If the variable names no folder.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    if not named:
+        return None
+    root = Path(named).expanduser()
+    if not root.is_dir():
+        raise MMEBDataError(f"{FOLDER_VARIABLE}={named} is not a folder")
+    return root
+
+
+def data_root(subsets: Iterable[str]) -> Path:
+    """Folder with the evaluation data, fetched from the hub when no local folder is named.
+
+    Args:
+        subsets: Names of the subsets that are needed (only these are fetched).
+
+    Returns:
+        The folder.
+
+    Raises:
+        MMEBDataError: If the named folder does not exist, or the hub cannot be reached and has not been before.
+    """
+    root = local_root()
+    if root is not None:
+        return root
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"{name}/*" for name in subsets] + ["images.zip"]
+    try:
+        folder = snapshot_download(HUB_DATASET, repo_type="dataset", revision=HUB_REVISION, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MMEBDataError(
+            f"{HUB_DATASET} cannot be fetched ({error}); download it elsewhere and set {FOLDER_VARIABLE} to its folder"
+        ) from error
+    return Path(folder)
+
+
+def parquet_files(root: Path, subset: str) -> list[Path]:
+    """Find the table of a subset.
+
+    Args:
+        root: Folder of the evaluation data.
+        subset: Official name.
+
+    Returns:
+        Its shards, sorted; empty when the subset is missing. The subset folder may lie in `root`, in ``MMEB-eval/``
+        or in ``data/`` below it.
+    """
+    for parent in (root, root / "MMEB-eval", root / "data"):
+        found = sorted((parent / subset).glob("test*.parquet"))
+        if found:
+            return found
+    return []
+
+
+class ImageFolders:
+    """Finds the image files that rows name.
+
+    Pictures may lie in ``images/``, ``eval_images/``, ``image-tasks/`` or directly in the data folder or beside it. A
+    ``images.zip`` is unpacked once: reading through the archive is many times slower.
+
+    Args:
+        root: Folder of the evaluation data.
+    """
+
+    def __init__(self, root: Path) -> None:
+        places = [root, root.parent] if root.name == "MMEB-eval" else [root]
+        unpacked = _unpacked(root / "images.zip")
+        self._bases = [place / name for place in places for name in _IMAGE_FOLDERS]
+        self._bases += [unpacked / name for name in _IMAGE_FOLDERS] if unpacked else []
+        self._listed: dict[Path, set[str]] = {}
+
+    def find(self, relative: str) -> Path | None:
+        """Locate one picture.
+
+        Args:
+            relative: Path as it stands in the table, for instance ``"OK-VQA/1.jpg"``.
+
+        Returns:
+            The file, or None when there is none.
+        """
+        part = Path(relative)
+        if part.is_absolute() or ".." in part.parts:
+            return None
+        for base in self._bases:
+            if part.name in self._names(base / part.parent):
+                return base / part
+        return None
+
+    def _names(self, folder: Path) -> set[str]:
+        # One listing per folder instead of one look-up per picture.
+        if folder not in self._listed:
+            self._listed[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        return self._listed[folder]
+
+
+def _unpacked(archive: Path) -> Path | None:
+    """Unpack an archive once, next to it or in the cache of this project, and return the folder."""
+    if not archive.is_file():
+        return None
+    from unime_st.registry import home
+
+    state = archive.stat()
+    name = hashlib.sha256(f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    for parent in (archive.parent, home() / "mmeb"):
+        done = parent / f"unpacked-{name}"
+        if done.is_dir():
+            return done
+    parent = archive.parent if os.access(archive.parent, os.W_OK) else home() / "mmeb"
+    parent.mkdir(parents=True, exist_ok=True)
+    logger.warning("unpacking %s into %s (once)", archive, parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".unpacking-") as scratch:
+        content = Path(scratch) / "content"
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(content)
+        except zipfile.BadZipFile as error:
+            raise MMEBDataError(f"{archive} is not a whole zip archive ({error}): download it again") from error
+        content.rename(parent / f"unpacked-{name}")  # complete or not there at all
+    return parent / f"unpacked-{name}"
+
+
+def fingerprint(root: Path, subset: str) -> str:
+    """Short digest of a subset's table, to tell a changed local data set from the one that was scored.
+
+    Args:
+        root: Folder of the evaluation data.
+        subset: Official name.
+
+    Returns:
+        12 hexadecimal digits over the bytes of the table and over name and size of the files in the picture folders
+        that carry its name; ``"missing"`` when there is no table.
+    """
+    files = parquet_files(root, subset)
+    if not files:
+        return "missing"
+    folders = [base / subset for place in (root, root.parent) for base in (place / name for name in _IMAGE_FOLDERS)]
+    pictures = tuple(
+        (entry.name, entry.stat().st_size)
+        for folder in folders
+        if folder.is_dir()
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if not entry.name.endswith(".parquet")
+    )
+    digest = hashlib.sha256(repr(pictures).encode())
+    for file in files:
+        digest.update(_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
+    return digest.hexdigest()[:12]
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, size: int, modified: int) -> bytes:
+    """Hash of a file; size and time of change are part of the key so that a changed file is read again."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:  # hashlib.file_digest needs Python 3.11
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.digest()

@@ -1,0 +1,268 @@
+"""The 36 MMEB tasks, their aggregate and the benchmark."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+from mteb_tasks.metadata import task_metadata
+from mteb_tasks.mmeb.location import (
+    HUB_DATASET,
+    HUB_REVISION,
+    ImageFolders,
+    MMEBDataError,
+    data_root,
+    fingerprint,
+    local_root,
+    parquet_files,
+)
+from mteb_tasks.mmeb.reading import check_images, read_subset
+from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
+from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
+from unime_st.data.items import Item
+from unime_st.data.scenes import RetrievalData
+
+if TYPE_CHECKING:
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.results import TaskResult
+
+ALLOW_MISSING_VARIABLE = "MMEB_ALLOW_MISSING"
+MMEB_BIBTEX = r"""
+@article{jiang2024vlm2vec,
+  author = {Jiang, Ziyan and Meng, Rui and Yang, Xinyi and Yavuz, Semih and Zhou, Yingbo and Chen, Wenhu},
+  journal = {arXiv preprint arXiv:2410.05160},
+  title = {VLM2Vec: Training Vision-Language Models for Massive Multimodal Embedding Tasks},
+  year = {2024},
+}
+"""
+_SUBTYPES = {
+    "classification": ["Object recognition"],
+    "vqa": ["Question answering"],
+    "retrieval": ["Image Text Retrieval"],
+    "grounding": ["Object recognition"],
+}
+
+
+def preflight(root: Path, subsets: Iterable[Subset]) -> None:
+    """Check tables and pictures of several subsets before anything is encoded.
+
+    Args:
+        root: Folder of the evaluation data.
+        subsets: What will be evaluated.
+
+    Raises:
+        MMEBDataError: Lists the first fault of each faulty subset.
+    """
+    folders, faults = ImageFolders(root), []
+    for subset in subsets:
+        try:
+            check_images(subset, read_subset(root, subset), folders)
+        except MMEBDataError as error:
+            faults.append(str(error))
+    if faults:
+        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing subsets out)" if len(faults) > 1 else ""
+        raise MMEBDataError(f"{len(faults)} MMEB subsets cannot be evaluated{hint}:\n" + "\n".join(faults))
+
+
+class MMEBTask(ItemRetrievalTask):
+    """A subset of MMEB: each query ranks its own candidates; a hit is the positive at rank 1.
+
+    Data come from ``$MMEB_EVAL_DIR`` or the hub. For a local folder the digest of the data is part of the subset name
+    in the result, so a score of other data is never taken for this one's.
+    """
+
+    subset: ClassVar[Subset]
+    checked_with: tuple[Subset, ...] = ()
+    """Subsets that will be evaluated in the same run; all are checked before the first one is encoded."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        root = local_root()
+        if root is not None:
+            revision = fingerprint(root, self.subset.name)
+            self.metadata = self.metadata.model_copy(
+                update={
+                    "dataset": {**self.metadata.dataset, "revision": revision},
+                    "eval_langs": {f"local-{revision}": ["eng-Latn"]},
+                }
+            )
+        super().__init__(**kwargs)
+
+    def retrieval_data(self, subset: str, split: str) -> RetrievalData:
+        """Read the rows; see `mteb_tasks.mmeb.reading.read_subset`."""
+        together = self.checked_with or (self.subset,)
+        root = data_root([found.name for found in together])
+        if local_root() is not None and f"local-{fingerprint(root, self.subset.name)}" != subset:
+            raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make the task anew")
+        _preflight_once(root, together)
+        table = read_subset(root, self.subset)
+        files = check_images(self.subset, table, ImageFolders(root))
+        names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
+        ranked = {f"q{row}": [names[number] for number in rows] for row, rows in enumerate(table.candidates)}
+        return RetrievalData(
+            queries={
+                f"q{row}": Item(text=text, image=files.get(image))
+                for row, (text, image) in enumerate(zip(table.query_texts, table.query_images))
+            },
+            corpus={
+                name: Item(text=text, image=files.get(image))
+                for name, text, image in zip(names, table.document_texts, table.document_images)
+            },
+            relevant={query: {found[0]} for query, found in ranked.items()},
+            candidates=ranked,
+        )
+
+    def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
+        """Build the tables; foreign models read texts without the official instruction."""
+        query, target = (partial(_body, self.subset, side) for side in ("query", "target"))
+        return retrieval_split(data, self.subset.category, query_body=query, document_body=target)
+
+
+_checked: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def _preflight_once(root: Path, subsets: tuple[Subset, ...]) -> None:
+    key = (str(root), tuple(f"{subset.name}@{fingerprint(root, subset.name)}" for subset in subsets))
+    if key not in _checked:
+        preflight(root, subsets)
+        _checked.add(key)
+
+
+def _body(subset: Subset, side: str, text: str) -> str:
+    return subset.body(side, text) or ""
+
+
+def _document_id(text: str, image: str) -> str:
+    # By content: mteb breaks ties by id, which must not depend on where a document stands in a list.
+    return hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16]
+
+
+def _task_class(subset: Subset) -> type[MMEBTask]:
+    asks = {
+        "query": subset.query.replace("{}", "").strip(' "'),
+        "document": subset.target.replace("{}", "").strip(' "'),
+    }
+    metadata = task_metadata(
+        name=subset.task_name,
+        description=(
+            f"The {subset.name} subset of MMEB ({subset.meta}, {'out of' if subset.out_of_domain else 'in'} domain): "
+            "rank the candidates of each query; the share of queries whose positive comes first."
+        ),
+        category=subset.category,
+        dataset={"path": HUB_DATASET, "revision": HUB_REVISION},
+        reference="https://arxiv.org/abs/2410.05160",
+        date=("2024-01-01", "2024-10-07"),
+        domains=["Web"],
+        sample_creation="found",
+        task_subtypes=_SUBTYPES[subset.meta],
+        prompt={side: text for side, text in asks.items() if text},
+        bibtex_citation=MMEB_BIBTEX,
+    )
+    return type(
+        subset.class_name, (MMEBTask,), {"__doc__": metadata.description, "subset": subset, "metadata": metadata}
+    )
+
+
+MMEB_TASKS: tuple[type[MMEBTask], ...] = tuple(_task_class(subset) for subset in SUBSETS)
+"""One class for each subset, in the order of `SUBSETS`."""
+
+
+def mmeb_tasks() -> list[MMEBTask]:
+    """Make one task object for each subset that shall be evaluated.
+
+    Returns:
+        All 36, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there.
+    """
+    root = local_root()
+    wanted = [
+        task for task in MMEB_TASKS if root is None or not _missing_allowed() or parquet_files(root, task.subset.name)
+    ]
+    tasks = [task() for task in wanted]
+    for task in tasks:
+        task.checked_with = tuple(task.subset for task in wanted)
+    return tasks
+
+
+def _missing_allowed() -> bool:
+    return os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() in ("1", "true", "yes")
+
+
+def mean_scores(score_of: Mapping[str, float]) -> dict[str, float]:
+    """Average task scores as the papers do: every mean is the plain mean of its subsets.
+
+    Args:
+        score_of: Score of each subset, by official name.
+
+    Returns:
+        ``mean`` over all given subsets, ``ind``, ``ood`` and one mean for each meta-task; a mean of nothing is left
+        out.
+
+    Example:
+        >>> mean_scores({"OK-VQA": 0.5, "GQA": 0.7})
+        {'mean': 0.6, 'ind': 0.5, 'ood': 0.7, 'vqa': 0.6}
+    """
+    groups = {"mean": list(SUBSETS), "ind": [s for s in SUBSETS if not s.out_of_domain]}
+    groups["ood"] = [subset for subset in SUBSETS if subset.out_of_domain]
+    groups |= {meta: [subset for subset in SUBSETS if subset.meta == meta] for meta in META_TASKS}
+    found = {name: [score_of[s.name] for s in group if s.name in score_of] for name, group in groups.items()}
+    return {name: float(np.mean(scores)) for name, scores in found.items() if scores}
+
+
+class MMEB(AbsTaskAggregate):
+    """All of MMEB: overall mean, in and out of domain, and the four meta-tasks."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        tasks = mmeb_tasks()
+        update: dict[str, Any] = {"tasks": tasks}
+        if local_root() is not None:
+            parts = "".join(task.metadata.revision for task in tasks)
+            digest = hashlib.sha256(parts.encode()).hexdigest()[:12]
+            update["dataset"] = {**self.metadata.dataset, "revision": digest}
+            update["eval_langs"] = {f"local-{digest}": ["eng-Latn"]}
+        self.metadata = self.metadata.model_copy(update=update)
+        super().__init__(**kwargs)
+
+    def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, Mapping[str, Any]]:
+        """Average the results of the subsets.
+
+        Args:
+            task_results: One result for each subset.
+
+        Returns:
+            ``{"test": {subset name: scores}}`` with `mean_scores`, the number of tasks and the names left out.
+        """
+        score_of = {
+            result.task_name.removeprefix("MMEB-"): float(result.scores["test"][0]["main_score"])
+            for result in task_results
+            if result.task_name in self.taskname_to_task
+        }
+        means = mean_scores(score_of)
+        left_out = [subset.name for subset in SUBSETS if subset.name not in score_of]
+        scores = {**means, "hit_rate_at_1": means["mean"], "main_score": means["mean"]}
+        return {"test": {self.hf_subsets[0]: {**scores, "num_tasks": len(score_of), "left_out": left_out}}}
+
+
+MMEB.metadata = AggregateTaskMetadata(
+    name="MMEB",
+    description=(
+        "The Massive Multimodal Embedding Benchmark: 36 data sets for classification, visual question answering, "
+        "retrieval and visual grounding, each query with its own candidates."
+    ),
+    reference="https://arxiv.org/abs/2410.05160",
+    tasks=[task() for task in MMEB_TASKS],
+    dataset={"path": HUB_DATASET, "revision": HUB_REVISION},
+    main_score="hit_rate_at_1",
+    type="Any2AnyRetrieval",
+    eval_splits=["test"],
+    eval_langs=["eng-Latn"],
+    modalities=["text", "image"],
+    category="it2it",
+    bibtex_citation=MMEB_BIBTEX,
+)
