@@ -16,6 +16,7 @@ from mteb_tasks.columns import OFFICIAL_TEXT, has_encoded_items, iter_items
 from mteb_tasks.ranking import rank_candidates, tie_order
 from unime_st.data.items import Item
 from unime_st.encoding import encode_items
+from unime_st.judging.prompts import clean_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mteb.types import PromptType, RetrievalOutputType
     from torch.utils.data import DataLoader
 
+IMAGE_TOKEN = "<|image_1|>"
 WINDOW = 1024
 """Rows whose encoded pictures are held at once."""
 
@@ -100,6 +102,9 @@ class UniMELoader:
         self.mteb_model_meta = model_meta(model_name, revision)
         self._known: dict[str, np.ndarray] = {}
         self._corpus: Dataset | None = None
+        # UniME's templates put the picture where MMEB's token stands; others would read the token as a word.
+        processor = getattr(self.model[0], "processor", None)
+        self._knows_token = IMAGE_TOKEN in str(getattr(processor, "chat_template", None))
 
     def encode(
         self,
@@ -152,6 +157,7 @@ class UniMELoader:
         """
         order: list[str] = []
         for items in windows:
+            items = [self._readable(item) for item in items]
             fresh = {item.id: item for item in items if item.id not in self._known}
             if fresh:
                 vectors = encode_items(
@@ -162,6 +168,12 @@ class UniMELoader:
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
         return np.stack([self._known[item_id] for item_id in order])
+
+    def _readable(self, item: Item) -> Item:
+        """Take MMEB's image token off a text for a model whose chat template does not know it."""
+        if self._knows_token or item.text is None or IMAGE_TOKEN not in item.text:
+            return item
+        return Item(text=clean_text(item.text), image=item.image)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosine similarity of all pairs.

@@ -1,0 +1,268 @@
+"""MMEB: reading, the official scoring rule, the aggregate, and faulty data."""
+
+from __future__ import annotations
+
+import mteb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mteb_tasks import evaluate
+from mteb_tasks.loader import model_meta
+from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb.reading import read_subset
+from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
+from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
+from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, mean_scores, mmeb_tasks
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    return write_synthetic_mmeb(tmp_path_factory.mktemp("mmeb"), queries=10, candidates=8, documents=20, side=28)
+
+
+@pytest.fixture
+def data(synthetic, monkeypatch):
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(synthetic))
+    return synthetic
+
+
+class Noisy:
+    """A foreign encoder whose vectors depend only on what mteb shows it."""
+
+    def __init__(self):
+        self.mteb_model_meta = model_meta("noisy/hash", "1")
+
+    def encode(self, inputs, *, prompt_type=None, **kwargs):
+        return np.concatenate([self._batch(batch) for batch in inputs]).astype(np.float32)
+
+    def _batch(self, batch):
+        texts, images = batch.get("text"), batch.get("image")
+        rows = len(texts if texts is not None else images)
+        seeds = [
+            hash((texts[row] if texts is not None else "", images[row].tobytes() if images is not None else b""))
+            for row in range(rows)
+        ]
+        return np.stack([np.random.default_rng(abs(seed)).normal(size=16) for seed in seeds])
+
+    def similarity(self, a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        return (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
+
+    def similarity_pairwise(self, a, b):
+        return np.diag(self.similarity(a, b))
+
+
+def test_the_table_has_the_paper_s_counts():
+    assert len({subset.name for subset in SUBSETS}) == len({subset.class_name for subset in SUBSETS}) == 36
+    assert sum(subset.out_of_domain for subset in SUBSETS) == 16
+    assert [sum(subset.meta == meta for subset in SUBSETS) for meta in META_TASKS] == [10, 10, 12, 4]
+
+
+def official_hits(model, root, subset):
+    """The official scorer, written independently: positional, on the rows as they are."""
+    rows = pq.read_table(root / subset.name / "test-00000-of-00001.parquet").to_pylist()
+    keys = {}
+    for row in rows:
+        keys.setdefault((row["qry_text"], row["qry_img_path"]))
+        keys.update(dict.fromkeys(zip(row["tgt_text"], row["tgt_img_path"])))
+    from unime_st.data.items import Item
+
+    items = [Item(text=text, image=root / "images" / image if image else None) for text, image in keys]
+    vectors = dict(zip(keys, model.encode([_prepared(item) for item in items], batch_size=16)))
+    hits, clear = [], []
+    for row in rows:
+        listed = list(zip(row["tgt_text"], row["tgt_img_path"]))
+        scores = np.stack([vectors[key] for key in listed]) @ vectors[row["qry_text"], row["qry_img_path"]]
+        best = listed[int(np.argmax(scores))]
+        hits.append(best == listed[0])
+        clear.append(np.diff(np.sort(np.unique(scores))[-2:])[0] > 1e-5)
+    return np.array(hits), np.array(clear)
+
+
+def _prepared(item):
+    row = item.to_input()
+    row["text"] = row["text"].replace("<|image_1|>", "").removeprefix("\n") if "text" in row else None
+    return row
+
+
+def test_every_subset_scores_as_the_official_rule_does(data, tiny):
+    tasks = mmeb_tasks()
+    assert len(tasks) == 36
+    scores = evaluate(tiny, tasks, batch_size=16)
+    for task in tasks:
+        hits, clear = official_hits(tiny, data, task.subset)
+        (found,) = scores[task.metadata.name].values()
+        assert clear.all(), f"{task.subset.name}: a near tie, choose another seed"
+        assert found["hit_rate_at_1"] == pytest.approx(hits.mean(), abs=1e-5), task.subset.name
+
+
+def test_v2_fields_give_the_strings_of_v1(data, tmp_path):
+    other = write_synthetic_mmeb(tmp_path, queries=4, candidates=4, documents=9, side=28, layout="v2")
+    same = write_synthetic_mmeb(tmp_path / "v1", queries=4, candidates=4, documents=9, side=28)
+    for subset in SUBSETS:
+        if subset.stray_token or subset.name == "VisDial":
+            continue  # V2 removed the stray token; VisDial's body ends with its own line break in the real data
+        first, second = read_subset(same, subset), read_subset(other, subset)
+        assert second.query_texts == first.query_texts, subset.name
+        strip = subset.name == "RefCOCO-Matching"  # VLM2Vec-V2 ends these crops with a line break
+        texts = [text.rstrip("\n") if strip else text for text in second.document_texts]
+        assert texts == first.document_texts, subset.name
+
+
+def test_foreign_models_read_bodies_without_the_official_instruction(data):
+    task = next(task for task in mmeb_tasks() if task.subset.name == "OK-VQA")
+    task.load_data()
+    (split,) = task.dataset.values()
+    row = split["test"]["queries"][0]
+    assert row["official_text"] == (
+        f"<|image_1|>\nRepresent the given image with the following question: {row['text']}\n"
+    )
+    assert len(row["text"].split()) == 4 and row["image"].size == (28, 28)
+    assert task.metadata.prompt == {"query": "Represent the given image with the following question:"}
+    found = mteb.evaluate(Noisy(), [task], cache=None)[0]
+    assert 0 <= found.get_score() <= 0.6
+
+
+def test_the_aggregate_averages_as_the_papers_do(data, tiny):
+    task = MMEB()
+    result = mteb.evaluate(Noisy(), task, cache=None)
+    (scores,) = result[0].scores["test"]
+    assert scores["num_tasks"] == 36 and scores["left_out"] == []
+    parts = {name: scores[name] for name in ("mean", "ind", "ood", *META_TASKS)}
+    assert parts["mean"] == pytest.approx((20 * parts["ind"] + 16 * parts["ood"]) / 36)
+    weighted = (
+        10 * parts["classification"] + 10 * parts["vqa"] + 12 * parts["retrieval"] + 4 * parts["grounding"]
+    ) / 36
+    assert parts["mean"] == pytest.approx(weighted) == scores["main_score"]
+
+
+def test_chance_is_the_mean_of_one_in_candidates(data, tiny):
+    task = next(task for task in mmeb_tasks() if task.subset.name == "NIGHTS")
+    (found,) = evaluate(tiny, [task])["MMEB-NIGHTS"].values()
+    rows = pq.read_table(data / "NIGHTS" / "test-00000-of-00001.parquet").to_pylist()
+    distinct = [len(set(zip(row["tgt_text"], row["tgt_img_path"]))) for row in rows]
+    assert found["chance"] == pytest.approx(np.mean([1 / number for number in distinct]))
+
+
+def test_means_of_a_part_are_means_of_that_part():
+    assert mean_scores({"OK-VQA": 0.5, "GQA": 0.75})["vqa"] == 0.625
+    assert "grounding" not in mean_scores({"OK-VQA": 0.5})
+
+
+@pytest.fixture
+def one(tmp_path, monkeypatch):
+    write_synthetic_mmeb(tmp_path, subsets=[subset_named("OVEN"), subset_named("CIRR")], queries=3, candidates=3)
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(tmp_path))
+    return tmp_path
+
+
+def _rewrite(root, change, name="OVEN"):
+    file = root / name / "test-00000-of-00001.parquet"
+    rows = pq.read_table(file).to_pylist()
+    change(rows)
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[1].update(qry_text="<|image_1|>\nFind it: x\n"), r"row 1: the query text .*Find it"),
+        (lambda rows: rows[2].update(qry_img_path=""), "row 2: query path is '', expected an image"),
+        (lambda rows: rows[1].update(tgt_text=[], tgt_img_path=[]), "row 1 has an empty candidate list"),
+        (lambda rows: rows[0]["tgt_text"].pop(), "row 0 has not as many candidate texts"),
+        (lambda rows: rows[0]["tgt_text"].__setitem__(1, "plain"), "row 0: the target text 'plain'"),
+        (lambda rows: rows[0].update(tgt_text=["x"] * 1001, tgt_img_path=["y"] * 1001), "row 0 has 1001 candidates"),
+        (lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"), "picture OVEN/gone.png of query 0 is missing"),
+        (lambda rows: rows[0].update(qry_img_path="../OVEN/q0.png"), "is missing"),
+    ],
+)
+def test_a_faulty_row_is_named_before_anything_is_encoded(one, change, message):
+    _rewrite(one, change)
+    task = next(task for task in MMEB_TASKS if task.subset.name == "OVEN")()
+    with pytest.raises(MMEBDataError, match=message) as caught:
+        task.load_data()
+    assert "test-00000-of-00001.parquet" in str(caught.value)
+
+
+def test_truncated_files_are_found(one):
+    picture = one / "images" / "OVEN" / "q0.png"
+    picture.write_bytes(picture.read_bytes()[:-60])
+    table = one / "CIRR" / "test-00000-of-00001.parquet"
+    table.write_bytes(table.read_bytes()[:-20])
+    tasks = [task for task in mmeb_tasks() if task.subset.name in ("OVEN", "CIRR")]
+    for task in tasks:
+        task.checked_with = tuple(task.subset for task in tasks)
+    with pytest.raises(MMEBDataError, match="2 MMEB subsets") as caught:
+        tasks[0].load_data()
+    assert "q0.png" in str(caught.value) and "CIRR/test-00000-of-00001.parquet cannot be read" in str(caught.value)
+
+
+def test_missing_subsets_stop_the_run_or_are_listed_in_the_result(one, monkeypatch):
+    with pytest.raises(MMEBDataError, match="34 MMEB subsets cannot be evaluated"):
+        mteb.evaluate(Noisy(), MMEB(), cache=None)
+    monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
+    (scores,) = mteb.evaluate(Noisy(), MMEB(), cache=None)[0].scores["test"]
+    assert scores["num_tasks"] == 2 and len(scores["left_out"]) == 34 and "OK-VQA" in scores["left_out"]
+
+
+def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
+    cache = mteb.ResultCache(tmp_path / "results")
+    first = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
+    again = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
+    assert first == again
+    stale = MMEB()
+    _rewrite(one, lambda rows: rows.pop(), name="CIRR")
+    changed = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
+    assert changed["hf_subset"] != first["hf_subset"]
+    with pytest.raises(MMEBDataError, match="has changed"):
+        stale.tasks[0].load_data()
+
+
+def test_pictures_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):
+    import shutil
+
+    root = write_synthetic_mmeb(tmp_path, subsets=[subset_named("CIRR")], queries=2, candidates=2, documents=3)
+    shutil.make_archive(str(root / "images"), "zip", root / "images")
+    shutil.rmtree(root / "images")
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(root))
+    for _ in range(2):
+        task = next(task for task in MMEB_TASKS if task.subset.name == "CIRR")()
+        task.load_data()
+    assert len(list(root.glob("unpacked-*"))) == 1
+
+
+def test_the_golden_subsets_give_the_official_scores_and_hits(golden, tmp_path, monkeypatch):
+    import json
+
+    from sentence_transformers import SentenceTransformer
+
+    if golden is None:
+        pytest.skip("the golden data are not in this checkout; the official rule is tested on synthetic data above")
+    from unime_st.checkpoints.convert import convert
+
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(golden / "eval" / "mmeb"))
+    monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
+    source = golden / "checkpoints" / "tiny-unime-v2-qwen2vl"
+    folder = convert(source, "unime-v2-2b", output=tmp_path / "m", image_size=128, dtype="float32")
+    tasks = mmeb_tasks()
+    scores = evaluate(SentenceTransformer(str(folder), device="cpu"), tasks, tmp_path)
+    assert len(scores) == 4
+    for task in tasks:
+        official = json.loads((golden / "eval/official_results" / f"mmeb_{task.subset.name}.json").read_text())
+        saved = json.loads((tmp_path / f"{task.metadata.name}_predictions.json").read_text())
+        (subset,) = task.hf_subsets
+        listed = task.retrieval_data(subset, "test").candidates
+        for row in official["rows"]:
+            query = f"q{row['row']}"
+            found = saved[subset]["test"][query]
+            best = max(found, key=lambda document: (found[document], document))
+            # A copy of the positive may win officially by its position; here equal documents are one document.
+            assert (best == listed[query][0]) == row["correct_if_ties_favour_positive"]
+            for document, score in found.items():
+                assert score == pytest.approx(row["scores"][listed[query].index(document)], abs=1e-5)
+        low, high = official["accuracy_bounds_under_ties"]
+        assert low <= scores[task.metadata.name][subset]["hit_rate_at_1"] <= high + 1e-5
