@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from unime_st.data.images import BadImageError
-from unime_st.data.items import Item
-from unime_st.data.manifest import begin_stage, finish_stage, publish
+from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
+from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.scores import check_scores, to_logits
 from unime_st.data.sources import SourceRow, read_rows
@@ -31,9 +26,6 @@ from unime_st.data.specs import (
     resolve_columns,
 )
 
-logger = logging.getLogger(__name__)
-
-REJECTED = "rejected.jsonl"
 _BATCH = 256
 
 
@@ -102,97 +94,9 @@ def import_records(
     ):
         rows = tqdm(islice(read_rows(source), limit), desc=f"importing {source.name}", unit="row")
         _import_all(rows, specs, root, writer, rejected, checker)
-    _require_some(writer, rejected, source)
+    require_some(writer, rejected, source)
     finish_stage(output, {**writer.counts, "source": str(source), "rejected": rejected.count})
     return RecordSet.load(output)
-
-
-class RejectedWriter:
-    """Keeps what could not be used: ``rejected.jsonl``, published when its block ends without an error.
-
-    Args:
-        folder: Stage folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.count, self.first = Path(folder) / REJECTED, 0, ""
-        self._temporary = self.path.with_name(f"{REJECTED}.{os.getpid()}.tmp")
-
-    def add(self, reason: str, **where: Any) -> None:
-        """Set one thing aside.
-
-        Args:
-            reason: Why, in words.
-            **where: What it was: file, row, data set, ids.
-        """
-        entry = json.dumps({**where, "reason": reason}, ensure_ascii=False, default=str)
-        # A lone surrogate in broken data must not keep the reason from being written.
-        self._handle.write(entry.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-        self.count += 1
-        self.first = self.first or entry
-
-    def __enter__(self) -> RejectedWriter:
-        self.path.unlink(missing_ok=True)  # of an interrupted run
-        self._handle = self._temporary.open("w", encoding="utf-8")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        self._handle.close()
-        if kind is not None or self.count == 0:
-            self._temporary.unlink()
-            return
-        publish(self._temporary, self.path)
-        logger.warning("%d set aside in %s; the first: %s", self.count, self.path, self.first)
-
-
-class ImageChecker:
-    """Finds out which items have unreadable images, in threads, each distinct image once.
-
-    Args:
-        workers: Number of threads.
-        full: Decode the pixels; otherwise only the header.
-    """
-
-    def __init__(self, workers: int, *, full: bool = True) -> None:
-        self.full = full
-        self._pool = ThreadPoolExecutor(max(1, workers))
-        self._sound: set[Any] = set()
-
-    def errors(self, items: Iterable[Item]) -> dict[int, str]:
-        """Check items.
-
-        Args:
-            items: Any items.
-
-        Returns:
-            dict[int, str]: Reason by ``id(item)`` for those whose image is unreadable.
-        """
-        pictured = [item for item in items if item.image is not None]
-        reasons = self._pool.map(self._reason, pictured)
-        return {id(item): reason for item, reason in zip(pictured, reasons) if reason is not None}
-
-    def _reason(self, item: Item) -> str | None:
-        image = item.image
-        if image is None:
-            return None
-        key = (image.path, image.member) if image.data is None else hashlib.sha256(image.data).digest()
-        try:
-            if key not in self._sound:
-                image.open() if self.full else image.size()
-                self._sound.add(key)
-        except BadImageError as error:
-            return str(error)
-        return None
-
-    def __enter__(self) -> ImageChecker:
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-Candidate = tuple[dict[str, Any], PairRecord]
-"""A pair with the words that say where it came from."""
 
 
 def _import_all(
@@ -219,11 +123,11 @@ def _import_all(
             resolved = [resolve_columns(spec, columns) for spec in specs or default_pairs(columns)]
             groups = [_Groups(spec, spec.join) for spec in resolved if spec.join is not None]
         plain = [spec for spec in resolved or () if spec.join is None]
-        _write(_pairs_of(good, plain, root, rejected), writer, rejected, checker)
+        write_checked(_pairs_of(good, plain, root, rejected), writer, rejected, checker)
         for group in groups:
             group.add(good, rejected)
     for group in groups:
-        _write(group.pairs(root, rejected), writer, rejected, checker)
+        write_checked(group.pairs(root, rejected), writer, rejected, checker)
 
 
 def _pairs_of(
@@ -233,7 +137,7 @@ def _pairs_of(
         where = {"file": row.file, "row": row.number, "dataset": spec.dataset}
         values = row.values or {}
         try:
-            yield where, _build(spec, {"query": values, "positive": values}, root)
+            yield Candidate(where, _build(spec, {"query": values, "positive": values}, root))
         except (ValueError, TypeError) as error:
             rejected.add(str(error), **where)
 
@@ -252,23 +156,6 @@ def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) ->
         return PairRecord(query, positive, dataset, negatives)
     logits = to_logits(check_scores(scores, 1 + len(negatives))).tolist()
     return PairRecord(query, positive, dataset, negatives, logits[0], tuple(logits[1:]))
-
-
-def _write(
-    candidates: Iterator[Candidate], writer: RecordWriter, rejected: RejectedWriter, checker: ImageChecker
-) -> None:
-    while batch := list(islice(candidates, _BATCH)):
-        reasons = checker.errors(item for _, record in batch for item in _items(record))
-        for where, record in batch:
-            bad = [reasons[id(item)] for item in _items(record) if id(item) in reasons]
-            if bad:
-                rejected.add("; ".join(bad), **where)
-            else:
-                writer.add(record)
-
-
-def _items(record: PairRecord) -> tuple[Item, ...]:
-    return (record.query, record.positive, *record.negatives)
 
 
 class _Groups:
@@ -299,16 +186,6 @@ class _Groups:
                 where = {"file": query.file, "row": query.number, "positive_row": positive.number}
                 try:
                     rows = {"query": query.values or {}, "positive": positive.values or {}}
-                    yield {**where, "dataset": self.spec.dataset}, _build(self.spec, rows, root)
+                    yield Candidate({**where, "dataset": self.spec.dataset}, _build(self.spec, rows, root))
                 except (ValueError, TypeError) as error:
                     rejected.add(str(error), **where, dataset=self.spec.dataset)
-
-
-def _require_some(writer: RecordWriter, rejected: RejectedWriter, source: Path) -> None:
-    if writer.rows.rows:
-        return
-    if rejected.count:
-        raise ValueError(
-            f"{source}: all {rejected.count} pairs were rejected, see {rejected.path}; first: {rejected.first}"
-        )
-    raise ValueError(f"{source}: no pairs; the source is empty or no two rows meet the conditions of a join")

@@ -80,6 +80,11 @@ class RecordSet:
     Args:
         folder: A finished folder.
 
+    Attributes:
+        manifest: What the stage wrote down about itself.
+        items: The distinct items.
+        row_shards: The rows as stored, further columns included.
+
     Raises:
         FileNotFoundError: If the folder is not a finished stage.
 
@@ -96,7 +101,7 @@ class RecordSet:
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(folder)
         self.items = ItemReader(self.folder, self.manifest.get("image_root"))
-        self._rows = ShardReader(self.folder, "rows")
+        self.row_shards = ShardReader(self.folder, "rows")
 
     @classmethod
     def load(cls, folder: str | Path) -> RecordSet:
@@ -147,7 +152,7 @@ class RecordSet:
     @property
     def rows(self) -> pa.Table:
         """All rows as an Arrow table of ids (query, positive, dataset, negatives, positive_logit, negative_logits)."""
-        return self._rows.table()
+        return self.row_shards.table()
 
     @property
     def item_ids(self) -> list[str]:
@@ -166,13 +171,13 @@ class RecordSet:
         return self.items.item(item_id)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.row_shards)
 
     def __getitem__(self, index: int) -> PairRecord:
-        return self._build(self._rows.row(index + len(self) if index < 0 else index))
+        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
 
     def __iter__(self) -> Iterator[PairRecord]:
-        return (self._build(row) for row in self._rows.rows())
+        return (self._build(row) for row in self.row_shards.rows())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder,)
