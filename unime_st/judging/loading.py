@@ -175,7 +175,8 @@ def generative_modules(
         transformer_task="any-to-any",
         unpad_inputs=False,
         model_kwargs=dict(model_kwargs or {}),
-        processor_kwargs=dict(processor_kwargs or {}),
+        # Given at once, so that the module finds that the model takes messages even if it came without a template.
+        processor_kwargs={**(processor_kwargs or {}), "chat_template": load_template(template)},
         config_kwargs=dict(config_kwargs or {}),
     )
     architectures = transformer.config.architectures or []
