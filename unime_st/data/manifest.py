@@ -53,7 +53,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "its stage has not finished: run it again" if (Path(folder) / PLAN).is_file() else "not a stage folder"
         raise FileNotFoundError(f"{folder}: no {MANIFEST} ({hint})")
-    manifest = _read_json(path)
+    manifest = read_json(path)
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
@@ -85,6 +85,29 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     publish(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that a stage wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        ValueError: If it is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as JSON ({error}); remove the folder and run the stage again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -189,7 +212,7 @@ def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
         folder: The stage's folder.
         facts: What the stage found out: counts, statistics, names of models.
     """
-    plan = _read_json(Path(folder) / PLAN)
+    plan = read_json(Path(folder) / PLAN)
     for leftover in Path(folder).glob("*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
     write_manifest(folder, {**plan, **facts})
@@ -203,7 +226,7 @@ def _plain(content: Any) -> Any:
 def _existing_plan(folder: Path) -> dict[str, Any] | None:
     if is_complete(folder):
         return read_manifest(folder)
-    return _read_json(folder / PLAN) if (folder / PLAN).is_file() else None
+    return read_json(folder / PLAN) if (folder / PLAN).is_file() else None
 
 
 def _require_same(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
@@ -251,15 +274,3 @@ def _digest_file(digest: Any, path: Path) -> None:
         digest.update(handle.read(_SAMPLE))
         handle.seek(-_SAMPLE, os.SEEK_END)
         digest.update(handle.read(_SAMPLE))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as JSON ({error}); remove the folder and run the stage again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

@@ -71,11 +71,60 @@ class PairRecord:
             raise ValueError("judge logits must be finite numbers")
 
 
-class RecordSet:
-    """Pair records on disk: each distinct item once, rows that name items by id, and a manifest.
+class ItemFolder:
+    """A finished stage folder: each distinct item once, rows that name items by id, and a manifest.
 
-    Records are read when asked for, and their images stay undecoded, so a set may be larger than memory. It can be
-    handed to data loader workers.
+    Rows are read when asked for, and images stay undecoded, so a folder may be larger than memory. It can be handed to
+    data loader workers.
+
+    Args:
+        folder: A finished folder.
+
+    Attributes:
+        manifest: What the stage wrote down about itself.
+        items: The distinct items.
+        row_shards: The rows as stored.
+
+    Raises:
+        FileNotFoundError: If the folder is not a finished stage.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: dict[str, Any] = read_manifest(folder)
+        self.items = ItemReader(self.folder, self.manifest.get("image_root"))
+        self.row_shards = ShardReader(self.folder, "rows")
+
+    @property
+    def rows(self) -> pa.Table:
+        """All rows as an Arrow table, items named by their ids."""
+        return self.row_shards.table()
+
+    @property
+    def item_ids(self) -> list[str]:
+        """Ids of the distinct items, in stored order."""
+        return self.items.ids
+
+    def item(self, item_id: str) -> Item:
+        """Return a distinct item.
+
+        Args:
+            item_id: Its id.
+
+        Raises:
+            KeyError: If there is no such item.
+        """
+        return self.items.item(item_id)
+
+    def __len__(self) -> int:
+        return len(self.row_shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)
+
+
+class RecordSet(ItemFolder):
+    """Pair records on disk.
 
     Args:
         folder: A finished folder.
@@ -96,12 +145,6 @@ class RecordSet:
         >>> len(records), records[0] == pair, records.manifest["items"]
         (1, True, 2)
     """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest: dict[str, Any] = read_manifest(folder)
-        self.items = ItemReader(self.folder, self.manifest.get("image_root"))
-        self.row_shards = ShardReader(self.folder, "rows")
 
     @classmethod
     def load(cls, folder: str | Path) -> RecordSet:
@@ -149,38 +192,11 @@ class RecordSet:
         writer.finish(manifest)
         return cls(folder)
 
-    @property
-    def rows(self) -> pa.Table:
-        """All rows as an Arrow table of ids (query, positive, dataset, negatives, positive_logit, negative_logits)."""
-        return self.row_shards.table()
-
-    @property
-    def item_ids(self) -> list[str]:
-        """Ids of the distinct items, in stored order."""
-        return self.items.ids
-
-    def item(self, item_id: str) -> Item:
-        """Return a distinct item.
-
-        Args:
-            item_id: Its id.
-
-        Raises:
-            KeyError: If there is no such item.
-        """
-        return self.items.item(item_id)
-
-    def __len__(self) -> int:
-        return len(self.row_shards)
-
     def __getitem__(self, index: int) -> PairRecord:
         return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
 
     def __iter__(self) -> Iterator[PairRecord]:
         return (self._build(row) for row in self.row_shards.rows())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder,)
 
     def _build(self, row: Mapping[str, Any]) -> PairRecord:
         return PairRecord(
