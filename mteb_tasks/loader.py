@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from mteb.models import ModelMeta
-from mteb.models.model_meta import ScoringFunction
 from mteb.models.search_wrappers import SearchEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import OFFICIAL_TEXT, has_encoded_items, iter_items
+from mteb_tasks.description import model_meta
 from mteb_tasks.ranking import rank_candidates, tie_order
+from mteb_tasks.store import EmbeddingStore
 from unime_st.data.items import Item
 from unime_st.encoding import encode_items
 from unime_st.judging.prompts import clean_text
+from unime_st.model import UniME
+from unime_st.registry import resolve
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,38 +30,7 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN = "<|image_1|>"
 WINDOW = 1024
-"""Rows whose encoded pictures are held at once."""
-
-
-def model_meta(name: str, revision: str | None, *, loader: Any = None, **fields: Any) -> ModelMeta:
-    """Describe one of our embedding models to mteb.
-
-    Args:
-        name: ``organisation/model``; mteb names result folders after it.
-        revision: Part of mteb's result key: two different models must not share it.
-        loader: What mteb calls to load the model; None for a model already in memory.
-        **fields: Further fields of mteb's ``ModelMeta``.
-
-    Returns:
-        Metadata that declares text and image input (a plain SentenceTransformer would be declared text only and
-        refused by every image task) and cosine similarity.
-
-    Example:
-        >>> model_meta("unime/local", "1").modalities
-        ['text', 'image']
-    """
-    known: dict[str, Any] = {
-        "loader": loader,
-        "name": name,
-        "revision": revision,
-        "modalities": ["text", "image"],
-        "similarity_fn_name": ScoringFunction.COSINE,
-        "framework": ["Sentence Transformers"],
-        "use_instructions": True,
-        "languages": ["eng-Latn"],
-    }
-    empty = ModelMeta.create_empty().model_dump()
-    return ModelMeta(**{**empty, **known, **fields})
+"""Rows whose encoded pictures are held at once, and after which embeddings are safe on disk."""
 
 
 class UniMELoader:
@@ -74,7 +46,9 @@ class UniMELoader:
         revision: Revision stored with the results.
         device: Device to load the model on; None lets sentence-transformers choose.
         model: A model already in memory.
-        **model_kwargs: Passed on to SentenceTransformer.
+        cache_folder: Where embeddings are kept from run to run, one folder for one model at one setting; None keeps
+            them in memory.
+        **model_kwargs: Passed on to `unime_st.UniME`.
 
     Example:
         >>> import mteb
@@ -91,16 +65,14 @@ class UniMELoader:
         *,
         device: str | None = None,
         model: SentenceTransformer | None = None,
+        cache_folder: str | Path | None = None,
         **model_kwargs: Any,
     ) -> None:
         if model is None:
-            from unime_st import registry
-
-            folder = registry.resolve(model_name.removeprefix("unime/"))
-            model = SentenceTransformer(str(folder), device=device, **model_kwargs)
+            model = UniME(str(resolve(model_name.removeprefix("unime/"))), device=device, **model_kwargs)
         self.model = model
         self.mteb_model_meta = model_meta(model_name, revision)
-        self._known: dict[str, np.ndarray] = {}
+        self.store = EmbeddingStore(cache_folder)
         self._corpus: Dataset | None = None
         # UniME's templates put the picture where MMEB's token stands; others would read the token as a word.
         processor = getattr(self.model[0], "processor", None)
@@ -158,16 +130,16 @@ class UniMELoader:
         order: list[str] = []
         for items in windows:
             items = [self._readable(item) for item in items]
-            fresh = {item.id: item for item in items if item.id not in self._known}
+            fresh = {item.id: item for item in items if item.id not in self.store}
             if fresh:
                 vectors = encode_items(
                     self.model, list(fresh.values()), batch_size=batch_size, show_progress_bar=show_progress_bar
                 )
-                self._known.update(zip(fresh, vectors))
+                self.store.add(list(fresh), vectors)
             order.extend(item.id for item in items)
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
-        return np.stack([self._known[item_id] for item_id in order])
+        return self.store.take(order)
 
     def _readable(self, item: Item) -> Item:
         """Take MMEB's image token off a text for a model whose chat template does not know it."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mteb_tasks.columns import Modality, iter_items, to_dataset
 from unime_st.data.items import Item
+from unime_st.judging import Group
 
 if TYPE_CHECKING:
     from mteb.types import EncodeKwargs
@@ -32,8 +33,8 @@ GROUPS = ("replace", "swap", "add")
 class PairScorer(Protocol):
     """A model that judges a picture and a text together (a reranker)."""
 
-    def score_pairs(self, queries: Sequence[Item], documents: Sequence[Item], *, batch_size: int) -> np.ndarray:
-        """Score corresponding items; higher is a better match. Returns ``(n,)`` floats."""
+    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """Score the candidates of each group; higher is a better match."""
         ...
 
 
@@ -92,7 +93,7 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
     ) -> Any:
         with timer("Encoding and scoring", split=hf_split, subset=hf_subset):
             if isinstance(model, PairScorer):
-                scores = _judged(model, data_split, int(encode_kwargs.get("batch_size", 32)))
+                scores = _judged(model, data_split)
             elif isinstance(model, EncoderProtocol):
                 context = {"task_metadata": self.metadata, "hf_split": hf_split, "hf_subset": hf_subset}
                 scores = _embedded(model, data_split, encode_kwargs, context)
@@ -137,10 +138,8 @@ def _items(data: Dataset) -> tuple[list[Item], list[Item], list[Item]]:
     return pictures, captions, foils
 
 
-def _judged(model: PairScorer, data: Dataset, batch_size: int) -> np.ndarray:
-    pictures, captions, foils = _items(data)
-    sides = [model.score_pairs(pictures, texts, batch_size=batch_size) for texts in (captions, foils)]
-    return np.stack(sides, axis=1)
+def _judged(model: PairScorer, data: Dataset) -> np.ndarray:
+    return np.stack(model.score_groups([Group(picture, list(texts)) for picture, *texts in zip(*_items(data))]))
 
 
 def _embedded(

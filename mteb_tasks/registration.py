@@ -10,11 +10,16 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from unime_st._hook import AfterImport
+
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
+    from mteb.benchmarks.benchmark import Benchmark
+    from mteb.models import ModelMeta
 
 logger = logging.getLogger(__name__)
 
+_CLI = "mteb.cli.build_cli"
 _done = False
 
 
@@ -29,10 +34,18 @@ def register_all() -> None:
         return
     # First, because importing tasks and models asks mteb for tasks, which may come back here.
     _done = True
+    from mteb_tasks.mmeb.benchmark import make_benchmark
+    from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
+    from mteb_tasks.models import metas
     from mteb_tasks.scenes import SCENES_TASKS
 
-    for task in SCENES_TASKS:
+    tasks: list[type[AbsTask]] = [*SCENES_TASKS, *MMEB_TASKS, MMEB]
+    for task in tasks:
         add_task(task)
+    for name, meta in metas().items():
+        add_model(name, meta)
+    add_benchmark(make_benchmark())
+    _show_scores_after_runs()
 
 
 def add_task(task: type[AbsTask]) -> None:
@@ -62,3 +75,49 @@ def add_task(task: type[AbsTask]) -> None:
     registry[name] = task
     home.TASK_LIST = (*home.TASK_LIST, task)
     setattr(mteb.tasks, task.__name__, task)
+
+
+def add_model(name: str, meta: ModelMeta) -> None:
+    """Make mteb find a model by its short and by its full name; a name that mteb already has stays mteb's.
+
+    Args:
+        name: What users pass to ``mteb run -m``.
+        meta: Its description; mteb reads results back by ``meta.name``.
+    """
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    MODEL_REGISTRY.setdefault(name, meta)
+    if meta.name is not None:
+        MODEL_REGISTRY.setdefault(meta.name, meta)
+
+
+def add_benchmark(benchmark: Benchmark) -> None:
+    """Make mteb find a benchmark by its name.
+
+    Args:
+        benchmark: The benchmark.
+    """
+    import mteb.benchmarks.benchmarks as home
+
+    importlib.import_module("mteb.benchmarks.get_benchmark")
+    lookup: Any = sys.modules["mteb.benchmarks.get_benchmark"]
+    attribute = "".join(letter if letter.isalnum() else "_" for letter in benchmark.name).strip("_").upper()
+    if not hasattr(home, attribute):
+        setattr(home, attribute, benchmark)
+        lookup._build_registry.cache_clear()
+        lookup._build_aliases_registry.cache_clear()
+
+
+def _show_scores_after_runs() -> None:
+    """Let ``mteb run`` end with a table of our tasks' scores: mteb's own command prints none."""
+    if _CLI in sys.modules:
+        _wrap_run()
+    else:
+        sys.meta_path.insert(0, AfterImport({_CLI: _wrap_run}))
+
+
+def _wrap_run() -> None:
+    from mteb_tasks.cli import with_scores
+
+    command: Any = sys.modules[_CLI]
+    command.run = with_scores(command.run)

@@ -2,70 +2,80 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from mteb.models import ModelMeta
+from sentence_transformers import CrossEncoder
 
 from mteb_tasks.columns import iter_items
 from mteb_tasks.loader import WINDOW, UniMELoader
-from unime_st.data.items import Item
+from unime_st.judging import Group, Judge, LocalJudge, index_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import RetrievalOutputType
 
-
-class Reranker(Protocol):
-    """What this module needs of `unime_st.reranking.UniMEReranker`."""
-
-    def listwise_scores(self, query: Any, documents: Sequence[Any]) -> np.ndarray:
-        """Score all candidates of a query in one forward: float32 ``(len(documents),)``."""
-        ...
-
-    def predict(self, inputs: Sequence[Any], **kwargs: Any) -> np.ndarray:
-        """Score (query, document) pairs: ``(len(inputs),)``."""
-        ...
+logger = logging.getLogger(__name__)
 
 
 class TwoStage:
     """Retrieve with an embedder, then let a reranker order the top candidates.
 
     An mteb search model. Documents beyond the top k keep their place below the reranked ones. On compositional tasks
-    the reranker scores each pair.
+    the reranker scores caption and foil.
 
     Args:
         embedder: First stage, from `mteb_tasks.wrap` or the registry.
-        reranker: Second stage.
+        reranker: Second stage: a `UniMEReranker` or other generative CrossEncoder, or (pairwise) any judge.
         top_k: Candidates handed to the reranker (10 in the paper).
-        method: ``"listwise"`` (one forward over all candidates, the published protocol) or ``"pairwise"``.
+        method: ``"listwise"`` asks once for the best of all candidates, the published protocol; ``"pairwise"`` asks
+            Yes or No about each. A list cannot be longer than the tokenizer has index tokens for (9 where numbers are
+            split into digits); further candidates keep their place behind it.
+        batch_size: Pairs per forward pass of the second stage.
         name: ``organisation/model`` under which results are filed; None appends ``+reranker`` to the embedder's name.
 
+    Raises:
+        ValueError: If an option is wrong, or `method` is listwise and the reranker is no CrossEncoder.
+
+    References:
+        UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker", inference.
+
     Example:
-        >>> from unime_st.reranking import UniMEReranker  # doctest: +SKIP
+        >>> from unime_st import UniMEReranker  # doctest: +SKIP
         >>> TwoStage(wrap(model), UniMEReranker("unime-v2-reranker"))  # doctest: +SKIP
     """
 
     def __init__(
         self,
         embedder: UniMELoader,
-        reranker: Reranker,
+        reranker: CrossEncoder | Judge,
         *,
         top_k: int = 10,
         method: Literal["listwise", "pairwise"] = "listwise",
+        batch_size: int = 32,
         name: str | None = None,
     ) -> None:
         if method not in ("listwise", "pairwise"):
             raise ValueError(f"method must be 'listwise' or 'pairwise', got {method!r}")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        self.embedder, self.reranker = embedder, reranker
-        self.top_k, self.method = top_k, method
+        if method == "listwise" and not hasattr(reranker, "listwise_scores"):
+            raise ValueError(f"{type(reranker).__name__} cannot rank a list: use method='pairwise' or a UniMEReranker")
+        self.embedder, self.method = embedder, method
+        self.reranker: Any = reranker
+        self.judge: Judge = cast("Judge", reranker)
+        if isinstance(reranker, CrossEncoder):
+            self.judge = LocalJudge(reranker, batch_size=batch_size)
+        self.top_k = _longest_list(reranker, top_k) if method == "listwise" else top_k
         first = embedder.mteb_model_meta
+        # Part of mteb's result key, so that other settings do not pass for these.
+        settings = {"top_k": self.top_k, "method": method}
         self.mteb_model_meta: ModelMeta = first.model_copy(
-            update={"name": name or f"{first.name}+reranker", "experiment_kwargs": {"top_k": top_k, "method": method}}
+            update={"name": name or f"{first.name}+reranker", "experiment_kwargs": settings}
         )
         self._corpus: Dataset | None = None
 
@@ -102,15 +112,16 @@ class TwoStage:
             **kwargs: mteb's further arguments, passed to the embedder.
 
         Returns:
-            ``{query id: {document id: score}}``: cosine for documents that were not reranked; 2 + the reranker's
-            probability for those that were, which puts them first in the reranker's order.
+            ``{query id: {document id: score}}``: cosine for documents that were not reranked; for those that were, a
+            value between 2 and 4 that grows with the reranker's score, which puts them first.
 
         Raises:
             ValueError: If `index` was not called.
         """
-        if self._corpus is None:
+        corpus, self._corpus = self._corpus, None
+        if corpus is None:
             raise ValueError("call index(corpus) before search(queries)")
-        first = self.embedder.search(
+        found = self.embedder.search(
             queries,
             task_metadata=task_metadata,
             hf_split=hf_split,
@@ -119,49 +130,54 @@ class TwoStage:
             encode_kwargs=encode_kwargs,
             **kwargs,
         )
-        rows = {document: row for row, document in enumerate(self._corpus["id"])}
+        rows = {document: row for row, document in enumerate(corpus["id"])}
         query_ids = iter(queries["id"])
         for window in iter_items(queries, WINDOW):
+            names, groups = [], []
             for query, query_id in zip(window, query_ids):
-                found = first[query_id]
-                best = sorted(found, key=found.__getitem__, reverse=True)[: self.top_k]
-                table = self._corpus.select([rows[document] for document in best])
-                documents = [item for part in iter_items(table) for item in part]
-                scores = self._scores(query, documents)
-                found.update({document: 2.0 + float(score) for document, score in zip(best, scores)})
-        self._corpus = None
-        return first
+                best = sorted(found[query_id], key=found[query_id].__getitem__, reverse=True)[: self.top_k]
+                documents = [
+                    item for part in iter_items(corpus.select([rows[name] for name in best])) for item in part
+                ]
+                names.append((query_id, best))
+                groups.append(Group(query, documents))
+            for (query_id, best), scores in zip(names, self._scores(groups)):
+                found[query_id].update(zip(best, map(float, _above_cosine(scores))))
+        return found
 
-    def score_pairs(self, queries: Sequence[Item], documents: Sequence[Item], *, batch_size: int = 32) -> np.ndarray:
-        """Probability that each document answers its query.
+    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """Judge pairs: log-odds of Yes for each candidate of each group.
 
         Args:
-            queries: Items.
-            documents: Items, one for each query.
-            batch_size: Pairs whose pictures are decoded at once.
+            groups: Queries with their candidates.
 
         Returns:
-            float64 array ``(len(queries),)``; float64 so that saturated scores stay ordered.
+            One float32 array for each group.
         """
-        scores = [
-            np.asarray(
-                self.reranker.predict(
-                    [
-                        (query.to_input(), document.to_input())
-                        for query, document in zip(
-                            queries[start : start + batch_size], documents[start : start + batch_size]
-                        )
-                    ],
-                    batch_size=batch_size,
-                    show_progress_bar=False,
-                ),
-                dtype=np.float64,
-            )
-            for start in range(0, len(queries), batch_size)
-        ]
-        return np.concatenate(scores)
+        return self.judge.score(groups)
 
-    def _scores(self, query: Item, documents: list[Item]) -> np.ndarray:
+    def _scores(self, groups: list[Group]) -> list[np.ndarray]:
         if self.method == "pairwise":
-            return self.score_pairs([query] * len(documents), documents, batch_size=len(documents))
-        return self.reranker.listwise_scores(query.to_input(), [document.to_input() for document in documents])
+            return self.score_groups(groups)
+        return [self.reranker.listwise_scores(group.query, group.candidates) for group in groups]
+
+
+def _above_cosine(scores: np.ndarray) -> np.ndarray:
+    """Map logits into (2, 4) in float64, strictly increasing: a probability would saturate and make ties."""
+    logits = np.asarray(scores, dtype=np.float64)
+    return 3.0 + logits / (1.0 + np.abs(logits))
+
+
+def _longest_list(reranker: Any, wanted: int) -> int:
+    """How many of `wanted` candidates fit into one list of this reranker."""
+    if not isinstance(reranker, CrossEncoder):
+        return wanted
+    for count in range(wanted, 1, -1):
+        try:
+            index_token_ids(reranker.tokenizer, count)
+        except ValueError:
+            continue
+        if count < wanted:
+            logger.warning("the reranker's tokenizer has index tokens for %d of %d candidates", count, wanted)
+        return count
+    raise ValueError("this reranker's tokenizer has no index tokens: use method='pairwise'")

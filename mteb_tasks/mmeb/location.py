@@ -27,18 +27,11 @@ def local_root() -> Path | None:
     """Folder named by ``$MMEB_EVAL_DIR``.
 
     Returns:
-        The folder, or None when the variable is not set (the data then come from the hub).
-
-    Raises:
-        MMEBDataError: If the variable names no folder.
+        The folder, which may not exist (tasks are made long before data are needed), or None when the variable is not
+        set: the data then come from the hub.
     """
     named = os.environ.get(FOLDER_VARIABLE)
-    if not named:
-        return None
-    root = Path(named).expanduser()
-    if not root.is_dir():
-        raise MMEBDataError(f"{FOLDER_VARIABLE}={named} is not a folder")
-    return root
+    return Path(named).expanduser() if named else None
 
 
 def data_root(subsets: Iterable[str]) -> Path:
@@ -55,6 +48,8 @@ def data_root(subsets: Iterable[str]) -> Path:
     """
     root = local_root()
     if root is not None:
+        if not root.is_dir():
+            raise MMEBDataError(f"{FOLDER_VARIABLE}={root} is not a folder")
         return root
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -184,9 +184,9 @@ def mmeb_tasks() -> list[MMEBTask]:
     wanted = [
         task for task in MMEB_TASKS if root is None or not _missing_allowed() or parquet_files(root, task.subset.name)
     ]
-    tasks = [task() for task in wanted]
+    tasks = [task() for task in wanted or MMEB_TASKS]  # with nothing there the run shall say so
     for task in tasks:
-        task.checked_with = tuple(task.subset for task in wanted)
+        task.checked_with = tuple(found.subset for found in tasks)
     return tasks
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mteb_tasks import evaluate
-from mteb_tasks.loader import model_meta
+from mteb_tasks.description import model_meta
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.reading import read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named

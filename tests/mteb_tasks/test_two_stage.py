@@ -8,11 +8,13 @@ from mteb_tasks.scenes import ScenesCompositional, ScenesShortT2IRetrieval, Scen
 
 
 class Oracle:
-    """Knows the right answers: shows that the second stage decides, and only among what the first one found."""
+    """A judge that knows the right answers: shows that the second stage decides, among what the first one found."""
+
+    name, revision, prompt_hash = "oracle", "1", ""
 
     def __init__(self, task):
         data = task.retrieval_data("default", "test")
-        self.asked = 0
+        self.lists = 0
         self.right = {
             (data.queries[query].text, data.corpus[document].text)
             for query, documents in data.relevant.items()
@@ -20,11 +22,14 @@ class Oracle:
         }
 
     def listwise_scores(self, query, documents):
-        self.asked += 1
-        return self.predict([(query, document) for document in documents])
+        self.lists += 1
+        return np.array([30.0 if (query.text, one.text) in self.right else -30.0 for one in documents], np.float32)
 
-    def predict(self, inputs, **kwargs):
-        return np.array([(query["text"], document["text"]) in self.right for query, document in inputs], np.float32)
+    def score(self, groups):
+        return [
+            np.array([(group.query.text, one.text) in self.right for one in group.candidates], np.float32)
+            for group in groups
+        ]
 
 
 @pytest.mark.parametrize("method", ["listwise", "pairwise"])
@@ -35,7 +40,7 @@ def test_the_reranker_decides_among_the_top_k(tiny, method):
     both = evaluate(TwoStage(wrap(tiny), oracle, top_k=10, method=method), [task])["ScenesVQA"]["default"]
     assert both["hit_rate_at_1"] == both["hit_rate_at_10"] == alone["hit_rate_at_10"]
     assert both["hit_rate_at_1"] > alone["hit_rate_at_1"]
-    assert oracle.asked == (25 if method == "listwise" else 0)
+    assert oracle.lists == (25 if method == "listwise" else 0)
 
 
 def test_documents_below_the_cut_keep_their_place(tiny, tmp_path):
@@ -51,13 +56,13 @@ def test_compositional_pairs_are_judged_by_the_reranker(tiny):
     task.load_data()
     captions = {pair.caption for category in task.hf_subsets for pair in task.foils(category, "test")}
 
-    class ReadsCaptions:
-        def listwise_scores(self, query, documents):
-            raise AssertionError("pairs are judged one by one")
+    class ReadsCaptions(Oracle):
+        def __init__(self):
+            self.right = set()
 
-        def predict(self, inputs, **kwargs):
-            assert all(query["image"].mode == "RGB" for query, _ in inputs)
-            return [document["text"] in captions for _, document in inputs]
+        def score(self, groups):
+            assert all(group.query.image is not None and len(group.candidates) == 2 for group in groups)
+            return [np.array([one.text in captions for one in group.candidates], np.float32) for group in groups]
 
     found = evaluate(TwoStage(wrap(tiny), ReadsCaptions()), [task])["ScenesCompositional"]
     assert {scores["text_acc"] for scores in found.values()} == {1.0}
@@ -68,6 +73,19 @@ def test_wrong_settings_are_named(tiny):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), method="both")
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), top_k=0)
+
+
+def test_a_real_reranker_reorders_lists_as_long_as_its_tokenizer_counts(tiny, caplog):
+    from unime_st import UniMEReranker
+
+    task = ScenesVQA(size=4)
+    reranker = UniMEReranker("unime-tiny", template="tiny")
+    model = TwoStage(wrap(tiny), reranker)
+    assert model.top_k == 9 and "9 of 10" in caplog.text
+    found = evaluate(model, [task, ScenesCompositional(size=2)])
+    alone = evaluate(tiny, [task])["ScenesVQA"]["default"]
+    assert found["ScenesVQA"]["default"]["hit_rate_at_10"] == alone["hit_rate_at_10"]
+    assert all(0 <= scores["text_acc"] <= 1 for scores in found["ScenesCompositional"].values())
 
 
 def test_two_stages_are_filed_under_a_name_of_their_own(tiny):

@@ -1,0 +1,153 @@
+"""mteb's description of our models: every alias, a folder of one's own, and two-stage models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mteb_tasks.description import model_meta
+from unime_st.recipes import RELEASED
+from unime_st.registry import home, known_aliases, local_folder, resolve
+
+if TYPE_CHECKING:
+    from mteb.models import ModelMeta
+
+    from mteb_tasks.loader import UniMELoader
+    from mteb_tasks.two_stage import TwoStage
+
+FOLDER_VARIABLE = "UNIME_MODEL"
+RERANKER_VARIABLE = "UNIME_RERANKER"
+CACHE_VARIABLE = "UNIME_EMBEDDING_CACHE"
+LOCAL = "unime-local"
+RERANKER = "unime-v2-reranker"
+_SAMPLE = 1 << 20
+
+
+def load_embedder(name: str, revision: str | None = None, **kwargs: Any) -> UniMELoader:
+    """Load the embedding model that mteb knows under `name`.
+
+    Args:
+        name: ``unime/<alias>``; ``unime/unime-local`` stands for the folder in ``$UNIME_MODEL``.
+        revision: Revision under which results are filed.
+        **kwargs: ``device`` and further arguments of the model.
+
+    Returns:
+        The model. Embeddings are kept in ``$UNIME_HOME/embeddings`` from run to run, unless
+        ``UNIME_EMBEDDING_CACHE=0``.
+    """
+    from mteb_tasks.loader import UniMELoader
+    from unime_st.model import UniME
+
+    device = kwargs.pop("device", None)
+    folder = _folder(name.removeprefix("unime/"))
+    model = UniME(str(folder), device=device, **kwargs)
+    return UniMELoader(name, revision, model=model, cache_folder=cache_folder(folder, str(model.dtype), kwargs))
+
+
+def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> TwoStage:
+    """Load the embedder and the reranker that mteb knows as one model.
+
+    Args:
+        name: ``unime/<alias>+reranker``; for ``unime-local`` the reranker is the folder in ``$UNIME_RERANKER``.
+        revision: Revision under which results are filed.
+        **kwargs: ``device`` and further arguments of the embedder.
+
+    Returns:
+        The search model.
+    """
+    from mteb_tasks.two_stage import TwoStage
+    from unime_st.reranking import UniMEReranker
+
+    embedder = load_embedder(name.removesuffix("+reranker"), revision, **dict(kwargs))
+    source = os.environ.get(RERANKER_VARIABLE) or RERANKER
+    return TwoStage(embedder, UniMEReranker(str(resolve(source)), device=kwargs.get("device")), name=name)
+
+
+def cache_folder(folder: Path, dtype: str, settings: dict[str, Any]) -> Path | None:
+    """Where the embeddings of a model at a setting are kept.
+
+    Args:
+        folder: Model folder; its content, which includes template and picture size, is part of the key.
+        dtype: Type the model computes in.
+        settings: Arguments the model was loaded with.
+
+    Returns:
+        A folder of its own for this model and setting, or None with ``UNIME_EMBEDDING_CACHE=0``.
+    """
+    if os.environ.get(CACHE_VARIABLE, "1").lower() in ("0", "false", "no", "off"):
+        return None
+    key = hashlib.sha256(f"{folder_revision(folder)} {dtype} {sorted(settings.items())}".encode()).hexdigest()[:24]
+    return home() / "embeddings" / key
+
+
+def folder_revision(folder: Path) -> str:
+    """Digest of a model folder that changes with its configuration, templates and weights.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        16 hexadecimal digits. Small files are read whole; of weights, the size and a sample of megabytes over the
+        whole file (reading 16 GB would take longer than many an evaluation).
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        with file.open("rb") as opened:
+            for part in range(16 if size > 16 * _SAMPLE else -(-size // _SAMPLE)):
+                if size > 16 * _SAMPLE:
+                    opened.seek(part * (size - _SAMPLE) // 15)
+                digest.update(opened.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def metas() -> dict[str, ModelMeta]:
+    """Describe every model for mteb's registry.
+
+    Returns:
+        Name for ``mteb run -m`` to description. The revision of a model on this machine is the digest of its folder,
+        so that results of another model under the same alias are never taken for its own.
+    """
+    embedders = [alias for alias in known_aliases() if alias not in RELEASED or RELEASED[alias].task == "embedding"]
+    if os.environ.get(FOLDER_VARIABLE):
+        embedders.append(LOCAL)
+    found: dict[str, ModelMeta] = {}
+    for alias in embedders:
+        found[alias] = model_meta(f"unime/{alias}", _revision(alias), loader=load_embedder, **_facts(alias))
+        if alias.startswith("unime-v2") or (alias == LOCAL and os.environ.get(RERANKER_VARIABLE)):
+            name = f"unime/{alias}+reranker"
+            found[f"{alias}+reranker"] = model_meta(name, _revision(alias), loader=load_two_stage, **_facts(alias))
+    return found
+
+
+def _facts(alias: str) -> dict[str, Any]:
+    recipe = RELEASED.get(alias)
+    if recipe is None:
+        return {}
+    reference = f"https://huggingface.co/{recipe.hub_id}" if recipe.hub_id else None
+    return {"license": recipe.license, "reference": reference, "open_weights": True, "adapted_from": recipe.base_model}
+
+
+def _folder(alias: str) -> Path:
+    if alias != LOCAL:
+        return resolve(alias)
+    named = os.environ.get(FOLDER_VARIABLE)
+    if not named:
+        raise ValueError(f"{LOCAL} stands for the folder in ${FOLDER_VARIABLE}, which is not set")
+    return resolve(named)
+
+
+def _revision(alias: str) -> str:
+    if alias == LOCAL:
+        folder = Path(os.environ[FOLDER_VARIABLE]).expanduser()
+    elif alias == "unime-tiny" and not local_folder(alias).is_dir():
+        return "packaged"
+    else:
+        folder = local_folder(alias)
+    if folder.is_dir():
+        return folder_revision(folder)
+    recipe = RELEASED.get(alias)
+    return (recipe.revision if recipe else None) or "main"

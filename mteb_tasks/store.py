@@ -1,0 +1,99 @@
+"""Embeddings by item id: in memory, or on disk so that tasks share them and a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_ID_BYTES = 16
+
+
+class EmbeddingStore:
+    """Vectors by item id.
+
+    On disk, every process appends to a pair of files of its own (``<name>.vectors`` with float32 rows, then
+    ``<name>.ids``), so a vector counts only once its id is written: a process killed at any moment leaves nothing
+    half-written to be read, and two processes do not disturb each other.
+
+    Args:
+        folder: Where to keep vectors; None keeps them in memory. The folder must stand for one model at one setting.
+
+    Example:
+        >>> store = EmbeddingStore()
+        >>> store.add(["00" * 16], np.ones((1, 2), dtype=np.float32))
+        >>> "00" * 16 in store, store.take(["00" * 16]).tolist()
+        (True, [[1.0, 1.0]])
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._place: dict[bytes, tuple[int, int]] = {}
+        self._folder = None if folder is None else Path(folder)
+        self._own = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for ids in sorted(self._folder.glob("*.ids")):
+                self._open(ids)
+
+    def __contains__(self, item_id: str) -> bool:
+        return bytes.fromhex(item_id) in self._place
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray) -> None:
+        """Keep vectors.
+
+        Args:
+            ids: Item ids (32 hexadecimal digits).
+            vectors: float32 ``(len(ids), dim)``.
+
+        Raises:
+            ValueError: If a vector is not finite: it must not be found by a later run.
+        """
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        if not np.isfinite(vectors).all():
+            broken = ids[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])]
+            raise ValueError(f"the embedding of item {broken} is not finite: load the model in float32 or bfloat16")
+        keys = [bytes.fromhex(item_id) for item_id in ids]
+        if self._folder is not None:
+            self._append(self._folder, keys, vectors)
+        self._place.update((key, (len(self._blocks), row)) for row, key in enumerate(keys))
+        self._blocks.append(vectors)
+
+    def take(self, ids: Sequence[str]) -> np.ndarray:
+        """Look vectors up.
+
+        Args:
+            ids: Item ids, all of them known.
+
+        Returns:
+            float32 ``(len(ids), dim)``.
+
+        Raises:
+            KeyError: If an id is unknown.
+        """
+        places = [self._place[bytes.fromhex(item_id)] for item_id in ids]
+        return np.stack([self._blocks[block][row] for block, row in places])
+
+    def _append(self, folder: Path, keys: list[bytes], vectors: np.ndarray) -> None:
+        base = folder / f"{self._own}-{vectors.shape[1]}"
+        for suffix, content in ((".vectors", vectors.tobytes()), (".ids", b"".join(keys))):
+            with Path(f"{base}{suffix}").open("ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _open(self, ids: Path) -> None:
+        dim = int(ids.stem.rsplit("-", 1)[1])
+        names, vectors = ids.read_bytes(), ids.with_suffix(".vectors")
+        whole = min(len(names) // _ID_BYTES, vectors.stat().st_size // (4 * dim))
+        if whole:
+            block = np.memmap(vectors, dtype=np.float32, mode="r", shape=(whole, dim))
+            keys = (names[start : start + _ID_BYTES] for start in range(0, whole * _ID_BYTES, _ID_BYTES))
+            self._place.update((key, (len(self._blocks), row)) for row, key in enumerate(keys))
+            self._blocks.append(block)
