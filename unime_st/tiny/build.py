@@ -10,7 +10,7 @@ from importlib import resources
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    Qwen2TokenizerFast,
+    Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -62,7 +62,7 @@ def _corpus(seed: int) -> Iterator[str]:
     yield from (f"({digit}) " for digit in string.digits * 100)
 
 
-def build_tokenizer(seed: int = 0) -> Qwen2TokenizerFast:
+def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer trained on the words of the scenes and the names of Unicode's symbols.
 
     Every text can be encoded; ``Yes``, ``No`` and the digits are single tokens, as in Qwen2-VL.
@@ -82,11 +82,10 @@ def build_tokenizer(seed: int = 0) -> Qwen2TokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(seed), trainer)
-    fast = Qwen2TokenizerFast(
+    fast = Qwen2Tokenizer(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
         additional_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=1024,
         padding_side="left",
@@ -97,9 +96,9 @@ def build_tokenizer(seed: int = 0) -> Qwen2TokenizerFast:
     return fast
 
 
-def build_processor(tokenizer: Qwen2TokenizerFast) -> Qwen2VLProcessor:
+def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """Qwen2-VL's processor for small pictures; any picture becomes about 84 x 84 pixels, its aspect ratio kept."""
-    template = resources.files("unime_st.recipes").joinpath("templates", "tiny_embedding.jinja").read_text()
+    template = (resources.files("unime_st.recipes") / "templates" / "tiny_embedding.jinja").read_text()
     sizes = {"min_pixels": SIDE * SIDE, "max_pixels": SIDE * SIDE}
     grid = {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2}
     return Qwen2VLProcessor(
@@ -110,11 +109,11 @@ def build_processor(tokenizer: Qwen2TokenizerFast) -> Qwen2VLProcessor:
     )
 
 
-def build_model(tokenizer: Qwen2TokenizerFast) -> Qwen2VLForConditionalGeneration:
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     """A randomly initialised Qwen2-VL of about 1.4 million parameters."""
 
     def id_of(token: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(token))
+        return tokenizer.get_vocab()[token]
 
     text = {
         "vocab_size": len(tokenizer),

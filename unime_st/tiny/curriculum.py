@@ -13,20 +13,21 @@ from transformers import Qwen2VLProcessor
 
 from unime_st.data.items import Item
 from unime_st.data.scenes.contrast import INSTRUCTIONS, contrast, picture, scene_for
-from unime_st.data.scenes.language import ask, long_caption, short_caption
+from unime_st.data.scenes.language import POSITIONS, ask, full_pattern, long_caption, noun_phrase, short_caption
 from unime_st.data.scenes.tasks import TRAINING_MIX
 from unime_st.data.scenes.world import describe
 
 _TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
 _IGNORE = -100
-# Kind of lesson -> (share of the batches, examples per batch)
+# Kind of lesson -> (share of the batches after the start, examples per batch)
 LESSONS = {
-    "describe": (0.15, 64),
-    "describe_long": (0.10, 24),
+    "list": (0.15, 64),
+    "describe": (0.10, 64),
+    "describe_long": (0.05, 24),
     "answer": (0.25, 48),
-    "judge": (0.35, 96),
+    "judge": (0.35, 72),
     "judge_long": (0.05, 32),
-    "choose": (0.10, 24),
+    "choose": (0.05, 24),
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
 _SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
@@ -47,6 +48,16 @@ def _shown(item: Item, images: list[Image.Image]) -> str:
         return text
     images.append(item.image.open())
     return "<|vision_start|><|image_pad|><|vision_end|>" + text
+
+
+def _list(rng: random.Random) -> Example:
+    """Every object in reading order: the densest lesson, from which seeing is learnt first."""
+    scene = scene_for("short", rng, "train")
+    images: list[Image.Image] = []
+    shown = _shown(picture(scene, rng), images)
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    words = [f"{POSITIONS[thing.cell]} {noun_phrase(full_pattern(thing), rng)}" for thing in things]
+    return Example(images, [(f"{shown}list.{_TURN}", f"{scene.background}, {', '.join(words)}")])
 
 
 def _describe(rng: random.Random, long: bool) -> Example:
@@ -98,6 +109,7 @@ def _choose(rng: random.Random) -> Example:
 
 
 _MAKERS: dict[str, Callable[[random.Random], Example]] = {
+    "list": _list,
     "describe": lambda rng: _describe(rng, long=False),
     "describe_long": lambda rng: _describe(rng, long=True),
     "answer": _answer,
@@ -107,9 +119,17 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
 }
 
 
-def draw_batch(rng: random.Random) -> tuple[str, list[Example]]:
-    """A batch of examples of one random kind of lesson."""
+def draw_batch(rng: random.Random, progress: float) -> tuple[str, list[Example]]:
+    """A batch of examples of one random kind of lesson.
+
+    Args:
+        rng: Source of randomness.
+        progress: Share of the training that is over. The first third is mostly lists: a model that does not see yet
+            learns next to nothing from the other lessons.
+    """
     (lesson,) = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])
+    if rng.random() < 1 - 3 * progress:
+        lesson = "list"
     return lesson, [_MAKERS[lesson](rng) for _ in range(LESSONS[lesson][1])]
 
 

@@ -6,8 +6,10 @@ import json
 import logging
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -26,11 +28,13 @@ class PretrainArguments:
     """Settings of :func:`pretrain`."""
 
     output: str = field(default="runs/pretrain_tiny", metadata={"help": "Folder for the checkpoint and its log."})
-    steps: int = field(default=2600, metadata={"help": "Optimiser steps."})
+    steps: int = field(default=1800, metadata={"help": "Optimiser steps."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and words."})
     muon_learning_rate: float = field(default=6e-3, metadata={"help": "Peak rate of Muon (weight matrices)."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW (embeddings, norms, biases)."})
-    log_every: int = field(default=100, metadata={"help": "Steps between two lines of the log; the weights are saved then too."})
+    log_every: int = field(
+        default=100, metadata={"help": "Steps between two lines of the log; the weights are saved then too."}
+    )
 
 
 class _Lessons(IterableDataset):
@@ -39,16 +43,17 @@ class _Lessons(IterableDataset):
     def __init__(self, processor: Qwen2VLProcessor, seed: int, steps: int) -> None:
         self.processor, self.seed, self.steps = processor, seed, steps
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         rng = random.Random(f"lessons-{self.seed}")
-        for _ in range(self.steps):
-            lesson, examples = draw_batch(rng)
+        for step in range(self.steps):
+            lesson, examples = draw_batch(rng, step / self.steps)
             yield lesson, collate(examples, self.processor)
 
 
 def _optimizers(model: torch.nn.Module, arguments: PretrainArguments) -> list[torch.optim.Optimizer]:
     """Muon for the weight matrices, AdamW for everything else: several times faster here than AdamW alone."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
         (matrices if is_matrix else others).append(parameter)

@@ -1,0 +1,164 @@
+"""Options of the training stages: dataclasses that a YAML file and the command line fill in."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from transformers import HfArgumentParser
+
+ArgumentsT = TypeVar("ArgumentsT")
+# The language model's linear layers, of every supported family; vision tower and projector stay as they are.
+LANGUAGE_MODEL_LAYERS = (
+    r"^(?!.*(visual|vision|image)).*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
+)
+
+
+@dataclass
+class TrainArguments:
+    """Options that all training stages share."""
+
+    model: str = field(
+        default="unime-tiny", metadata={"help": "Alias, folder or hub name of the model to start from."}
+    )
+    data: str = field(default="", metadata={"help": "Folder of records, as written by mine / judge / import."})
+    output: str = field(default="", metadata={"help": "Folder for the trained model; a finished one is not redone."})
+    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimiser steps; -1: as many as `epochs` asks for."})
+    epochs: float = field(default=1.0, metadata={"help": "Passes over the data if max_steps is -1."})
+    batch_size: int = field(default=64, metadata={"help": "Rows per device and step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Inputs embedded at a time (gradient caching); none: the whole batch at once."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
+    scheduler: str = field(default="linear", metadata={"help": "Learning rate schedule of transformers."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm that is clipped to."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapter; 0: train all weights."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA scale; the update is alpha / rank times B A."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
+    lora_targets: str = field(default=LANGUAGE_MODEL_LAYERS, metadata={"help": "Regular expression of module names."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA (the released V2 scripts)."})
+    precision: str = field(default="fp32", metadata={"help": "fp32, bf16 or fp16."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    gather_across_devices: bool = field(default=True, metadata={"help": "In-batch negatives from all devices."})
+    workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead of the model."})
+    save_every: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run resumes there."})
+    log_every: int = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
+    seed: int = field(default=42, metadata={"help": "Seed of adapter weights, data order and dropout."})
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision must be fp32, bf16 or fp16, but is {self.precision!r}.")
+
+    def plan(self) -> dict[str, Any]:
+        """The options that decide the result; a folder made with other ones is not continued."""
+        irrelevant = ("output", "overwrite", "workers", "save_every", "log_every")
+        return {name: value for name, value in asdict(self).items() if name not in irrelevant}
+
+
+@dataclass
+class DistillArguments(TrainArguments):
+    """UniME stage 1: a text-embedding teacher's in-batch similarities go into the language model."""
+
+    teacher: str = field(default="", metadata={"help": "Text-embedding model: any Sentence Transformers model."})
+    temperature: float = field(default=0.02, metadata={"help": "Temperature of both similarity distributions."})
+    direction: str = field(default="teacher_student", metadata={"help": "teacher_student or student_teacher."})
+    mask_diagonal: bool = field(default=True, metadata={"help": "Leave out the similarity of a text to itself."})
+
+
+@dataclass
+class HardNegativeArguments(TrainArguments):
+    """UniME stage 2: in-batch hard negatives after filtering false ones."""
+
+    temperature: float = field(default=0.02, metadata={"help": "Temperature of the similarities."})
+    false_negative_margin: float = field(default=0.1, metadata={"help": "Candidates above positive + margin go."})
+    num_negatives: int = field(default=8, metadata={"help": "Hardest remaining candidates per query."})
+
+
+@dataclass
+class InBatchArguments(TrainArguments):
+    """Control: plain in-batch InfoNCE."""
+
+    temperature: float = field(default=0.02, metadata={"help": "Temperature of the similarities."})
+
+
+@dataclass
+class SoftLabelArguments(TrainArguments):
+    """UniME-V2: similarities are aligned with the judge's scores over mined hard negatives."""
+
+    temperature: float = field(default=0.02, metadata={"help": "Temperature of the similarities."})
+    label_temperature: float | None = field(default=None, metadata={"help": "Of the judge's scores; none: the same."})
+    divergence: str = field(default="symmetric_kl", metadata={"help": "symmetric_kl, js or kl."})
+    num_negatives: int = field(default=8, metadata={"help": "Negatives per query, of those that are stored."})
+    in_batch_weight: float = field(default=0.0, metadata={"help": "Weight of an added in-batch InfoNCE term."})
+
+
+@dataclass
+class RerankerArguments(TrainArguments):
+    """UniME-V2-Reranker: pairwise and listwise answers from the judged rows."""
+
+    template: str = field(default="official", metadata={"help": "Prompt template: official, tiny or a file."})
+    num_negatives: int = field(default=5, metadata={"help": "Negatives in the list, of those that are stored."})
+    pairwise_weight: float = field(default=1.0, metadata={"help": "Weight of the Yes/No term."})
+    listwise_weight: float = field(default=1.0, metadata={"help": "Weight of the list term."})
+
+
+def set_up_logging() -> None:
+    """Show what a script does, with times; libraries speak up at warnings only."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("unime_st").setLevel(logging.INFO)
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file.")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected `option: value` lines, found a {type(content).__name__}.")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(sorted(known))}."
+            raise ValueError(f"{path}: unknown option {key!r}; {hint}")
+    return content
+
+
+def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] | None = None) -> ArgumentsT:
+    """Read ``[CONFIG.yaml] [--option value ...]``; the command line wins over the file.
+
+    Args:
+        kind: Dataclass with the options.
+        description: Text of ``--help``.
+        argv: Arguments, by default those of the process.
+
+    Returns:
+        A filled instance of ``kind``.
+
+    Raises:
+        SystemExit: With a message, if an option is unknown or a value unusable.
+
+    Example:
+        >>> from unime_st.training.arguments import InBatchArguments, parse
+        >>> parse(InBatchArguments, None, ["--max_steps", "5"]).max_steps
+        5
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        cast(Any, kind), description=description, usage="%(prog)s [CONFIG.yaml] [--option value ...]"
+    )
+    try:
+        if arguments and not arguments[0].startswith("-"):
+            known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
+            parser.set_defaults(**_read_yaml(Path(arguments.pop(0)), known))
+        (parsed,) = parser.parse_args_into_dataclasses(arguments)
+    except (ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    return parsed

@@ -1,0 +1,239 @@
+"""The training stages of both papers as functions: records in, model out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch import nn
+
+from unime_st.data.records import RecordSet
+from unime_st.losses import (
+    HardNegativeRankingLoss,
+    RerankerLoss,
+    SimilarityDistillationLoss,
+    SoftLabelDistillationLoss,
+)
+from unime_st.model import UniME
+from unime_st.reranking.model import UniMEReranker
+from unime_st.training.arguments import (
+    DistillArguments,
+    HardNegativeArguments,
+    InBatchArguments,
+    RerankerArguments,
+    SoftLabelArguments,
+    TrainArguments,
+)
+from unime_st.training.items import DistinctItemsLoss, ItemCollator, RerankerItemCollator
+from unime_st.training.run import run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def _open(arguments: TrainArguments) -> RecordSet:
+    if not arguments.data:
+        raise ValueError("data is missing: name a folder of records (--data FOLDER).")
+    return RecordSet.load(arguments.data)
+
+
+def pair_rows(records: RecordSet) -> Dataset:
+    """Rows (query, positive) of item ids."""
+    table = records.rows
+    return Dataset.from_dict({name: table[name].to_pylist() for name in ("query", "positive")})
+
+
+def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
+    """Rows (query, positive, negative_1..k, label) of item ids and scores P(Yes), the positive's first.
+
+    Raises:
+        ValueError: If the records have no scores, or too few negatives.
+    """
+    table = records.rows.select(["query", "positive", "negatives", "positive_logit", "negative_logits"]).to_pylist()
+    columns: dict[str, list[Any]] = {"query": [], "positive": []}
+    columns.update({f"negative_{place}": [] for place in range(1, num_negatives + 1)})
+    columns["label"] = []
+    for number, row in enumerate(table):
+        if row["positive_logit"] is None or len(row["negatives"]) < num_negatives:
+            raise ValueError(
+                f"{records.folder}, row {number}: {len(row['negatives'])} judged negatives, {num_negatives} are needed. "
+                "Judge and select first (train_scripts/judge.py), or lower num_negatives."
+            )
+        logits = np.array([row["positive_logit"], *row["negative_logits"][:num_negatives]], dtype=np.float64)
+        columns["query"].append(row["query"])
+        columns["positive"].append(row["positive"])
+        for place, negative in enumerate(row["negatives"][:num_negatives], start=1):
+            columns[f"negative_{place}"].append(negative)
+        columns["label"].append((1.0 / (1.0 + np.exp(-logits))).tolist())
+    return Dataset.from_dict(columns)
+
+
+def _train_embedder(
+    stage: str, arguments: TrainArguments, rows: Dataset, records: RecordSet, loss: Any, batch_sampler: str
+) -> Path:
+    def distinct(model: BaseModel) -> nn.Module:
+        return DistinctItemsLoss(loss(model), arguments.mini_batch_size)
+
+    return run_stage(
+        stage,
+        arguments,
+        load=lambda: UniME(arguments.model),
+        dataset=lambda: rows,
+        loss=distinct,
+        collator=lambda model: ItemCollator(model.preprocess, records=records),
+        batch_sampler=batch_sampler,
+        inputs=(arguments.data,),
+    )
+
+
+def train_hard_negatives(arguments: HardNegativeArguments) -> Path:
+    """UniME stage 2 (arXiv 2504.17432, section 3.2): in-batch hard negatives after the false-negative filter.
+
+    Args:
+        arguments: Options; ``data`` is a folder of pair records.
+
+    Returns:
+        Folder of the trained model.
+    """
+    records = _open(arguments)
+
+    def loss(model: SentenceTransformer) -> nn.Module:
+        return HardNegativeRankingLoss(
+            model,
+            arguments.temperature,
+            arguments.false_negative_margin,
+            arguments.num_negatives,
+            gather_across_devices=arguments.gather_across_devices,
+        )
+
+    return _train_embedder("hard_negatives", arguments, pair_rows(records), records, loss, "no_duplicates")
+
+
+def train_in_batch(arguments: InBatchArguments) -> Path:
+    """The control: in-batch InfoNCE over the same records.
+
+    Args:
+        arguments: Options; ``data`` is a folder of pair records.
+
+    Returns:
+        Folder of the trained model.
+    """
+    records = _open(arguments)
+
+    def loss(model: SentenceTransformer) -> nn.Module:
+        return CachedMultipleNegativesRankingLoss(
+            model,
+            scale=1.0 / arguments.temperature,
+            mini_batch_size=arguments.batch_size,
+            gather_across_devices=arguments.gather_across_devices,
+        )
+
+    return _train_embedder("in_batch", arguments, pair_rows(records), records, loss, "no_duplicates")
+
+
+def train_soft_labels(arguments: SoftLabelArguments) -> Path:
+    """UniME-V2 (arXiv 2510.13515): align similarities with the judge's scores over mined hard negatives.
+
+    Args:
+        arguments: Options; ``data`` is a folder of judged rows.
+
+    Returns:
+        Folder of the trained model.
+    """
+    records = _open(arguments)
+
+    def loss(model: SentenceTransformer) -> nn.Module:
+        return SoftLabelDistillationLoss(
+            model,
+            arguments.temperature,
+            arguments.divergence,  # type: ignore[arg-type]  # the loss checks it
+            label_temperature=arguments.label_temperature,
+            in_batch_weight=arguments.in_batch_weight,
+            gather_across_devices=arguments.gather_across_devices and arguments.in_batch_weight > 0,
+        )
+
+    rows = judged_rows(records, arguments.num_negatives)
+    return _train_embedder("soft_labels", arguments, rows, records, loss, "batch_sampler")
+
+
+def _texts(records: RecordSet) -> list[str]:
+    """Ids of the distinct items that are a text and nothing else."""
+    return [item_id for item_id in records.item_ids if records.item(item_id).modality == "text"]
+
+
+def distill(arguments: DistillArguments) -> Path:
+    """UniME stage 1 (arXiv 2504.17432, section 3.1): textual discriminative knowledge distillation.
+
+    The teacher embeds every distinct text once; each text is one training row.
+
+    Args:
+        arguments: Options; ``data`` is a folder of records, of which the texts are used.
+
+    Returns:
+        Folder of the trained model.
+    """
+    if not arguments.teacher:
+        raise ValueError("teacher is missing: name a text-embedding model (--teacher NAME_OR_FOLDER).")
+    records = _open(arguments)
+
+    def rows() -> Dataset:
+        ids = _texts(records)
+        teacher = SentenceTransformer(arguments.teacher)
+        logger.info("distill: the teacher embeds %d texts.", len(ids))
+        vectors = teacher.encode([records.item(item_id).text for item_id in ids], show_progress_bar=True)
+        return Dataset.from_dict({"query": ids, "label": list(vectors)})
+
+    return run_stage(
+        "distill",
+        arguments,
+        load=lambda: UniME(arguments.model),
+        dataset=rows,
+        loss=lambda model: DistinctItemsLoss(
+            SimilarityDistillationLoss(
+                cast(SentenceTransformer, model),
+                arguments.temperature,
+                arguments.direction,  # type: ignore[arg-type]  # the loss checks it
+                mask_diagonal=arguments.mask_diagonal,
+                gather_across_devices=arguments.gather_across_devices,
+            ),
+            arguments.mini_batch_size,
+        ),
+        collator=lambda model: ItemCollator(model.preprocess, records=records),
+        inputs=(arguments.data,),
+    )
+
+
+def train_reranker(arguments: RerankerArguments) -> Path:
+    """UniME-V2-Reranker (arXiv 2510.13515): pairwise Yes/No and listwise index answers from judged rows.
+
+    Args:
+        arguments: Options; ``data`` is a folder of judged rows.
+
+    Returns:
+        Folder of the trained reranker.
+    """
+    records = _open(arguments)
+
+    def loss(model: Any) -> nn.Module:
+        return RerankerLoss(
+            model,
+            arguments.pairwise_weight,
+            arguments.listwise_weight,
+            mini_batch_size=arguments.mini_batch_size,
+            seed=arguments.seed,
+        )
+
+    return run_stage(
+        "reranker",
+        arguments,
+        load=lambda: UniMEReranker(arguments.model, template=arguments.template),
+        dataset=lambda: judged_rows(records, arguments.num_negatives),
+        loss=loss,
+        collator=lambda model: RerankerItemCollator(model.preprocess, records=records),
+        inputs=(arguments.data,),
+    )
