@@ -44,11 +44,14 @@ class RejectedWriter:
 
     Args:
         folder: Stage folder.
+        name: Name of the file. Defaults to ``rejected.jsonl``.
+        announce: Log how many there are when done. Defaults to True.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.count, self.first = Path(folder) / REJECTED, 0, ""
-        self._temporary = self.path.with_name(f"{REJECTED}.{os.getpid()}.tmp")
+    def __init__(self, folder: Path, name: str = REJECTED, *, announce: bool = True) -> None:
+        self.announce = announce
+        self.path, self.count, self.first = Path(folder) / name, 0, ""
+        self._temporary = self.path.with_name(f"{name}.{os.getpid()}.tmp")
 
     def add(self, reason: str, **where: Any) -> None:
         """Set one thing aside.
@@ -74,7 +77,8 @@ class RejectedWriter:
             self._temporary.unlink()
             return
         publish(self._temporary, self.path)
-        logger.warning("%d set aside in %s; the first: %s", self.count, self.path, self.first)
+        if self.announce:
+            logger.warning("%d set aside in %s; the first: %s", self.count, self.path, self.first)
 
 
 class ImageChecker:

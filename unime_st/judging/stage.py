@@ -1,0 +1,367 @@
+"""The judge as a stage: mined pools in, scores out; then scores in, training rows out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from unime_st.data.checking import RejectedWriter
+from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.records import ROW_SCHEMA, ItemFolder, RecordSet
+from unime_st.data.scores import CERTAIN_LOGIT, to_scores
+from unime_st.data.tables import ShardWriter, link_items
+from unime_st.judging.judge import Group, Judge, PairError
+from unime_st.retrieval.mining import POOL_SCHEMA, Pool, Pools
+from unime_st.selection import select_negatives
+
+logger = logging.getLogger(__name__)
+
+SCORE_SCHEMA = pa.schema(
+    [
+        *POOL_SCHEMA,
+        pa.field("positive_logit", pa.float32(), nullable=False),
+        pa.field("logits", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""A pool's row with the judge's log-odds Yes - No of the positive and of each candidate."""
+
+_BINS = 20
+
+
+@dataclass(frozen=True)
+class JudgedPool(Pool):
+    """A pool with the judge's answers.
+
+    Args:
+        positive_logit: Log-odds Yes - No of the positive.
+        logits: The same for each candidate.
+    """
+
+    positive_logit: float
+    logits: list[float]
+
+
+class Scores(ItemFolder):
+    """The result of :func:`judge_pools`, as a sequence of :class:`JudgedPool`.
+
+    Args:
+        folder: Folder written by :func:`judge_pools`.
+
+    Raises:
+        FileNotFoundError: If judging has not finished there.
+    """
+
+    def __getitem__(self, index: int) -> JudgedPool:
+        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
+
+    def __iter__(self) -> Iterator[JudgedPool]:
+        return (self._build(row) for row in self.row_shards.rows())
+
+    def _build(self, row: dict[str, Any]) -> JudgedPool:
+        query, positive = self.item(row["query"]), self.item(row["positive"])
+        candidates = [self.item(item_id) for item_id in row["candidates"]]
+        return JudgedPool(**{**row, "query": query, "positive": positive, "candidates": candidates})
+
+
+def judge_pools(
+    pools: Pools | str | Path, judge: Judge, output: str | Path, *, shard_size: int = 256, overwrite: bool = False
+) -> Scores:
+    """Judge every pair of query and candidate once, and every pair of query and positive.
+
+    The work is cut into shards of whole queries. A shard is written when all of it is judged; after a kill, finished
+    shards are kept and the one in flight is judged again. Scores of two judges or prompts are never mixed: a folder
+    that was begun with one refuses another. The cost is logged before the first pair.
+
+    Args:
+        pools: Mined pools, or their folder.
+        judge: What scores pairs.
+        output: Folder to write.
+        shard_size: Rows per shard; the last query of a shard may exceed it. Defaults to 256.
+        overwrite: Replace an output made with another judge or other options. Defaults to False.
+
+    Returns:
+        Scores: Rows of the same query stand together. Pairs that cannot be judged (a corrupt image) are in
+        ``rejected.jsonl``; a row whose positive cannot be judged is there as a whole.
+
+    Raises:
+        StageConflictError: If the output was begun with another judge, prompt or input and ``overwrite`` is False.
+        ValueError: If the judge returns the wrong number of scores, or one that is not finite without a reason.
+
+    References:
+        UniME-V2 (https://arxiv.org/abs/2510.13515), "MLLM-as-a-Judge": the score of a pair, positive included.
+
+    Example:
+        ::
+
+            from unime_st.judging import LocalJudge
+            from unime_st.judging.stage import judge_pools, select_rows
+
+            scores = judge_pools("runs/own/pools", LocalJudge("unime-tiny", template="tiny"), "runs/own/scores")
+            rows = select_rows(scores, "runs/own/rows")
+    """
+    pools = pools if isinstance(pools, Pools) else Pools(pools)
+    output = Path(output)
+    identity = {"name": judge.name, "revision": judge.revision, "prompt_hash": judge.prompt_hash}
+    options = {"judge": identity, "shard_size": shard_size}
+    if not begin_stage(output, "judge", inputs=[pools.folder], options=options, overwrite=overwrite):
+        return Scores(output)
+    link_items(pools.folder, output)
+    queries = pools.row_shards.column("query").to_pylist()
+    shards = _cut(queries, shard_size)
+    pending = [number for number in range(len(shards)) if not _shard_path(output, number).is_file()]
+    logger.info(
+        "judge: %d pairs of %d distinct items with %s; %d of %d shards to do",
+        len(pools) + pools.manifest["candidates"],
+        len(pools.items),
+        judge.name,
+        len(pending),
+        len(shards),
+    )
+    left = sum(len(shards[number]) for number in pending)
+    with tqdm(total=len(queries), initial=len(queries) - left, desc="judging", unit="row") as progress:
+        for number in pending:
+            _judge_shard(pools, judge, output, number, [pools.row_shards.row(row) for row in shards[number]])
+            progress.update(len(shards[number]))
+    facts = _gather(output, len(shards))
+    facts |= {"judge": identity, "image_root": pools.manifest.get("image_root"), "items": len(pools.items)}
+    finish_stage(output, facts)
+    for part in output.glob("rejected-*.jsonl"):
+        part.unlink()
+    return Scores(output)
+
+
+def _cut(queries: Sequence[str], shard_size: int) -> list[list[int]]:
+    """Row numbers of each shard: rows of one query stay together, so that no pair is judged in two shards."""
+    by_query: dict[str, list[int]] = defaultdict(list)
+    for row, query in enumerate(queries):
+        by_query[query].append(row)
+    shards: list[list[int]] = []
+    for rows in by_query.values():
+        if not shards or len(shards[-1]) >= shard_size:
+            shards.append([])
+        shards[-1] += rows
+    return shards or [[]]
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"rows-{number:05d}.parquet"
+
+
+def _judge_shard(pools: Pools, judge: Judge, output: Path, number: int, rows: list[dict[str, Any]]) -> None:
+    wanted: dict[str, dict[str, None]] = defaultdict(dict)  # distinct candidates by query, in order
+    for row in rows:
+        wanted[row["query"]].update(dict.fromkeys([row["positive"], *row["candidates"]]))
+    errors: list[PairError] = []
+    groups = [Group(pools.item(query), list(map(pools.item, found))) for query, found in wanted.items()]
+    answers = judge.score(groups, errors=errors)
+    reasons = {(error.group, error.candidate): error.reason for error in errors}
+    logits: dict[tuple[str, str], float] = {}
+    failed: dict[tuple[str, str], str] = {}
+    for group, (query, found) in enumerate(wanted.items()):
+        if len(answers[group]) != len(found):
+            raise ValueError(f"judge {judge.name} gave {len(answers[group])} scores for {len(found)} candidates")
+        for place, (item, logit) in enumerate(zip(found, answers[group])):
+            if (group, place) in reasons:
+                failed[query, item] = reasons[group, place]
+            elif np.isfinite(logit):
+                logits[query, item] = float(logit)
+            else:
+                raise ValueError(f"judge {judge.name} gave {logit} for query {query}, candidate {item}")
+    _write_shard(output, number, rows, logits, failed)
+
+
+def _write_shard(
+    output: Path,
+    number: int,
+    rows: list[dict[str, Any]],
+    logits: dict[tuple[str, str], float],
+    failed: dict[tuple[str, str], str],
+) -> None:
+    # What was set aside is published first: a shard that is there is complete.
+    with (
+        ShardWriter(output, "rows", SCORE_SCHEMA, first_shard=number) as shard,
+        RejectedWriter(output, f"rejected-{number:05d}.jsonl", announce=False) as rejected,
+    ):
+        for (query, item), reason in failed.items():
+            rejected.add(reason, query=query, candidate=item)
+        for row in rows:
+            query = row["query"]
+            if (query, row["positive"]) in failed:
+                reason = "the positive cannot be judged, so the row is of no use"
+                rejected.add(reason, query=query, positive=row["positive"])
+                continue
+            kept = [place for place, item in enumerate(row["candidates"]) if (query, item) in logits]
+            candidates = [row["candidates"][place] for place in kept]
+            shard.add(
+                {
+                    **row,
+                    "candidates": candidates,
+                    "similarities": [row["similarities"][place] for place in kept],
+                    "positive_logit": logits[query, row["positive"]],
+                    "logits": [logits[query, item] for item in candidates],
+                }
+            )
+
+
+def _gather(output: Path, shards: int) -> dict[str, Any]:
+    """Join what the shards set aside, and count."""
+    with RejectedWriter(output) as rejected:
+        for part in sorted(output.glob("rejected-*.jsonl")):
+            for line in part.read_text(encoding="utf-8").splitlines():
+                rejected.add(**json.loads(line))
+    rows = pairs = 0
+    for number in range(shards):
+        table = pq.read_table(_shard_path(output, number), columns=["logits"])
+        rows += len(table)
+        pairs += len(table) + int(pc.sum(pc.list_value_length(table["logits"])).as_py() or 0)
+    return {"rows": rows, "pairs": pairs, "rejected": rejected.count, "shards": shards}
+
+
+def select_rows(
+    scores: Scores | str | Path,
+    output: str | Path,
+    *,
+    margin: float = 0.01,
+    stride: int = 5,
+    num_negatives: int = 10,
+    seed: int = 0,
+    relax_low_positive: bool = True,
+    score_divisor: float = 1.0,
+    overwrite: bool = False,
+) -> RecordSet:
+    """Choose the negatives of every judged pair: the training rows of UniME-V2.
+
+    Args:
+        scores: Judged pools, or their folder.
+        output: Folder to write.
+        margin: See :func:`~unime_st.selection.select_negatives`. Defaults to the paper's 0.01.
+        stride: The same. Defaults to the paper's 5.
+        num_negatives: The same. Defaults to the paper's 10.
+        seed: Of the random draw where nothing survives; a row's draw does not depend on other rows.
+        relax_low_positive: Where the positive scores below the margin, keep what scores lower still, as the one such
+            record of the released files shows. Defaults to True; False is the rule as printed.
+        score_divisor: Score = sigmoid(log-odds / divisor) for the margin. Defaults to 1; the released files were made
+            with 1.05. The log-odds in the rows are not divided.
+        overwrite: Replace an output made with other options. Defaults to False.
+
+    Returns:
+        RecordSet: Judged records. Negatives taken because nothing survived count as matches (score 1.0) and carry the
+        log-odds :data:`~unime_st.data.scores.CERTAIN_LOGIT`. Pairs without candidates are in ``rejected.jsonl``. The
+        manifest holds the statistics: filtered false negatives, short and empty selections, histograms of scores and
+        ranks.
+
+    Raises:
+        StageConflictError: If the output was made of something else and ``overwrite`` is False.
+        ValueError: If an option makes no sense, or no pair has a candidate.
+
+    References:
+        UniME-V2 (https://arxiv.org/abs/2510.13515), false-negative filter (beta = 0.01) and cyclic sampling.
+
+    Example:
+        See :func:`judge_pools`.
+    """
+    scores = scores if isinstance(scores, Scores) else Scores(scores)
+    output = Path(output)
+    rule = {
+        "margin": margin,
+        "stride": stride,
+        "num_negatives": num_negatives,
+        "relax_low_positive": relax_low_positive,
+    }
+    options = {**rule, "seed": seed, "score_divisor": score_divisor}
+    if not begin_stage(output, "select", inputs=[scores.folder], options=options, overwrite=overwrite):
+        return RecordSet.load(output)
+    link_items(scores.folder, output)
+    statistics = _Statistics(num_negatives)
+    with ShardWriter(output, "rows", ROW_SCHEMA) as shards, RejectedWriter(output) as rejected:
+        rows = tqdm(scores.row_shards.rows(), total=len(scores), desc="selecting", unit="row")
+        for number, row in enumerate(rows):
+            if not row["candidates"]:
+                rejected.add("no candidates to choose from", row=number, query=row["query"], positive=row["positive"])
+                continue
+            generator = np.random.default_rng([seed, number])
+            shards.add(_select(row, rule, score_divisor, generator, statistics))
+    if shards.rows == 0:
+        raise ValueError(f"{scores.folder}: none of {len(scores)} pairs has a candidate; mine with a higher ceiling")
+    facts = {"rows": shards.rows, "rejected": rejected.count, "judge": scores.manifest["judge"]}
+    facts |= {"image_root": scores.manifest.get("image_root"), "items": len(scores.items)}
+    finish_stage(output, {**facts, "statistics": statistics.summary()})
+    logger.info("select: %s", statistics)
+    return RecordSet.load(output)
+
+
+def _select(
+    row: dict[str, Any],
+    rule: dict[str, Any],
+    divisor: float,
+    generator: np.random.Generator,
+    statistics: _Statistics,
+) -> dict[str, Any]:
+    pool = to_scores(row["logits"], divisor=divisor)
+    positive = float(to_scores(row["positive_logit"], divisor=divisor))
+    chosen, chosen_scores = select_negatives(pool, positive, generator=generator, **rule)
+    relaxed = rule["relax_low_positive"] and positive <= rule["margin"]
+    survives = pool < positive if relaxed else pool <= positive - rule["margin"]
+    statistics.add(positive, pool, survives, chosen, chosen_scores)
+    logits = [row["logits"][place] if survives.any() else CERTAIN_LOGIT for place in chosen]
+    return {
+        "query": row["query"],
+        "positive": row["positive"],
+        "dataset": row["dataset"],
+        "negatives": [row["candidates"][place] for place in chosen],
+        "positive_logit": row["positive_logit"],
+        "negative_logits": logits,
+    }
+
+
+class _Statistics:
+    """What selection did, over all rows."""
+
+    def __init__(self, num_negatives: int) -> None:
+        self.num_negatives = num_negatives
+        self.counts = dict.fromkeys(
+            ("rows", "candidates", "false_negatives_filtered", "rows_with_filtered", "short", "none_left"), 0
+        )
+        self.histograms = {name: np.zeros(_BINS, dtype=np.int64) for name in ("positive", "candidates", "negatives")}
+        self.ranks = np.zeros(0, dtype=np.int64)
+
+    def add(
+        self, positive: float, pool: np.ndarray, survives: np.ndarray, chosen: np.ndarray, scores: np.ndarray
+    ) -> None:
+        filtered = int((~survives).sum())
+        left = len(pool) - filtered
+        for name, amount in (
+            ("rows", 1),
+            ("candidates", len(pool)),
+            ("false_negatives_filtered", filtered),
+            ("rows_with_filtered", filtered > 0),
+            ("short", 0 < left < self.num_negatives),
+            ("none_left", left == 0),
+        ):
+            self.counts[name] += int(amount)
+        for name, values in (("positive", [positive]), ("candidates", pool), ("negatives", scores)):
+            self.histograms[name] += np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0]
+        ranks = np.bincount(chosen)
+        size = max(len(ranks), len(self.ranks))
+        self.ranks = np.pad(self.ranks, (0, size - len(self.ranks))) + np.pad(ranks, (0, size - len(ranks)))
+
+    def summary(self) -> dict[str, Any]:
+        histograms = {name: counts.tolist() for name, counts in self.histograms.items()}
+        return {**self.counts, "score_histograms": histograms, "rank_histogram": self.ranks.tolist()}
+
+    def __str__(self) -> str:
+        return (
+            "{rows} rows; {false_negatives_filtered} of {candidates} candidates filtered as false negatives, in "
+            "{rows_with_filtered} rows; {short} rows had fewer than enough left, {none_left} none"
+        ).format(**self.counts)
