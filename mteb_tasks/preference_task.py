@@ -1,4 +1,7 @@
-"""Compositional understanding: does a picture prefer its caption to a foil?"""
+"""Compositional understanding: does a picture prefer its caption to a foil?
+
+Tasks are registered whenever mteb is imported, so torch is imported only where it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from datasets import Dataset
 from mteb.abstasks.image.image_text_pair_classification import AbsTaskImageTextPairClassification
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.timing import TimingStack
 from mteb.types import PromptType
-from torch.utils.data import DataLoader
 
 from mteb_tasks.columns import Modality, iter_items, to_dataset
 from unime_st.data.items import Item
-from unime_st.judging import Group
 
 if TYPE_CHECKING:
     from mteb.types import EncodeKwargs
 
     from unime_st.data.scenes import Foil
+    from unime_st.judging import Group
 
 GROUPS = ("replace", "swap", "add")
 """SugarCrepe's groups; a category is named ``<group>_<what>``."""
@@ -139,6 +140,8 @@ def _items(data: Dataset) -> tuple[list[Item], list[Item], list[Item]]:
 
 
 def _judged(model: PairScorer, data: Dataset) -> np.ndarray:
+    from unime_st.judging import Group
+
     return np.stack(model.score_groups([Group(picture, list(texts)) for picture, *texts in zip(*_items(data))]))
 
 
@@ -159,6 +162,9 @@ def _unit_vectors(
     model: EncoderProtocol, items: Sequence[Item], modality: Modality, **context: Any
 ) -> dict[str, np.ndarray]:
     """Embed each distinct item once: item id to unit vector."""
+    import torch
+    from torch.utils.data import DataLoader
+
     distinct = {item.id: item for item in items}
     loader: DataLoader = DataLoader(
         to_dataset(distinct, [modality]),  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from unime_st._hook import AfterImport
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CLI = "mteb.cli.build_cli"
+_BENCHMARKS = "mteb.benchmarks.benchmarks"
 _done = False
 
 
@@ -34,7 +36,6 @@ def register_all() -> None:
         return
     # First, because importing tasks and models asks mteb for tasks, which may come back here.
     _done = True
-    from mteb_tasks.mmeb.benchmark import make_benchmark
     from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
     from mteb_tasks.models import metas
     from mteb_tasks.scenes import SCENES_TASKS
@@ -44,8 +45,9 @@ def register_all() -> None:
         add_task(task)
     for name, meta in metas().items():
         add_model(name, meta)
-    add_benchmark(make_benchmark())
-    _show_scores_after_runs()
+    # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
+    _once_imported(_BENCHMARKS, _add_mmeb)
+    _once_imported(_CLI, _wrap_run)
 
 
 def add_task(task: type[AbsTask]) -> None:
@@ -108,15 +110,21 @@ def add_benchmark(benchmark: Benchmark) -> None:
         lookup._build_aliases_registry.cache_clear()
 
 
-def _show_scores_after_runs() -> None:
-    """Let ``mteb run`` end with a table of our tasks' scores: mteb's own command prints none."""
-    if _CLI in sys.modules:
-        _wrap_run()
+def _once_imported(module: str, action: Callable[[], None]) -> None:
+    if module in sys.modules:
+        action()
     else:
-        sys.meta_path.insert(0, AfterImport({_CLI: _wrap_run}))
+        sys.meta_path.insert(0, AfterImport({module: action}))
+
+
+def _add_mmeb() -> None:
+    from mteb_tasks.mmeb.benchmark import make_benchmark
+
+    add_benchmark(make_benchmark())
 
 
 def _wrap_run() -> None:
+    """Let ``mteb run`` end with a table of our tasks' scores: mteb's own command prints none."""
     from mteb_tasks.cli import with_scores
 
     command: Any = sys.modules[_CLI]

@@ -256,7 +256,7 @@ MMEB.metadata = AggregateTaskMetadata(
         "retrieval and visual grounding, each query with its own candidates."
     ),
     reference="https://arxiv.org/abs/2410.05160",
-    tasks=[task() for task in MMEB_TASKS],
+    tasks=[],  # every object of the class makes its own: which data there are is known only then
     dataset={"path": HUB_DATASET, "revision": HUB_REVISION},
     main_score="hit_rate_at_1",
     type="Any2AnyRetrieval",
@@ -264,5 +264,12 @@ MMEB.metadata = AggregateTaskMetadata(
     eval_langs=["eng-Latn"],
     modalities=["text", "image"],
     category="it2it",
+    date=("2024-01-01", "2024-10-07"),
+    domains=["Web"],
+    task_subtypes=["Object recognition", "Question answering", "Image Text Retrieval"],
+    license="apache-2.0",
+    annotations_creators="derived",
+    dialect=[],
+    sample_creation="found",
     bibtex_citation=MMEB_BIBTEX,
 )
