@@ -197,7 +197,8 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
     def _chat(self, query: Any, candidates: Sequence[Any]) -> list[dict[str, Any]]:
         """Build one conversation: the query, then its candidates in order."""
-        pairs = [self._to_messages((_plain(query), _plain(candidate))) for candidate in candidates]
+        asked = _plain(query)
+        pairs = [self._to_messages((asked, _plain(candidate))) for candidate in candidates]
         return [pairs[0][0], *(pair[1] for pair in pairs)]
 
     def _index_ids(self, count: int) -> Tensor:

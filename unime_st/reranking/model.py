@@ -137,7 +137,8 @@ class UniMEReranker(CrossEncoder):
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
             if not len(candidates):
                 raise ValueError(f"query {row} has no candidates to rank")
-            pairs = [to_messages((_plain(query), _plain(candidate))) for candidate in candidates]
+            asked = _plain(query)
+            pairs = [to_messages((asked, _plain(candidate))) for candidate in candidates]
             chats.append([pairs[0][0], *(pair[1] for pair in pairs)])
         return self.preprocess(chats, task="listwise")
 

@@ -1,0 +1,66 @@
+"""What each spawned process of the distributed test of RerankerLoss does; importable without pytest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import tiny_reranker as tiny
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from unime_st import UniMEReranker
+from unime_st.losses import RerankerLoss
+
+SHADES = ["red", "blue", "green", "big", "small", "left", "right", "triangle"]
+
+
+def rows(count: int, negatives: int = 3) -> list[list[Any]]:
+    """Columns query, positive, negative_1, ...: texts, pictures and both."""
+    columns: list[list[Any]] = [[f"a {SHADES[row % 8]} picture" for row in range(count)]]
+    columns.append([{"image": tiny.picture(row % 5), "text": None} for row in range(count)])
+    for place in range(negatives):
+        columns.append(
+            [
+                f"the {SHADES[(row + place) % 8]} one" if row % 2 else {"text": "b", "image": tiny.picture(place)}
+                for row in range(count)
+            ]
+        )
+    return columns
+
+
+def scores(count: int, negatives: int = 3) -> torch.Tensor:
+    """Judge scores in which every negative is the hardest of some row."""
+    return torch.rand(count, 1 + negatives, generator=torch.Generator().manual_seed(3))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all gradients."""
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+def train_on_half(rank: int, folder: str, output: str) -> None:
+    """The gradient of both modes under DDP on this process's half of the batch; rank 0 saves it."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{output}/rendezvous", rank=rank, world_size=2)
+    results = {}
+    for mode, options in (("plain", {}), ("cached", {"mini_batch_size": 2})):
+        model = UniMEReranker(folder, device="cpu")
+        loss = RerankerLoss(model, **options)
+        # What CrossEncoderTrainer does: the wrapper takes the model's place and lends its preprocessing.
+        wrapper = DistributedDataParallel(model)
+        wrapper.preprocess = model.preprocess
+        loss.model = wrapper
+        half = slice(3 * rank, 3 * rank + 3)
+        parts = loss([column[half] for column in rows(6)], scores(6)[half])
+        torch.stack(list(parts.values())).sum().backward()
+        values = torch.stack([part.detach() for part in parts.values()])
+        dist.all_reduce(values)
+        results[mode] = (values / 2, gradients(model))
+    if rank == 0:
+        torch.save(results, Path(output) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()

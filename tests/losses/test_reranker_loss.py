@@ -1,0 +1,314 @@
+"""RerankerLoss: its formula, its prompts, its random places, caching, two processes and the stock trainer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reranker_worker as worker
+import tiny_reranker as tiny
+import torch
+import torch.multiprocessing
+from datasets import Dataset
+from peft import LoraConfig, TaskType
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+
+from unime_st import Item, UniMEReranker
+from unime_st.judging import load_template
+from unime_st.losses import RerankerLoss
+
+
+@pytest.fixture(scope="module")
+def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.checkpoint(tmp_path_factory.mktemp("tiny-reranker"))
+
+
+@pytest.fixture(scope="module")
+def model(reranker_folder: str) -> UniMEReranker:
+    return UniMEReranker(reranker_folder, device="cpu")
+
+
+def summed(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(parts.values())).sum()
+
+
+def reference(logits: np.ndarray, answers: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean cross entropy and its gradient in float64, row by row."""
+    value, gradient = 0.0, np.zeros_like(logits)
+    for row, answer in enumerate(answers):
+        shifted = logits[row] - logits[row].max()
+        probabilities = np.exp(shifted) / np.exp(shifted).sum()
+        value -= (shifted[answer] - np.log(np.exp(shifted).sum())) / len(logits)
+        gradient[row] = (probabilities - np.eye(logits.shape[1])[answer]) / len(logits)
+    return value, gradient
+
+
+@pytest.mark.parametrize("scale", [1.0, 80.0, 0.0])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (1.0, 0.0), (0.0, 0.5)])
+def test_value_and_gradient_equal_the_formula(model: UniMEReranker, weights: tuple[float, float], scale: float):
+    """Also where one answer is certain (scale 80) and where all are alike (scale 0)."""
+    loss = RerankerLoss(model, *weights)
+    draw = np.random.default_rng(0)
+    logits = [scale * draw.normal(size=(6, len(model.tokenizer))) for _ in range(3)]
+    indices = draw.choice([model.tokenizer.encode(digit)[0] for digit in "1234"], 6)
+    answers = [np.full(6, loss.yes_id), np.full(6, loss.no_id), indices]
+    used = [place for place in range(3) if weights[place // 2]]
+    for with_backward in (False, True):
+        reps = [[*torch.from_numpy(logits[place].copy()).split(4)] for place in used]
+        reps = [[part.requires_grad_() for part in column] for column in reps]
+        value = loss.calculate_loss(reps, torch.from_numpy(indices), with_backward=with_backward)
+        if not with_backward:
+            value.backward()
+        expected = [reference(logits[place], answers[place]) for place in used]
+        total = sum(weights[place // 2] * part for place, (part, _) in zip(used, expected))
+        assert value.item() == pytest.approx(total, rel=1e-6)
+        for place, column, (_, gradient) in zip(used, reps, expected):
+            found = torch.cat([part.grad for part in column]).numpy()
+            assert np.allclose(found, weights[place // 2] * gradient, rtol=1e-6, atol=1e-12)
+
+
+def by_hand(model: CrossEncoder, columns: list[list[Any]], hardest: list[int], slots: list[int]) -> dict[str, float]:
+    """Both terms from prompts that were not rendered from a template."""
+
+    def side(value: Any) -> tuple[str, Any]:
+        text, image = (value, None) if isinstance(value, str) else (value.get("text"), value.get("image"))
+        return tiny.written(text, image), image
+
+    def cross_entropy(prompt: str, images: list[Any], answer: str) -> float:
+        logits = tiny.answer_logits(model, prompt, [image for image in images if image is not None])
+        return -float(logits.double().log_softmax(-1)[model.tokenizer.convert_tokens_to_ids(answer)])
+
+    totals = {"pair": 0.0, "list": 0.0}
+    for row, (query, positive, *negatives) in enumerate(zip(*columns)):
+        (asked, picture), count = side(query), len(columns[0])
+        for candidate, answer in ((positive, "Yes"), (negatives[hardest[row]], "No")):
+            text, image = side(candidate)
+            totals["pair"] += cross_entropy(tiny.PAIR.format(asked, text), [picture, image], answer) / count
+        listed = [*negatives[: slots[row]], positive, *negatives[slots[row] :]]
+        parts = [side(candidate) for candidate in listed]
+        candidates = "".join(f"({place}) {text}" for place, (text, _) in enumerate(parts, start=1))
+        images = [picture, *(image for _, image in parts)]
+        answer = str(slots[row] + 1)
+        totals["list"] += cross_entropy(tiny.LIST.format(asked, candidates), images, answer) / count
+    return totals
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_prompts_and_answers_equal_those_by_hand(model: UniMEReranker, labelled: bool, mini_batch_size: int | None):
+    """Fails when a text or an image does not reach a prompt, or an answer is read elsewhere."""
+    columns = worker.rows(5)
+    labels = worker.scores(5) if labelled else None
+    hardest = labels[:, 1:].argmax(1).tolist() if labels is not None else [0] * 5
+    assert labels is None or set(hardest) == {0, 1, 2}
+    slots = torch.randint(4, (5,), generator=torch.Generator().manual_seed(7)).tolist()
+    assert len(set(slots)) > 2
+    loss = RerankerLoss(model, mini_batch_size=mini_batch_size, seed=7)
+    parts = loss(columns, None if labels is None else list(labels))
+    expected = by_hand(model, columns, hardest, slots)
+    assert set(parts) == {"pair", "list"}
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_items_are_decoded_and_placeholders_removed(model: UniMEReranker):
+    columns = worker.rows(3)
+    as_items = [
+        [Item(value) if isinstance(value, str) else Item(value["text"], value["image"]) for value in column]
+        for column in columns
+    ]
+    marked = [[f"<|image_1|>\n{value}" if isinstance(value, str) else value for value in c] for c in columns]
+    expected = summed(RerankerLoss(model)(columns)).item()
+    assert summed(RerankerLoss(model)(as_items)).item() == pytest.approx(expected, rel=1e-6)
+    assert summed(RerankerLoss(model)(marked)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_plain_cross_encoder_trains_alike(model: UniMEReranker, tmp_path: Path):
+    model.save_pretrained(str(tmp_path))
+    plain = CrossEncoder(str(tmp_path), device="cpu")
+    texts = [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert summed(RerankerLoss(plain)(texts)).item() == pytest.approx(summed(RerankerLoss(model)(texts)).item())
+
+
+def test_the_place_of_the_positive_is_uniform(model: UniMEReranker):
+    """Chi-square over all slots, and no slot predicts the next; drawn in batches of the size of training."""
+    loss = RerankerLoss(model)
+    slots = torch.cat([loss._draw_slots(8, 6) for _ in range(1500)])
+    counts = torch.bincount(slots, minlength=6).double()
+    assert ((counts - 2000) ** 2 / 2000).sum() < 20.5  # 0.1 % point of chi-square with 5 degrees of freedom
+    pairs = torch.bincount(6 * slots[:-1] + slots[1:], minlength=36).double()
+    assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() < 66.6  # 35 degrees
+    assert not torch.equal(loss._draw_slots(50, 6), loss._draw_slots(50, 6))
+    assert torch.equal(RerankerLoss(model, seed=1)._draw_slots(50, 6), RerankerLoss(model, seed=1)._draw_slots(50, 6))
+
+
+def with_dropout(folder: str, rate: float) -> UniMEReranker:
+    model = UniMEReranker(folder, device="cpu")
+    for layer in model[0].model.model.language_model.layers:
+        layer.self_attn.attention_dropout = rate
+    return model.train()
+
+
+def computed(loss: RerankerLoss) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Values and gradients; the factor stands for what scales a loss in training."""
+    torch.manual_seed(0)
+    parts = loss(worker.rows(4), worker.scores(4))
+    (3.0 * summed(parts)).backward()
+    return {name: part.item() for name, part in parts.items()}, worker.gradients(loss.model)
+
+
+def assert_alike(left: tuple[dict, dict], right: tuple[dict, dict]) -> None:
+    assert left[0] == pytest.approx(right[0], rel=1e-5)
+    assert left[1].keys() == right[1].keys()
+    assert max((left[1][name] - right[1][name]).abs().max() for name in left[1]) < 2e-5
+    assert max(gradient.abs().max() for gradient in left[1].values()) > 1e-2
+
+
+@pytest.mark.parametrize("mini_batch_size", [1, 3, 100])
+def test_cached_gradient_is_the_plain_one(reranker_folder: str, mini_batch_size: int):
+    plain, cached = (
+        computed(RerankerLoss(with_dropout(reranker_folder, 0.0), 0.7, 1.3, mini_batch_size=size))
+        for size in (None, mini_batch_size)
+    )
+    assert_alike(plain, cached)
+
+
+def test_cached_dropout_is_replayed(reranker_folder: str):
+    """The second pass draws the masks of the first: it agrees with one plain pass, made prompt by prompt too."""
+    cached = computed(RerankerLoss(with_dropout(reranker_folder, 0.3), mini_batch_size=1))
+    loss = RerankerLoss(with_dropout(reranker_folder, 0.3))
+    whole = loss._logits
+    loss._logits = lambda column, begin, end: torch.cat(  # type: ignore[method-assign]
+        [whole(column, row, row + 1) for row in range(begin, end)]
+    )
+    assert_alike(computed(loss), cached)
+
+
+def test_images_are_decoded_for_their_mini_batch_only(model: UniMEReranker, monkeypatch: pytest.MonkeyPatch):
+    opened: list[int] = []
+    original = Item.to_input
+    monkeypatch.setattr(Item, "to_input", lambda self: opened.append(1) or original(self))
+    per_forward = []
+    hook = model[0].register_forward_pre_hook(lambda *_: per_forward.append(len(opened)) or opened.clear())
+    columns = [[Item(image=tiny.png(row)) for row in range(4)] for _ in range(4)]
+    RerankerLoss(model, mini_batch_size=1)(columns)
+    hook.remove()
+    assert max(per_forward) == 4  # a query and three candidates, of 4 rows
+
+
+def test_evaluation_needs_no_graph(model: UniMEReranker):
+    for size in (None, 2):
+        with torch.no_grad():
+            parts = RerankerLoss(model, mini_batch_size=size)(worker.rows(3))
+        assert not summed(parts).requires_grad and torch.isfinite(summed(parts))
+
+
+def test_two_processes_equal_one(reranker_folder: str, model: UniMEReranker, tmp_path: Path):
+    torch.multiprocessing.spawn(worker.train_on_half, (reranker_folder, str(tmp_path)), nprocs=2)
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    single = UniMEReranker(reranker_folder, device="cpu")
+    parts = RerankerLoss(single)(worker.rows(6), worker.scores(6))
+    summed(parts).backward()
+    expected = worker.gradients(single)
+    for mode in ("plain", "cached"):
+        values, gradients = results[mode]
+        assert torch.allclose(values, torch.stack([part.detach() for part in parts.values()]), rtol=1e-5), mode
+        assert max((gradients[name] - expected[name]).abs().max() for name in expected) < 1e-5, mode
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 4])
+def test_stock_trainer_with_lora_learns(reranker_folder: str, mini_batch_size: int | None, tmp_path: Path):
+    model = UniMEReranker(reranker_folder, device="cpu")
+    model.add_adapter(
+        LoraConfig(
+            r=8,
+            lora_alpha=32,
+            target_modules=r".*language_model.*\.(q_proj|v_proj|gate_proj|up_proj|down_proj)",
+            task_type=TaskType.CAUSAL_LM,
+        )
+    )
+    shades = worker.SHADES
+    others = [[shades[(row + place) % 8] for row in range(8)] for place in (1, 2)]
+    data = {"query": [f"a {shade}" for shade in shades], "positive": shades}
+    data |= {"negative_1": others[0], "negative_2": others[1], "label": [[0.9, 0.1, 0.4]] * 8}
+    args = CrossEncoderTrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        max_steps=12,
+        learning_rate=3e-2,
+        logging_steps=4,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    dataset = Dataset.from_dict(data)
+    loss = RerankerLoss(model, mini_batch_size=mini_batch_size)
+    trainer = CrossEncoderTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset, loss=loss)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    logged = [step for step in trainer.state.log_history if "pair" in step and "list" in step]
+    assert logged and logged[-1]["pair"] < logged[0]["pair"] and logged[-1]["list"] < logged[0]["list"]
+    after = trainer.evaluate()["eval_loss"]
+    assert after < 0.7 * before
+    assert loss.citation.strip() in {citation.strip() for citation in model.model_card_data.citations.values()}
+
+    model.save_pretrained(str(tmp_path / "trained"))
+    again = UniMEReranker(tmp_path / "trained", device="cpu")
+    pairs = list(zip(data["query"], data["positive"]))
+    assert np.allclose(again.predict(pairs), model.predict(pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "columns, labels, message",
+    [
+        ([["a"], ["b"]], None, "at least one negative, but got 2 column"),
+        ([["a"], ["b"], ["c"]], torch.ones(1, 3), "shape (1, 2), but the labels have shape (1, 3)"),
+        ([["a"], ["b"], ["c"]], torch.tensor([[1.0, float("nan")]]), "some are not finite"),
+        ([["a"], *[["b"]] * 10], None, "no single token for each index 1 to 10"),
+        ([["a"], ["b"], ["red " * 2000]], None, "the model takes at most 1024"),
+    ],
+)
+def test_wrong_rows(model: UniMEReranker, columns: list, labels: Any, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RerankerLoss(model)(columns, labels)
+
+
+def test_ten_candidates_train_pairwise(model: UniMEReranker):
+    parts = RerankerLoss(model, listwise_weight=0)([["a"], *[["b"]] * 10])
+    assert set(parts) == {"pair"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pairwise_weight": 0, "listwise_weight": 0}, "not both 0"),
+        ({"listwise_weight": -1}, "at least 0"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be a positive integer"),
+    ],
+)
+def test_wrong_options(model: UniMEReranker, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        RerankerLoss(model, **options)
+
+
+def test_wrong_models(model: UniMEReranker):
+    with pytest.raises(ValueError, match="trains a generative CrossEncoder"):
+        RerankerLoss(CrossEncoder(modules=[model[0]], device="cpu"))
+    official = model[0].processor.chat_template
+    try:
+        model[0].processor.chat_template = load_template("official").replace("'listwise'", "'lists'")
+        with pytest.raises(ValueError, match="no listwise prompt"):
+            RerankerLoss(model)
+        RerankerLoss(model, listwise_weight=0)
+    finally:
+        model[0].processor.chat_template = official
+
+
+def test_config_is_complete(model: UniMEReranker):
+    config = RerankerLoss(model, 0.5, 2.0, mini_batch_size=3).get_config_dict()
+    assert config == {"pairwise_weight": 0.5, "listwise_weight": 2.0, "mini_batch_size": 3, "seed": 42}
