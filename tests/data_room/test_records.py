@@ -65,10 +65,11 @@ def test_many_row_groups_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tables_module, "_GROUP_BYTES", 2000)
     monkeypatch.setattr(tables_module, "_SHARD_BYTES", 10_000)
     monkeypatch.setattr(tables_module, "_CACHED_GROUPS", 2)
-    records = RecordSet.write(tmp_path, pairs(60), {})
+    originals = pairs(60)
+    records = RecordSet.write(tmp_path, originals, {})
     assert len(list(tmp_path.glob("items-*.parquet"))) > 1
     order = np.random.default_rng(0).permutation(60)
-    assert all(records[int(index)].query == pairs(60)[index].query for index in order)
+    assert all(records[int(index)].query == originals[index].query for index in order)
     assert len(records.items._shards._cache) <= 2
 
 

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +20,6 @@ from unime_st.judging.stage import Scores, judge_pools, select_rows
 from unime_st.retrieval import Pools, mine
 from unime_st.selection import select_negatives
 
-TESTS = Path(__file__).resolve().parents[1]
 COLOURS, SHAPES = ("red", "blue", "green"), ("square", "circle", "star")
 
 
@@ -123,26 +119,19 @@ def test_corrupt_images_are_set_aside_and_the_rest_is_judged(tmp_path: Path):
     assert not list((tmp_path / "scores").glob("rejected-*"))
 
 
-def run(pools: Pools, output: Path, pause: float) -> subprocess.Popen:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from word_judge import WordJudge\n"
-        "from unime_st.judging.stage import judge_pools\n"
-        "judge_pools(sys.argv[2], WordJudge(pause=float(sys.argv[4])), sys.argv[3], shard_size=1)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", script, str(TESTS / "judging"), str(pools.folder), str(output), str(pause)]
-    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+def _judge_slowly(folder: Path, output: Path) -> None:
+    judge_pools(folder, WordJudge(pause=0.3), output, shard_size=1)
 
 
 def test_killed_and_started_again(pools: Pools, tmp_path: Path):
     output = tmp_path / "scores"
-    process = run(pools, output, pause=0.3)
+    process = multiprocessing.get_context("fork").Process(target=_judge_slowly, args=(pools.folder, output))
+    process.start()
     while len(list(output.glob("rows-*.parquet"))) < 3:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     finished = {path.name: path.read_bytes() for path in output.glob("rows-*.parquet")}
     assert not is_complete(output) and 3 <= len(finished) < 10
     (output / "rows-00009.parquet.1.tmp").write_bytes(b"half")

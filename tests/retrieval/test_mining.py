@@ -1,23 +1,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_embedder import tiny_embedder
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
 from unime_st.encoding import encode_items
-from unime_st.retrieval import Pools, mine
-
-TESTS = Path(__file__).resolve().parents[1]
+from unime_st.retrieval import Pools, mine, mining
 
 
 def picture(seed: int) -> Image.Image:
@@ -39,12 +35,15 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> RecordSet:
     return RecordSet.write(tmp_path_factory.mktemp("records") / "set", pairs(), {})
 
 
-def similarity(left: Item, right: Item) -> float:
-    vectors = encode_items(tiny_embedder(), [left, right]).astype(np.float64)
-    return float(vectors[0] @ vectors[1])
+@pytest.fixture(scope="module")
+def vectors(records: RecordSet) -> dict[str, np.ndarray]:
+    items = list(records.items)
+    return dict(zip([item.id for item in items], encode_items(tiny_embedder(), items).astype(np.float64)))
 
 
-def test_pools_hold_the_nearest_positives_of_others(records: RecordSet, tmp_path: Path):
+def test_pools_hold_the_nearest_positives_of_others(
+    records: RecordSet, vectors: dict[str, np.ndarray], tmp_path: Path
+):
     pools = mine(records, tiny_embedder(), tmp_path / "pools", num_candidates=6, max_similarity=None)
     assert len(pools) == len(records)
     for pool, record in zip(pools, pairs(), strict=True):
@@ -52,9 +51,10 @@ def test_pools_hold_the_nearest_positives_of_others(records: RecordSet, tmp_path
         relevant = {other.positive.id for other in pairs() if other.query == record.query}
         assert not relevant & {item.id for item in pool.candidates} and len(set(pool.candidates)) == 6
         others = {other.positive for other in pairs() if other.positive.modality == record.positive.modality}
-        best = sorted((similarity(record.query, item) for item in others if item.id not in relevant), reverse=True)[:6]
+        query = vectors[record.query.id]
+        best = sorted((query @ vectors[item.id] for item in others if item.id not in relevant), reverse=True)[:6]
         np.testing.assert_allclose(pool.similarities, best, atol=1e-5)
-        assert pool.positive_similarity == pytest.approx(similarity(record.query, record.positive), abs=1e-5)
+        assert pool.positive_similarity == pytest.approx(query @ vectors[record.positive.id], abs=1e-5)
     assert pools.manifest["pool_sizes"] == {"image": 12, "text": 12}
     assert pools.manifest["candidates"] == 6 * len(records) and pools.manifest["short_pools"] == 0
 
@@ -123,33 +123,28 @@ def test_finished_pools_are_kept_and_other_options_refused(records: RecordSet, t
         mine(records, tiny_embedder(), tmp_path / "other", max_similarity="postive")
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from tiny_embedder import tiny_embedder
-from unime_st.retrieval import mine, mining
-mining._CHUNK = 4
-if sys.argv[4] == "slow":
-    encode = mining.encode_items
-    mining.encode_items = lambda *a, **k: (time.sleep(0.3), encode(*a, **k))[1]
-mine(sys.argv[2], tiny_embedder(), sys.argv[3], num_candidates=5)
-"""
+def _mine_slowly(folder: Path, output: Path) -> None:
+    torch.set_num_threads(1)  # the parent's thread pool does not survive the fork
+    mining._CHUNK, encode = 4, mining.encode_items
 
+    def slow(*arguments: object, **options: object) -> object:
+        time.sleep(0.3)
+        return encode(*arguments, **options)
 
-def run(records: RecordSet, output: Path, pace: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", SCRIPT, str(TESTS), str(records.folder), str(output), pace]
-    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    mining.encode_items = slow
+    mine(folder, tiny_embedder(), output, num_candidates=5)
 
 
 def test_killed_and_started_again(records: RecordSet, tmp_path: Path):
     output = tmp_path / "pools"
-    process = run(records, output, "slow")
+    tiny_embedder()
+    process = multiprocessing.get_context("fork").Process(target=_mine_slowly, args=(records.folder, output))
+    process.start()
     while not (output / "vectors.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     done = json.loads((output / "vectors.json").read_text())["done"]
     assert 0 < done < len(records.items) and not is_complete(output)
     before = np.load(output / "vectors.npy", mmap_mode="r")[:done].copy()
