@@ -1,6 +1,6 @@
 """Pre-train the embedded default `unime-tiny` on drawn scenes.
 
-python train_scripts/pretrain_tiny.py train_scripts/configs/pretrain_tiny.yaml [--steps 1800 --output FOLDER ...]
+python train_scripts/pretrain_tiny.py train_scripts/configs/pretrain_tiny.yaml [--option value ...]
 """
 
 from __future__ import annotations

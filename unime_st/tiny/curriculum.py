@@ -15,7 +15,7 @@ from unime_st.data.items import Item
 from unime_st.data.scenes.contrast import INSTRUCTIONS, contrast, picture, scene_for
 from unime_st.data.scenes.language import POSITIONS, ask, full_pattern, long_caption, noun_phrase, short_caption
 from unime_st.data.scenes.tasks import TRAINING_MIX
-from unime_st.data.scenes.world import describe
+from unime_st.data.scenes.world import describe, sample_scene
 
 _TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
 _IGNORE = -100
@@ -50,9 +50,9 @@ def _shown(item: Item, images: list[Image.Image]) -> str:
     return "<|vision_start|><|image_pad|><|vision_end|>" + text
 
 
-def _list(rng: random.Random) -> Example:
+def _list(rng: random.Random, counts: tuple[int, ...]) -> Example:
     """Every object in reading order: the densest lesson, from which seeing is learnt first."""
-    scene = scene_for("short", rng, "train")
+    scene = sample_scene(rng, "train", counts)
     images: list[Image.Image] = []
     shown = _shown(picture(scene, rng), images)
     things = sorted(scene.things, key=lambda thing: thing.cell)
@@ -109,7 +109,6 @@ def _choose(rng: random.Random) -> Example:
 
 
 _MAKERS: dict[str, Callable[[random.Random], Example]] = {
-    "list": _list,
     "describe": lambda rng: _describe(rng, long=False),
     "describe_long": lambda rng: _describe(rng, long=True),
     "answer": _answer,
@@ -124,12 +123,15 @@ def draw_batch(rng: random.Random, progress: float) -> tuple[str, list[Example]]
 
     Args:
         rng: Source of randomness.
-        progress: Share of the training that is over. The first third is mostly lists: a model that does not see yet
-            learns next to nothing from the other lessons.
+        progress: Share of the training that is over. The start is lists of one or two objects, then of more: a model
+            that does not see yet learns next to nothing from the other lessons.
     """
     (lesson,) = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])
-    if rng.random() < 1 - 3 * progress:
+    if rng.random() < 1.2 - 4 * progress:
         lesson = "list"
+    if lesson == "list":
+        counts = (1, 1, 2) if progress < 0.1 else (1, 2, 3) if progress < 0.2 else (2, 3, 4)
+        return lesson, [_list(rng, counts) for _ in range(LESSONS[lesson][1])]
     return lesson, [_MAKERS[lesson](rng) for _ in range(LESSONS[lesson][1])]
 
 

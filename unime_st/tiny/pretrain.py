@@ -28,7 +28,7 @@ class PretrainArguments:
     """Settings of :func:`pretrain`."""
 
     output: str = field(default="runs/pretrain_tiny", metadata={"help": "Folder for the checkpoint and its log."})
-    steps: int = field(default=1800, metadata={"help": "Optimiser steps."})
+    steps: int = field(default=1500, metadata={"help": "Optimiser steps."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and words."})
     muon_learning_rate: float = field(default=6e-3, metadata={"help": "Peak rate of Muon (weight matrices)."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW (embeddings, norms, biases)."})

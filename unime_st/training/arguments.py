@@ -111,6 +111,41 @@ class RerankerArguments(TrainArguments):
     listwise_weight: float = field(default=1.0, metadata={"help": "Weight of the list term."})
 
 
+@dataclass
+class MineArguments:
+    """Global retrieval: the hard candidates of every pair."""
+
+    data: str = field(default="", metadata={"help": "Folder of pair records."})
+    model: str = field(default="unime-tiny", metadata={"help": "Embedding model that retrieves."})
+    output: str = field(default="", metadata={"help": "Folder for the candidate pools."})
+    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
+    num_candidates: int = field(default=50, metadata={"help": "Candidates per query."})
+    pool: str = field(default="modality", metadata={"help": "Search among: modality, dataset or global."})
+    max_similarity: str = field(
+        default="positive", metadata={"help": "positive: only below the positive's similarity; none; or a number."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Items per forward pass."})
+
+
+@dataclass
+class JudgeArguments:
+    """MLLM-as-a-judge, and the choice of negatives by its scores."""
+
+    data: str = field(default="", metadata={"help": "Folder of candidate pools, written by mine."})
+    model: str = field(default="unime-tiny", metadata={"help": "Generative vision-language model that judges."})
+    template: str = field(default="official", metadata={"help": "Prompt template: official, tiny or a file."})
+    scores: str = field(default="", metadata={"help": "Folder for the scores."})
+    output: str = field(default="", metadata={"help": "Folder for the judged training rows."})
+    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folders."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs per forward pass."})
+    shard_size: int = field(default=256, metadata={"help": "Rows per shard; a killed run loses at most one."})
+    margin: float = field(default=0.01, metadata={"help": "Candidates scored above the positive less this go."})
+    stride: int = field(default=5, metadata={"help": "Step of the cyclic sampling."})
+    num_negatives: int = field(default=10, metadata={"help": "Negatives per row."})
+    score_divisor: float = field(default=1.0, metadata={"help": "Score = sigmoid(log-odds / this); released: 1.05."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw where no candidate survives."})
+
+
 def set_up_logging() -> None:
     """Show what a script does, with times; libraries speak up at warnings only."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -53,7 +53,7 @@ def label(scene: Scene) -> str:
 
 def scene_for(kind: str, rng: random.Random, split: str) -> Scene:
     """A random scene of the size that tasks of this kind ask about."""
-    return sample_scene(rng, split, counts=(1,) if kind == "classification" else (2, 2, 3, 3, 4))
+    return sample_scene(rng, split, counts=(1,) if kind == "classification" else (2, 2, 2, 3, 3, 4))
 
 
 def grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, str]:

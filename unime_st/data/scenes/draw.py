@@ -21,8 +21,6 @@ _PAINT = {
     "yellow": (245, 215, 35),
     "purple": (130, 40, 165),
     "orange": (245, 130, 20),
-    "cyan": (45, 205, 215),
-    "pink": (245, 145, 185),
     "white": (250, 250, 250),
     "gray": (150, 150, 150),
     "brown": (110, 75, 45),
@@ -37,8 +35,6 @@ def _points(shape: str, side: float) -> list[tuple[float, float]]:
         return [(0, 0), (side, 0), (side, side), (0, side)]
     if shape == "triangle":
         return [(centre, 0), (side, side), (0, side)]
-    if shape == "diamond":
-        return [(centre, 0), (side, centre), (centre, side), (0, centre)]
     if shape == "cross":
         a, b = side * 0.33, side * 0.67
         return [
@@ -55,20 +51,15 @@ def _points(shape: str, side: float) -> list[tuple[float, float]]:
             (0, a),
             (a, a),
         ]
-    if shape == "star":
-        radii = [centre if corner % 2 == 0 else centre * 0.42 for corner in range(10)]
-        angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
-        return [(centre + r * math.cos(a), centre + r * math.sin(a)) for r, a in zip(radii, angles)]
-    turns = [2 * math.pi * step / 60 for step in range(60)]  # heart, as a closed curve
-    x = [16 * math.sin(t) ** 3 for t in turns]
-    y = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
-    return [(centre + u / 34 * side, centre - (v + 2.5) / 34 * side) for u, v in zip(x, y)]
+    radii = [centre if corner % 2 == 0 else centre * 0.42 for corner in range(10)]  # star
+    angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
+    return [(centre + r * math.cos(a), centre + r * math.sin(a)) for r, a in zip(radii, angles)]
 
 
 @cache
 def _tile(color: str, shape: str, size: str, texture: str) -> Image.Image:
     """One object as a small picture with transparency."""
-    side = (24 if size == "large" else 14) * _SCALE
+    side = (26 if size == "large" else 16) * _SCALE
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
     if shape in ("circle", "ring"):

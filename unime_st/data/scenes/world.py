@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = ("white", "gray", "brown", "black")
@@ -51,7 +51,7 @@ class Scene:
         return "test" if bucket < 32 else "validation" if bucket < 48 else "train"
 
 
-def sample_scene(rng: random.Random, split: str | None = None, counts: tuple[int, ...] = (2, 2, 3, 3, 4)) -> Scene:
+def sample_scene(rng: random.Random, split: str | None = None, counts: tuple[int, ...] = (2, 2, 2, 3, 3, 4)) -> Scene:
     """Draw a random scene, if ``split`` is given until one of that split comes.
 
     Args:

