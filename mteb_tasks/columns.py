@@ -18,6 +18,9 @@ from unime_st.data.items import Item
 OFFICIAL_TEXT = "official_text"
 """Column with the untouched text of an item; an empty string stands for "no text"."""
 
+PROMPT_NAME = "prompt_name"
+"""Column that names one of the model's own prompts, for benchmarks where every model has an instruction of its own."""
+
 Modality = Literal["text", "image"]
 
 
@@ -41,7 +44,11 @@ def category_modalities(category: str) -> tuple[list[Modality], list[Modality]]:
 
 
 def to_dataset(
-    items: Mapping[str, Item], modalities: Sequence[Modality], body: Callable[[str], str] | None = None
+    items: Mapping[str, Item],
+    modalities: Sequence[Modality],
+    *,
+    body: Callable[[str], str] | None = None,
+    prompt_name: str | None = None,
 ) -> Dataset:
     """Build the query or corpus table of a retrieval task without decoding a picture.
 
@@ -49,6 +56,7 @@ def to_dataset(
         items: Row id to item.
         modalities: What foreign models shall see of this side. Our loader sees the whole item in any case.
         body: Takes the instruction off a text for foreign models, which have their own; None leaves it on.
+        prompt_name: Name of the prompt that our models put to items without a text; None puts none.
 
     Returns:
         A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
@@ -65,6 +73,8 @@ def to_dataset(
     if "text" in modalities:
         columns["text"] = texts if body is None else [body(text) for text in texts]
         features["text"] = Value("string")
+    if prompt_name is not None:
+        columns[PROMPT_NAME], features[PROMPT_NAME] = [prompt_name] * len(texts), Value("string")
     if any(item.image is not None for item in items.values()):
         columns["image"] = [_encoded_image(item) for item in items.values()]
         features["image"] = Image()
@@ -96,12 +106,15 @@ def has_encoded_items(dataset: Any) -> bool:
     return isinstance(dataset, Dataset) and OFFICIAL_TEXT in dataset.column_names
 
 
-def iter_items(dataset: Dataset, window: int = 1024) -> Iterator[list[Item]]:
+def iter_items(
+    dataset: Dataset, window: int = 1024, prompts: Mapping[str, str | None] | None = None
+) -> Iterator[list[Item]]:
     """Read items from a table made by `to_dataset`, a window at a time, pictures undecoded.
 
     Args:
         dataset: The table.
         window: Rows held at once. Bounds the encoded pictures in memory.
+        prompts: The model's own prompts, for tables that name one; None puts none.
 
     Yields:
         Lists of at most `window` items in row order.
@@ -116,9 +129,11 @@ def iter_items(dataset: Dataset, window: int = 1024) -> Iterator[list[Item]]:
     for start in range(0, len(dataset), window):
         rows = dataset[start : start + window]
         images = rows.get("image") or [None] * len(rows["id"])
-        yield [_item(text, image) for text, image in zip(rows[OFFICIAL_TEXT], images)]
+        names = rows.get(PROMPT_NAME) or [""] * len(rows["id"])
+        texts = [text or (prompts or {}).get(name) for text, name in zip(rows[OFFICIAL_TEXT], names)]
+        yield [_item(text, image) for text, image in zip(texts, images)]
 
 
-def _item(text: str, image: Mapping[str, Any] | None) -> Item:
+def _item(text: str | None, image: Mapping[str, Any] | None) -> Item:
     source = None if image is None else (image["bytes"] if image["bytes"] is not None else image["path"])
     return Item(text=text or None, image=source)

@@ -102,7 +102,7 @@ class UniMELoader:
             float32 array ``(num_rows, dim)``, rows in the order of the loader.
         """
         if has_encoded_items(inputs.dataset):
-            return self.embed(iter_items(inputs.dataset, WINDOW), **kwargs)
+            return self.embed(self._items(inputs.dataset), **kwargs)
         return self.embed(_items_of_batches(inputs), **kwargs)
 
     def embed(
@@ -140,6 +140,9 @@ class UniMELoader:
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
         return self.store.take(order)
+
+    def _items(self, table: Dataset) -> Iterator[list[Item]]:
+        return iter_items(table, WINDOW, self.model.prompts)
 
     def _readable(self, item: Item) -> Item:
         """Take MMEB's image token off a text for a model whose chat template does not know it."""
@@ -224,8 +227,8 @@ class UniMELoader:
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = list(queries["id"]), list(corpus["id"])
         ranked = rank_candidates(
-            self.embed(iter_items(queries, WINDOW), **encode_kwargs),
-            self.embed(iter_items(corpus, WINDOW), **encode_kwargs),
+            self.embed(self._items(queries), **encode_kwargs),
+            self.embed(self._items(corpus), **encode_kwargs),
             _candidate_rows(query_ids, document_ids, top_ranked),
             tie_order(document_ids),
             top_k,

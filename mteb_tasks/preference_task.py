@@ -17,7 +17,7 @@ from mteb.models.models_protocols import EncoderProtocol
 from mteb.timing import TimingStack
 from mteb.types import PromptType
 
-from mteb_tasks.columns import Modality, iter_items, to_dataset
+from mteb_tasks.columns import PROMPT_NAME, Modality, iter_items, to_dataset
 from unime_st.data.items import Item
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
 
     images_column_names = "image"
     texts_column_names = ("caption", "negative_caption")
+    image_prompt: str | None = None
+    """Name of the prompt that our models put to the pictures."""
     _support_search = True
 
     @abstractmethod
@@ -74,7 +76,9 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
             return
         with (timer or TimingStack())("Data loading"):
             self.dataset = {
-                category: {split: _pair_table(self.foils(category, split)) for split in self.eval_splits}
+                category: {
+                    split: _pair_table(self.foils(category, split), self.image_prompt) for split in self.eval_splits
+                }
                 for category in self.hf_subsets
             }
         self.data_loaded = True
@@ -125,8 +129,9 @@ def group_means(scores: dict[str, float]) -> dict[str, float]:
     return {**means, "mean": float(np.mean(list(means.values())))} if means else {}
 
 
-def _pair_table(foils: Sequence[Foil]) -> Dataset:
-    pictures = to_dataset({str(row): foil.image for row, foil in enumerate(foils)}, ["image"])
+def _pair_table(foils: Sequence[Foil], prompt_name: str | None) -> Dataset:
+    items = {str(row): foil.image for row, foil in enumerate(foils)}
+    pictures = to_dataset(items, ["image"], prompt_name=prompt_name)
     columns = {"caption": [foil.caption for foil in foils], "negative_caption": [foil.foil for foil in foils]}
     for name, values in columns.items():
         pictures = pictures.add_column(name, values)
@@ -151,15 +156,16 @@ def _embedded(
     """Cosine of each picture with caption and foil: float32 ``(num_pairs, 2)``."""
     pictures, captions, foils = _items(data)
     context = {**context, **encode_kwargs}
-    picture_of = _unit_vectors(model, pictures, "image", prompt_type=PromptType.query, **context)
-    text_of = _unit_vectors(model, captions + foils, "text", prompt_type=PromptType.document, **context)
+    prompt_name = data[0].get(PROMPT_NAME)
+    picture_of = _unit_vectors(model, pictures, "image", prompt_name, prompt_type=PromptType.query, **context)
+    text_of = _unit_vectors(model, captions + foils, "text", None, prompt_type=PromptType.document, **context)
     left = np.stack([picture_of[item.id] for item in pictures])
     right = (np.stack([text_of[item.id] for item in texts]) for texts in (captions, foils))
     return np.stack([(left * texts).sum(axis=1) for texts in right], axis=1)
 
 
 def _unit_vectors(
-    model: EncoderProtocol, items: Sequence[Item], modality: Modality, **context: Any
+    model: EncoderProtocol, items: Sequence[Item], modality: Modality, prompt_name: str | None, **context: Any
 ) -> dict[str, np.ndarray]:
     """Embed each distinct item once: item id to unit vector."""
     import torch
@@ -167,7 +173,7 @@ def _unit_vectors(
 
     distinct = {item.id: item for item in items}
     loader: DataLoader = DataLoader(
-        to_dataset(distinct, [modality]),  # type: ignore[arg-type]
+        to_dataset(distinct, [modality], prompt_name=prompt_name),  # type: ignore[arg-type]
         batch_size=int(context.get("batch_size", 32)),
         collate_fn=_columns_of,
     )

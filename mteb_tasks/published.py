@@ -85,8 +85,8 @@ MMEB_TASKS: dict[str, dict[str, float]] = {
 """Scores of single subsets, where a paper's table could be verified."""
 
 _CAPTION_TASKS = (
-    "Flickr30kT2IRetrieval",
-    "Flickr30kI2TRetrieval",
+    "Flickr30k1kT2IRetrieval",
+    "Flickr30k1kI2TRetrieval",
     "COCO5kT2IRetrieval",
     "COCO5kI2TRetrieval",
     "ShareGPT4VT2IRetrieval",

@@ -36,11 +36,13 @@ def register_all() -> None:
         return
     # First, because importing tasks and models asks mteb for tasks, which may come back here.
     _done = True
+    from mteb_tasks.captions import CAPTION_TASKS
     from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
     from mteb_tasks.models import metas
     from mteb_tasks.scenes import SCENES_TASKS
+    from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
-    tasks: list[type[AbsTask]] = [*SCENES_TASKS, *MMEB_TASKS, MMEB]
+    tasks: list[type[AbsTask]] = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
     for task in tasks:
         add_task(task)
     for name, meta in metas().items():

@@ -23,6 +23,7 @@ def retrieval_split(
     *,
     query_body: Callable[[str], str] | None = None,
     document_body: Callable[[str], str] | None = None,
+    image_prompt: str | None = None,
 ) -> RetrievalSplitData:
     """Turn retrieval data into the tables mteb evaluates.
 
@@ -31,6 +32,7 @@ def retrieval_split(
         category: mteb's modality code of the task.
         query_body: Takes the instruction off a query for foreign models; None leaves texts as they are.
         document_body: The same for documents.
+        image_prompt: Name of the prompt that our models put to pictures without a text.
 
     Returns:
         mteb's split: ``queries``, ``corpus``, ``relevant_docs`` and ``top_ranked`` (None = whole corpus). Candidates
@@ -49,8 +51,8 @@ def retrieval_split(
     query_modalities, document_modalities = category_modalities(category)
     _check(data)
     return {
-        "queries": to_dataset(data.queries, query_modalities, query_body),
-        "corpus": to_dataset(data.corpus, document_modalities, document_body),
+        "queries": to_dataset(data.queries, query_modalities, body=query_body, prompt_name=image_prompt),
+        "corpus": to_dataset(data.corpus, document_modalities, body=document_body, prompt_name=image_prompt),
         "relevant_docs": {query: dict.fromkeys(sorted(docs), 1) for query, docs in data.relevant.items()},
         "top_ranked": None
         if data.candidates is None

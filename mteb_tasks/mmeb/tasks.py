@@ -13,6 +13,7 @@ import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
+from mteb_tasks.local_data import localised
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.mmeb.location import (
     HUB_DATASET,
@@ -86,13 +87,7 @@ class MMEBTask(ItemRetrievalTask):
     def __init__(self, **kwargs: Any) -> None:
         root = local_root()
         if root is not None:
-            revision = fingerprint(root, self.subset.name)
-            self.metadata = self.metadata.model_copy(
-                update={
-                    "dataset": {**self.metadata.dataset, "revision": revision},
-                    "eval_langs": {f"local-{revision}": ["eng-Latn"]},
-                }
-            )
+            self.metadata = localised(self.metadata, fingerprint(root, self.subset.name))
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
@@ -166,7 +161,9 @@ def _task_class(subset: Subset) -> type[MMEBTask]:
         bibtex_citation=MMEB_BIBTEX,
     )
     return type(
-        subset.class_name, (MMEBTask,), {"__doc__": metadata.description, "subset": subset, "metadata": metadata}
+        subset.class_name,
+        (MMEBTask,),
+        {"__doc__": metadata.description, "__module__": __name__, "subset": subset, "metadata": metadata},
     )
 
 
@@ -220,13 +217,10 @@ class MMEB(AbsTaskAggregate):
 
     def __init__(self, **kwargs: Any) -> None:
         tasks = mmeb_tasks()
-        update: dict[str, Any] = {"tasks": tasks}
+        self.metadata = self.metadata.model_copy(update={"tasks": tasks})
         if local_root() is not None:
             parts = "".join(task.metadata.revision for task in tasks)
-            digest = hashlib.sha256(parts.encode()).hexdigest()[:12]
-            update["dataset"] = {**self.metadata.dataset, "revision": digest}
-            update["eval_langs"] = {f"local-{digest}": ["eng-Latn"]}
-        self.metadata = self.metadata.model_copy(update=update)
+            self.metadata = localised(self.metadata, hashlib.sha256(parts.encode()).hexdigest()[:12])
         super().__init__(**kwargs)
 
     def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, Mapping[str, Any]]:

@@ -1,0 +1,295 @@
+"""Short and long captions: Flickr30k, COCO 5k, ShareGPT4V and Urban1K, in both directions.
+
+Data lie in ``$UNIME_EVAL_DIR``, in the layouts they are published in. The score is hit@1: whether a right answer
+stands first. mteb's recall@1 divides by all right answers, so that a picture with five captions cannot exceed 0.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyarrow.parquet as pq
+
+from mteb_tasks.local_data import FOLDER_VARIABLE, evaluation_folder, localised, state
+from mteb_tasks.metadata import task_metadata
+from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
+from unime_st.data.items import Item
+from unime_st.data.scenes import RetrievalData
+
+if TYPE_CHECKING:
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+
+CAPTION_PROMPT = "find_caption"
+"""Name of the prompt that UniME-V2 puts to pictures here; UniME v1 has none, its template does it."""
+CAPTIONS_PER_PICTURE = 5
+LONG_CAPTION_RECORDS = 1000
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture and what was said about it."""
+
+    picture: Path
+    captions: tuple[str, ...]
+
+
+def read_karpathy(folder: Path) -> Iterator[Captioned]:
+    """Read a set of pictures with five captions each (``royokong/flickr30k_test``, ``royokong/coco_test``).
+
+    Args:
+        folder: Holds ``data/*.parquet`` or ``*.parquet`` with the columns ``image`` and ``text``.
+
+    Yields:
+        Pictures with their first five captions. Pictures are written to files once, so that memory does not grow with
+        their number.
+
+    Raises:
+        ValueError: If a row has no picture or fewer captions; names file and row.
+    """
+    files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no parquet file")
+    pictures = _extracted(files)
+    row = 0
+    for file in files:
+        for texts in pq.read_table(file, columns=["text"])["text"].to_pylist():
+            if texts is None or len(texts) < CAPTIONS_PER_PICTURE:
+                raise ValueError(f"{file}: picture {row} has fewer than {CAPTIONS_PER_PICTURE} captions")
+            yield Captioned(pictures / f"{row}.image", tuple(texts[:CAPTIONS_PER_PICTURE]))
+            row += 1
+
+
+def _extracted(files: Sequence[Path]) -> Path:
+    """Write the pictures of parquet files to a folder of the cache, once, and return it."""
+    from unime_st.registry import home
+
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    target = home() / "pictures" / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".extracting-") as scratch:
+        content, row = Path(scratch) / "content", 0
+        content.mkdir()
+        for file in files:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=["image"]):
+                for image in batch["image"].to_pylist():
+                    if not image or not image.get("bytes"):
+                        raise ValueError(f"{file}: row {row} has no picture")
+                    (content / f"{row}.image").write_bytes(image["bytes"])
+                    row += 1
+        content.rename(target)  # complete or not there at all
+    return target
+
+
+def read_urban1k(folder: Path) -> Iterator[Captioned]:
+    """Read ``BeichenZhang/Urban1k``: ``image/<name>.jpg`` with ``caption/<name>.txt``, first line.
+
+    Args:
+        folder: Holds ``image`` and ``caption``.
+
+    Yields:
+        One picture with one caption each, sorted by name.
+
+    Raises:
+        ValueError: If a picture has no caption.
+    """
+    pictures = sorted((folder / "image").iterdir(), key=lambda path: (len(path.stem), path.stem))
+    for picture in pictures:
+        caption = folder / "caption" / f"{picture.stem}.txt"
+        # The official reader keeps the line break of a first line that is not the last one; models see it.
+        first = caption.read_text(encoding="utf-8").partition("\n") if caption.is_file() else ("", "", "")
+        if not first[0].strip():
+            raise ValueError(f"{picture} has no caption in {caption}")
+        yield Captioned(picture, (first[0] + first[1],))
+
+
+def read_sharegpt4v(folder: Path) -> Iterator[Captioned]:
+    """Read the first 1000 records of ``share-captioner_coco_lcs_sam_1246k_1107.json``.
+
+    Args:
+        folder: Holds the file and, below it, the pictures it names.
+
+    Yields:
+        One picture with one long caption each.
+
+    Raises:
+        FileNotFoundError: If the file or a picture is missing.
+    """
+    found = sorted(folder.glob("share-captioner*.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no share-captioner_coco_lcs_sam_1246k_1107.json")
+    records = json.loads(found[0].read_text(encoding="utf-8"))
+    for number, record in enumerate(records[:LONG_CAPTION_RECORDS]):
+        picture = next(
+            (base / record["image"] for base in (folder, folder / "data") if (base / record["image"]).is_file()), None
+        )
+        if picture is None:
+            raise FileNotFoundError(f"{found[0]}: record {number} names {record['image']}, which is not in {folder}")
+        yield Captioned(picture, (record["conversations"][1]["value"].replace("\n", " "),))
+
+
+class CaptionRetrieval(ItemRetrievalTask):
+    """Pictures and captions, each to be found by the other.
+
+    Args:
+        **kwargs: mteb's task arguments.
+    """
+
+    folder_names: ClassVar[tuple[str, ...]]
+    read: ClassVar[Callable[[Path], Iterator[Captioned]]]
+    to_picture: ClassVar[bool]
+
+    def __init__(self, **kwargs: Any) -> None:
+        if os.environ.get(FOLDER_VARIABLE):
+            try:
+                revision = state(evaluation_folder(*self.folder_names))
+            except FileNotFoundError:
+                revision = "missing"  # said aloud when the data are needed
+            self.metadata = localised(self.metadata, revision)
+        super().__init__(**kwargs)
+
+    def retrieval_data(self, subset: str, split: str) -> RetrievalData:
+        """Read the pairs: a caption looks for its own picture, a picture for any text that is one of its captions."""
+        pictures: dict[str, Item] = {}
+        captions: dict[str, Item] = {}
+        own: dict[str, str] = {}
+        for number, one in enumerate(type(self).read(evaluation_folder(*self.folder_names))):
+            pictures[f"i{number}"] = Item(image=one.picture)
+            for place, text in enumerate(one.captions):
+                captions[f"t{number}-{place}"] = Item(text=text)
+                own[f"t{number}-{place}"] = f"i{number}"
+        if self.to_picture:
+            return RetrievalData(captions, pictures, {caption: {picture} for caption, picture in own.items()})
+        said: dict[str | None, list[str]] = {}
+        for caption, item in captions.items():
+            said.setdefault(item.text, []).append(caption)
+        relevant: dict[str, set[str]] = {}
+        for caption, picture in own.items():
+            relevant.setdefault(picture, set()).update(said[captions[caption].text])
+        return RetrievalData(pictures, captions, relevant)
+
+    def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
+        """Build the tables; our models put their caption prompt to pictures."""
+        return retrieval_split(data, self.metadata.category or "t2i", image_prompt=CAPTION_PROMPT)
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    folders: tuple[str, ...]
+    read: Callable[[Path], Iterator[Captioned]]
+    path: str
+    text: str
+    reference: str
+    bibtex: str
+    license: str = "not specified"
+
+
+_SOURCES = (
+    _Source(
+        "Flickr30k1k",
+        ("flickr30k_test",),
+        read_karpathy,
+        "royokong/flickr30k_test",
+        "short captions; the 1000 test pictures of Karpathy's split with five captions each",
+        "https://aclanthology.org/Q14-1006/",
+        r"""
+@article{young2014image,
+  author = {Young, Peter and Lai, Alice and Hodosh, Micah and Hockenmaier, Julia},
+  journal = {Transactions of the Association for Computational Linguistics},
+  title = {From image descriptions to visual denotations: New similarity metrics for semantic inference over event descriptions},
+  volume = {2},
+  year = {2014},
+}
+""",
+    ),
+    _Source(
+        "COCO5k",
+        ("coco_test",),
+        read_karpathy,
+        "royokong/coco_test",
+        "short captions; the 5000 test pictures of Karpathy's split with their first five captions each",
+        "https://arxiv.org/abs/1405.0312",
+        r"""
+@inproceedings{lin2014microsoft,
+  author = {Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona, Pietro and Ramanan, Deva and Doll{\'a}r, Piotr and Zitnick, C. Lawrence},
+  booktitle = {European Conference on Computer Vision},
+  title = {Microsoft COCO: Common Objects in Context},
+  year = {2014},
+}
+""",
+    ),
+    _Source(
+        "ShareGPT4V",
+        ("shareGPT4v", "ShareGPT4V"),
+        read_sharegpt4v,
+        "Lin-Chen/ShareGPT4V",
+        "long captions; the first 1000 records of the data set",
+        "https://arxiv.org/abs/2311.12793",
+        r"""
+@article{chen2023sharegpt4v,
+  author = {Chen, Lin and Li, Jinsong and Dong, Xiaoyi and Zhang, Pan and He, Conghui and Wang, Jiaqi and Zhao, Feng and Lin, Dahua},
+  journal = {arXiv preprint arXiv:2311.12793},
+  title = {ShareGPT4V: Improving Large Multi-Modal Models with Better Captions},
+  year = {2023},
+}
+""",
+        "cc-by-nc-4.0",
+    ),
+    _Source(
+        "Urban1K",
+        ("Urban1k", "Urban1K", "urban1k"),
+        read_urban1k,
+        "BeichenZhang/Urban1k",
+        "long captions; 1000 pictures of streets",
+        "https://arxiv.org/abs/2403.15378",
+        r"""
+@article{zhang2024long,
+  author = {Zhang, Beichen and Zhang, Pan and Dong, Xiaoyi and Zang, Yuhang and Wang, Jiaqi},
+  journal = {arXiv preprint arXiv:2403.15378},
+  title = {Long-CLIP: Unlocking the Long-Text Capability of CLIP},
+  year = {2024},
+}
+""",
+    ),
+)
+
+
+def _task_class(source: _Source, to_picture: bool) -> type[CaptionRetrieval]:
+    direction = "T2I" if to_picture else "I2T"
+    name = f"{source.name}{direction}Retrieval"
+    metadata = task_metadata(
+        name=name,
+        description=f"Find the {'picture of a caption' if to_picture else 'caption of a picture'} ({source.text}).",
+        category="t2i" if to_picture else "i2t",
+        dataset={"path": source.path, "revision": "main"},
+        reference=source.reference,
+        date=("2014-01-01", "2024-12-31"),
+        domains=["Web"],
+        license=source.license,
+        sample_creation="found",
+        bibtex_citation=source.bibtex,
+    )
+    fields = {
+        "__doc__": metadata.description,
+        "__module__": __name__,
+        "metadata": metadata,
+        "folder_names": source.folders,
+        "read": staticmethod(source.read),
+        "to_picture": to_picture,
+    }
+    return type(name, (CaptionRetrieval,), fields)
+
+
+CAPTION_TASKS: tuple[type[CaptionRetrieval], ...] = tuple(
+    _task_class(source, to_picture) for source in _SOURCES for to_picture in (False, True)
+)
+"""Both directions of the four data sets."""

@@ -1,0 +1,93 @@
+"""SugarCrepe by its seven categories, with the strict comparison of the original."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mteb_tasks.captions import CAPTION_PROMPT
+from mteb_tasks.local_data import FOLDER_VARIABLE, evaluation_folder, localised, state
+from mteb_tasks.metadata import task_metadata
+from mteb_tasks.preference_task import CaptionPreferenceTask
+from unime_st.data.items import Item
+from unime_st.data.scenes import Foil
+
+CATEGORIES = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+
+
+def read_category(folder: Path, category: str) -> list[Foil]:
+    """Read one category.
+
+    Args:
+        folder: Holds ``data/<category>.json`` (the original's files) and COCO's ``val2017/``.
+        category: One of `CATEGORIES`.
+
+    Returns:
+        The pairs, in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: If the file or a picture is missing; names the pair.
+    """
+    file = folder / "data" / f"{category}.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: it belongs to github.com/RAIVNLab/sugar-crepe")
+    pairs = json.loads(file.read_text(encoding="utf-8"))
+    found = []
+    for number in sorted(pairs, key=int):
+        pair = pairs[number]
+        picture = folder / "val2017" / pair["filename"]
+        if not picture.is_file():
+            raise FileNotFoundError(
+                f"{file}: the picture {pair['filename']} of pair {number} is not in {picture.parent}"
+            )
+        found.append(Foil(Item(image=picture), pair["caption"], pair["negative_caption"], category))
+    return found
+
+
+class SugarCrepeByCategory(CaptionPreferenceTask):
+    """Tell the caption of a COCO picture from a foil; one subset per category, a tie is wrong."""
+
+    image_prompt = CAPTION_PROMPT
+    metadata = task_metadata(
+        name="SugarCrepeByCategory",
+        description=(
+            "Tell the caption of a picture from a foil that replaces, swaps or adds an object, attribute or relation. "
+            "Strict comparison as in the original, seven categories, 7511 pairs."
+        ),
+        category="i2t",
+        dataset={"path": "RAIVNLab/sugar-crepe", "revision": "main"},
+        reference="https://arxiv.org/abs/2306.14610",
+        type="Compositionality",
+        eval_langs={category: ["eng-Latn"] for category in CATEGORIES},
+        main_score="text_acc",
+        date=("2022-01-01", "2022-12-31"),
+        domains=["Encyclopaedic"],
+        task_subtypes=["Caption Pairing"],
+        license="mit",
+        annotations_creators="expert-annotated",
+        bibtex_citation=r"""
+@article{hsieh2024sugarcrepe,
+  author = {Hsieh, Cheng-Yu and Zhang, Jieyu and Ma, Zixian and Kembhavi, Aniruddha and Krishna, Ranjay},
+  journal = {Advances in neural information processing systems},
+  title = {Sugarcrepe: Fixing hackable benchmarks for vision-language compositionality},
+  volume = {36},
+  year = {2024},
+}
+""",
+    )
+
+    def __init__(self, **kwargs: Any) -> None:
+        if os.environ.get(FOLDER_VARIABLE):
+            try:
+                revision = state(evaluation_folder("sugarcrepe", "sugar-crepe") / "data")
+            except FileNotFoundError:
+                revision = "missing"  # said aloud when the data are needed
+            self.metadata = localised(self.metadata, revision)
+        super().__init__(**kwargs)
+
+    def foils(self, category: str, split: str) -> Sequence[Foil]:
+        """Read the pairs of one category."""
+        return read_category(evaluation_folder("sugarcrepe", "sugar-crepe"), category.split("-", 1)[0])

@@ -1,0 +1,152 @@
+"""Caption sets and SugarCrepe against the authors' numbers, and what is said about faulty folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from mteb_tasks import captions, evaluate
+from mteb_tasks.captions import CAPTION_TASKS, read_karpathy, read_sharegpt4v, read_urban1k
+from mteb_tasks.sugarcrepe import CATEGORIES, SugarCrepeByCategory
+
+OFFICIAL = {"Flickr30k1k": "flickr30k", "COCO5k": "coco2014", "ShareGPT4V": "sharegpt4v", "Urban1K": "Urban200K"}
+
+
+@pytest.fixture(scope="module")
+def released(golden, tmp_path_factory):
+    """The authors' tiny checkpoint at their low resolution."""
+    if golden is None:
+        pytest.skip("the golden data are not in this checkout; reading and scoring are tested on small files below")
+    from unime_st.checkpoints.convert import convert
+
+    source = golden / "checkpoints" / "tiny-unime-v2-qwen2vl"
+    folder = tmp_path_factory.mktemp("released") / "model"
+    return SentenceTransformer(str(convert(source, "unime-v2-2b", output=folder, image_size=128, dtype="float32")))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", CAPTION_TASKS, ids=lambda task: task.metadata.name)
+def test_caption_sets_give_the_official_hits(released, golden, home, monkeypatch, task):
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(golden / "eval"))
+    monkeypatch.setattr(captions, "LONG_CAPTION_RECORDS", 10)  # as the authors' code was run on these few
+    made = task()
+    (scores,) = evaluate(released, [made], home / "out")[made.metadata.name].values()
+    source = next(name for name in OFFICIAL if made.metadata.name.startswith(name))
+    results = golden / "eval/official_results"
+    official = json.loads((results / "retrieval.json").read_text())[OFFICIAL[source]]["independent_metrics"]
+    direction = "text_to_image" if task.to_picture else "image_to_text"
+    for k in (1, 5, 10):
+        assert scores[f"hit_rate_at_{k}"] == pytest.approx(official[f"{direction}_R@{k}"], abs=1e-5)
+    top = json.loads((results / f"retrieval_{OFFICIAL[source]}_top10.json").read_text())[f"{direction}_top10"]
+    (subset,) = made.hf_subsets
+    ranked = json.loads((home / "out" / f"{made.metadata.name}_predictions.json").read_text())[subset]["test"]
+    documents = list(made.dataset[subset]["test"]["corpus"]["id"])
+    texts = made.dataset[subset]["test"]["corpus"]["official_text"]
+    for row, query in enumerate(made.dataset[subset]["test"]["queries"]["id"]):
+        best = max(ranked[query], key=ranked[query].get)
+        expected = top[row][0]
+        assert best == documents[expected] or texts[documents.index(best)] == texts[expected] != ""
+
+
+def test_sugarcrepe_gives_the_official_scores(released, golden, home, monkeypatch):
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(golden / "eval"))
+    scores = evaluate(released, [SugarCrepeByCategory()], home)["SugarCrepeByCategory"]
+    official = json.loads((golden / "eval/official_results/sugarcrepe.json").read_text())["subsets"]
+    saved = json.loads((home / "SugarCrepeByCategory_predictions.json").read_text())
+    assert [name.split("-")[0] for name in scores] == list(CATEGORIES)
+    for name, found in scores.items():
+        expected = official[name.split("-")[0]]
+        assert found["text_acc"] == pytest.approx(expected["accuracy"])
+        cosines = [row["caption"] for row in saved[name]["test"].values()]
+        np.testing.assert_allclose(cosines, expected["pos_scores"], atol=1e-5)
+
+
+def _picture(path, color="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 20), color).save(path)
+
+
+def test_urban1k_reads_first_lines_in_number_order(tmp_path):
+    for name in ("2", "10", "1"):
+        _picture(tmp_path / "image" / f"{name}.jpg")
+        (tmp_path / "caption").mkdir(exist_ok=True)
+        (tmp_path / "caption" / f"{name}.txt").write_text(f"caption {name}" + ("\nmore\n" if name == "2" else ""))
+    assert [one.captions[0] for one in read_urban1k(tmp_path)] == ["caption 1", "caption 2\n", "caption 10"]
+    (tmp_path / "caption" / "10.txt").unlink()
+    with pytest.raises(ValueError, match="10.jpg has no caption"):
+        list(read_urban1k(tmp_path))
+
+
+def test_sharegpt4v_takes_the_answer_in_one_line_and_names_missing_pictures(tmp_path):
+    records = [{"image": "images/0.jpg", "conversations": [{"value": "?"}, {"value": "a\nb"}]}]
+    file = tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json"
+    file.write_text(json.dumps(records))
+    with pytest.raises(FileNotFoundError, match="record 0 names images/0.jpg"):
+        list(read_sharegpt4v(tmp_path))
+    _picture(tmp_path / "images" / "0.jpg")
+    assert [one.captions for one in read_sharegpt4v(tmp_path)] == [("a b",)]
+
+
+def _karpathy(folder, rows):
+    from datasets import Dataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.new("RGB", (20, 20), (40 * row, 0, 0)) for row in range(len(rows))]
+    Dataset.from_dict({"image": pictures, "text": rows}).to_parquet(str(folder / "data.parquet"))
+
+
+def test_five_captions_in_both_directions(tiny, home, monkeypatch):
+    rows = [[f"picture {row} caption {place}" for place in range(6)] for row in range(4)]
+    rows[1][0] = rows[0][0]
+    _karpathy(home / "flickr30k_test", rows)
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(home))
+    to_text, to_picture = (task() for task in CAPTION_TASKS[:2])
+    scores = evaluate(tiny, [to_text, to_picture])
+    (backward,) = scores["Flickr30k1kI2TRetrieval"].values()
+    assert backward["recall_at_1"] <= 0.2 and backward["hit_rate_at_1"] in (0, 0.25, 0.5, 0.75, 1)
+    (data,) = to_text.dataset.values()
+    assert len(data["test"]["corpus"]) == 20
+    assert [len(found) for found in data["test"]["relevant_docs"].values()] == [6, 6, 5, 5]  # one text was said twice
+    (data,) = to_picture.dataset.values()
+    assert all(len(found) == 1 for found in data["test"]["relevant_docs"].values())
+    assert len(list((home / "home" / "pictures").glob("*"))) == 1  # written once for both directions
+
+
+def test_rows_without_five_captions_are_named(home):
+    _karpathy(home / "set", [["only one"]])
+    with pytest.raises(ValueError, match="picture 0 has fewer than 5"):
+        list(read_karpathy(home / "set"))
+
+
+def test_a_missing_folder_says_what_is_expected(monkeypatch, tmp_path):
+    monkeypatch.delenv("UNIME_EVAL_DIR", raising=False)
+    with pytest.raises(FileNotFoundError, match="set UNIME_EVAL_DIR"):
+        CAPTION_TASKS[0]().load_data()
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="has no folder sugarcrepe"):
+        SugarCrepeByCategory().load_data()
+
+
+def test_sugarcrepe_names_missing_pictures_and_counts_ties_as_wrong(tiny, home, monkeypatch):
+    folder = home / "sugarcrepe"
+    (folder / "data").mkdir(parents=True)
+    for category in CATEGORIES:
+        pair = {"filename": "1.jpg", "caption": "the same words", "negative_caption": "the same words"}
+        (folder / "data" / f"{category}.json").write_text(json.dumps({"0": pair}))
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(home))
+    with pytest.raises(FileNotFoundError, match="picture 1.jpg of pair 0"):
+        SugarCrepeByCategory().load_data()
+    _picture(folder / "val2017" / "1.jpg")
+    scores = evaluate(tiny, [SugarCrepeByCategory()])["SugarCrepeByCategory"]
+    assert {(found["text_acc"], found["tie_rate"]) for found in scores.values()} == {(0.0, 1.0)}
+    shutil.rmtree(folder / "val2017")
