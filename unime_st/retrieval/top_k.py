@@ -48,7 +48,7 @@ def top_k(
 
     A float32 matrix product proposes 2k candidates per query; these are compared in float64, equal similarities by
     corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal vectors), the query
-    is searched again in float64. Memory is bounded by one block of ``query_chunk`` x ``corpus_chunk`` similarities.
+    is searched again in float64, on which the device must be able to compute. Memory is bounded by one block of ``query_chunk`` x ``corpus_chunk`` similarities.
 
     Args:
         queries: Array or tensor of shape (n, dim).
@@ -109,40 +109,54 @@ class _Search:
     def answers(
         self, queries: np.ndarray, ceiling: np.ndarray, exclude: Sequence[Sequence[int]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Order the proposals in float64; search again where they may lack a neighbour."""
-        # Blocked float32 sums of d products stray by about sqrt(d) roundings; eight times that is a safe margin.
+        """Search in float32; again in float64 what that cannot decide; one by one what is tied exactly."""
+        answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for dtype in (torch.float32, torch.float64):
+            rows = [row for row in range(len(queries)) if row not in answers]
+            if not rows:
+                break
+            found = self._attempt(queries[rows], ceiling[rows], [exclude[row] for row in rows], dtype)
+            answers.update((row, answer) for row, answer in zip(rows, found) if answer is not None)
+        for row in set(range(len(queries))) - set(answers):
+            answers[row] = self._brute_force(queries[row], ceiling[row], exclude[row])
+        return [answers[row] for row in range(len(queries))]
+
+    def _attempt(
+        self, queries: np.ndarray, ceiling: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Order proposals in float64; None where a neighbour may be missing from them."""
+        # Blocked sums of d products stray by about sqrt(d) roundings; eight times that is a safe margin.
         norms = np.linalg.norm(queries, axis=1).astype(np.float64)
-        error = 8 * np.sqrt(queries.shape[1]) * 2.0**-24 * norms * self.longest
-        best, where = self._propose(queries, ceiling + error, exclude)
+        error = 4 * torch.finfo(dtype).eps * np.sqrt(queries.shape[1]) * norms * self.longest
+        best, where = self._propose(queries, ceiling + error, exclude, dtype)
         exact = self._rescore(queries, where)
-        result = []
+        result: list[tuple[np.ndarray, np.ndarray] | None] = []
         for row, (proposed, similarity, places) in enumerate(zip(best, exact, where)):
             counts = np.isfinite(proposed) & (similarity < ceiling[row])
             score, index = _ordered(similarity[counts], places[counts], self.k)
-            complete = len(proposed) == len(self.corpus) or np.isneginf(proposed).any()
-            if not complete and (len(score) < self.k or score[-1] <= proposed[-1] + error[row]):
-                score, index = self._brute_force(queries[row], ceiling[row], exclude[row])
-            result.append((score, index))
+            everything = len(proposed) == len(self.corpus) or np.isneginf(proposed).any()
+            enough = len(score) == self.k and score[-1] > proposed[-1] + error[row]
+            result.append((score, index) if everything or enough else None)
         return result
 
     def _block(self, start: int) -> np.ndarray:
         return self.corpus[start : start + self.chunk]
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+    def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         # A copy, because PyTorch cannot share memory that is read-only.
-        return torch.tensor(np.asarray(values), dtype=torch.float32, device=self.device)
+        return torch.tensor(np.asarray(values), dtype=dtype, device=self.device)
 
     def _propose(
-        self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]]
+        self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best 2k below the bound by float32 similarity, best first, and where they are."""
-        left = self._tensor(queries)
-        upper = self._tensor(np.minimum(bound, np.finfo(np.float32).max))[:, None]
+        """The best 2k below the bound by similarity in a precision, best first, and where they are."""
+        left = self._tensor(queries, dtype)
+        upper = self._tensor(np.minimum(bound, np.finfo(np.float32).max), dtype)[:, None]
         rows, columns = _flatten(exclude)
-        best = torch.empty((len(left), 0), device=self.device)
+        best = torch.empty((len(left), 0), dtype=dtype, device=self.device)
         where = torch.empty((len(left), 0), dtype=torch.int64, device=self.device)
         for start in self.starts:
-            right = self._tensor(self._block(start))
+            right = self._tensor(self._block(start), dtype)
             similarity = left @ right.T
             similarity.masked_fill_(similarity > upper, -torch.inf)
             inside = (columns >= start) & (columns < start + len(right))
