@@ -106,4 +106,3 @@ class UniME(SentenceTransformer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         restore_output_registry(self)
-

@@ -23,7 +23,14 @@ def register() -> None:
         >>> AutoConfig.for_model("unime_qwen2_vl").image_positions
         '1d'
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -35,7 +42,12 @@ def register() -> None:
         config, model = family.load("config"), family.load("model")
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
-        AutoProcessor.register(config, family.load("processor"), exist_ok=True)
+        processor = family.load("processor")
+        AutoProcessor.register(config, processor, exist_ok=True)
+        if (images := processor.image_processor_class_here) is not None:
+            AutoImageProcessor.register(
+                config, image_processor_classes={"pil": images, "torchvision": images}, exist_ok=True
+            )
         renamed = {model: family.weights_like}
         if family.generator is not None:
             generator = family.load("generator")

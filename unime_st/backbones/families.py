@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
@@ -60,6 +62,22 @@ class Family:
             raise ValueError(f"The family {self.name} has no {attribute} class in unime_st.")
         return getattr(import_module(self.module), name)
 
+    def read_config(self, folder: Path) -> Any:
+        """Read the configuration of a checkpoint of this family.
+
+        Args:
+            folder: The checkpoint; where transformers lacks the family, in the layout of its publisher.
+
+        Example:
+            >>> FAMILIES["phi3_v"].read_config(Path("Phi-3.5-vision-instruct"))      # doctest: +SKIP
+        """
+        from transformers import AutoConfig
+
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not self.native and content.get("model_type") in self.model_types:
+            return self.load("config").from_published(folder)
+        return AutoConfig.from_pretrained(folder)
+
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -101,6 +119,15 @@ FAMILIES: dict[str, Family] = {
             model="UniMELlavaOnevisionModel",
             processor="UniMELlavaOnevisionProcessor",
             weights_like="LlavaOnevisionModel",
+        ),
+        Family(
+            name="phi3_v",
+            model_types=("phi3_v",),
+            module="unime_st.backbones.phi3_v",
+            config="UniMEPhi3VConfig",
+            model="UniMEPhi3VModel",
+            processor="UniMEPhi3VProcessor",
+            native=False,
         ),
         Family(name="qwen3_vl", model_types=("qwen3_vl",)),
         Family(name="internvl", model_types=("internvl",)),

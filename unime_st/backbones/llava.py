@@ -27,6 +27,7 @@ class UniMELlavaNextModel(PickleSafe, LlavaNextModel):
     """LLaVA-1.6 without a language head."""
 
     config_class = UniMELlavaNextConfig
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight$"]
 
 
 class UniMELlavaNextProcessor(UniMEProcessorMixin, LlavaNextProcessor):
@@ -67,6 +68,7 @@ class UniMELlavaOnevisionModel(PickleSafe, LlavaOnevisionModel):
     """LLaVA-OneVision without a language head."""
 
     config_class = UniMELlavaOnevisionConfig
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight$"]
 
 
 class UniMELlavaOnevisionProcessor(UniMEProcessorMixin, LlavaOnevisionProcessor):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature
+from transformers import AutoTokenizer, BatchFeature, TokenizersBackend
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
 from unime_st.backbones.pictures import prepare_picture
@@ -26,6 +27,9 @@ class UniMEProcessorMixin:
 
     tokenizer: Any
     image_processor: Any
+    image_token: str
+    image_token_id: int
+    image_processor_class_here: Any = None  # set where transformers has no image processor of the family
 
     def set_image_rule(
         self, image_rule: dict[str, Any] | None, image_size: str | int | None, image_backend: str | None
@@ -63,16 +67,26 @@ class UniMEProcessorMixin:
         parts = []
         for name in cls.get_attributes():  # type: ignore[attr-defined]
             if name == "tokenizer":
-                parts.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+                # The official numbers come from tokenizer.json as it is. AutoTokenizer would rebuild some tokenizers
+                # from their vocabulary, with other rules for spaces.
+                whole = Path(pretrained_model_name_or_path, "tokenizer.json").is_file()
+                kind = TokenizersBackend if whole else AutoTokenizer
+                parts.append(kind.from_pretrained(pretrained_model_name_or_path, **kwargs))
+            elif name == "image_processor" and cls.image_processor_class_here is not None:
+                parts.append(cls.image_processor_class_here.from_pretrained(pretrained_model_name_or_path, **kwargs))
             else:
                 auto = MODALITY_TO_AUTOPROCESSOR_MAPPING[name]
                 chosen = {"backend": backend} if name == "image_processor" else {}
                 parts.append(auto.from_pretrained(pretrained_model_name_or_path, **kwargs, **chosen))
         return parts
 
-    def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> Any:
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> Any:
         """Apply the image rule before anything else sees the pictures."""
-        return super().prepare_inputs_layout(images=self._prepare(images), **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_layout(  # type: ignore[misc]
+            images=self._prepare(images), text=text, videos=videos, audio=audio, **kwargs
+        )
 
     def _prepare(self, images: Any) -> Any:
         if images is None:
@@ -81,8 +95,58 @@ class UniMEProcessorMixin:
             return [self._prepare(image) for image in images]
         return prepare_picture(images, self._rule, self._side)
 
+    def count_placeholders(self, text: str) -> int:
+        """Return how many pictures a rendered text has room for.
+
+        Example:
+            >>> processor.count_placeholders("<image>\\nWhat is this?")               # doctest: +SKIP
+            1
+        """
+        return text.count(self.image_token)
+
+    def image_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return where image tokens are, as a boolean tensor.
+
+        Example:
+            >>> int(processor.image_mask(features["input_ids"]).sum())               # doctest: +SKIP
+            576
+        """
+        return input_ids == self.image_token_id
+
+    def rows_of_images(self, images: Any, texts: list[str]) -> list[list[Any]]:
+        """Return the pictures of every row after checking that each row has as many as its text has room for.
+
+        Args:
+            images: None, one list per row, or a flat list.
+            texts: Rendered prompts.
+
+        Raises:
+            ValueError: They do not match; the message names the row.
+
+        Example:
+            >>> processor.rows_of_images(None, ["no picture"])                       # doctest: +SKIP
+            [[]]
+        """
+        counts = [self.count_placeholders(text) for text in texts]
+        if images is None:
+            images = [[] for _ in texts]
+        elif not isinstance(images, (list, tuple)):
+            images = [images]
+        if not all(isinstance(row, (list, tuple)) for row in images):
+            flat, images = iter(images), []
+            images = [[picture for _, picture in zip(range(count), flat)] for count in counts]
+        for index, (row, count) in enumerate(zip(images, counts)):
+            if len(row) != count:
+                raise ValueError(
+                    f"Row {index} of the batch has {len(row)} pictures and {count} image placeholders in its text. "
+                    "Remove the placeholder from the text, or give the picture."
+                )
+        return [list(row) for row in images]
+
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Process pictures and rendered text, see :class:`transformers.ProcessorMixin`."""
+        if text is not None:
+            self.rows_of_images(images, [text] if isinstance(text, str) else list(text))
         features: BatchFeature = super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
         if "batch_num_images" in features and isinstance(text, list) and len(features["batch_num_images"]) < len(text):
             # One count per row, zeros included: whoever cuts a mixed batch into mini-batches slices rows.
@@ -123,10 +187,10 @@ def _restore_tails(
             continue
         last = int(mask[row].nonzero()[-1]) + 1
         place = slice(last - len(tail), last)
-        image_token = processor.image_token_id
-        if len(tail) >= limit or bool((features["input_ids"][row, place] == image_token).any()):
+        pictured = processor.image_mask(features["input_ids"][row])
+        if len(tail) >= limit or bool(pictured[place].any()):
             raise ValueError(
-                f"Row {row} has {int((features['input_ids'][row] == image_token).sum())} image tokens, which leaves no "
+                f"Row {row} of the batch has {int(pictured.sum())} image tokens, which leaves no "
                 f"room for the end of its prompt within {limit} tokens. Raise max_seq_length or use a smaller image "
                 "size."
             )

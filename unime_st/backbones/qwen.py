@@ -70,6 +70,7 @@ class UniMEQwen2VLModel(_ImagePositions, Qwen2VLModel):
     """Qwen2-VL without a language head, with the image positions that its configuration names."""
 
     config_class = UniMEQwen2VLConfig
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight$"]
 
 
 class UniMEQwen2VLProcessor(UniMEProcessorMixin, Qwen2VLProcessor):
@@ -99,6 +100,7 @@ class UniMEQwen2_5_VLModel(Qwen2_5_VLModel):
     """Qwen2.5-VL without a language head."""
 
     config_class = UniMEQwen2_5_VLConfig
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight$"]
 
 
 class UniMEQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):

@@ -13,9 +13,7 @@ _PAPERS = {
 }
 
 
-def write_card(
-    folder: Path, recipe: Recipe, *, alias: str | None, manifest: dict[str, Any], processor: Any
-) -> None:
+def write_card(folder: Path, recipe: Recipe, *, alias: str | None, manifest: dict[str, Any], processor: Any) -> None:
     """Write ``README.md``.
 
     Args:
@@ -54,7 +52,10 @@ def write_card(
         "",
     ]
     if recipe.hub_id:
-        head.append(f"Weights of `{recipe.hub_id}`" + (f", commit `{manifest.get('revision')}`." if manifest.get("revision") else "."))
+        head.append(
+            f"Weights of `{recipe.hub_id}`"
+            + (f", commit `{manifest.get('revision')}`." if manifest.get("revision") else ".")
+        )
     paper = next((text for key, text in _PAPERS.items() if recipe.name.startswith(f"unime-{key}")), None)
     if paper:
         head.append(f"Paper: {paper}.")
@@ -81,7 +82,9 @@ def _usage(kind: str, name: str, reranker: bool) -> list[str]:
 
 
 def _facts(recipe: Recipe, processor: Any) -> list[str]:
-    facts = [f"Prompt: `{recipe.template or 'chat template of the checkpoint'}`, padding on the {recipe.padding_side}."]
+    facts = [
+        f"Prompt: `{recipe.template or 'chat template of the checkpoint'}`, padding on the {recipe.padding_side}."
+    ]
     if recipe.task == "reranker":
         facts.append(f"Score: sigmoid of the logit of {recipe.yes_no[0]!r} minus that of {recipe.yes_no[1]!r}.")
     else:

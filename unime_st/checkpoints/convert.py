@@ -13,7 +13,7 @@ from transformers import AutoProcessor, PreTrainedConfig
 from unime_st import __version__, backbones
 from unime_st.backbones.families import Family
 from unime_st.checkpoints.card import write_card
-from unime_st.checkpoints.folder import MANIFEST, link_file, new_folder, write_json, write_modules
+from unime_st.checkpoints.folder import MANIFEST, link_file, new_folder, quiet, write_json, write_modules
 from unime_st.checkpoints.source import CheckpointError, Source, family_of, read_source
 from unime_st.recipes import ImageRule, Recipe, get_recipe
 from unime_st.registry import local_folder
@@ -87,7 +87,7 @@ def convert(
         if source.adapter is not None:
             from unime_st.checkpoints.adapters import write_merged
 
-            weights = write_merged(part, source, full, config)
+            weights = [write_merged(part, source, full, config, recipe)]
         else:
             weights = [link_file(path, part / path.name) for path in source.weights]
             for index in source.folder.glob("model.safetensors.index.json"):
@@ -141,10 +141,8 @@ def _needs_our_classes(recipe: Recipe, family: Family, image_size: str | int | N
 def _write_config(
     part: Path, full: Source, recipe: Recipe, family: Family, ours: bool, dtype: str | None
 ) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    config: PreTrainedConfig = family.read_config(full.folder) if not family.native else AutoConfig.from_pretrained(full.folder)
-    if ours and family.native:
+    config: PreTrainedConfig = family.read_config(full.folder)
+    if ours and config.model_type in family.model_types:
         content = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         config = family.load("config").from_dict(content)
         if hasattr(config, "image_positions"):
@@ -181,22 +179,33 @@ def _processor(
     if ours:
         rule = recipe.image or ImageRule(backend="torchvision")
         processor = family.load("processor").from_pretrained(
-            where, image_rule=asdict(rule), image_size=image_size or "official", image_backend=image_backend
+            where,
+            trust_remote_code=False,
+            image_rule=asdict(rule),
+            image_size=image_size or "official",
+            image_backend=image_backend,
         )
         limits = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
-        size = {**dict(processor.image_processor.size), **{key: value for key, value in limits.items() if value}}
-        processor.image_processor.size = size
+        if limits := {key: value for key, value in limits.items() if value is not None}:
+            processor.image_processor.size = {**dict(processor.image_processor.size), **limits}
     else:
-        processor = AutoProcessor.from_pretrained(where, **({"backend": image_backend} if image_backend else {}))
+        backend = {"backend": image_backend} if image_backend else {}
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False, **backend)
     text = recipe.read_template()
     if text is not None:
         processor.chat_template, processor.tokenizer.chat_template = text, None
     elif processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise CheckpointError(f"{where} has no chat template. Give one with --template FILE.")
-    processor.tokenizer.padding_side = recipe.padding_side
+    _set_for_good(processor.tokenizer, "padding_side", recipe.padding_side)
     if recipe.max_length is not None:
-        processor.tokenizer.model_max_length = recipe.max_length
+        _set_for_good(processor.tokenizer, "model_max_length", recipe.max_length)
     return processor
+
+
+def _set_for_good(tokenizer: Any, name: str, value: Any) -> None:
+    """Set an attribute of a tokenizer so that it is saved, too: what is saved are the arguments it was made with."""
+    setattr(tokenizer, name, value)
+    tokenizer.init_kwargs[name] = value
 
 
 def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor: Any) -> dict[str, Any]:
@@ -206,9 +215,10 @@ def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor:
             raise ValueError(f"The chat template of recipe {recipe.name!r} has no style {style!r}.")
         variables["style"] = style
     kwargs: dict[str, Any] = {"chat_template": variables} if variables else {}
-    if not ours:
+    if not ours or recipe.task == "reranker":
         # transformers' processors cut the end of the prompt off long rows with pictures, and the embedding is read
-        # there. Ours put it back; with theirs the only safe way is not to cut.
+        # there. Ours put it back; with theirs the only safe way is not to cut. In a pair, a long query would push the
+        # candidate out, so pairs are never cut.
         kwargs["text"] = {"truncation": False}
     return kwargs
 
@@ -229,7 +239,8 @@ def _check_weights(part: Path, recipe: Recipe) -> None:
 
     auto = AutoModelForMultimodalLM if recipe.task == "reranker" else AutoModel
     try:
-        _, report = auto.from_pretrained(part, device_map="meta", output_loading_info=True)
+        with quiet():
+            _, report = auto.from_pretrained(part, device_map="meta", output_loading_info=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"The weights do not fit their configuration: {error}") from error
     problems = [
@@ -243,6 +254,8 @@ def _check_weights(part: Path, recipe: Recipe) -> None:
     ]
     if problems:
         raise CheckpointError(
-            "The weights do not fit their configuration: of the tensors " + "; ".join(problems) + ". The folder is of a "
+            "The weights do not fit their configuration: of the tensors "
+            + "; ".join(problems)
+            + ". The folder is of a "
             "newer or older layout, or its files are from different models. Download it again, or update transformers."
         )

@@ -13,6 +13,7 @@ from typing import Any
 import sentence_transformers
 import torch
 import transformers
+from transformers.utils import logging as reports
 
 from unime_st.recipes import Recipe
 
@@ -60,6 +61,25 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting what we check and report ourselves.
+
+    Example:
+        >>> with quiet():
+        ...     pass
+    """
+    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def link_file(source: Path, target: Path) -> str:
@@ -139,7 +159,11 @@ def write_modules(
     if reranker:
         if yes_no_ids is None:
             raise ValueError(f"Recipe {recipe.name!r} is a reranker, so it needs the ids of its two answer tokens.")
-        scorer = {"true_token_id": yes_no_ids[0], "false_token_id": yes_no_ids[1], "module_input_name": "causal_logits"}
+        scorer = {
+            "true_token_id": yes_no_ids[0],
+            "false_token_id": yes_no_ids[1],
+            "module_input_name": "causal_logits",
+        }
         write_json(folder / "1_LogitScore" / "config.json", scorer)
         types.append(f"{_CE}.logit_score.LogitScore")
     else:

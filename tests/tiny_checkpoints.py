@@ -1,0 +1,244 @@
+"""Tiny random checkpoints of every supported family, in the layout that their publishers use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+_SUBTOKENS = ("Yes", "No", *"0123456789")
+_LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLM |= {"num_key_value_heads": 2, "initializer_range": 0.3}
+_CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+_CLIP |= {"image_size": 56, "patch_size": 14, "initializer_range": 0.3}
+_MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+_PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% elif c.type == 'text' %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(specials: list[str], *, bos: str | None = None, **named: Any) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, plus special tokens and whole words for answers."""
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(list(_SUBTOKENS))
+    backend.add_special_tokens(specials)
+    if bos is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, model_max_length=2048, **named)
+    made.padding_side = "right"
+    return made
+
+
+def _save(folder: Path, config: Any, model: str, processor: Any) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        getattr(transformers, model)(config).eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _qwen_parts(kind: str) -> tuple[Any, dict[str, int]]:
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    names.append("<|video_pad|>")
+    tok = tokenizer(names, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    pixels: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 140 * 140}
+    if kind == "Qwen3VL":
+        pixels = {"size": {"shortest_edge": 64 * 64, "longest_edge": 160 * 160}, "patch_size": 16}
+        videos = transformers.Qwen3VLVideoProcessor(patch_size=16)
+    else:
+        videos = transformers.Qwen2VLVideoProcessor()
+    template = _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    processor = getattr(transformers, f"{kind}Processor")(
+        transformers.Qwen2VLImageProcessor(**pixels), tok, videos, chat_template=template
+    )
+    ids = tok.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    return processor, dict(
+        zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), ids)
+    )
+
+
+def qwen2_vl(folder: Path) -> Path:
+    processor, ids = _qwen_parts("Qwen2VL")
+    text = {**_LLM, "vocab_size": len(processor.tokenizer), "rope_parameters": _MROPE}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "initializer_range": 0.3}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    return _save(folder, config, "Qwen2VLForConditionalGeneration", processor)
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    processor, ids = _qwen_parts("Qwen2_5_VL")
+    text = {**_LLM, "vocab_size": len(processor.tokenizer), "rope_parameters": _MROPE}
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    vision |= {"fullatt_block_indexes": [1]}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return _save(folder, config, "Qwen2_5_VLForConditionalGeneration", processor)
+
+
+def qwen3_vl(folder: Path) -> Path:
+    processor, ids = _qwen_parts("Qwen3VL")
+    rope = {**_MROPE, "mrope_interleaved": True}
+    text = {**_LLM, "vocab_size": len(processor.tokenizer), "rope_parameters": rope, "head_dim": 8}
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    return _save(folder, config, "Qwen3VLForConditionalGeneration", processor)
+
+
+def llava_next(folder: Path) -> Path:
+    tok = tokenizer(["<unk>", "<s>", "</s>", "<image>", "<pad>"], bos="<s>", eos_token="</s>", pad_token="<pad>")
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=_PINPOINTS
+    )
+    processor = transformers.LlavaNextProcessor(
+        images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=_CHATML.replace("IMAGE", "<image>\n").replace("<|im_start|>", "[").replace("<|im_end|>", "]"),
+    )  # fmt: skip
+    config = transformers.LlavaNextConfig(
+        text_config={**_LLM, "model_type": "mistral", "vocab_size": len(tok)},
+        vision_config={**_CLIP, "model_type": "clip_vision_model"},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=_PINPOINTS,
+        image_seq_length=16,
+    )
+    return _save(folder, config, "LlavaNextForConditionalGeneration", processor)
+
+
+def llava_onevision(folder: Path) -> Path:
+    tok = tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    images = transformers.LlavaOnevisionImageProcessor(
+        size={"height": 56, "width": 56}, image_grid_pinpoints=_PINPOINTS
+    )
+    processor = transformers.LlavaOnevisionProcessor(
+        images, tok, transformers.LlavaOnevisionVideoProcessor(size={"height": 56, "width": 56}),
+        num_image_tokens=16, vision_feature_select_strategy="full", chat_template=_CHATML.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+    config = transformers.LlavaOnevisionConfig(
+        text_config={**_LLM, "model_type": "qwen2", "vocab_size": len(tok)},
+        vision_config={**_CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        video_token_index=tok.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=_PINPOINTS,
+    )
+    return _save(folder, config, "LlavaOnevisionForConditionalGeneration", processor)
+
+
+def internvl(folder: Path) -> Path:
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    extra = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    extra["video_token"] = "<video>"
+    tok = tokenizer(names, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=extra)
+    images = transformers.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, min_patches=1, max_patches=4)
+    images.crop_to_patches = True
+    processor = transformers.InternVLProcessor(
+        images, tok, transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}), image_seq_length=4,
+        chat_template=_CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+    )  # fmt: skip
+    config = transformers.InternVLConfig(
+        text_config={**_LLM, "model_type": "qwen2", "vocab_size": len(tok)},
+        vision_config={**_CLIP, "image_size": [56, 56], "patch_size": [14, 14]},
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return _save(folder, config, "InternVLForConditionalGeneration", processor)
+
+
+def smolvlm(folder: Path) -> Path:
+    names = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<video>"]
+    names += ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4))]
+    tok = tokenizer(names, eos_token="<end_of_utterance>", pad_token="<|endoftext|>")
+    images = transformers.SmolVLMImageProcessor(
+        size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, do_image_splitting=True
+    )
+    videos = transformers.SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 56})
+    template = _CHATML.replace("IMAGE", "<image>").replace("<|im_end|>", "<end_of_utterance>")
+    processor = transformers.SmolVLMProcessor(images, tok, videos, image_seq_len=4, chat_template=template)
+    config = transformers.SmolVLMConfig(
+        text_config={**_LLM, "model_type": "llama", "vocab_size": len(tok), "pad_token_id": 0},
+        vision_config=_CLIP,
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    return _save(folder, config, "SmolVLMForConditionalGeneration", processor)
+
+
+def phi3_v(folder: Path) -> Path:
+    """Names of tensors and configuration as Microsoft publishes them, which transformers cannot read."""
+    from unime_st.backbones.phi3_v import UniMEPhi3VConfig, UniMEPhi3VModel
+
+    tok = tokenizer(["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"], bos="<s>",
+                    eos_token="</s>", pad_token="<|endoftext|>")  # fmt: skip
+    rope = {"type": "su", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 4.0, 8.0]}
+    vision = {**_CLIP, "image_size": 56}
+    published = {
+        "model_type": "phi3_v", "architectures": ["Phi3VForCausalLM"], "auto_map": {"AutoConfig": "x.Phi3VConfig"},
+        "vocab_size": len(tok), **_LLM, "max_position_embeddings": 4096, "original_max_position_embeddings": 512,
+        "rope_scaling": rope, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096,
+        "embd_layer": {"embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp",
+                       "use_hd_transform": True, "with_learnable_separator": True},
+        "img_processor": {"image_dim_out": 32, "model_name": "openai/clip-vit-large-patch14-336",
+                          "name": "clip_vision_model", "num_img_tokens": 4},
+        "vision_config": vision, "torch_dtype": "float32",
+    }  # fmt: skip
+    tok.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% set ns = namespace(i=0) %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}{% set ns.i = ns.i + 1 %}<|image_{{ ns.i }}|>\n{% else %}{{ c.text }}{% endif %}"
+        "{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tok.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(published))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UniMEPhi3VModel(UniMEPhi3VConfig.from_published(folder))
+        model.vision_embed_tokens.glb_GN.data.normal_()
+        model.vision_embed_tokens.sub_GN.data.normal_()
+    named = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("img_processor.", "img_processor.vision_model.")
+        named[f"model.{name}"] = tensor.clone()
+    named["lm_head.weight"] = named["model.embed_tokens.weight"].clone()
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    preprocessor = {"image_processor_type": "Phi3VImageProcessor", "processor_class": "Phi3VProcessor"}
+    preprocessor |= {"auto_map": {"AutoImageProcessor": "x.Phi3VImageProcessor"}, "num_img_tokens": 4, "crop_size": 56}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor | {"num_crops": 4}))
+    return folder
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "qwen2-vl": qwen2_vl,
+    "qwen2.5-vl": qwen2_5_vl,
+    "qwen3-vl": qwen3_vl,
+    "llava-1.6": llava_next,
+    "llava-onevision": llava_onevision,
+    "internvl3": internvl,
+    "smolvlm": smolvlm,
+    "phi3.5-v": phi3_v,
+}
+
+
+def drop_tensor(folder: Path, part: str) -> None:
+    """Remove the first tensor whose name contains ``part``."""
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if part in name)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,125 @@
+"""The model: CLIP features, merged four to one, between the token embeddings of Phi-3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionModel, Phi3Model
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from unime_st.backbones.phi3_v.configuration import UniMEPhi3VConfig
+from unime_st.backbones.pickling import PickleSafe
+
+
+class Phi3VImageEmbedding(nn.Module):
+    """Turns crops into image tokens.
+
+    Two by two neighbouring patches of a crop become one token. The crops of a picture are laid out as they lie in it,
+    every row of tokens ends in a learned separator (``sub_GN``), and after another separator (``glb_GN``) follows the
+    whole picture in the same manner. An MLP projects all to the width of the language model.
+
+    Args:
+        config: Configuration of the whole model.
+    """
+
+    def __init__(self, config: UniMEPhi3VConfig) -> None:
+        super().__init__()
+        vision = config.vision_config
+        self.layer = config.vision_feature_layer
+        self.crop_size = vision.image_size  # type: ignore[union-attr]
+        self.img_processor = CLIPVisionModel._from_config(vision)
+        width = 4 * vision.hidden_size  # type: ignore[union-attr]
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.img_projection = nn.Sequential(
+            nn.Linear(width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+
+    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of all pictures one after another.
+
+        Args:
+            pixel_values: ``(n, 1 + crops, 3, size, size)``, the whole picture first, zeros after the last crop.
+            image_sizes: ``(n, 2)``, height and width in pixels of the crops of a picture laid out.
+
+        Returns:
+            ``(tokens, hidden_size)``.
+        """
+        grids = [(int(height) // self.crop_size, int(width) // self.crop_size) for height, width in image_sizes]
+        counts = [1 + rows * columns for rows, columns in grids]
+        crops = torch.cat([values[:count] for values, count in zip(pixel_values, counts)])
+        states = self.img_processor(crops.to(self.glb_GN.dtype), output_hidden_states=True).hidden_states
+        patches = states[self.layer][:, 1:].split(counts)
+        tokens = []
+        for features, (rows, columns) in zip(patches, grids):
+            tokens += [self._lay_out(features[1:], rows, columns), self.glb_GN[0], self._lay_out(features[:1], 1, 1)]
+        projected: torch.Tensor = self.img_projection(torch.cat(tokens))
+        return projected
+
+    def _lay_out(self, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """``(rows * columns, side * side, width)`` patches to ``(tokens, 4 * width)``, a separator after every row."""
+        side = int(features.shape[1] ** 0.5) // 2
+        grid = features.view(rows, columns, side, 2, side, 2, -1).permute(0, 2, 1, 4, 3, 5, 6)
+        grid = grid.reshape(rows * side, columns * side, -1)
+        return torch.cat([grid, self.sub_GN[0].expand(rows * side, 1, -1)], dim=1).flatten(0, 1)
+
+
+class UniMEPhi3VModel(PickleSafe, Phi3Model):
+    """Phi-3.5-Vision without a language head.
+
+    Image tokens are negative ids in ``input_ids``, as in the published code: -1 for the first picture of a row, -2
+    for the second, and so on.
+
+    Args:
+        config: Configuration.
+
+    Example:
+        >>> from unime_st.backbones.phi3_v import UniMEPhi3VConfig
+        >>> UniMEPhi3VModel(UniMEPhi3VConfig(num_hidden_layers=1, vocab_size=64))    # doctest: +SKIP
+    """
+
+    config_class = UniMEPhi3VConfig
+    # The published module kept a second name for the token embedding, and old CLIP a buffer of positions.
+    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.", r"embeddings\.position_ids$", r"^lm_head\."]
+
+    def __init__(self, config: UniMEPhi3VConfig) -> None:
+        super().__init__(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: ``(batch, length)``, negative where an image token belongs.
+            attention_mask: ``(batch, length)``, 0 at padding.
+            pixel_values: See :class:`Phi3VImageEmbedding`.
+            image_sizes: See :class:`Phi3VImageEmbedding`.
+            inputs_embeds: Given instead of ``input_ids``.
+            **kwargs: As for :class:`transformers.Phi3Model`.
+
+        Returns:
+            ``last_hidden_state`` after the final norm, and what else was asked for.
+
+        Raises:
+            ValueError: The number of image tokens is not what the pictures need.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            holes = input_ids < 0
+            inputs_embeds = self.embed_tokens(input_ids.clamp_min(0))
+            if pixel_values is not None and image_sizes is not None:
+                tokens = self.vision_embed_tokens(pixel_values, image_sizes)
+                if int(holes.sum()) != len(tokens):
+                    raise ValueError(f"{int(holes.sum())} image tokens in input_ids, the pictures give {len(tokens)}.")
+                inputs_embeds = inputs_embeds.masked_scatter(holes[..., None], tokens.to(inputs_embeds.dtype))
+        return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)

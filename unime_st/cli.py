@@ -1,0 +1,134 @@
+"""The command ``unime``: one function per subcommand, listed in :data:`COMMANDS`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        help: One line for ``unime --help``.
+        arguments: Adds its options to a parser.
+        run: Does the work and returns the exit status.
+    """
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _image_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-size",
+        metavar="SIZE",
+        help="official (default), training, native, or the side of a square in pixels; what pictures are squashed to",
+    )
+
+
+def _pull_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("alias", help="released model, e.g. unime-v2")
+    parser.add_argument("--revision", help="commit, tag or branch instead of the pinned one")
+    _image_size(parser)
+    parser.add_argument("--overwrite", action="store_true", help="make the folder again although it exists")
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from unime_st.checkpoints import pull
+
+    folder = pull(options.alias, revision=options.revision, image_size=options.image_size, overwrite=options.overwrite)
+    sys.stdout.write(f'{folder}\nUse it: SentenceTransformer("{options.alias}")\n')
+    return 0
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    from unime_st.recipes import RECIPES
+
+    parser.add_argument("folder", help="local checkpoint: a whole model, or a LoRA/DoRA adapter")
+    parser.add_argument("--recipe", required=True, metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", metavar="DIR", help="folder to write")
+    target.add_argument("--alias", help="name to load it by; writes $UNIME_HOME/models/ALIAS")
+    parser.add_argument("--base", metavar="DIR", help="folder of the base model, for an adapter")
+    parser.add_argument(
+        "--processor", metavar="DIR", help="folder of tokenizer and image processor, if FOLDER has none"
+    )
+    _image_size(parser)
+    parser.add_argument("--image-backend", choices=("pil", "torchvision"), help="default as in the recipe")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or official; default as the weights are stored")
+    parser.add_argument("--style", help="prompt style of the template, e.g. mmeb for UniME v1")
+    parser.add_argument("--template", metavar="FILE", help="chat template to use instead of the recipe's")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from unime_st.checkpoints import convert
+
+    names = ("output", "alias", "base", "processor", "image_size", "image_backend", "dtype", "style", "template")
+    chosen = {name: getattr(options, name) for name in names}
+    folder = convert(options.folder, options.recipe, **chosen, overwrite=options.overwrite)
+    sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="ALIAS_OR_FOLDER")
+    parser.add_argument("--demo-image", metavar="FILE", help="picture of the authors' demo, to check its score")
+    parser.add_argument("--full", action="store_true", help="save and load again even a large model")
+    parser.add_argument("--device", help="e.g. cpu or cuda")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from unime_st.checkpoints import verify
+    from unime_st.checkpoints.verify import table
+
+    checks = verify(options.model, demo_image=options.demo_image, full=options.full, device=options.device)
+    sys.stdout.write(table(checks) + "\n")
+    return 1 if any(check.passed is False for check in checks) else 0
+
+
+COMMANDS: dict[str, Command] = {
+    "pull": Command("download a released model and make it ready", _pull_arguments, _pull),
+    "convert": Command("make a native folder of a local checkpoint", _convert_arguments, _convert),
+    "verify": Command("check that a model does what its recipe says", _verify_arguments, _verify),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after ``unime``; default is the command line of the process.
+
+    Returns:
+        Exit status: 0 for success, 1 for failed checks or an error that the user can mend, 2 for a wrong call.
+
+    Example:
+        >>> main(["convert", "no/such/folder", "--recipe", "unime-v2", "--output", "out"])   # doctest: +SKIP
+        1
+    """
+    parser = argparse.ArgumentParser(prog="unime", description="UniME models for sentence-transformers and mteb.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is going on")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        command.arguments(sub)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return COMMANDS[options.command].run(options)
+    except (ValueError, OSError, ImportError) as error:
+        if options.verbose:
+            logging.getLogger(__name__).exception("%s", options.command)
+        sys.stderr.write(f"unime {options.command}: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
