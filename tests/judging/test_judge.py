@@ -237,3 +237,5 @@ def test_models_that_cannot_answer(folder: str, tmp_path: Path):
         LocalJudge(tiny.checkpoint(tmp_path / "no-no", words=["Yes"]), device="cpu")
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         LocalJudge(folder, batch_size=0)
+    with pytest.raises(FileNotFoundError, match="no folder .*nothing"):
+        LocalJudge(tmp_path / "nothing")

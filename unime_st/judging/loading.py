@@ -31,8 +31,11 @@ def resolve_name(name: str | Path) -> str:
 
     Raises:
         AliasError: If the alias stands for nothing on this machine; the message says which command makes it.
+        FileNotFoundError: If a path, which no hub repository can be, leads to no folder.
     """
     name = str(name)
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"no folder {name}: give the folder of a model, a hub repository or an alias")
     return str(resolve(name)) if not os.path.isdir(name) and is_alias(name) else name
 
 

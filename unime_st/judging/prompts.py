@@ -249,8 +249,8 @@ def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> li
 
     Example:
         >>> from unime_st.judging.prompts import lost_parts
-        >>> lost_parts(lambda messages: messages[0]["content"][1]["text"])[0]
-        'image of query'
+        >>> lost_parts(lambda messages: str(messages[0]))
+        ['image of document 1', 'text of document 1']
     """
     names = ["query", *(f"document {number}" for number in range(1, documents + 1))]
     full = [message(name.split()[0], f"word{place}", image=True) for place, name in enumerate(names)]
