@@ -106,7 +106,9 @@ def _embedders(run: Seed) -> None:
     with run.stage("stage1", MODELS["stage1"]) as due:
         if due:
             common = run.common("stage1", "unime-tiny", "records", a.distill_steps)
-            stages.distill(options.DistillArguments(**common, teacher=teacher_folder(a.teacher), temperature=a.temperature))
+            stages.distill(
+                options.DistillArguments(**common, teacher=teacher_folder(a.teacher), temperature=a.temperature)
+            )
     with run.stage("stage2", MODELS["stage2"]) as due:
         if due:
             common = run.common("stage2", run.path("stage1"), "records", a.warm_steps)

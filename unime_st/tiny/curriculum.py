@@ -13,24 +13,45 @@ from transformers import Qwen2VLProcessor
 
 from unime_st.data.items import Item
 from unime_st.data.scenes.contrast import INSTRUCTIONS, contrast, picture, scene_for
-from unime_st.data.scenes.language import POSITIONS, ask, full_pattern, long_caption, noun_phrase, short_caption
+from unime_st.data.scenes.language import (
+    POSITIONS,
+    all_answers,
+    ask,
+    full_pattern,
+    long_caption,
+    noun_phrase,
+    short_caption,
+)
 from unime_st.data.scenes.tasks import TRAINING_MIX
-from unime_st.data.scenes.world import describe, sample_scene
+from unime_st.data.scenes.world import Scene, describe, sample_scene
 
 _TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
 _IGNORE = -100
-# Kind of lesson -> (share of the batches after the start, examples per batch)
-LESSONS = {
-    "list": (0.15, 64),
-    "describe": (0.10, 64),
-    "describe_long": (0.05, 24),
-    "answer": (0.25, 48),
-    "judge": (0.35, 72),
-    "judge_long": (0.05, 32),
-    "choose": (0.05, 24),
+# Name of a curriculum -> kind of lesson -> (share of the batches, examples per batch). It learns to see first.
+CURRICULA = {
+    "seeing": {
+        "list": (0.15, 64),
+        "describe": (0.10, 64),
+        "describe_long": (0.05, 24),
+        "answer": (0.25, 48),
+        "judge": (0.35, 72),
+        "judge_long": (0.05, 32),
+        "choose": (0.05, 24),
+    },
+    "judging": {
+        "list": (0.05, 64),
+        "describe": (0.05, 64),
+        "describe_long": (0.05, 24),
+        "answer": (0.15, 48),
+        "judge_texts": (0.35, 40),
+        "judge": (0.20, 64),
+        "judge_long": (0.05, 32),
+        "choose": (0.10, 24),
+    },
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
 _SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
+_TEXTS = {"short_i2t": 0.5, "vqa": 0.4, "classification": 0.1}
 
 
 @dataclass
@@ -95,6 +116,35 @@ def _judge(rng: random.Random, mix: dict[str, float]) -> Example:
     return Example(images, [(prompt, "Yes" if right else "No")])
 
 
+def _easy_text(kind: str, scene: Scene, right: str, rng: random.Random) -> str:
+    """A wrong text that is easy to tell: about another scene, or any other answer."""
+    while True:
+        if kind == "short_i2t":
+            description = describe(scene_for(kind, rng, "train"), rng, 0.6)
+            if not description.true_of(scene):
+                return short_caption(description, rng)
+        elif (answer := rng.choice(all_answers())) != right:
+            return answer
+
+
+def _judge_texts(rng: random.Random) -> Example:
+    """One picture, several texts judged one after the other, each as if alone: more to learn from each picture."""
+    (kind,) = rng.choices(list(_TEXTS), list(_TEXTS.values()))
+    scene = scene_for(kind, rng, "train")
+    record = contrast(kind, scene, rng)
+    images: list[Image.Image] = []
+    said, turns = f"Query:{_shown(record.query, images)}", []
+    for _ in range(5):
+        draw = rng.random()
+        candidate = record.positive if draw < 0.5 else record.negatives[0]
+        text = _easy_text(kind, scene, record.positive.text or "", rng) if draw > 0.75 else candidate.text
+        turns.append((f"{said}Candidate:{text}{_TURN}", "Yes" if draw < 0.5 else "No"))
+        said = ""
+        if kind == "short_i2t":
+            record = contrast(kind, scene, rng)
+    return Example(images, turns)
+
+
 def _choose(rng: random.Random) -> Example:
     (kind,) = rng.choices(list(_SHORT), list(_SHORT.values()))
     record = contrast(kind, scene_for(kind, rng, "train"), rng)
@@ -114,25 +164,30 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "answer": _answer,
     "judge": lambda rng: _judge(rng, _SHORT),
     "judge_long": lambda rng: _judge(rng, _LONG),
+    "judge_texts": _judge_texts,
     "choose": _choose,
 }
 
 
-def draw_batch(rng: random.Random, progress: float) -> tuple[str, list[Example]]:
+def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[str, list[Example]]:
     """A batch of examples of one random kind of lesson.
 
     Args:
         rng: Source of randomness.
-        progress: Share of the training that is over. The start is lists of one or two objects, then of more: a model
-            that does not see yet learns next to nothing from the other lessons.
+        curriculum: A name of :data:`CURRICULA`.
+        progress: Share of the training that is over. Learning to see starts with lists of one or two objects, then
+            of more: a model that does not see yet learns next to nothing from the other lessons.
     """
-    (lesson,) = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])
-    if rng.random() < 1.2 - 4 * progress:
+    lessons = CURRICULA[curriculum]
+    (lesson,) = rng.choices(list(lessons), [share for share, _ in lessons.values()])
+    if curriculum == "seeing" and rng.random() < 1.2 - 4 * progress:
         lesson = "list"
+    size = lessons[lesson][1]
     if lesson == "list":
-        counts = (1, 1, 2) if progress < 0.1 else (1, 2, 3) if progress < 0.2 else (2, 3, 4)
-        return lesson, [_list(rng, counts) for _ in range(LESSONS[lesson][1])]
-    return lesson, [_MAKERS[lesson](rng) for _ in range(LESSONS[lesson][1])]
+        young = curriculum == "seeing" and progress < 0.2
+        counts = (2, 3, 4) if not young else (1, 2, 3) if progress > 0.1 else (1, 1, 2)
+        return lesson, [_list(rng, counts) for _ in range(size)]
+    return lesson, [_MAKERS[lesson](rng) for _ in range(size)]
 
 
 def collate(examples: list[Example], processor: Qwen2VLProcessor) -> dict[str, Any]:

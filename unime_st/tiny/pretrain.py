@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import trange
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from unime_st.tiny.build import build_model, build_processor, build_tokenizer
-from unime_st.tiny.curriculum import collate, draw_batch
+from unime_st.tiny.curriculum import CURRICULA, collate, draw_batch
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,12 @@ class PretrainArguments:
     """Settings of :func:`pretrain`."""
 
     output: str = field(default="runs/pretrain_tiny", metadata={"help": "Folder for the checkpoint and its log."})
-    steps: int = field(default=1500, metadata={"help": "Optimiser steps."})
+    start: str = field(
+        default="", metadata={"help": "Checkpoint of an earlier run to go on from; none: from scratch."}
+    )
+    curriculum: str = field(default="seeing", metadata={"help": f"One of {', '.join(CURRICULA)}."})
+    steps: int = field(default=1500, metadata={"help": "Optimiser steps that the learning rate is planned for."})
+    stop_after: int = field(default=-1, metadata={"help": "Stop after so many steps, to go on in another run."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and words."})
     muon_learning_rate: float = field(default=6e-3, metadata={"help": "Peak rate of Muon (weight matrices)."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW (embeddings, norms, biases)."})
@@ -40,13 +45,14 @@ class PretrainArguments:
 class _Lessons(IterableDataset):
     """An endless stream of collated batches, the same for the same seed."""
 
-    def __init__(self, processor: Qwen2VLProcessor, seed: int, steps: int) -> None:
-        self.processor, self.seed, self.steps = processor, seed, steps
+    def __init__(self, processor: Qwen2VLProcessor, arguments: PretrainArguments) -> None:
+        self.processor, self.arguments = processor, arguments
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        rng = random.Random(f"lessons-{self.seed}")
-        for step in range(self.steps):
-            lesson, examples = draw_batch(rng, step / self.steps)
+        chosen = self.arguments
+        rng = random.Random(f"lessons-{chosen.curriculum}-{chosen.seed}")
+        for step in range(chosen.steps):
+            lesson, examples = draw_batch(rng, chosen.curriculum, step / chosen.steps)
             yield lesson, collate(examples, self.processor)
 
 
@@ -82,6 +88,16 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (0.02 * steps), max(0.0, (steps - step) / (0.4 * steps)))
 
 
+def _begin(arguments: PretrainArguments) -> tuple[Qwen2VLProcessor, Qwen2VLForConditionalGeneration]:
+    if arguments.curriculum not in CURRICULA:
+        raise ValueError(f"curriculum must be one of {', '.join(CURRICULA)}, but is {arguments.curriculum!r}.")
+    if arguments.start:
+        processor = Qwen2VLProcessor.from_pretrained(arguments.start)
+        return processor, Qwen2VLForConditionalGeneration.from_pretrained(arguments.start).train()
+    tokenizer = build_tokenizer(arguments.seed)
+    return build_processor(tokenizer), build_model(tokenizer)
+
+
 def pretrain(arguments: PretrainArguments) -> Path:
     """Train a tiny Qwen2-VL on scenes and save it with its tokenizer, processor and log.
 
@@ -92,11 +108,10 @@ def pretrain(arguments: PretrainArguments) -> Path:
         The folder of the checkpoint.
     """
     torch.manual_seed(arguments.seed)
-    tokenizer = build_tokenizer(arguments.seed)
-    processor, model = build_processor(tokenizer), build_model(tokenizer)
+    processor, model = _begin(arguments)
     optimizers = _optimizers(model, arguments)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    lessons = DataLoader(_Lessons(processor, arguments.seed, arguments.steps), batch_size=None, num_workers=1)
+    lessons = DataLoader(_Lessons(processor, arguments), batch_size=None, num_workers=1)
     output = Path(arguments.output)
     processor.save_pretrained(output)
     recent: dict[str, list[tuple[float, float]]] = {}
@@ -104,8 +119,10 @@ def pretrain(arguments: PretrainArguments) -> Path:
     logger.info(
         "Training %s parameters for %d steps.", f"{sum(p.numel() for p in model.parameters()):,}", arguments.steps
     )
-    with (output / "log.jsonl").open("w") as log:
-        for step, (lesson, batch) in zip(trange(arguments.steps, desc="pretrain"), lessons):
+    last = arguments.stop_after if arguments.stop_after > 0 else arguments.steps
+    with (output / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"arguments": asdict(arguments)}) + "\n")
+        for step, (lesson, batch) in zip(trange(last, desc="pretrain"), lessons):
             for optimizer, peak in zip(optimizers, peaks):
                 optimizer.param_groups[0]["lr"] = peak * _rate(step, arguments.steps)
             loss, accuracy = answer_loss(model, batch)
@@ -115,7 +132,7 @@ def pretrain(arguments: PretrainArguments) -> Path:
                 optimizer.step()
                 optimizer.zero_grad()
             recent.setdefault(lesson, []).append((loss.item(), accuracy))
-            if (step + 1) % arguments.log_every == 0 or step + 1 == arguments.steps:
+            if (step + 1) % arguments.log_every == 0 or step + 1 == last:
                 means = {name: [round(sum(v) / len(v), 4) for v in zip(*values)] for name, values in recent.items()}
                 seconds = round(time.perf_counter() - started, 1)
                 log.write(json.dumps({"step": step + 1, "seconds": seconds, "loss_accuracy": means}) + "\n")

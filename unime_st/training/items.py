@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
@@ -37,6 +39,15 @@ def _buckets(items: list[Item]) -> list[list[int]]:
                 shortest = length
             groups[-1].append(index)
     return groups
+
+
+def distinct_positives(dataset: Dataset, valid_label_columns: list[str] | None = None, **options: Any) -> Any:
+    """Batch sampler: no query and no positive comes twice in a batch, or it would be its own in-batch negative.
+
+    Mined negatives may be shared; they are no in-batch negatives of other rows.
+    """
+    ignored = [name for name in dataset.column_names if name not in ("query", "positive")]
+    return NoDuplicatesBatchSampler(dataset, valid_label_columns=ignored, **options)
 
 
 @dataclass

@@ -106,7 +106,7 @@ def run_stage(
     dataset: Callable[[], Dataset],
     loss: Callable[[BaseModel], nn.Module],
     collator: Callable[[BaseModel], Any],
-    batch_sampler: str = "batch_sampler",
+    batch_sampler: Any = "batch_sampler",
     inputs: tuple[str, ...] = (),
 ) -> Path:
     """Train with the stock trainer and leave a native model folder; finished or half-done work is taken up.
@@ -118,7 +118,7 @@ def run_stage(
         dataset: Makes the rows.
         loss: Makes the loss for the model.
         collator: Makes the data collator for the model.
-        batch_sampler: Batch sampler of Sentence Transformers.
+        batch_sampler: Batch sampler of Sentence Transformers, or a function that makes one.
         inputs: Folders whose content the result depends on.
 
     Returns:

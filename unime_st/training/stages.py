@@ -30,7 +30,7 @@ from unime_st.training.arguments import (
     SoftLabelArguments,
     TrainArguments,
 )
-from unime_st.training.items import DistinctItemsLoss, ItemCollator, RerankerItemCollator
+from unime_st.training.items import DistinctItemsLoss, ItemCollator, RerankerItemCollator, distinct_positives
 from unime_st.training.run import run_stage
 
 logger = logging.getLogger(__name__)
@@ -73,9 +73,7 @@ def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _train_embedder(
-    stage: str, arguments: TrainArguments, rows: Dataset, records: RecordSet, loss: Any, batch_sampler: str
-) -> Path:
+def _train_embedder(stage: str, arguments: TrainArguments, rows: Dataset, records: RecordSet, loss: Any) -> Path:
     def distinct(model: BaseModel) -> nn.Module:
         return DistinctItemsLoss(loss(model), arguments.mini_batch_size)
 
@@ -86,7 +84,7 @@ def _train_embedder(
         dataset=lambda: rows,
         loss=distinct,
         collator=lambda model: ItemCollator(model.preprocess, records=records),
-        batch_sampler=batch_sampler,
+        batch_sampler=distinct_positives,
         inputs=(arguments.data,),
     )
 
@@ -111,7 +109,7 @@ def train_hard_negatives(arguments: HardNegativeArguments) -> Path:
             gather_across_devices=arguments.gather_across_devices,
         )
 
-    return _train_embedder("hard_negatives", arguments, pair_rows(records), records, loss, "no_duplicates")
+    return _train_embedder("hard_negatives", arguments, pair_rows(records), records, loss)
 
 
 def train_in_batch(arguments: InBatchArguments) -> Path:
@@ -133,7 +131,7 @@ def train_in_batch(arguments: InBatchArguments) -> Path:
             gather_across_devices=arguments.gather_across_devices,
         )
 
-    return _train_embedder("in_batch", arguments, pair_rows(records), records, loss, "no_duplicates")
+    return _train_embedder("in_batch", arguments, pair_rows(records), records, loss)
 
 
 def train_soft_labels(arguments: SoftLabelArguments) -> Path:
@@ -158,7 +156,7 @@ def train_soft_labels(arguments: SoftLabelArguments) -> Path:
         )
 
     rows = judged_rows(records, arguments.num_negatives)
-    return _train_embedder("soft_labels", arguments, rows, records, loss, "batch_sampler")
+    return _train_embedder("soft_labels", arguments, rows, records, loss)
 
 
 def _texts(records: RecordSet) -> list[str]:
