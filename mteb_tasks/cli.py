@@ -104,7 +104,7 @@ def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{model:<{width}}  score  published  difference", "-" * (width + 31)]
     for name, score, reference in rows:
-        beside = "" if reference is None else f"  {reference:9.1f}  {score - reference:+10.1f}"
+        beside = "" if reference is None else f"  {reference:9.1f}  {round(score - reference, 1) + 0.0:+10.1f}"
         lines.append(f"{name:<{width}}  {score:5.1f}{beside}")
     return "\n".join(lines)
 

@@ -7,15 +7,20 @@ import mteb
 import pytest
 
 import mteb_tasks
+from mteb_tasks.captions import CAPTION_TASKS
+from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
 from mteb_tasks.registration import add_task
 from mteb_tasks.scenes import SCENES_TASKS, ScenesVQA
+from mteb_tasks.sugarcrepe import SugarCrepeByCategory
+
+TASKS = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
 
 
 def test_register_twice_and_find_every_task_by_name(caplog):
     mteb_tasks.register()
     mteb_tasks.register()
     home = sys.modules["mteb.get_tasks"]
-    for task in SCENES_TASKS:
+    for task in TASKS:
         assert type(mteb.get_task(task.metadata.name)) is task
         assert home.TASK_LIST.count(task) == 1
     assert not caplog.records
@@ -31,8 +36,41 @@ def test_a_name_that_mteb_has_stays_its_own(caplog):
     assert "already has a task named Banking77Classification" in caplog.text
 
 
-@pytest.mark.parametrize("module", ["mteb", "mteb_tasks.records"])
+@pytest.mark.parametrize("module", ["mteb_tasks.records"])
 def test_whatever_is_imported_first_the_tasks_are_known(module):
     code = f"import {module}, mteb_tasks, mteb; mteb_tasks.register(); print(mteb.get_task('ScenesVQA').metadata.name)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "ScenesVQA" and "Warning" not in found.stderr
+
+
+def test_every_alias_is_a_model_that_takes_images():
+    mteb_tasks.register()
+    for alias in ("unime-v2", "unime-v2-2b", "unime-v1-phi3.5", "unime-tiny", "unime-v2+reranker"):
+        meta = mteb.get_model_meta(alias)
+        assert meta.name == f"unime/{alias}" and meta.modalities == ["text", "image"]
+        assert mteb.get_model_meta(meta.name) is meta
+    assert mteb.get_model_meta("unime-v2").revision != "main"
+
+
+def test_the_benchmark_has_the_columns_of_the_papers():
+    mteb_tasks.register()
+    benchmark = mteb.get_benchmark("MMEB(eng, v1)")
+    assert len(benchmark.tasks) == 36
+    groups = {found.name: [group.label for group in found.groups] for found in benchmark.aggregations[1:]}
+    assert groups == {
+        "Meta-task": ["Classification", "Vqa", "Retrieval", "Grounding"],
+        "Split": ["IND", "OOD"],
+    }
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.metadata.name)
+def test_metadata_are_what_mteb_asks_of_a_task(task):
+    metadata = task.metadata
+    if task is not MMEB:
+        assert metadata.is_filled()
+    metadata._validate_metadata()
+    assert metadata.bibtex_citation.strip().endswith("}") and metadata.intext_citation().startswith("\\cite{")
+    assert metadata.description.endswith(".") and len(metadata.modalities) == 2 or metadata.category in ("i2i", "t2t")
+    assert metadata.main_score in ("hit_rate_at_1", "text_acc")
+    if task is not MMEB:  # an aggregate has no statistics of its own
+        assert metadata.descriptive_stat_path.parent.parent.name == "mteb_tasks"

@@ -1,0 +1,87 @@
+"""mteb's own command with our tasks and models, and the table at its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from mteb.models.model_implementations import MODEL_REGISTRY
+
+from mteb_tasks import register
+from mteb_tasks.cli import main, score_table
+from mteb_tasks.loader import UniMELoader
+from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb.subsets import SUBSETS, subset_named
+from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
+from mteb_tasks.models import metas
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    subsets = [subset_named(name) for name in ("OK-VQA", "WebQA", "CIRR")]
+    return write_synthetic_mmeb(tmp_path_factory.mktemp("mini"), subsets=subsets, queries=6, candidates=4)
+
+
+@pytest.fixture
+def command(mini, tiny_folder, tmp_path, monkeypatch, capsys):
+    """mteb's command line in this process: gives what it wrote to standard output."""
+    for name, value in {"MMEB_EVAL_DIR": mini, "UNIME_MODEL": tiny_folder, "UNIME_HOME": tmp_path / "home"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MMEB_ALLOW_MISSING", "0")
+    register()
+    for name, meta in metas().items():  # the variables were not set when this process registered
+        monkeypatch.setitem(MODEL_REGISTRY, name, meta)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [])
+        main(["run", "-m", "unime-local", *arguments, "--output-folder", str(tmp_path / "out")])
+        shown = capsys.readouterr().out
+        return shown[shown.index("unime-local ") :]
+
+    return run
+
+
+def test_a_run_ends_with_the_score_table_and_the_next_one_repeats_it(command, tmp_path, monkeypatch):
+    with pytest.raises(MMEBDataError, match="33 MMEB subsets cannot be evaluated"):
+        command("-t", "MMEB")
+    table = command("-t", "MMEB", "--allow-missing")
+    rows = dict(re.findall(r"^(MMEB\S*(?: \S+)*?)\s{2,}(\d+\.\d)", table, re.MULTILINE))
+    assert {"MMEB-OK-VQA", "MMEB-WebQA", "MMEB-CIRR", "MMEB (3 of 36) overall", "MMEB (3 of 36) vqa"} <= set(rows)
+    (written,) = (tmp_path / "out").rglob("MMEB.json")
+    (scores,) = json.loads(written.read_text())["scores"]["test"]
+    assert float(rows["MMEB (3 of 36) overall"]) == pytest.approx(100 * scores["main_score"], abs=0.06)
+    assert len(scores["left_out"]) == 33
+    monkeypatch.setattr(UniMELoader, "embed", lambda *args, **kwargs: pytest.fail("scored again"))
+    assert command("-t", "MMEB", "--allow-missing") == table
+
+
+def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
+    code = "from mteb_tasks.cli import main; main()"
+    arguments = ["available-tasks", "-t", "MMEB-GQA", "Urban1KT2IRetrieval", "SugarCrepeByCategory", "MMEB"]
+    listed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    for name in (*arguments[2:], "Any2AnyRetrieval"):
+        assert name in listed.stdout
+
+
+def test_published_scores_stand_beside_a_complete_mmeb_only():
+    scores = {f"MMEB-{subset.name}": {"default": {"main_score": 0.712}} for subset in SUBSETS}
+    table = score_table(scores, "unime-v2")
+    assert re.search(r"MMEB overall +71\.2 +71\.2 +\+0\.0$", table, re.MULTILINE)
+    assert re.search(r"MMEB OOD +71\.2 +66\.7 +\+4\.5$", table, re.MULTILINE)
+    del scores["MMEB-GQA"]
+    assert re.search(r"MMEB \(35 of 36\) overall +71\.2$", score_table(scores, "unime-v2"), re.MULTILINE)
+
+
+def test_sugarcrepe_is_shown_by_category_and_group():
+    scores = {
+        "SugarCrepeByCategory": {"swap_obj-local-1": {"main_score": 0.5}, "swap_att-local-1": {"main_score": 0.7}}
+    }
+    table = score_table(scores, "unime-v2")
+    assert re.search(r"SugarCrepeByCategory swap +60\.0 +73\.7 +-13\.7$", table, re.MULTILINE)
+
+
+def test_no_scores_no_table():
+    assert score_table({}, "unime-v2") == ""

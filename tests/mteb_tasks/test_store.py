@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mteb_tasks.loader import UniMELoader
+from mteb_tasks.models import cache_folder, folder_revision
+from mteb_tasks.store import EmbeddingStore
+from unime_st.data.items import Item
+
+NAMES = [f"{number:032x}" for number in range(6)]
+
+
+def _vectors(rows, dim=3):
+    return np.arange(rows * dim, dtype=np.float32).reshape(rows, dim)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_vectors_come_back_in_the_order_asked(tmp_path, on_disk):
+    store = EmbeddingStore(tmp_path if on_disk else None)
+    store.add(NAMES[:2], _vectors(2))
+    store.add(NAMES[2:5], _vectors(3) + 100)
+    assert len(store) == 5 and NAMES[5] not in store
+    np.testing.assert_array_equal(store.take([NAMES[3], NAMES[0]]), [[103, 104, 105], [0, 1, 2]])
+    with pytest.raises(KeyError):
+        store.take([NAMES[5]])
+
+
+def test_a_write_that_was_cut_off_is_not_read(tmp_path):
+    store = EmbeddingStore(tmp_path)
+    store.add(NAMES[:4], _vectors(4))
+    (vectors,) = tmp_path.glob("*.vectors")
+    vectors.write_bytes(vectors.read_bytes()[:-5])
+    again = EmbeddingStore(tmp_path)
+    assert len(again) == 3 and NAMES[3] not in again
+    again.add([NAMES[3]], _vectors(1))
+    third = EmbeddingStore(tmp_path)
+    np.testing.assert_array_equal(third.take(NAMES[:4]), [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]])
+
+
+def test_what_is_not_finite_is_never_kept(tmp_path):
+    store = EmbeddingStore(tmp_path)
+    with pytest.raises(ValueError, match=f"item {NAMES[1]} is not finite"):
+        store.add(NAMES[:2], np.array([[1.0], [np.nan]]))
+    assert len(EmbeddingStore(tmp_path)) == 0
+
+
+def test_a_second_run_makes_no_forward_pass(tiny, tmp_path, monkeypatch):
+    items = [Item(text=word) for word in ("a", "b", "c", "a")]
+    first = UniMELoader("unime/x", "1", model=tiny, cache_folder=tmp_path).embed([items])
+    monkeypatch.setattr(tiny, "encode", lambda *args, **kwargs: pytest.fail("a forward pass"))
+    second = UniMELoader("unime/x", "1", model=tiny, cache_folder=tmp_path).embed([items[2:], items[:2]])
+    np.testing.assert_array_equal(second, first[[2, 3, 0, 1]])
+
+
+def test_another_model_or_setting_is_another_folder(tiny_folder, tmp_path, monkeypatch):
+    import shutil
+    from pathlib import Path
+
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    assert folder_revision(copy) == folder_revision(Path(tiny_folder))
+    same = cache_folder(copy, "torch.float32", {})
+    assert same == cache_folder(Path(tiny_folder), "torch.float32", {}) != cache_folder(copy, "torch.bfloat16", {})
+    (copy / "chat_template.jinja").write_text("other")
+    assert cache_folder(copy, "torch.float32", {}) != same
+    monkeypatch.setenv("UNIME_EMBEDDING_CACHE", "0")
+    assert cache_folder(copy, "torch.float32", {}) is None
