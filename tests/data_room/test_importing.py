@@ -227,6 +227,17 @@ def test_started_again(tmp_path: Path):
     assert len(import_records(source, tmp_path / "out", limit=1, overwrite=True)) == 1
 
 
+def test_images_beside_the_data_are_no_input(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "rows.jsonl", [{"query": "q", "positive": "p"}])
+    import_records(tmp_path / "data", tmp_path / "out")
+    (tmp_path / "data" / "picture.png").write_bytes(encoded(0))
+    import_records(tmp_path / "data", tmp_path / "out")
+    write_lines(tmp_path / "data" / "more.jsonl", [{"query": "q", "positive": "p"}])
+    with pytest.raises(StageConflictError, match="input data"):
+        import_records(tmp_path / "data", tmp_path / "out")
+
+
 def test_column_names_with_spaces_and_literal_texts(tmp_path: Path):
     rows = [{"full name": "Ada", "born": 1815, "tags": ["a", "b"]}, {"born": 1}]
     pairs = [

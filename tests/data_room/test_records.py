@@ -64,13 +64,13 @@ def test_positions_outside_and_unknown_items(tmp_path: Path):
 def test_many_row_groups_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tables_module, "_GROUP_BYTES", 2000)
     monkeypatch.setattr(tables_module, "_SHARD_BYTES", 10_000)
-    monkeypatch.setattr(tables_module, "_CACHED_GROUPS", 2)
+    monkeypatch.setattr(tables_module, "_CACHED_BYTES", 6000)
     originals = pairs(60)
     records = RecordSet.write(tmp_path, originals, {})
     assert len(list(tmp_path.glob("items-*.parquet"))) > 1
     order = np.random.default_rng(0).permutation(60)
     assert all(records[int(index)].query == originals[index].query for index in order)
-    assert len(records.items._shards._cache) <= 2
+    assert 1 <= len(records.items._shards._cache) <= 4
 
 
 def test_empty_set(tmp_path: Path):

@@ -14,7 +14,7 @@ from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, requ
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.scores import check_scores, to_logits
-from unime_st.data.sources import SourceRow, read_rows
+from unime_st.data.sources import SourceRow, read_rows, source_files
 from unime_st.data.specs import (
     JoinSpec,
     PairSpec,
@@ -85,7 +85,7 @@ def import_records(
         "limit": limit,
         "verify_images": verify_images,
     }
-    if not begin_stage(output, "import", inputs=[source], options=options, overwrite=overwrite):
+    if not begin_stage(output, "import", inputs=source_files(source), options=options, overwrite=overwrite):
         return RecordSet.load(output)
     with (
         RecordWriter(output, image_root=None if embed_images else root) as writer,

@@ -47,23 +47,37 @@ def read_rows(source: str | Path) -> Iterator[SourceRow]:
         FileNotFoundError: If there is nothing to read.
         ValueError: If a file has another format or is damaged beyond single rows.
     """
+    for path in source_files(source):
+        yield from _read_datasets(path) if path.is_dir() else _read_file(path)
+
+
+def source_files(source: str | Path) -> list[Path]:
+    """Find what :func:`read_rows` reads.
+
+    Args:
+        source: As there.
+
+    Returns:
+        list[Path]: Files in order, or the one folder of a saved dataset; images beside them are not among them.
+
+    Raises:
+        FileNotFoundError: If there is nothing to read.
+        ValueError: If the folder holds several splits.
+    """
     source = Path(source)
-    if source.is_dir():
-        if (source / "dataset_dict.json").is_file():
-            splits = sorted(path.name for path in source.iterdir() if path.is_dir())
-            raise ValueError(f"{source}: holds several splits; give the folder of one of them: {', '.join(splits)}")
-        if (source / "state.json").is_file():
-            yield from _read_datasets(source)
-            return
-        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"{source}: no {', '.join(SUFFIXES)} file and not a saved dataset")
-    elif source.is_file():
-        files = [source]
-    else:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    for file in files:
-        yield from _read_file(file)
+    if (source / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in source.iterdir() if path.is_dir())
+        raise ValueError(f"{source}: holds several splits; give the folder of one of them: {', '.join(splits)}")
+    if (source / "state.json").is_file():
+        return [source]
+    files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"{source}: no {', '.join(SUFFIXES)} file and not a saved dataset")
+    return files
 
 
 def json_list(path: str | Path) -> Iterator[Any]:

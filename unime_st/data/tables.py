@@ -31,7 +31,7 @@ written as ``zip://member::archive``, the form that `datasets` knows."""
 _GROUP_ROWS = 1024
 _GROUP_BYTES = 4 << 20
 _SHARD_BYTES = 512 << 20
-_CACHED_GROUPS = 32
+_CACHED_BYTES = 128 << 20
 _ZIP = "zip://"
 
 
@@ -114,7 +114,7 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Read the rows of ``<stem>-*.parquet`` by position, a few row groups in memory at a time.
+    """Read the rows of ``<stem>-*.parquet`` by position, with 128 MiB of row groups in memory at most.
 
     Args:
         folder: Folder that holds the shards.
@@ -133,7 +133,8 @@ class ShardReader:
         self._groups = [(file, number) for file in self._files for number in range(file.num_row_groups)]
         sizes = [file.metadata.row_group(number).num_rows for file, number in self._groups]
         self._ends = np.cumsum(sizes, dtype=np.int64)
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cache: OrderedDict[int, dict[str, pa.Array]] = OrderedDict()
+        self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -149,7 +150,7 @@ class ShardReader:
             raise IndexError(f"row {index} of {len(self)} in {self.folder}")
         group = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[group - 1]) if group else 0
-        return self._group(group).slice(index - start, 1).to_pylist()[0]
+        return {name: column[index - start].as_py() for name, column in self._group(group).items()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield every row in order, one row group in memory."""
@@ -172,17 +173,20 @@ class ShardReader:
         """
         return pa.concat_tables([file.read(columns=columns, use_threads=False) for file in self._files])
 
-    def _group(self, group: int) -> pa.Table:
+    def _group(self, group: int) -> dict[str, pa.Array]:
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
             file, number = self._groups[group]
             # Arrow's thread pool does not survive a fork, and data loader workers are forks.
-            table = self._cache[group] = file.read_row_group(number, use_threads=False)
-            if len(self._cache) > _CACHED_GROUPS:
-                self._cache.popitem(last=False)
-            return table
+            table = file.read_row_group(number, use_threads=False).combine_chunks()
+            columns = {name: table.column(name).chunk(0) for name in table.column_names}
+            self._cache[group] = columns
+            self._cached_bytes += _nbytes(columns)
+            while self._cached_bytes > _CACHED_BYTES and len(self._cache) > 1:
+                self._cached_bytes -= _nbytes(self._cache.popitem(last=False)[1])
+            return columns
 
 
 class ItemWriter:
@@ -228,7 +232,7 @@ class ItemWriter:
 
 
 class ItemReader:
-    """Look items up by id; nothing is decoded, and only a few row groups are in memory.
+    """Look items up by id; nothing is decoded, and few row groups are in memory.
 
     Args:
         folder: A stage folder.
@@ -336,6 +340,10 @@ def _leaves(schema: pa.Schema) -> list[str]:
         else:
             names.append(field.name)
     return names
+
+
+def _nbytes(columns: Mapping[str, pa.Array]) -> int:
+    return sum(column.nbytes for column in columns.values())
 
 
 def _size(text: str | None, image: Mapping[str, Any] | None) -> int:
