@@ -15,7 +15,7 @@ from unime_st.demo.settings import OwnDataArguments
 from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages
-from unime_st.training.offline import run_judge, run_mine
+from unime_st.training.offline import run_judge, run_mine, unjudged_rows
 
 logger = logging.getLogger(__name__)
 _MODELS = {
@@ -60,7 +60,7 @@ def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
     rows = run_judge(
         options.JudgeArguments(
             data=str(pools),
-            model=arguments.model,
+            model=_judge(arguments, pools),
             template=arguments.template,
             scores=str(output / "scores"),
             output=str(output / "rows"),
@@ -82,6 +82,20 @@ def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
         )
     )
     return {"base": arguments.model, **{name: str(output / name) for name in ("warm", "in_batch", "v2")}}
+
+
+def _judge(arguments: OwnDataArguments, pools: Path) -> str:
+    """The judge: the model itself, or, with ``judge_steps``, the model made familiar with the domain."""
+    if not arguments.judge_steps:
+        return arguments.model
+    logger.info("judge: it learns the domain from unjudged pairs, half of them mined and half random.")
+    rows = unjudged_rows(pools, Path(arguments.output) / "unjudged", seed=arguments.seed)
+    common = _trained(arguments, "judge", arguments.model, str(rows.folder), arguments.judge_steps)
+    common |= {"learning_rate": arguments.judge_learning_rate}
+    folder = stages.train_reranker(
+        options.RerankerArguments(**common, template=arguments.template, num_negatives=1, listwise_weight=0.0)
+    )
+    return str(folder)
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:

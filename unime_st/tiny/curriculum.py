@@ -39,14 +39,14 @@ CURRICULA = {
         "choose": (0.05, 24),
     },
     "judging": {
-        "list": (0.05, 64),
+        "list": (0.04, 64),
         "describe": (0.05, 64),
         "describe_long": (0.05, 24),
-        "answer": (0.15, 48),
-        "judge_texts": (0.35, 40),
+        "answer": (0.11, 48),
+        "judge_texts": (0.45, 40),
         "judge": (0.20, 64),
         "judge_long": (0.05, 32),
-        "choose": (0.10, 24),
+        "choose": (0.05, 24),
     },
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
@@ -127,9 +127,9 @@ def _easy_text(kind: str, scene: Scene, right: str, rng: random.Random) -> str:
             return answer
 
 
-def _judge_texts(rng: random.Random) -> Example:
+def _judge_texts(rng: random.Random, mix: dict[str, float]) -> Example:
     """One picture, several texts judged one after the other, each as if alone: more to learn from each picture."""
-    (kind,) = rng.choices(list(_TEXTS), list(_TEXTS.values()))
+    (kind,) = rng.choices(list(mix), list(mix.values()))
     scene = scene_for(kind, rng, "train")
     record = contrast(kind, scene, rng)
     images: list[Image.Image] = []
@@ -164,7 +164,7 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "answer": _answer,
     "judge": lambda rng: _judge(rng, _SHORT),
     "judge_long": lambda rng: _judge(rng, _LONG),
-    "judge_texts": _judge_texts,
+    "judge_texts": lambda rng: _judge_texts(rng, _TEXTS),
     "choose": _choose,
 }
 
@@ -176,7 +176,8 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
         rng: Source of randomness.
         curriculum: A name of :data:`CURRICULA`.
         progress: Share of the training that is over. Learning to see starts with lists of one or two objects, then
-            of more: a model that does not see yet learns next to nothing from the other lessons.
+            of more: a model that does not see yet learns next to nothing from the other lessons. Learning to judge
+            starts with one-word answers about one object: on everything at once it stays at chance.
     """
     lessons = CURRICULA[curriculum]
     (lesson,) = rng.choices(list(lessons), [share for share, _ in lessons.values()])
@@ -187,6 +188,9 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
         young = curriculum == "seeing" and progress < 0.2
         counts = (2, 3, 4) if not young else (1, 2, 3) if progress > 0.1 else (1, 1, 2)
         return lesson, [_list(rng, counts) for _ in range(size)]
+    if curriculum == "judging" and rng.random() < 1.1 - 4 * progress:
+        mix = {"classification": 1.0} if progress < 0.1 else {"classification": 0.3, "vqa": 0.7}
+        return "judge_texts", [_judge_texts(rng, mix) for _ in range(lessons["judge_texts"][1])]
     return lesson, [_MAKERS[lesson](rng) for _ in range(size)]
 
 

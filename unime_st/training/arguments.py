@@ -122,7 +122,8 @@ class MineArguments:
     num_candidates: int = field(default=50, metadata={"help": "Candidates per query."})
     pool: str = field(default="modality", metadata={"help": "Search among: modality, dataset or global."})
     max_similarity: str = field(
-        default="positive", metadata={"help": "positive: only below the positive's similarity; none; or a number."}
+        default="positive",
+        metadata={"help": "positive: only below the positive's similarity; none; or a margin above it."},
     )
     batch_size: int = field(default=64, metadata={"help": "Items per forward pass."})
 

@@ -48,29 +48,42 @@ def pair_rows(records: RecordSet) -> Dataset:
     return Dataset.from_dict({name: table[name].to_pylist() for name in ("query", "positive")})
 
 
-def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
-    """Rows (query, positive, negative_1..k, label) of item ids and scores P(Yes), the positive's first.
+def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
+    """Rows (query, positive, negative_1..k) of item ids; judged ones have their scores P(Yes), the positive's first.
 
     Raises:
-        ValueError: If the records have no scores, or too few negatives.
+        ValueError: If a row has too few negatives, or only some rows are judged.
     """
     table = records.rows.select(["query", "positive", "negatives", "positive_logit", "negative_logits"]).to_pylist()
-    columns: dict[str, list[Any]] = {"query": [], "positive": []}
-    columns.update({f"negative_{place}": [] for place in range(1, num_negatives + 1)})
-    columns["label"] = []
+    names = ["query", "positive", *(f"negative_{place}" for place in range(1, num_negatives + 1))]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    labels: list[list[float]] = []
     for number, row in enumerate(table):
-        if row["positive_logit"] is None or len(row["negatives"]) < num_negatives:
+        if len(row["negatives"]) < num_negatives:
             raise ValueError(
-                f"{records.folder}, row {number}: {len(row['negatives'])} judged negatives, {num_negatives} are needed. "
-                "Judge and select first (train_scripts/judge.py), or lower num_negatives."
+                f"{records.folder}, row {number}: {len(row['negatives'])} negatives, {num_negatives} are needed. "
+                "Mine and judge first (train_scripts/judge.py), or lower num_negatives."
             )
-        logits = np.array([row["positive_logit"], *row["negative_logits"][:num_negatives]], dtype=np.float64)
-        columns["query"].append(row["query"])
-        columns["positive"].append(row["positive"])
-        for place, negative in enumerate(row["negatives"][:num_negatives], start=1):
-            columns[f"negative_{place}"].append(negative)
-        columns["label"].append((1.0 / (1.0 + np.exp(-logits))).tolist())
-    return Dataset.from_dict(columns)
+        for name, item_id in zip(names, (row["query"], row["positive"], *row["negatives"])):
+            columns[name].append(item_id)
+        if row["positive_logit"] is not None:
+            logits = np.array([row["positive_logit"], *row["negative_logits"][:num_negatives]], dtype=np.float64)
+            labels.append((1.0 / (1.0 + np.exp(-logits))).tolist())
+    if labels and len(labels) < len(table):
+        raise ValueError(f"{records.folder}: only {len(labels)} of {len(table)} rows are judged; judge all or none.")
+    return Dataset.from_dict({**columns, "label": labels} if labels else columns)
+
+
+def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
+    """:func:`rows_with_negatives` of judged records.
+
+    Raises:
+        ValueError: If the records are not judged.
+    """
+    rows = rows_with_negatives(records, num_negatives)
+    if "label" not in rows.column_names:
+        raise ValueError(f"{records.folder}: no judge's scores. Judge and select first (train_scripts/judge.py).")
+    return rows
 
 
 def _train_embedder(stage: str, arguments: TrainArguments, rows: Dataset, records: RecordSet, loss: Any) -> Path:
@@ -230,7 +243,7 @@ def train_reranker(arguments: RerankerArguments) -> Path:
         "reranker",
         arguments,
         load=lambda: UniMEReranker(arguments.model, template=arguments.template),
-        dataset=lambda: judged_rows(records, arguments.num_negatives),
+        dataset=lambda: rows_with_negatives(records, arguments.num_negatives),
         loss=loss,
         collator=lambda model: RerankerItemCollator(model.preprocess, records=records),
         inputs=(arguments.data,),
