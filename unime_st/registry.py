@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unime_st._hook import AfterImport
+from unime_st._after_import import AfterImport, run
 
 TINY = "unime-tiny"
 RESERVED_PREFIX = "unime-"
@@ -148,7 +148,7 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
             f"Unknown model {name!r}. Known aliases: {', '.join(known_aliases())}. "
             f"To give a model of your own this name: `unime convert FOLDER --recipe NAME --alias {name}`."
         )
-    from unime_st.checkpoints.pull import pull
+    from unime_st.checkpoints.download import pull
 
     return pull(name, local_files_only=local_files_only)
 
@@ -192,7 +192,7 @@ def register() -> None:
         if module is None or getattr(module.__spec__, "_initializing", False):
             waiting[name] = functools.partial(_once, name, action)
         else:
-            _once(name, action)
+            run(name, functools.partial(_once, name, action))
     watched = {name for finder in sys.meta_path if isinstance(finder, AfterImport) for name in finder.watched}
     if missing := {name: action for name, action in waiting.items() if name not in watched}:
         sys.meta_path.insert(0, AfterImport(missing))

@@ -63,7 +63,7 @@ def pull(
     processor = None
     if recipe.processor_hub_id is not None and not (weights / "preprocessor_config.json").is_file():
         processor, _ = _fetch(recipe, recipe.processor_hub_id, None, offline, with_weights=False)
-    from unime_st.checkpoints.convert import convert
+    from unime_st.checkpoints.conversion import convert
 
     return convert(
         weights,
