@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from unime_st._hook import AfterImport
+from unime_st._after_import import AfterImport
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

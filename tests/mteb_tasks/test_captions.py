@@ -22,7 +22,7 @@ def released(golden, tmp_path_factory):
     """The authors' tiny checkpoint at their low resolution."""
     if golden is None:
         pytest.skip("the golden data are not in this checkout; reading and scoring are tested on small files below")
-    from unime_st.checkpoints.convert import convert
+    from unime_st.checkpoints import convert
 
     source = golden / "checkpoints" / "tiny-unime-v2-qwen2vl"
     folder = tmp_path_factory.mktemp("released") / "model"

@@ -257,7 +257,7 @@ def test_the_golden_subsets_give_the_official_scores_and_hits(golden, tmp_path, 
 
     if golden is None:
         pytest.skip("the golden data are not in this checkout; a part of their scores is tested above")
-    from unime_st.checkpoints.convert import convert
+    from unime_st.checkpoints import convert
 
     monkeypatch.setenv("MMEB_EVAL_DIR", str(golden / "eval" / "mmeb"))
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
