@@ -86,7 +86,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     from unime_st.checkpoints import verify
-    from unime_st.checkpoints.verify import table
+    from unime_st.checkpoints.verification import table
 
     checks = verify(options.model, demo_image=options.demo_image, full=options.full, device=options.device)
     sys.stdout.write(table(checks) + "\n")
