@@ -22,7 +22,9 @@ def package(checkpoint: str | Path, output: str | Path) -> Path:
     """
     output = Path(output)
     shutil.rmtree(output, ignore_errors=True)
-    transformer = Transformer(str(checkpoint), unpad_inputs=False)
+    # Cutting a long row with a picture would cut the end of the prompt, where the embedding is read.
+    whole = {"text": {"truncation": False}}
+    transformer = Transformer(str(checkpoint), unpad_inputs=False, processing_kwargs=whole)
     pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
     SentenceTransformer(modules=[transformer, pooling, Normalize()]).save_pretrained(str(output))
     # The embedder's weights lack the head; the whole model serves as embedder, judge and reranker alike.
