@@ -164,7 +164,7 @@ def _embedders(run: Seed) -> None:
 
 def _reranker(run: Seed) -> None:
     a = run.arguments
-    with run.stage("reranker", "pairwise and listwise answers, learnt from the judged rows") as due:
+    with run.stage("v2_reranker", "pairwise and listwise answers, learnt from the judged rows") as due:
         if due:
             common = run.common("reranker", "unime-tiny", "rows", a.reranker_steps)
             common |= {"batch_size": 16, "learning_rate": 1e-3}
@@ -231,6 +231,7 @@ def run_demo(arguments: DemoArguments) -> Path:
     """
     output = Path(arguments.output)
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "seeds")}
+    settings["foil_size"] = arguments.eval_size // 2
     _refuse_other_settings(output, settings)
     tasks = _tasks(arguments.eval_size)
     rows, seconds = [], {}

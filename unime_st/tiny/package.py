@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModelForImageTextToText
+
+
+LOG = "pretraining.jsonl"
+CARD = """---
+library_name: sentence-transformers
+license: apache-2.0
+---
+# unime-tiny
+
+A Qwen2-VL of 1.4 million parameters, pre-trained from scratch on procedurally drawn scenes: describing, answering,
+judging pairs with Yes or No, choosing from a list. It is the embedded default of `unime-st`: backbone of the demo's
+embedders, its judge, and the start of its reranker. As an embedder it is untrained. It knows nothing of the real world.
+
+Made by these commands; loss and accuracy of every kind of lesson are in `pretraining.jsonl`:
+
+```
+{commands}
+python -c "from unime_st.tiny.package import package; package('runs/judging', 'unime_st/tiny/model')"
+```
+"""
 
 
 def package(checkpoint: str | Path, output: str | Path) -> Path:
@@ -29,5 +50,22 @@ def package(checkpoint: str | Path, output: str | Path) -> Path:
     SentenceTransformer(modules=[transformer, pooling, Normalize()]).save_pretrained(str(output))
     # The embedder's weights lack the head; the whole model serves as embedder, judge and reranker alike.
     AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(output)
-    shutil.copy(Path(checkpoint) / "log.jsonl", output / "pretraining.jsonl")
+    shutil.copy(Path(checkpoint) / "log.jsonl", output / LOG)
+    (output / "README.md").write_text(_card(output / LOG), encoding="utf-8")
     return output
+
+
+def _card(log: Path) -> str:
+    """Model card with the commands that made the weights, from what they logged."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    commands = [
+        " ".join(
+            [
+                "python train_scripts/pretrain_tiny.py",
+                *(f"--{k} {v}" for k, v in entry["arguments"].items() if v != ""),
+            ]
+        )
+        for entry in entries
+        if "arguments" in entry
+    ]
+    return CARD.format(commands="\n".join(commands))

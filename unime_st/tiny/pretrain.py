@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -119,8 +120,10 @@ def pretrain(arguments: PretrainArguments) -> Path:
     logger.info(
         "Training %s parameters for %d steps.", f"{sum(p.numel() for p in model.parameters()):,}", arguments.steps
     )
+    if arguments.start and (log := Path(arguments.start) / "log.jsonl").is_file():
+        shutil.copy(log, output / "log.jsonl")  # the whole history stays with the weights
     last = arguments.stop_after if arguments.stop_after > 0 else arguments.steps
-    with (output / "log.jsonl").open("a") as log:
+    with (output / "log.jsonl").open("a" if arguments.start else "w") as log:
         log.write(json.dumps({"arguments": asdict(arguments)}) + "\n")
         for step, (lesson, batch) in zip(trange(last, desc="pretrain"), lessons):
             for optimizer, peak in zip(optimizers, peaks):

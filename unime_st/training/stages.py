@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,15 +174,20 @@ def train_soft_labels(arguments: SoftLabelArguments) -> Path:
     return _train_embedder("soft_labels", arguments, rows, records, loss)
 
 
-def _texts(records: RecordSet) -> list[str]:
-    """Ids of the distinct items that are a text and nothing else."""
-    return [item_id for item_id in records.item_ids if records.item(item_id).modality == "text"]
+def _seen_texts(records: RecordSet, arguments: DistillArguments) -> list[str]:
+    """Ids of the texts that training will reach: a teacher of billions of parameters should not embed the rest."""
+    ids = [item_id for item_id in records.item_ids if records.item(item_id).modality == "text"]
+    random.Random(arguments.seed).shuffle(ids)
+    if arguments.max_steps < 0:
+        return ids
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return ids[: arguments.max_steps * arguments.batch_size * arguments.gradient_accumulation_steps * devices]
 
 
 def distill(arguments: DistillArguments) -> Path:
     """UniME stage 1 (arXiv 2504.17432, section 3.1): textual discriminative knowledge distillation.
 
-    The teacher embeds every distinct text once; each text is one training row.
+    The teacher embeds every text that training reaches once; each text is one training row.
 
     Args:
         arguments: Options; ``data`` is a folder of records, of which the texts are used.
@@ -193,7 +200,7 @@ def distill(arguments: DistillArguments) -> Path:
     records = _open(arguments)
 
     def rows() -> Dataset:
-        ids = _texts(records)
+        ids = _seen_texts(records, arguments)
         teacher = SentenceTransformer(arguments.teacher)
         logger.info("distill: the teacher embeds %d texts.", len(ids))
         vectors = teacher.encode([records.item(item_id).text for item_id in ids], show_progress_bar=True)
