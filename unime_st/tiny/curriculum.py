@@ -12,18 +12,28 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from unime_st.data.items import Item
-from unime_st.data.scenes.contrast import INSTRUCTIONS, contrast, picture, scene_for
+from unime_st.data.scenes.contrast import (
+    INSTRUCTIONS,
+    contrast,
+    crop,
+    grounding_target,
+    picture,
+    scene_for,
+    with_instruction,
+    wrong_crop,
+)
 from unime_st.data.scenes.language import (
     POSITIONS,
     all_answers,
     ask,
+    edit,
     full_pattern,
     long_caption,
     noun_phrase,
     short_caption,
 )
 from unime_st.data.scenes.tasks import TRAINING_MIX
-from unime_st.data.scenes.world import Scene, describe, sample_scene
+from unime_st.data.scenes.world import Description, Scene, describe, sample_scene
 
 _TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
 _IGNORE = -100
@@ -45,6 +55,15 @@ CURRICULA = {
         "answer": (0.11, 48),
         "judge_texts": (0.45, 40),
         "judge": (0.20, 64),
+        "judge_long": (0.05, 32),
+        "choose": (0.05, 24),
+    },
+    "comparing": {
+        "describe": (0.04, 64),
+        "describe_long": (0.04, 24),
+        "answer": (0.10, 48),
+        "judge_texts": (0.22, 40),
+        "judge_pictures": (0.50, 32),
         "judge_long": (0.05, 32),
         "choose": (0.05, 24),
     },
@@ -145,6 +164,37 @@ def _judge_texts(rng: random.Random, mix: dict[str, float]) -> Example:
     return Example(images, turns)
 
 
+def _false_scene(description: Description, scene: Scene, rng: random.Random) -> Scene:
+    """A scene of which the description is false: an edit of the true one, or any other of its size."""
+    while True:
+        other = edit(scene, rng)[1] if rng.random() < 0.5 else sample_scene(rng, "train", (len(scene.things),))
+        if not description.true_of(other):
+            return other
+
+
+def _judge_pictures(rng: random.Random, counts: tuple[int, ...]) -> Example:
+    """A caption or an expression, several pictures judged one after the other, each as if alone."""
+    scene = sample_scene(rng, "train", counts)
+    images: list[Image.Image] = []
+    description = describe(scene, rng, 0.5)
+    grounding = len(scene.things) > 1 and rng.random() < 0.35
+    if grounding:
+        thing, words = grounding_target(scene, rng)
+        query = with_instruction("grounding", words, picture(scene, rng))
+    else:
+        query = with_instruction("t2i", short_caption(description, rng))
+    said, turns = f"Query:{_shown(query, images)}", []
+    for _ in range(3):
+        right = rng.random() < 0.5
+        if grounding:
+            candidate = crop(scene, thing, rng) if right else wrong_crop(scene, thing, rng)
+        else:
+            candidate = picture(scene if right else _false_scene(description, scene, rng), rng)
+        turns.append((f"{said}Candidate:{_shown(candidate, images)}{_TURN}", "Yes" if right else "No"))
+        said = ""
+    return Example(images, turns)
+
+
 def _choose(rng: random.Random) -> Example:
     (kind,) = rng.choices(list(_SHORT), list(_SHORT.values()))
     record = contrast(kind, scene_for(kind, rng, "train"), rng)
@@ -165,6 +215,7 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "judge": lambda rng: _judge(rng, _SHORT),
     "judge_long": lambda rng: _judge(rng, _LONG),
     "judge_texts": lambda rng: _judge_texts(rng, _TEXTS),
+    "judge_pictures": lambda rng: _judge_pictures(rng, (2, 2, 2, 3, 3, 4)),
     "choose": _choose,
 }
 
@@ -191,6 +242,9 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
     if curriculum == "judging" and rng.random() < 1.1 - 4 * progress:
         mix = {"classification": 1.0} if progress < 0.1 else {"classification": 0.3, "vqa": 0.7}
         return "judge_texts", [_judge_texts(rng, mix) for _ in range(lessons["judge_texts"][1])]
+    if curriculum == "comparing" and rng.random() < 1.1 - 4 * progress:
+        counts = (1,) if progress < 0.15 else (1, 2, 2)
+        return "judge_pictures", [_judge_pictures(rng, counts) for _ in range(lessons["judge_pictures"][1])]
     return lesson, [_MAKERS[lesson](rng) for _ in range(size)]
 
 

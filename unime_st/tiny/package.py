@@ -10,7 +10,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModelForImageTextToText
 
-
 LOG = "pretraining.jsonl"
 CARD = """---
 library_name: sentence-transformers

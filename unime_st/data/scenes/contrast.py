@@ -92,13 +92,14 @@ def _false_picture(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
                 return short_caption(description, rng), other
 
 
-def _wrong_crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
+def wrong_crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
+    """A crop of another object that looks different, mostly of the same picture."""
     others = [other for other in scene.things if full_pattern(other) != full_pattern(thing)]
     if others and rng.random() < 0.7:
         return crop(scene, rng.choice(others), rng)
     other = scene_for("grounding", rng, scene.split)
     wrong = [candidate for candidate in other.things if full_pattern(candidate) != full_pattern(thing)]
-    return crop(other, rng.choice(wrong), rng) if wrong else _wrong_crop(scene, thing, rng)
+    return crop(other, rng.choice(wrong), rng) if wrong else wrong_crop(scene, thing, rng)
 
 
 def _wrong_label(scene: Scene, rng: random.Random) -> str:
@@ -142,7 +143,7 @@ def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
     if kind == "grounding":
         thing, words = grounding_target(scene, rng)
         return record(
-            with_instruction("grounding", words, seen), crop(scene, thing, rng), _wrong_crop(scene, thing, rng)
+            with_instruction("grounding", words, seen), crop(scene, thing, rng), wrong_crop(scene, thing, rng)
         )
     if kind == "composed":
         words, changed = edit(scene, rng)
