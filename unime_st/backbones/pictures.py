@@ -95,15 +95,19 @@ def prepare_picture(source: Any, rule: ImageRule, side: int | None) -> Image.Ima
         (28, 28)
     """
     picture = open_picture(source)
-    if side is not None:
-        picture = picture.resize((side, side))  # Pillow's default: bicubic, nearest neighbour for palettes
-    if rule.exif:
-        picture = ImageOps.exif_transpose(picture)
-    if rule.alpha == "white" and picture.mode == "RGBA":
-        white = Image.new("RGB", picture.size, (255, 255, 255))
-        white.paste(picture, mask=picture.getchannel("A"))
-        picture = white
-    rgb = picture.convert("RGB")
+    try:
+        if side is not None:
+            picture = picture.resize((side, side))  # Pillow's default: bicubic, nearest neighbour for palettes
+        if rule.exif:
+            picture = ImageOps.exif_transpose(picture)
+        if rule.alpha == "white" and picture.mode == "RGBA":
+            white = Image.new("RGB", picture.size, (255, 255, 255))
+            white.paste(picture, mask=picture.getchannel("A"))
+            picture = white
+        rgb = picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # a PIL image reads its file only now
+        name = getattr(source, "filename", None) or f"of mode {picture.mode} and size {picture.size}"
+        raise BadImageError(f"image {name}: cannot be decoded ({error})") from error
     if rgb is source:
         rgb = rgb.copy()
     rgb.info = {}

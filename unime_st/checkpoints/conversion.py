@@ -79,7 +79,7 @@ def convert(
     source = read_source(folder)
     full = _full_source(source, base)
     family = family_of(full, recipe)
-    ours = _needs_our_classes(recipe, family, image_size)
+    ours = _needs_our_classes(recipe, family, image_size, image_backend)
     with new_folder(target, overwrite=overwrite) as part:
         config = _write_config(part, full, recipe, family, ours, dtype)
         made = _processor(full, processor, recipe, family, ours, image_size, image_backend)
@@ -130,11 +130,16 @@ def _full_source(source: Source, base: str | Path | None) -> Source:
     return full
 
 
-def _needs_our_classes(recipe: Recipe, family: Family, image_size: str | int | None) -> bool:
+def _needs_our_classes(
+    recipe: Recipe, family: Family, image_size: str | int | None, image_backend: str | None
+) -> bool:
     """Whether transformers' own classes cannot do what the recipe and the options ask for."""
-    asked = image_size not in (None, "native", "official")
+    asked = image_size not in (None, "native", "official") or image_backend is not None
     if (recipe.image is not None or asked) and family.module is None:
-        raise ValueError(f"{family.name} has no image rule here: its pictures keep their size. Drop --image-size.")
+        raise ValueError(
+            f"{family.name} has no image rule here: its pictures go to its own image processor as they are. Drop "
+            "--image-size and --image-backend."
+        )
     return recipe.image is not None or recipe.positions != "native" or asked or not family.native
 
 
@@ -189,8 +194,7 @@ def _processor(
         if limits := {key: value for key, value in limits.items() if value is not None}:
             processor.image_processor.size = {**dict(processor.image_processor.size), **limits}
     else:
-        backend = {"backend": image_backend} if image_backend else {}
-        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False, **backend)
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
     text = recipe.read_template()
     if text is not None:
         processor.chat_template, processor.tokenizer.chat_template = text, None
@@ -240,7 +244,9 @@ def _check_weights(part: Path, recipe: Recipe) -> None:
     auto = AutoModelForMultimodalLM if recipe.task == "reranker" else AutoModel
     try:
         with quiet():
-            _, report = auto.from_pretrained(part, device_map="meta", output_loading_info=True)
+            _, report = auto.from_pretrained(
+                part, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"The weights do not fit their configuration: {error}") from error
     problems = [

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from unime_st.checkpoints.folder import MANIFEST
+from unime_st.checkpoints.folder import MANIFEST, quiet
 from unime_st.checkpoints.source import CheckpointError, read_source
-from unime_st.recipes import RECIPES, Recipe
+from unime_st.recipes import RECIPES, Demo, Recipe
 from unime_st.registry import resolve
 
 _LONG = "A long caption that goes on and on about the picture. " * 400
@@ -84,11 +84,13 @@ def verify(
         ("truncation", lambda: _check_truncation(subject)),
         ("batch = single", lambda: _check_batches(subject)),
         ("save = load", lambda: _check_saving(subject, load, folder, full)),
-        ("demo score", lambda: _check_demo(subject, recipe, demo_image)),
     ]
+    if recipe is not None and (demo := recipe.demo) is not None:
+        steps.append(("demo score", lambda: _check_demo(subject, demo, demo_image)))
     for name, step in steps:
         try:
-            checks.append(step())
+            with quiet():
+                checks.append(step())
         except (ValueError, RuntimeError, KeyError, IndexError, TypeError, OSError, AttributeError) as error:
             checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
     return checks
@@ -263,7 +265,7 @@ def _check_batches(subject: _Subject) -> Check:
 def _check_saving(subject: _Subject, load: Callable[[str], Any], folder: Path, full: bool) -> Check:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > _SMALL and not full:
-        return Check("save = load", None, f"not run: it would write {size / 1e9:.0f} GB, ask with --full")
+        return Check("save = load", None, f"it would write {size / 1e9:.0f} GB; ask for it with --full")
     rows = subject.samples()
     with _room_for(size) as parent:
         subject.model.save_pretrained(str(parent))
@@ -291,12 +293,9 @@ class _room_for:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _check_demo(subject: _Subject, recipe: Recipe | None, image: str | Path | None) -> Check:
-    if recipe is None or recipe.demo is None:
-        return Check("demo score", None, "not run: no score was published for this model")
+def _check_demo(subject: _Subject, demo: Demo, image: str | Path | None) -> Check:
     if image is None:
-        return Check("demo score", None, f"not run: give the authors' {recipe.demo.image} with --demo-image")
-    demo = recipe.demo
+        return Check("demo score", None, f"give the authors' picture {demo.image} with --demo-image")
     query = subject.row(demo.image_text, Image.open(image))
     vectors = subject.outputs([query, subject.row(demo.text, None)], 1)
     score = float(vectors[0] @ vectors[1])

@@ -1,0 +1,102 @@
+"""`unime pull` against a hub on this machine, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from local_hub import COMMIT, Hub, local_hub
+from tiny_checkpoints import qwen2_vl
+
+from unime_st.checkpoints import pull
+from unime_st.registry import AliasError
+
+REPOSITORY = "TianchengGu/UniME-V2-Qwen2VL-2B"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen2_vl(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def hub(repository: Path) -> Iterator[Hub]:
+    with local_hub(REPOSITORY, repository) as running:
+        yield running
+
+
+def run(hub: Hub, home: Path, *, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "UNIME_HOME": str(home / "unime"),
+    }
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+    def limit() -> None:
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    command = [sys.executable, "-m", "unime_st.cli", "pull", "unime-v2-2b"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit, check=False)
+
+
+def test_a_broken_download_leaves_nothing_and_goes_on(hub: Hub, tmp_path: Path) -> None:
+    weights = hub.folder / "model.safetensors"
+    hub.break_after = 1000
+    first = run(hub, tmp_path)
+    assert first.returncode == 1
+    assert "could not be fetched" in first.stderr
+    assert "`unime pull unime-v2-2b` fetches it and continues" in first.stderr
+    assert not (tmp_path / "unime" / "models").exists()
+
+    hub.break_after = None
+    hub.requests.clear()
+    second = run(hub, tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert 'SentenceTransformer("unime-v2-2b")' in second.stdout
+    fetched = {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET /Tiancheng")}
+    assert fetched == {"model.safetensors"}, "files that were complete are not fetched again"
+    folder = tmp_path / "unime" / "models" / "unime-v2-2b"
+    cached = next((tmp_path / "hf").rglob("snapshots/*/model.safetensors"))
+    assert (folder / "model.safetensors").samefile(cached), "a link, not a copy"
+    assert (folder / "model.safetensors").read_bytes() == weights.read_bytes()
+    assert f'"revision": "{COMMIT}"' in (folder / "unime.json").read_text()
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.claimed_size = 10**15
+    result = run(hub, tmp_path)
+    assert result.returncode == 1
+    assert "needs 1000000.0 GB more in" in result.stderr
+    assert "Nothing has been downloaded" in result.stderr
+    assert not [request for request in hub.requests if request.startswith("GET /Tiancheng")]
+
+
+def test_a_full_disk_is_named(hub: Hub, tmp_path: Path) -> None:
+    result = run(hub, tmp_path, file_limit=(hub.folder / "model.safetensors").stat().st_size // 2)
+    assert result.returncode == 1
+    assert "failed: File too large. Free some space or set HF_HUB_CACHE" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "unime" / "models").exists()
+
+
+def test_what_is_there_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    folder = tmp_path / "models" / "unime-v2"
+    folder.mkdir(parents=True)
+    assert pull("unime-v2", local_files_only=True) == folder
+
+
+def test_offline_and_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    with pytest.raises(AliasError, match="may not be asked .offline.*`unime pull unime-v1-phi3.5`.*--alias"):
+        pull("unime-v1-phi3.5", local_files_only=True)
+    with pytest.raises(AliasError, match="'unime-v9' is no released model. Released: unime-v2, "):
+        pull("unime-v9")
