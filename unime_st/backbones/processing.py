@@ -159,6 +159,8 @@ class UniMEProcessorMixin:
         The last token is the embedding. Sentence Transformers gives the end of the prompt back to text rows only, so
         without this an over-long row with a picture would be read at some word of its text.
         """
+        if conversation and isinstance(conversation[0], (list, tuple)):
+            conversation = [_flat(chat) for chat in conversation]
         output = super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
         text_kwargs = (kwargs.get("processor_kwargs") or {}).get("text_kwargs") or {}
         if not isinstance(output, BatchFeature) or not text_kwargs.get("truncation"):
@@ -170,6 +172,17 @@ class UniMEProcessorMixin:
             }
             _restore_tails(self, conversation, output, limit, template_kwargs)
         return output
+
+
+def _flat(chat: Any) -> list[dict[str, Any]]:
+    """Undo what Sentence Transformers does to a chat in a batch with other inputs: it wraps it into one more message."""
+    flat = []
+    for message in chat:
+        content = message["content"] if isinstance(message.get("content"), list) else []
+        inner = [part["message"] for part in content if part.get("type") == "message"]
+        for messages in inner or [[message]]:
+            flat += [dict(entry) for entry in messages]
+    return flat
 
 
 def _restore_tails(
