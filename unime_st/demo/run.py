@@ -167,7 +167,7 @@ def _reranker(run: Seed) -> None:
     with run.stage("v2_reranker", "pairwise and listwise answers, learnt from the judged rows") as due:
         if due:
             common = run.common("reranker", "unime-tiny", "rows", a.reranker_steps)
-            common |= {"batch_size": 16, "learning_rate": 1e-3}
+            common |= {"batch_size": 8, "learning_rate": 1e-3}
             stages.train_reranker(options.RerankerArguments(**common, template="tiny", num_negatives=5))
 
 

@@ -25,7 +25,7 @@ Made by these commands; loss and accuracy of every kind of lesson are in `pretra
 
 ```
 {commands}
-python -c "from unime_st.tiny.package import package; package('runs/judging', 'unime_st/tiny/model')"
+python -c "from unime_st.tiny.package import package; package('runs/comparing', 'unime_st/tiny/model')"
 ```
 """
 
