@@ -1,0 +1,72 @@
+"""The command line: words in, exit status and messages out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from tiny_checkpoints import qwen2_vl
+
+from unime_st.cli import COMMANDS, main
+
+
+def test_convert_and_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+    source = qwen2_vl(tmp_path)
+    words = ["convert", str(source), "--recipe", "unime-v2-2b", "--alias", "unime-v2-2b", "--image-size", "56"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "home" / "models" / "unime-v2-2b")
+    assert SentenceTransformer("unime-v2-2b", device="cpu").encode("a").shape == (32,)
+    assert main(words) == 1
+    assert "Choose another --output or --alias, or add --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["verify", "unime-v2-2b", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("ok  ") == 9
+    assert "FAILED" not in table
+    (tmp_path / "home" / "models" / "unime-v2-2b" / "chat_template.jinja").write_text(
+        "{{ messages[0].content[0].text }}"
+    )
+    assert main(["verify", "unime-v2-2b"]) == 1
+    assert "FAILED   template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["convert", "no/where", "--recipe", "unime-v2", "--output", "out"], "unime convert: No folder no/where"),
+        (["convert", ".", "--recipe", "nothing", "--output", "out"], "No recipe 'nothing'. Use one of: unime-v2"),
+        (["convert", ".", "--recipe", "unime-v2", "--alias", "../x"], "'../x' cannot be an alias"),
+        (["verify", "unime-nothing"], "Unknown model 'unime-nothing'"),
+        (["pull", "unime-nothing"], "is no released model"),
+    ],
+)
+def test_errors_are_one_line(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.strip().split("\n")) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["nothing"], ["convert", "x", "--recipe", "unime-v2"], ["pull"]])
+def test_wrong_calls(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: unime" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert COMMANDS[name].help in capsys.readouterr().out

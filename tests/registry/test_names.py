@@ -1,0 +1,153 @@
+"""What a model name stands for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tiny_checkpoints import qwen2_5_vl, qwen2_vl
+from transformers import AutoModel
+
+import unime_st
+from unime_st.checkpoints import convert
+from unime_st.registry import AliasError, check_alias, home, is_alias, known_aliases, local_folder, resolve
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "models"
+
+
+def native(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "modules.json").write_text("[]")
+    return folder
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    assert home() == tmp_path
+    monkeypatch.delenv("UNIME_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert home() == tmp_path / "cache" / "unime"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert home().parts[-3:] == ("Library", "Caches", "unime")
+
+
+def test_order_of_resolution(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside_package = resolve("unime-tiny")
+    assert inside_package.parts[-2:] == ("tiny", "model")
+    in_home = native(models / "unime-tiny")
+    assert resolve("unime-tiny") == in_home
+    native(tmp_path / "unime-tiny")
+    assert resolve("unime-tiny") == Path("unime-tiny")
+    own = native(models / "my-model")
+    assert resolve("my-model") == own
+    assert "my-model" in known_aliases()
+    assert resolve(str(own)) == own
+
+
+def test_what_is_ours(models: Path) -> None:
+    native(models / "mine")
+    assert [is_alias(name) for name in ("unime-v2", "unime-typo", "mine")] == [True, True, True]
+    assert [is_alias(name) for name in ("all-MiniLM-L6-v2", "org/unime-v2", "./unime-v2", "")] == [False] * 4
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", "", "a b", "-x"])
+def test_an_alias_stays_in_its_folder(name: str) -> None:
+    with pytest.raises(AliasError, match="cannot be an alias"):
+        check_alias(name)
+    with pytest.raises(AliasError):
+        local_folder(name)
+
+
+def test_errors_name_the_way_out(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        AliasError, match="Unknown model 'unime-v3'. Known aliases: .*unime-v2-2b.*`unime convert FOLDER"
+    ):
+        SentenceTransformer("unime-v3")
+    with pytest.raises(
+        AliasError, match="not on this machine.*`unime pull unime-v2`.*unime convert FOLDER --recipe unime-v2"
+    ):
+        SentenceTransformer("unime-v2", local_files_only=True)
+    with pytest.raises(AliasError, match="No folder 'no/such/thing', and it is not an alias"):
+        resolve("no/such/thing")
+    (models / "unime-v2-7b").mkdir(parents=True)
+    with pytest.raises(AliasError, match="no modules.json.. Make it again: `unime pull unime-v2-7b`"):
+        resolve("unime-v2-7b")
+    folder = native(models / "unime-v2-2b")
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+    with pytest.raises(AliasError, match="weights link to files that are gone .model.safetensors.*--overwrite"):
+        CrossEncoder("unime-v2-2b")
+
+
+def test_aliases_load_in_the_plain_classes(models: Path, tmp_path: Path) -> None:
+    for build, recipe in ((qwen2_vl, "unime-v2-2b"), (qwen2_5_vl, "unime-v2-reranker")):
+        (tmp_path / recipe).mkdir()
+        convert(build(tmp_path / recipe), recipe, alias=recipe, image_size=56)
+    assert SentenceTransformer("unime-v2-2b", device="cpu").encode(["a"]).shape == (1, 32)
+    assert len(CrossEncoder("unime-v2-reranker", device="cpu").rank("a", ["b", "c"])) == 2
+    assert type(AutoModel.from_pretrained(local_folder("unime-v2-2b"))).__name__ == "UniMEQwen2VLModel"
+
+
+def test_other_names_still_go_to_the_hub() -> None:
+    with pytest.raises(OSError, match="sentence-transformers/no-such-model-of-ours|huggingface"):
+        SentenceTransformer("no-such-model-of-ours", local_files_only=True)
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        env={**os.environ, "UNIME_ST_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_light_and_idempotent() -> None:
+    heavy = "[m for m in ('torch', 'transformers', 'sentence_transformers', 'mteb', 'mteb_tasks', 'PIL') if m in sys.modules]"
+    assert python(f"import sys, unime_st; unime_st.register(); print({heavy}, len(sys.meta_path))") == python(
+        f"import sys, unime_st; print({heavy}, len(sys.meta_path))"
+    )
+    assert python(f"import sys, unime_st; print({heavy})") == "[]"
+
+
+def test_auto_classes_are_taught_before_their_first_use(models: Path, tmp_path: Path) -> None:
+    folder = convert(qwen2_vl(tmp_path), "unime-v2-2b", output=tmp_path / "out", image_size=56)
+    code = (
+        "import unime_st\nfrom transformers import AutoProcessor\n"
+        f"print(type(AutoProcessor.from_pretrained({str(folder)!r})).__name__)"
+    )
+    assert python(code) == "UniMEQwen2VLProcessor"
+
+
+def test_loud_without_the_package_and_fine_after_its_import(models: Path, tmp_path: Path) -> None:
+    folder = convert(qwen2_vl(tmp_path), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+    code = (
+        "from sentence_transformers import SentenceTransformer\n"
+        f"try: SentenceTransformer({str(folder)!r})\n"
+        "except ValueError as error: print(str(error)[:110])\n"
+        "import unime_st\n"
+        "print(SentenceTransformer('unime-v2-2b', device='cpu').encode('a').shape)"
+    )
+    failure, shape = python(code, UNIME_HOME=str(models.parent)).split("\n")
+    assert "model type `unime_qwen2_vl` but Transformers does not recognize" in failure
+    assert shape == "(32,)"
+
+
+def test_lazy_names() -> None:
+    assert unime_st.UniME.__name__ == "UniME"
+    assert unime_st.Item.__name__ == "Item"
+    assert unime_st.UniMEReranker.__name__ == "UniMEReranker"
+    with pytest.raises(AttributeError, match="'nothing'"):
+        unime_st.nothing  # noqa: B018
