@@ -90,8 +90,9 @@ def test_the_shipped_weights_see_and_judge() -> None:
 def test_pretraining_and_packaging_from_scratch(tmp_path: Path) -> None:
     checkpoint = pretrain(PretrainArguments(output=str(tmp_path / "checkpoint"), steps=2, log_every=1))
     lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["arguments"]["steps"] == 2 and [line["step"] for line in lines[1:]] == [1, 2]
     folder = package(checkpoint, tmp_path / "model")
+    assert "pretrain_tiny.py" in (folder / "README.md").read_text()
     generator = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     prompt = processor.apply_chat_template(

@@ -22,6 +22,7 @@ from unime_st.judging.stage import Scores
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.offline import run_judge, run_mine
+from unime_st.training.run import last_whole_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"model": "unime-tiny", "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "lora_dropout": 0.0}
@@ -133,6 +134,16 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> 
         for name in ("whole", "cut")
     )
     assert len(whole) == 16 and cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
+    for step, state in ((2, "{}"), (10, '{"global_step": 1'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert last_whole_checkpoint(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize(("option", "message"), [("data", "data is missing"), ("output", "output is missing")])

@@ -19,7 +19,6 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.training.arguments import TrainArguments
@@ -58,6 +57,23 @@ def merge_lora(model: BaseModel) -> None:
                 child.merge()
                 setattr(module, name, child.get_base_layer())
     transformer._hf_peft_config_loaded = False
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; half-written ones, of a killed run, are removed.
+
+    The trainer writes ``trainer_state.json`` last.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and removed.", checkpoint)
+            shutil.rmtree(checkpoint)
+        else:
+            return str(checkpoint)
+    return None
 
 
 class _StopOnDivergence(TrainerCallback):
@@ -147,7 +163,7 @@ def run_stage(
         data_collator=collator(model),
         callbacks=[_StopOnDivergence()],
     )
-    checkpoint = get_last_checkpoint(trainer.args.output_dir) if (output / CHECKPOINTS).is_dir() else None
+    checkpoint = last_whole_checkpoint(output / CHECKPOINTS)
     logger.info("%s: %d rows%s.", stage, len(rows), f", going on from {checkpoint}" if checkpoint else "")
     trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.lora_rank:
