@@ -121,6 +121,19 @@ def test_foreign_family(copy: Path, tmp_path: Path) -> None:
         convert(copy, "unime-v2-2b", output=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("internvl_chat", "publisher's own layout; transformers reads the repositories that end in -hf"),
+        ("idefics3", "no recipe of its own for it; --recipe bare works"),
+    ],
+)
+def test_other_layouts_and_families_have_a_way(copy: Path, tmp_path: Path, kind: str, says: str) -> None:
+    (copy / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=says):
+        convert(copy, "unime-v2-2b", output=tmp_path / "out")
+
+
 def test_no_folder_and_no_target(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(CheckpointError, match="No folder .*missing.*unime pull ALIAS"):
         convert(tmp_path / "missing", "unime-v2-2b", output=tmp_path / "out")

@@ -132,5 +132,6 @@ FAMILIES: dict[str, Family] = {
         Family(name="qwen3_vl", model_types=("qwen3_vl",)),
         Family(name="internvl", model_types=("internvl",)),
         Family(name="smolvlm", model_types=("smolvlm",)),
+        Family(name="any", model_types=()),
     )
 }

@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from unime_st.backbones.families import FAMILIES, Family
 from unime_st.recipes import RECIPES, Recipe
 
+_ELSEWHERE = {
+    "internvl_chat": "the repositories that end in -hf, e.g. OpenGVLab/InternVL3-8B-hf",
+    "llava_mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_qwen": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -163,6 +170,8 @@ def family_of(source: Source, recipe: Recipe) -> Family:
     family = FAMILIES[recipe.family]
     if source.model_type in (*family.model_types, f"unime_{family.name}"):
         return family
+    if family.name == "any" and source.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return family
     fitting = [
         name
         for name, other in RECIPES.items()
@@ -170,6 +179,10 @@ def family_of(source: Source, recipe: Recipe) -> Family:
     ]
     if fitting:
         hint = f"Recipes for it: {', '.join(fitting)}."
+    elif source.model_type in _ELSEWHERE:
+        hint = f"This is its publisher's own layout; transformers reads {_ELSEWHERE[source.model_type]}."
+    elif source.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        hint = "There is no recipe of its own for it; --recipe bare works."
     else:
         known = sorted({kind for row in FAMILIES.values() for kind in row.model_types})
         hint = f"Families that can be converted: {', '.join(known)}."

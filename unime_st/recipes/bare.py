@@ -26,5 +26,7 @@ BARE: dict[str, Recipe] = {
         _bare("internvl3", "internvl", "InternVL3"),
         _bare("smolvlm", "smolvlm", "SmolVLM"),
         _bare("phi3.5-v", "phi3_v", "Phi-3.5-Vision"),
+        # Whatever else transformers loads as image-text-to-text.
+        _bare("bare", "any", "Vision-language backbone"),
     )
 }
