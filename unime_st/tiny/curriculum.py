@@ -243,8 +243,8 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
         mix = {"classification": 1.0} if progress < 0.1 else {"classification": 0.3, "vqa": 0.7}
         return "judge_texts", [_judge_texts(rng, mix) for _ in range(lessons["judge_texts"][1])]
     if curriculum == "comparing" and rng.random() < 1.1 - 4 * progress:
-        counts = (1,) if progress < 0.15 else (1, 2, 2)
-        return "judge_pictures", [_judge_pictures(rng, counts) for _ in range(lessons["judge_pictures"][1])]
+        few = (1,) if progress < 0.15 else (1, 2, 2)
+        return "judge_pictures", [_judge_pictures(rng, few) for _ in range(lessons["judge_pictures"][1])]
     return lesson, [_MAKERS[lesson](rng) for _ in range(size)]
 
 

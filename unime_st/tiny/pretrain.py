@@ -120,8 +120,8 @@ def pretrain(arguments: PretrainArguments) -> Path:
     logger.info(
         "Training %s parameters for %d steps.", f"{sum(p.numel() for p in model.parameters()):,}", arguments.steps
     )
-    if arguments.start and (log := Path(arguments.start) / "log.jsonl").is_file():
-        shutil.copy(log, output / "log.jsonl")  # the whole history stays with the weights
+    if arguments.start and (history := Path(arguments.start) / "log.jsonl").is_file():
+        shutil.copy(history, output / "log.jsonl")  # the whole history stays with the weights
     last = arguments.stop_after if arguments.stop_after > 0 else arguments.steps
     with (output / "log.jsonl").open("a" if arguments.start else "w") as log:
         log.write(json.dumps({"arguments": asdict(arguments)}) + "\n")
