@@ -52,9 +52,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("folder", help="local checkpoint: a whole model, or a LoRA/DoRA adapter")
     parser.add_argument("--recipe", required=True, metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", metavar="DIR", help="folder to write")
-    target.add_argument("--alias", help="name to load it by; writes $UNIME_HOME/models/ALIAS")
+    target.add_argument("--alias", help="name to load it by (default NAME); writes $UNIME_HOME/models/ALIAS")
     parser.add_argument("--base", metavar="DIR", help="folder of the base model, for an adapter")
     parser.add_argument(
         "--processor", metavar="DIR", help="folder of tokenizer and image processor, if FOLDER has none"

@@ -21,14 +21,16 @@ class Hub:
     Attributes:
         url: For ``HF_ENDPOINT``.
         requests: ``"GET /path"`` of every request, with ``[from N]`` where it continued a download.
-        break_after: Bytes after which every download of the weights breaks off, None for never.
+        hold: Send half of the weights and then nothing more, until the client is gone.
+        half_sent: Set when that has happened.
         claimed_size: Size that the listing gives for the weights, None for the true one.
     """
 
     def __init__(self, repository: str, folder: Path) -> None:
         self.repository, self.folder = repository, folder
         self.requests: list[str] = []
-        self.break_after: int | None = None
+        self.hold = False
+        self.half_sent = threading.Event()
         self.claimed_size: int | None = None
         self.url = ""
 
@@ -94,11 +96,12 @@ def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             self.end_headers()
             if not body:
                 return None
-            if path.suffix == ".safetensors" and hub.break_after is not None:
-                self.wfile.write(content[start : start + hub.break_after])
+            if path.suffix == ".safetensors" and hub.hold:
+                self.wfile.write(content[start : start + len(content) // 2])
                 self.wfile.flush()
+                hub.half_sent.set()
+                self.connection.recv(1)  # returns when the client has gone
                 self.close_connection = True
-                self.connection.close()
                 return None
             self.wfile.write(content[start:])
             return None
@@ -117,6 +120,7 @@ def local_hub(repository: str, folder: Path) -> Iterator[Hub]:
     """Serve ``folder`` as ``repository``."""
     hub = Hub(repository, folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
+        server.handle_error = lambda *_: None  # a killed client is no error
         hub.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield hub

@@ -137,8 +137,8 @@ def test_other_layouts_and_families_have_a_way(copy: Path, tmp_path: Path, kind:
 def test_no_folder_and_no_target(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(CheckpointError, match="No folder .*missing.*unime pull ALIAS"):
         convert(tmp_path / "missing", "unime-v2-2b", output=tmp_path / "out")
-    with pytest.raises(ValueError, match="--output.*--alias"):
-        convert(copy, "unime-v2-2b")
+    with pytest.raises(ValueError, match="--output.*--alias.*not both"):
+        convert(copy, "unime-v2-2b", output=tmp_path / "out", alias="x")
     with pytest.raises(ValueError, match="No recipe 'nothing'"):
         convert(copy, "nothing", output=tmp_path / "out")
 

@@ -63,6 +63,8 @@ def test_folder(bare: Get, native: Get, name: str) -> None:
     assert (folder / "model.safetensors").samefile(source / "model.safetensors"), "weights are linked"
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     assert model_type.startswith("unime_") == name.startswith("unime-")
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert ("unime-st" in settings.get("requirements", {})) == name.startswith("unime-")
     card = (folder / "README.md").read_text()
     assert "library_name: sentence-transformers" in card
     assert ("arXiv" in card) == name.startswith("unime-")

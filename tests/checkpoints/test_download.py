@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,35 +31,40 @@ def hub(repository: Path) -> Iterator[Hub]:
         yield running
 
 
-def run(hub: Hub, home: Path, *, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home / "hf"),
-        "UNIME_HOME": str(home / "unime"),
-    }
-    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+COMMAND = [sys.executable, "-m", "unime_st.cli", "pull", "unime-v2-2b"]
 
+
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "UNIME_HOME": str(home / "unime")}
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return {**os.environ, **ours, **quiet}
+
+
+def run(endpoint: str, home: Path, *, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
     def limit() -> None:
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
-    command = [sys.executable, "-m", "unime_st.cli", "pull", "unime-v2-2b"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit, check=False)
+    return subprocess.run(
+        COMMAND, env=environment(endpoint, home), capture_output=True, text=True, preexec_fn=limit, check=False
+    )
 
 
-def test_a_broken_download_leaves_nothing_and_goes_on(hub: Hub, tmp_path: Path) -> None:
-    weights = hub.folder / "model.safetensors"
-    hub.break_after = 1000
-    first = run(hub, tmp_path)
-    assert first.returncode == 1
-    assert "could not be fetched" in first.stderr
-    assert "`unime pull unime-v2-2b` fetches it and continues" in first.stderr
+def test_a_killed_download_leaves_nothing_and_goes_on(hub: Hub, tmp_path: Path) -> None:
+    hub.hold = True
+    with subprocess.Popen(COMMAND, env=environment(hub.url, tmp_path), stderr=subprocess.DEVNULL) as process:
+        assert hub.half_sent.wait(60)
+        small = {path.name for path in hub.files()} - {"model.safetensors"}
+        deadline = time.monotonic() + 60
+        while (complete := {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}) != small:
+            assert time.monotonic() < deadline, complete
+            time.sleep(0.05)
+        process.kill()
     assert not (tmp_path / "unime" / "models").exists()
 
-    hub.break_after = None
+    hub.hold = False
     hub.requests.clear()
-    second = run(hub, tmp_path)
+    second = run(hub.url, tmp_path)
     assert second.returncode == 0, second.stderr
     assert 'SentenceTransformer("unime-v2-2b")' in second.stdout
     fetched = {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET /Tiancheng")}
@@ -66,13 +72,21 @@ def test_a_broken_download_leaves_nothing_and_goes_on(hub: Hub, tmp_path: Path) 
     folder = tmp_path / "unime" / "models" / "unime-v2-2b"
     cached = next((tmp_path / "hf").rglob("snapshots/*/model.safetensors"))
     assert (folder / "model.safetensors").samefile(cached), "a link, not a copy"
-    assert (folder / "model.safetensors").read_bytes() == weights.read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (hub.folder / "model.safetensors").read_bytes()
     assert f'"revision": "{COMMIT}"' in (folder / "unime.json").read_text()
+
+
+def test_no_network(tmp_path: Path) -> None:
+    result = run("http://127.0.0.1:9", tmp_path)  # the discard port: nobody listens
+    assert result.returncode == 1
+    assert "could not be fetched from TianchengGu/UniME-V2-Qwen2VL-2B" in result.stderr
+    assert "`unime pull unime-v2-2b` fetches it" in result.stderr
+    assert "unime convert FOLDER --recipe unime-v2-2b --alias unime-v2-2b" in result.stderr
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
     hub.claimed_size = 10**15
-    result = run(hub, tmp_path)
+    result = run(hub.url, tmp_path)
     assert result.returncode == 1
     assert "needs 1000000.0 GB more in" in result.stderr
     assert "Nothing has been downloaded" in result.stderr
@@ -80,7 +94,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(hub: Hub, tmp_path:
 
 
 def test_a_full_disk_is_named(hub: Hub, tmp_path: Path) -> None:
-    result = run(hub, tmp_path, file_limit=(hub.folder / "model.safetensors").stat().st_size // 2)
+    result = run(hub.url, tmp_path, file_limit=(hub.folder / "model.safetensors").stat().st_size // 2)
     assert result.returncode == 1
     assert "failed: File too large. Free some space or set HF_HUB_CACHE" in result.stderr
     assert "Traceback" not in result.stderr

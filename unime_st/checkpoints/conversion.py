@@ -46,8 +46,9 @@ def convert(
     Args:
         folder: Full model, or LoRA/DoRA adapter, in transformers' or peft's layout.
         recipe: Name of a recipe (:data:`unime_st.recipes.RECIPES`) or a recipe.
-        output: Folder to write. Give this or ``alias``.
+        output: Folder to write.
         alias: Name under which ``SentenceTransformer(alias)`` finds the model; writes ``$UNIME_HOME/models/<alias>``.
+            Default without ``output`` is the name of the recipe.
         base: Folder of the base model, for an adapter.
         processor: Folder of tokenizer and image processor, where ``folder`` (or ``base``) has none.
         image_size: ``"official"`` (default), ``"training"``, ``"native"``, or the side of a square in pixels.
@@ -69,9 +70,11 @@ def convert(
     Example:
         >>> convert("UniME-V2-Qwen2VL-2B", "unime-v2-2b", alias="unime-v2-2b")       # doctest: +SKIP
     """
-    if (output is None) == (alias is None):
-        raise ValueError("Give either an output folder (--output) or a name (--alias).")
+    if output is not None and alias is not None:
+        raise ValueError("Give an output folder (--output) or a name (--alias), not both.")
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if output is None and alias is None:
+        alias = recipe.name
     if template is not None:
         recipe = replace(recipe, template=str(Path(template).resolve()))
     target = local_folder(alias) if alias is not None else Path(output)  # type: ignore[arg-type]
@@ -99,6 +102,7 @@ def convert(
             dimension=int(config.get_text_config().hidden_size),
             processing_kwargs=_processing_kwargs(recipe, ours, style, made),
             yes_no_ids=_answer_ids(made.tokenizer, recipe) if recipe.task == "reranker" else None,
+            ours=ours,
         )
         manifest = {
             "recipe": recipe.name,

@@ -127,6 +127,7 @@ def write_modules(
     dimension: int,
     processing_kwargs: dict[str, Any],
     yes_no_ids: tuple[int, int] | None,
+    ours: bool,
 ) -> None:
     """Write ``modules.json`` and the configuration of every module.
 
@@ -136,12 +137,13 @@ def write_modules(
         dimension: Width of the hidden states.
         processing_kwargs: What Sentence Transformers passes to the processor by default.
         yes_no_ids: Token ids of the two answers, for a reranker.
+        ours: Whether the folder needs classes of this package; Sentence Transformers then says so where it is missing.
 
     Raises:
         ValueError: A reranker comes without answer tokens.
 
     Example:
-        >>> write_modules(folder, recipe, dimension=64, processing_kwargs={}, yes_no_ids=None)   # doctest: +SKIP
+        >>> write_modules(folder, recipe, dimension=64, processing_kwargs={}, yes_no_ids=None, ours=False)  # doctest: +SKIP
     """
     reranker = recipe.task == "reranker"
     output = "logits" if reranker else "last_hidden_state"
@@ -191,6 +193,9 @@ def write_modules(
         "prompts": dict(recipe.prompts),
         "default_prompt_name": None,
     }
+    if ours:
+        reason = "It holds the model class and the image rule of this model."
+        settings["requirements"] = {"unime-st": {"specifier": ">=0.1", "reason": reason}}
     if reranker:
         settings["activation_fn"] = "torch.nn.modules.activation.Sigmoid"
     else:
