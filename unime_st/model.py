@@ -31,12 +31,13 @@ class UniME(SentenceTransformer):
         **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`.
 
     Raises:
-        ValueError: The folder is a vision-language checkpoint without ``modules.json``.
+        ValueError: The folder is a vision-language checkpoint without ``modules.json``, or ``image_size`` is given for a
+            model without an image rule.
 
     Example:
         >>> from unime_st import UniME
-        >>> model = UniME("unime-tiny")                                              # doctest: +SKIP
-        >>> model.encode([{"text": "a red circle"}]).shape                           # doctest: +SKIP
+        >>> model = UniME("unime-tiny")
+        >>> model.encode([{"text": "a red circle"}]).shape
         (1, 128)
     """
 
@@ -48,6 +49,11 @@ class UniME(SentenceTransformer):
         super().__init__(
             str(model_name_or_path) if isinstance(model_name_or_path, Path) else model_name_or_path, **kwargs
         )
+        if image_size is not None and not hasattr(self.processor, "image_rule"):
+            raise ValueError(
+                f"{model_name_or_path} has no image rule, so image_size={image_size!r} would have no effect. Convert it "
+                "with `unime convert ... --image-size`, or leave image_size out."
+            )
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         config = AutoConfig.from_pretrained(
@@ -77,7 +83,9 @@ class UniME(SentenceTransformer):
             Features; ``batch_num_images``, where there is one, counts the images of every row.
 
         Example:
-            >>> features = model.preprocess([{"text": "a red circle"}])              # doctest: +SKIP
+            >>> features = UniME("unime-tiny").preprocess([{"text": "a red circle"}])
+            >>> features["input_ids"].shape[0]
+            1
         """
         features = super().preprocess(inputs, prompt=prompt, **kwargs)
         if "batch_num_images" in features and "num_images_per_sample" in features:
@@ -96,7 +104,7 @@ class UniME(SentenceTransformer):
             Array of shape ``(n, dim)``, or ``(dim,)`` for one input.
 
         Example:
-            >>> model.encode(["a red circle"], truncate_dim=32).shape                # doctest: +SKIP
+            >>> UniME("unime-tiny").encode(["a red circle"], truncate_dim=32).shape
             (1, 32)
         """
         if kwargs.get("truncate_dim") is not None or self.truncate_dim is not None:

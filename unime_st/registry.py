@@ -128,7 +128,7 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
         AliasError: Nothing was found; the message says which command helps.
 
     Example:
-        >>> resolve("unime-tiny").name                                               # doctest: +SKIP
+        >>> resolve("unime-tiny").name
         'model'
     """
     if Path(name).is_dir():

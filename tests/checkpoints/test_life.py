@@ -176,6 +176,8 @@ def test_unime_class(native: Get, bare: Get) -> None:
     squares = [UniME(native("unime-v2-2b"), device="cpu", image_size=size) for size in (56, "native")]
     counts = [square.preprocess([picture(200, 90)])["input_ids"].shape[1] for square in squares]
     assert counts[0] == 4 < counts[1]
+    with pytest.raises(ValueError, match="has no image rule, so image_size=56 would have no effect"):
+        UniME("unime-tiny", device="cpu", image_size=56)
     with pytest.raises(ValueError, match="bare qwen2_vl checkpoint .*`unime convert"):
         UniME(bare("qwen2-vl"), device="cpu")
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def verify(
         unime_st.registry.AliasError: The alias stands for nothing here.
 
     Example:
-        >>> all(check.passed for check in verify("unime-tiny"))                      # doctest: +SKIP
+        >>> all(check.passed for check in verify("unime-tiny"))
         True
     """
     folder = resolve(alias_or_folder)
@@ -274,23 +275,15 @@ def _check_saving(subject: _Subject, load: Callable[[str], Any], folder: Path, f
     return Check("save = load", worst == 0.0, f"largest difference {worst:.1e}")
 
 
-class _room_for:
-    """A temporary folder on a disk with enough space."""
-
-    def __init__(self, size: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="unime-verify-"))
-        free = shutil.disk_usage(self._folder).free
+@contextmanager
+def _room_for(size: int) -> Iterator[Path]:
+    """Give a temporary folder on a disk with enough space."""
+    with tempfile.TemporaryDirectory(prefix="unime-verify-") as folder:
+        free = shutil.disk_usage(folder).free
         if free < 1.1 * size:
-            shutil.rmtree(self._folder)
-            raise OSError(
-                f"{size / 1e9:.1f} GB are needed in {self._folder.parent}, {free / 1e9:.1f} GB are free; set TMPDIR"
-            )
-
-    def __enter__(self) -> Path:
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+            where = Path(folder).parent
+            raise OSError(f"{size / 1e9:.1f} GB are needed in {where}, {free / 1e9:.1f} GB are free; set TMPDIR")
+        yield Path(folder)
 
 
 def _check_demo(subject: _Subject, demo: Demo, image: str | Path | None) -> Check:

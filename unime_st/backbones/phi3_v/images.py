@@ -59,7 +59,7 @@ class UniMEPhi3VImageProcessor(BaseImageProcessor):
 
         Example:
             >>> UniMEPhi3VImageProcessor(num_crops=16).grid(1000, 200)
-            (1, 8)
+            (2, 8)
         """
         long, short = max(width, height), min(width, height)
         columns, scaled = self._scaled(long / short)
