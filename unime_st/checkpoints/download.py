@@ -50,7 +50,7 @@ def pull(
 
     Example:
         >>> pull("unime-v2-2b")                                                      # doctest: +SKIP
-        PosixPath('/home/me/.cache/unime/models/unime-v2-2b')
+        PosixPath('.../unime/models/unime-v2-2b')
     """
     if alias not in RELEASED:
         raise AliasError(f"{alias!r} is no released model. Released: {', '.join(RELEASED)}.")

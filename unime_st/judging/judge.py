@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sentence_transformers.util import batch_to_device
 from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
+from unime_st.encoding import weights_fingerprint
 from unime_st.judging.features import Encoded, pair_encoder
 from unime_st.judging.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
 from unime_st.judging.prompts import ItemLike, as_item, check_template, load_template, prompt_hash
@@ -159,7 +159,7 @@ class LocalJudge:
         self._answer_ids = answer_ids
         self._encoder = pair_encoder(transformer, source, size, cache_bytes)
         self.name = name or Path(transformer.config.name_or_path or "model").name
-        self.revision = getattr(transformer.config, "_commit_hash", None) or _weights_hash(self.model)
+        self.revision = getattr(transformer.config, "_commit_hash", None) or weights_fingerprint(self.model)
         tokenizer: Any = transformer.tokenizer
         answers = tokenizer.convert_ids_to_tokens(self._answer_ids)
         self.prompt_hash = prompt_hash(source, answers, sorted(self._encoder.options.items()))
@@ -278,12 +278,3 @@ def _evaluating(model: CrossEncoder) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _weights_hash(model: CrossEncoder) -> str:
-    """Tell local checkpoints of one name apart by a few numbers of every tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
