@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
@@ -209,7 +209,7 @@ def mean_scores(score_of: Mapping[str, float]) -> dict[str, float]:
     groups["ood"] = [subset for subset in SUBSETS if subset.out_of_domain]
     groups |= {meta: [subset for subset in SUBSETS if subset.meta == meta] for meta in META_TASKS}
     found = {name: [score_of[s.name] for s in group if s.name in score_of] for name, group in groups.items()}
-    return {name: float(np.mean(scores)) for name, scores in found.items() if scores}
+    return {name: statistics.fmean(scores) for name, scores in found.items() if scores}
 
 
 class MMEB(AbsTaskAggregate):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -24,17 +23,10 @@ from unime_st.checkpoints.verification import picture
 
 Get = Callable[[str], Path]
 ROWS: list[Any] = ["a cat", {"image": picture(), "text": "What?"}, {"image": picture(60, 90)}, {"text": "word " * 9}]
-WITHOUT_EXTRAS = {"smolvlm": "num2words"}
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_bare_backbones_pool_the_last_token(bare: Get, native: Get, tmp_path: Path, name: str) -> None:
-    missing = WITHOUT_EXTRAS.get(name)
-    if missing and importlib.util.find_spec(missing) is None:
-        # transformers needs one more package for this family; without it the message must say so.
-        with pytest.raises(ImportError, match=f"pip install {missing}"):
-            bare(name)
-        return
     model = SentenceTransformer(str(native(name)), device="cpu")
     assert model[1].pooling_mode == "lasttoken"
     assert model.processor.tokenizer.padding_side == "left"

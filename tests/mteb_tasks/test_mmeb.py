@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import mteb
@@ -44,10 +45,13 @@ class Noisy:
         texts, images = batch.get("text"), batch.get("image")
         rows = len(texts if texts is not None else images)
         seeds = [
-            hash((texts[row] if texts is not None else "", images[row].tobytes() if images is not None else b""))
+            zlib.crc32(
+                (texts[row] if texts is not None else "").encode()
+                + (images[row].tobytes() if images is not None else b"")
+            )
             for row in range(rows)
         ]
-        return np.stack([np.random.default_rng(abs(seed)).normal(size=16) for seed in seeds])
+        return np.stack([np.random.default_rng(seed).normal(size=16) for seed in seeds])
 
     def similarity(self, a, b):
         a, b = np.asarray(a), np.asarray(b)
@@ -217,7 +221,10 @@ def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch
     cache = mteb.ResultCache(tmp_path / "results")
     first = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
     again = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
-    assert first == again
+    assert again.pop("left_out") == first.pop("left_out")
+    numbers = {name for name, value in first.items() if isinstance(value, float)}
+    assert "mean" in numbers  # mteb rounds the numbers that it writes
+    assert again == {**first, **{name: pytest.approx(first[name], abs=1e-6) for name in numbers}}
     stale = MMEB()
     _rewrite(one, lambda rows: rows.pop(), name="CIRR")
     changed = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
