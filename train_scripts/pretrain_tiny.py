@@ -1,6 +1,6 @@
 """Pre-train the embedded default `unime-tiny` on drawn scenes.
 
-python train_scripts/pretrain_tiny.py train_scripts/configs/pretrain_tiny.yaml [--option value ...]
+python train_scripts/pretrain_tiny.py train_scripts/configs/pretrain_tiny/seeing.yaml [--option value ...]
 """
 
 from __future__ import annotations

@@ -78,9 +78,14 @@ def test_every_script_explains_itself(script: str) -> None:
     assert done.returncode == 0 and "--output" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "train_scripts" / "configs").glob("*.yaml")))
+CONFIGS = ROOT / "train_scripts" / "configs"
+
+
+@pytest.mark.parametrize("config", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
 def test_every_config_is_read_by_its_script(config: str) -> None:
-    script = ROOT / "train_scripts" / f"{config.removesuffix('.yaml')}.py"
-    path = str(ROOT / "train_scripts" / "configs" / config)
-    done = subprocess.run([sys.executable, str(script), path, "--help"], capture_output=True, text=True, check=False)
+    """``configs/<script>/<anything>.yaml``, or ``configs/<script>.yaml`` where there is one only."""
+    script = ROOT / "train_scripts" / f"{config.removesuffix('.yaml').split('/')[0]}.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(CONFIGS / config), "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
