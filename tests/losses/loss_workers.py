@@ -8,6 +8,7 @@ from pathlib import Path
 import loss_batches as batches
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,12 +26,12 @@ def text_embedder(folder: str) -> SentenceTransformer:
 
 
 def train_on_shards(rank: int, splits: list[list[int]], folder: str, output: str) -> None:
-    """For each way to split the batch, the gradients of every loss, plain and cached, under DDP; rank 0 saves them."""
+    """For each way to split the batch, every loss and its gradients, plain and cached, under DDP; rank 0 saves them."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{output}/rendezvous", rank=rank, world_size=len(splits[0]))
     model = text_embedder(folder)
-    results = {}
+    results: dict[str, torch.Tensor] = {}
     for sizes in splits:
         for mode, options in (("plain", {}), ("cached", {"mini_batch_size": 2})):
             losses = batches.labelled_losses(model, sum(sizes), gather_across_devices=True, **options)
@@ -43,8 +44,10 @@ def train_on_shards(rank: int, splits: list[list[int]], folder: str, output: str
                 value.backward()
                 total = value.detach().clone()
                 dist.all_reduce(total)
-                results[f"{sizes}, {mode}, {name}"] = (total.item() / len(sizes), batches.gradients(model))
+                key = f"{sizes}, {mode}, {name}"
+                results[key] = total / len(sizes)
+                results |= {f"{key}: {weight}": value for weight, value in batches.gradients(model).items()}
     if rank == 0:
-        torch.save(results, Path(output) / "results.pt")
+        save_file(results, Path(output) / "results.safetensors")
     dist.barrier()
     dist.destroy_process_group()
