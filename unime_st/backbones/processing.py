@@ -53,6 +53,11 @@ class UniMEProcessorMixin:
         self.image_size = "official" if image_size is None else image_size
         self.image_backend = image_backend or rule.backend
 
+    @property
+    def image_side(self) -> int | None:
+        """Side in pixels of the square that pictures are squashed to, None where they keep their shape."""
+        return self._side
+
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any

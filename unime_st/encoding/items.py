@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
@@ -144,20 +142,3 @@ def _decode(items: Sequence[Item], indices: list[int], on_error: str) -> tuple[l
             continue
         good.append(place)
     return good, inputs
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Tell models of one architecture apart by a few numbers of every tensor.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        str: 16 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 16)].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

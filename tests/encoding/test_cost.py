@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from unime_st import Item, UniME
+from unime_st.data.images import ImageRef
+from unime_st.encoding import CostModel, pack
+from unime_st.encoding.inputs import texts_and_sizes
+
+FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-phi3.5"]
+SIZES = [(90, 60), (60, 140), (300, 40), (28, 28), (5000, 10)]
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, "red")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cost_is_the_length_after_the_processor(embedder: Callable[[str], UniME], name: str):
+    model = embedder(name)
+    items = [Item("a red circle"), Item("words" + " words" * 30), *(Item(image=picture(size)) for size in SIZES)]
+    items += [Item("both of them", picture((90, 60)))]
+    for prompt in (None, "Find: "):
+        expected = [int(model.preprocess([item.to_input()], prompt=prompt)["attention_mask"].sum()) for item in items]
+        costs = CostModel(model, prompt)(items)
+        assert costs[:2].tolist() == expected[:2]
+        # Templates say "image" where they say "sentence", and frame pictures: letters are tokens here.
+        assert np.abs(costs[2:] - expected[2:]).max() <= 24
+        apart = costs[3:7] - np.array(expected[3:7])
+        assert (apart == apart[0]).all(), "pictures are counted exactly"
+
+
+def test_parts_of_every_kind_of_input(tmp_path):
+    file = tmp_path / "a.png"
+    picture((7, 5)).save(file)
+    chat = [{"role": "user", "content": [{"type": "image", "image": str(file)}, {"type": "text", "text": "what"}]}]
+    for value in (picture((7, 5)), str(file), {"image": str(file)}, np.zeros((5, 7, 3), dtype=np.uint8)):
+        assert texts_and_sizes(value) == ([], [(7, 5)])
+    assert texts_and_sizes(Item("x", file)) == (["x"], [(7, 5)])
+    assert texts_and_sizes({"text": str(file)}) == ([str(file)], [])
+    assert texts_and_sizes(chat) == (["what"], [(7, 5)])
+    assert texts_and_sizes({"role": "user", "content": "what"}) == (["what"], [])
+    assert texts_and_sizes({"text": ["a", "b"], "image": [str(file), picture((1, 2))]}) == (
+        ["a", "b"],
+        [(7, 5), (1, 2)],
+    )
+    assert texts_and_sizes("https://example.org/a.png")[1] == [(512, 512)]
+    buffer = io.BytesIO()
+    picture((7, 5)).save(buffer, "PNG")
+    assert texts_and_sizes(Item(image=buffer.getvalue())) == ([], [(7, 5)])
+    assert texts_and_sizes(Item(image=ImageRef(path="absent.png"))) == ([], [])
+    assert texts_and_sizes({"image": "absent.png"}) == ([], [])
+
+
+@given(st.lists(st.integers(0, 3000), max_size=60), st.integers(1, 5000), st.integers(1, 600))
+def test_batches_hold_every_row_once_within_the_budget(costs: list[int], budget: int, least: int):
+    batches = pack(costs, budget, least=least)
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(costs)))
+    longest = [costs[batch[0]] for batch in batches]
+    assert longest == sorted(costs, reverse=True)[:1] + longest[1:] and longest == sorted(longest, reverse=True)
+    for batch in batches:
+        lengths = np.array([costs[row] for row in batch])
+        assert lengths[0] == lengths.max()
+        assert len(batch) == 1 or len(batch) * lengths.max() <= budget
+        if len(batch) * lengths.max() >= least + lengths.max():
+            assert (lengths >= 0.8 * np.maximum(lengths.max(), 1) - 1).all()
+
+
+def test_budget_must_be_positive():
+    with pytest.raises(ValueError, match="token budget must be positive, got 0"):
+        pack([1], 0)
+    assert pack([], 10) == []

@@ -1,0 +1,30 @@
+"""Telling models apart by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Tell models of one architecture apart by a few numbers of every tensor.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        str: 16 hexadecimal digits.
+
+    Example:
+        >>> import torch
+        >>> from unime_st.encoding import weights_fingerprint
+        >>> len(weights_fingerprint(torch.nn.Linear(2, 2)))
+        16
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 16)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
