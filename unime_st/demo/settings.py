@@ -49,10 +49,16 @@ class DemoArguments:
     learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the embedder's LoRA."})
     num_candidates: int = field(default=10, metadata={"help": "Candidates mined and judged per query."})
     num_negatives: int = field(default=5, metadata={"help": "Judged negatives per query in training."})
+    margin: float = field(default=0.01, metadata={"help": "Candidates judged above the positive less this go."})
     label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
     in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})
     eval_size: int = field(default=200, metadata={"help": "Queries per held-out task (half as many foils)."})
+
+    @property
+    def equal_compute_steps(self) -> int:
+        """Steps in which in-batch training encodes as many items as UniME-V2 in ``steps``."""
+        return self.steps * (2 + self.num_negatives) // 2
 
 
 @dataclass

@@ -67,6 +67,17 @@ CURRICULA = {
         "judge_long": (0.05, 32),
         "choose": (0.05, 24),
     },
+    "refining": {
+        "describe": (0.03, 64),
+        "describe_long": (0.03, 24),
+        "answer": (0.10, 48),
+        "judge_texts": (0.24, 40),
+        "judge_pictures": (0.27, 32),
+        "judge_long_pictures": (0.12, 24),
+        "judge_edits": (0.11, 32),
+        "judge_long": (0.05, 32),
+        "choose": (0.05, 24),
+    },
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
 _SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
@@ -195,6 +206,31 @@ def _judge_pictures(rng: random.Random, counts: tuple[int, ...]) -> Example:
     return Example(images, turns)
 
 
+def _judge_scenes(rng: random.Random, progress: float, edits: bool) -> Example:
+    """A long caption, or a picture and an edit of it, and several pictures judged one after the other.
+
+    Wrong pictures are other scenes first; more and more of them differ by a single attribute.
+    """
+    wanted = sample_scene(rng, "train", (1, 2, 2) if progress < 0.3 else (2, 2, 2, 3, 3, 4))
+    images: list[Image.Image] = []
+    before = wanted
+    if edits:
+        words, wanted = edit(before, rng)
+        query = with_instruction("composed", words, picture(before, rng))
+    else:
+        query = with_instruction("t2i", long_caption(wanted, rng))
+    said, turns = f"Query:{_shown(query, images)}", []
+    for _ in range(3):
+        shown, right = wanted, rng.random() < 0.5
+        while not right and shown == wanted:
+            near = rng.random() < 0.2 + progress
+            other = edit(wanted, rng)[1] if near else sample_scene(rng, "train", (len(wanted.things),))
+            shown = before if edits and rng.random() < 0.4 else other
+        turns.append((f"{said}Candidate:{_shown(picture(shown, rng), images)}{_TURN}", "Yes" if right else "No"))
+        said = ""
+    return Example(images, turns)
+
+
 def _choose(rng: random.Random) -> Example:
     (kind,) = rng.choices(list(_SHORT), list(_SHORT.values()))
     record = contrast(kind, scene_for(kind, rng, "train"), rng)
@@ -245,6 +281,8 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
     if curriculum == "comparing" and rng.random() < 1.1 - 4 * progress:
         few = (1,) if progress < 0.15 else (1, 2, 2)
         return "judge_pictures", [_judge_pictures(rng, few) for _ in range(lessons["judge_pictures"][1])]
+    if lesson in ("judge_long_pictures", "judge_edits"):
+        return lesson, [_judge_scenes(rng, progress, lesson == "judge_edits") for _ in range(size)]
     return lesson, [_MAKERS[lesson](rng) for _ in range(size)]
 
 
