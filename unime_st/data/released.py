@@ -181,7 +181,7 @@ def _imported(
         pairs.append((negative[0], negative[1]))
     scores = check_scores([values.get("query_pos_scores")], 1)
     scores += check_scores(values.get("hard_negatives_scores"), len(negatives))
-    query, positive, *others = [_item(text, path, root, read_images) for text, path in pairs]
+    query, positive, *others = [released_item(text, path, root, read_images) for text, path in pairs]
     logits = to_logits(scores, divisor=divisor).tolist()
     paths = [path for _, path in pairs]
     record = PairRecord(query, positive, _dataset(paths), tuple(others), logits[0], tuple(logits[1:]))
@@ -199,7 +199,21 @@ def _pair(values: Mapping[str, Any], text: str, image: str) -> tuple[str, str]:
     return values[text], values[image]
 
 
-def _item(text: str, path: str, root: Path, read_images: bool) -> Item:
+def released_item(text: str, path: str, root: Path, read_images: bool) -> Item:
+    """Make an item of a text and an image path, as MMEB-train and the released files give them.
+
+    Args:
+        text: Text; a placeholder in front, where the image belongs, is left out.
+        path: Image path relative to ``root``; empty for none.
+        root: Folder that the path must not leave.
+        read_images: Know the image by its content; otherwise by its path, without reading it.
+
+    Returns:
+        Item: The item.
+
+    Raises:
+        ValueError: If there is neither a text nor an image, or the path leaves ``root``.
+    """
     if not path:
         return Item(text)
     image = ImageRef(path=str(resolve_inside(root, path)))

@@ -1,7 +1,8 @@
-"""Rows of JSON, JSON Lines, Parquet and `datasets` files, one after the other."""
+"""Rows of JSON, JSON Lines, CSV, Parquet and `datasets` files, one after the other."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _CHUNK = 1 << 20
 _BATCH = 256
 
@@ -37,7 +38,7 @@ def read_rows(source: str | Path) -> Iterator[SourceRow]:
     """Stream the rows of a file or a folder of files.
 
     Args:
-        source: A .jsonl, .json (a list, or one object per line) or .parquet file; a folder of them, read in order of
+        source: A .jsonl, .json (a list, or one object per line), .csv (with a header line) or .parquet file; a folder of them, read in order of
             name; or a folder written by ``datasets.Dataset.save_to_disk``.
 
     Yields:
@@ -175,6 +176,8 @@ def _read_file(path: Path) -> Iterator[SourceRow]:
     elif path.suffix == ".json" and _is_list(path):
         for number, element in enumerate(json_list(path)):
             yield _row(path.name, number, element)
+    elif path.suffix == ".csv":
+        yield from _read_csv(path)
     elif path.suffix in SUFFIXES:
         yield from _read_lines(path)
     else:
@@ -197,6 +200,15 @@ def _read_lines(path: Path) -> Iterator[SourceRow]:
                     yield _row(path.name, number, json.loads(line.decode("utf-8-sig")))
                 except ValueError as error:
                     yield SourceRow(path.name, number, None, f"not valid JSON ({error})")
+
+
+def _read_csv(path: Path) -> Iterator[SourceRow]:
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        for number, values in enumerate(csv.DictReader(handle)):
+            if None in values or None in values.values():  # cells without a header, a header without a cell
+                yield SourceRow(path.name, number, None, "not as many cells as the header has")
+            else:
+                yield SourceRow(path.name, number, dict(values))
 
 
 def _row(file: str, number: int, element: Any) -> SourceRow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -270,6 +270,33 @@ class ItemReader:
         if place == len(self._keys) or self._keys[place] != key:
             raise KeyError(f"item {item_id!r} is not in {self.folder}")
         return int(self._order[place])
+
+    def positions(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Return where items are stored.
+
+        Args:
+            item_ids: Any number of ids.
+
+        Returns:
+            np.ndarray: int64 of shape (len(item_ids),).
+
+        Raises:
+            KeyError: If there is no such item.
+        """
+        wanted = np.array([item_id.encode("ascii", "replace") for item_id in item_ids], dtype="S32")
+        places = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        missing = np.flatnonzero(self._keys[places] != wanted)
+        if len(missing):
+            raise KeyError(f"item {item_ids[missing[0]]!r} is not in {self.folder}")
+        return self._order[places].astype(np.int64)
+
+    def at(self, position: int) -> Item:
+        """Return the item that is stored at a position.
+
+        Args:
+            position: 0 <= position < len(self).
+        """
+        return self._build(self._shards.row(position))
 
     def item(self, item_id: str) -> Item:
         """Return the item with an id.
