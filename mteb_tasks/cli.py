@@ -6,20 +6,18 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mteb
+from mteb.models import ModelMeta
+from mteb.results import TaskResult
 
-from mteb_tasks import published, register
-from mteb_tasks.mmeb.subsets import META_TASKS
-from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE, mean_scores
-from mteb_tasks.preference_task import group_means
-
-Row = tuple[str, float, float | None]
-"""Name, score and published score (None = not published), both in per cent."""
-
-_MEANS = {"mean": "overall", "ind": "IND", "ood": "OOD", **{name: name for name in META_TASKS}}
+from mteb_tasks import register
+from mteb_tasks.mmeb.subsets import BENCHMARK
+from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
+from mteb_tasks.registration import registered_tasks
+from mteb_tasks.scores import Scores, score_table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,6 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
 def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
     """Wrap mteb's ``run`` command so that it ends with a table of our tasks' scores.
 
+    Unless ``--prediction-folder`` says otherwise, what our tasks found for each query is kept in ``predictions/`` beside
+    mteb's ``results/``, where ``unime report`` looks for it.
+
     Args:
         run: mteb's function.
 
@@ -52,6 +53,8 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
 
     @functools.wraps(run)
     def run_and_show(args: argparse.Namespace) -> None:
+        if args.prediction_folder is None and not args.save_predictions and _is_about_us(args):
+            args.prediction_folder = _prediction_folder(args)
         run(args)
         table = score_table(_scores_of_run(args), args.model)
         if table:
@@ -60,18 +63,39 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
     return run_and_show
 
 
-def _scores_of_run(args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+def _is_about_us(args: argparse.Namespace) -> bool:
+    if args.benchmarks:
+        return BENCHMARK in args.benchmarks
+    return any(name == task.metadata.name for task in registered_tasks() for name in args.tasks or ())
+
+
+def _prediction_folder(args: argparse.Namespace) -> str:
+    meta = mteb.get_model_meta(args.model, args.model_revision)
+    names = [str(meta.name).replace("/", "__"), meta.revision or "no_revision_available"]
+    folder = mteb.ResultCache(args.output_folder).cache_path.joinpath("predictions", *names)
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def _scores_of_run(args: argparse.Namespace) -> Scores:
     """Scores of the tasks of this project that a run was about: ``{task: {subset: scores}}``."""
     meta = mteb.get_model_meta(args.model, args.model_revision)
     cache = mteb.ResultCache(args.output_folder)
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: Scores = {}
     for task in _tasks_of_run(args):
         for part in getattr(task.metadata, "tasks", [task]):
-            result = cache.load_task_result(part.metadata.name, meta)
+            result = _load(cache, part.metadata.name, meta)
             if result is not None:
                 rows = [row for rows in result.scores.values() for row in rows if row["hf_subset"] in part.hf_subsets]
                 found[part.metadata.name] = {str(row["hf_subset"]): dict(row) for row in rows}
     return found
+
+
+def _load(cache: mteb.ResultCache, task: str, meta: ModelMeta) -> TaskResult | None:
+    """Result of a task; of a model with settings of its own (two stages), the one that was written last."""
+    plain = cache.get_task_result_path(task, meta)
+    found = [path for path in (plain, *plain.parent.glob(f"experiments/*/{task}.json")) if path.is_file()]
+    return TaskResult.from_disk(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
 def _tasks_of_run(args: argparse.Namespace) -> list[Any]:
@@ -82,65 +106,3 @@ def _tasks_of_run(args: argparse.Namespace) -> list[Any]:
     else:
         tasks = []
     return [task for task in tasks if type(task).__module__.startswith("mteb_tasks.")]
-
-
-def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> str:
-    """Lay scores out as text, published numbers beside them.
-
-    Args:
-        scores: ``{task: {subset: scores}}``.
-        model: Alias, to look published numbers up.
-
-    Returns:
-        The table; empty when there is no score.
-
-    Example:
-        >>> print(score_table({"MMEB-GQA": {"default": {"main_score": 0.5}}}, "unime-v2"))  # doctest: +ELLIPSIS
-        unime-v2 ...
-    """
-    rows = [*_mmeb_rows(scores, model), *_other_rows(scores, model)]
-    if not rows:
-        return ""
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{model:<{width}}  score  published  difference", "-" * (width + 31)]
-    for name, score, reference in rows:
-        beside = "" if reference is None else f"  {reference:9.1f}  {round(score - reference, 1) + 0.0:+10.1f}"
-        lines.append(f"{name:<{width}}  {score:5.1f}{beside}")
-    return "\n".join(lines)
-
-
-def _mmeb_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> list[Row]:
-    tasks = {
-        name.removeprefix("MMEB-"): 100 * float(next(iter(found.values()))["main_score"])
-        for name, found in scores.items()
-        if name.startswith("MMEB-") and found
-    }
-    known = published.MMEB_TASKS.get(model, {})
-    rows: list[Row] = [(f"MMEB-{name}", score, known.get(name)) for name, score in tasks.items()]
-    if len(tasks) < 2:
-        return rows
-    # Published means are over all subsets: beside means over a part they would mislead.
-    reference = published.MMEB.get(model, {}) if len(tasks) == 36 else {}
-    means = mean_scores(tasks)
-    label = "MMEB" if len(tasks) == 36 else f"MMEB ({len(tasks)} of 36)"
-    order = [*META_TASKS, "ind", "ood", "mean"]
-    return rows + [(f"{label} {_MEANS[name]}", means[name], reference.get(name)) for name in order if name in means]
-
-
-def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> list[Row]:
-    rows: list[Row] = []
-    for task, found in scores.items():
-        if task.startswith("MMEB-") or not found:
-            continue
-        subsets = {name: 100 * float(row["main_score"]) for name, row in found.items()}
-        groups = group_means(subsets)
-        if groups:
-            rows += [(f"{task} {name}", score, None) for name, score in subsets.items()]
-            known = published.COMPOSITION.get(model, {}) if task.startswith("SugarCrepe") else {}
-            rows += [(f"{task} {name}", score, known.get(name)) for name, score in groups.items()]
-        elif len(subsets) == 1:
-            reference = published.CAPTIONS.get(model, {}).get(task)
-            rows.append((task, next(iter(subsets.values())), reference))
-        else:
-            rows += [(f"{task} {name}", score, None) for name, score in subsets.items()]
-    return rows

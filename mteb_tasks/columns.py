@@ -21,6 +21,9 @@ OFFICIAL_TEXT = "official_text"
 PROMPT_NAME = "prompt_name"
 """Column that names one of the model's own prompts, for benchmarks where every model has an instruction of its own."""
 
+PROMPT_STYLE = "prompt_style"
+"""Column that names the style of chat template a benchmark prescribes, for models whose template has that style."""
+
 Modality = Literal["text", "image"]
 
 
@@ -49,6 +52,7 @@ def to_dataset(
     *,
     body: Callable[[str], str] | None = None,
     prompt_name: str | None = None,
+    prompt_style: str | None = None,
 ) -> Dataset:
     """Build the query or corpus table of a retrieval task without decoding a picture.
 
@@ -57,6 +61,7 @@ def to_dataset(
         modalities: What foreign models shall see of this side. Our loader sees the whole item in any case.
         body: Takes the instruction off a text for foreign models, which have their own; None leaves it on.
         prompt_name: Name of the prompt that our models put to items without a text; None puts none.
+        prompt_style: Style of chat template to put all items of this side in; None leaves it to the model.
 
     Returns:
         A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
@@ -75,6 +80,8 @@ def to_dataset(
         features["text"] = Value("string")
     if prompt_name is not None:
         columns[PROMPT_NAME], features[PROMPT_NAME] = [prompt_name] * len(texts), Value("string")
+    if prompt_style is not None:
+        columns[PROMPT_STYLE], features[PROMPT_STYLE] = [prompt_style] * len(texts), Value("string")
     if any(item.image is not None for item in items.values()):
         columns["image"] = [_encoded_image(item) for item in items.values()]
         features["image"] = Image()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +13,7 @@ import torch
 from mteb.models.search_wrappers import SearchEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
-from mteb_tasks.columns import OFFICIAL_TEXT, has_encoded_items, iter_items
+from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_STYLE, has_encoded_items, iter_items
 from mteb_tasks.description import model_meta
 from mteb_tasks.ranking import rank_candidates, tie_order
 from mteb_tasks.store import EmbeddingStore
@@ -76,7 +78,8 @@ class UniMELoader:
         self._corpus: Dataset | None = None
         # UniME's templates put the picture where MMEB's token stands; others would read the token as a word.
         processor = getattr(self.model[0], "processor", None)
-        self._knows_token = IMAGE_TOKEN in str(getattr(processor, "chat_template", None))
+        self._template = str(getattr(processor, "chat_template", None))
+        self._knows_token = IMAGE_TOKEN in self._template
 
     def encode(
         self,
@@ -102,13 +105,14 @@ class UniMELoader:
             float32 array ``(num_rows, dim)``, rows in the order of the loader.
         """
         if has_encoded_items(inputs.dataset):
-            return self.embed(self._items(inputs.dataset), **kwargs)
+            return self._embed_table(cast("Dataset", inputs.dataset), **kwargs)
         return self.embed(_items_of_batches(inputs), **kwargs)
 
     def embed(
         self,
         windows: Iterable[list[Item]],
         *,
+        style: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool = False,
         **_: Any,
@@ -117,6 +121,7 @@ class UniMELoader:
 
         Args:
             windows: Lists of items; only one list is held at a time.
+            style: Style of chat template to use, if the model's template has it.
             batch_size: Items per forward pass.
             show_progress_bar: Show a bar for each window.
 
@@ -127,22 +132,39 @@ class UniMELoader:
         Raises:
             ValueError: If there is nothing to embed.
         """
+        style = style if style is not None and f"'{style}'" in self._template else None
         order: list[str] = []
         for items in windows:
             items = [self._readable(item) for item in items]
-            fresh = {item.id: item for item in items if item.id not in self.store}
+            keys = [_store_key(item, style) for item in items]
+            fresh = {key: item for key, item in zip(keys, items) if key not in self.store}
             if fresh:
-                vectors = encode_items(
-                    self.model, list(fresh.values()), batch_size=batch_size, show_progress_bar=show_progress_bar
-                )
+                with self._in_style(style):
+                    vectors = encode_items(
+                        self.model, list(fresh.values()), batch_size=batch_size, show_progress_bar=show_progress_bar
+                    )
                 self.store.add(list(fresh), vectors)
-            order.extend(item.id for item in items)
+            order.extend(keys)
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
         return self.store.take(order)
 
-    def _items(self, table: Dataset) -> Iterator[list[Item]]:
-        return iter_items(table, WINDOW, self.model.prompts)
+    def _embed_table(self, table: Dataset, **kwargs: Any) -> np.ndarray:
+        style = table[0].get(PROMPT_STYLE) if PROMPT_STYLE in table.column_names and len(table) else None
+        return self.embed(iter_items(table, WINDOW, self.model.prompts), style=style, **kwargs)
+
+    @contextmanager
+    def _in_style(self, style: str | None) -> Iterator[None]:
+        """Let the chat template be rendered in a style, whatever calls the processor."""
+        module: Any = self.model[0]
+        before = getattr(module, "processing_kwargs", None) or {}
+        if style is not None:
+            module.processing_kwargs = {**before, "chat_template": {**before.get("chat_template", {}), "style": style}}
+        try:
+            yield
+        finally:
+            if style is not None:
+                module.processing_kwargs = before
 
     def _readable(self, item: Item) -> Item:
         """Take MMEB's image token off a text for a model whose chat template does not know it."""
@@ -227,8 +249,8 @@ class UniMELoader:
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = list(queries["id"]), list(corpus["id"])
         ranked = rank_candidates(
-            self.embed(self._items(queries), **encode_kwargs),
-            self.embed(self._items(corpus), **encode_kwargs),
+            self._embed_table(queries, **encode_kwargs),
+            self._embed_table(corpus, **encode_kwargs),
             _candidate_rows(query_ids, document_ids, top_ranked),
             tie_order(document_ids),
             top_k,
@@ -260,6 +282,10 @@ def wrap(
     loader = UniMELoader(name, revision, model=model)
     loader.mteb_model_meta = model_meta(name, revision, **fields)
     return loader
+
+
+def _store_key(item: Item, style: str | None) -> str:
+    return item.id if style is None else hashlib.sha256(f"{item.id} {style}".encode()).hexdigest()[:32]
 
 
 def _float32(embeddings: Any) -> torch.Tensor:

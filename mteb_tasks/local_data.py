@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER_VARIABLE = "UNIME_EVAL_DIR"
+LOCAL = "local-"
+"""What the revision of data in a folder of the user's begins with."""
 
 
 def evaluation_folder(*names: str) -> Path:
@@ -60,6 +62,6 @@ def localised(metadata: Any, revision: str) -> Any:
         so it never takes a score of other data for this one's.
     """
     subsets = metadata.eval_langs if isinstance(metadata.eval_langs, dict) else {"": metadata.eval_langs}
-    tag = f"local-{revision}"
+    tag = f"{LOCAL}{revision}"
     names = {f"{subset}-{tag}" if subset else tag: languages for subset, languages in subsets.items()}
-    return metadata.model_copy(update={"dataset": {**metadata.dataset, "revision": revision}, "eval_langs": names})
+    return metadata.model_copy(update={"dataset": {**metadata.dataset, "revision": tag}, "eval_langs": names})

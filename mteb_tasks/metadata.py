@@ -7,6 +7,9 @@ from typing import Any
 
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from mteb_tasks.local_data import LOCAL
+from unime_st.registry import home
+
 UNIME_V2_BIBTEX = r"""
 @article{gu2025unimev2,
   author = {Gu, Tiancheng and Yang, Kaicheng and Zhang, Kaichen and An, Xiang and Feng, Ziyong and Zhang, Yueyi and Cai, Weidong and Deng, Jiankang and Bing, Lidong},
@@ -20,6 +23,9 @@ UNIME_V2_BIBTEX = r"""
 class UniMETaskMetadata(TaskMetadata):
     """mteb's metadata with the statistics file next to our tasks (mteb's own path points into its installed wheel).
 
+    Statistics of data in a folder of the user's are kept in ``$UNIME_HOME``: they are not those of the official data,
+    and an installed package is nothing to write to.
+
     Example:
         >>> task_metadata(name="Demo", description="d", category="t2i").descriptive_stat_path.name
         'Demo.json'
@@ -28,6 +34,9 @@ class UniMETaskMetadata(TaskMetadata):
     @property
     def descriptive_stat_path(self) -> Path:
         """Where the statistics of this task are stored."""
+        revision = str(self.dataset["revision"])
+        if revision.startswith(LOCAL):
+            return home() / "descriptive_stats" / f"{self.name}-{revision}.json"
         return Path(__file__).parent / "descriptive_stats" / f"{self.name}.json"
 
 

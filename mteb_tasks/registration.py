@@ -36,20 +36,30 @@ def register_all() -> None:
         return
     # First, because importing tasks and models asks mteb for tasks, which may come back here.
     _done = True
-    from mteb_tasks.captions import CAPTION_TASKS
-    from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
     from mteb_tasks.models import metas
-    from mteb_tasks.scenes import SCENES_TASKS
-    from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
-    tasks: list[type[AbsTask]] = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
-    for task in tasks:
+    for task in registered_tasks():
         add_task(task)
     for name, meta in metas().items():
         add_model(name, meta)
     # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
     _once_imported(_BENCHMARKS, _add_mmeb)
     _once_imported(_CLI, _wrap_run)
+
+
+def registered_tasks() -> list[type[AbsTask]]:
+    """List the task classes of this project that mteb is told about.
+
+    Example:
+        >>> [task.metadata.name for task in registered_tasks()][-1]
+        'MMEB'
+    """
+    from mteb_tasks.captions import CAPTION_TASKS
+    from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
+    from mteb_tasks.scenes import SCENES_TASKS
+    from mteb_tasks.sugarcrepe import SugarCrepeByCategory
+
+    return [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
 
 
 def add_task(task: type[AbsTask]) -> None:

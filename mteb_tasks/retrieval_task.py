@@ -24,6 +24,7 @@ def retrieval_split(
     query_body: Callable[[str], str] | None = None,
     document_body: Callable[[str], str] | None = None,
     image_prompt: str | None = None,
+    prompt_style: str | None = None,
 ) -> RetrievalSplitData:
     """Turn retrieval data into the tables mteb evaluates.
 
@@ -33,6 +34,7 @@ def retrieval_split(
         query_body: Takes the instruction off a query for foreign models; None leaves texts as they are.
         document_body: The same for documents.
         image_prompt: Name of the prompt that our models put to pictures without a text.
+        prompt_style: Style of chat template that the benchmark prescribes, for models that have it.
 
     Returns:
         mteb's split: ``queries``, ``corpus``, ``relevant_docs`` and ``top_ranked`` (None = whole corpus). Candidates
@@ -50,9 +52,10 @@ def retrieval_split(
     """
     query_modalities, document_modalities = category_modalities(category)
     _check(data)
+    ours: dict[str, Any] = {"prompt_name": image_prompt, "prompt_style": prompt_style}
     return {
-        "queries": to_dataset(data.queries, query_modalities, body=query_body, prompt_name=image_prompt),
-        "corpus": to_dataset(data.corpus, document_modalities, body=document_body, prompt_name=image_prompt),
+        "queries": to_dataset(data.queries, query_modalities, body=query_body, **ours),
+        "corpus": to_dataset(data.corpus, document_modalities, body=document_body, **ours),
         "relevant_docs": {query: dict.fromkeys(sorted(docs), 1) for query, docs in data.relevant.items()},
         "top_ranked": None
         if data.candidates is None

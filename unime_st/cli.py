@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,28 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if any(check.passed is False for check in checks) else 0
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="RESULTS_DIR", help="--output-folder of `mteb run`, or below it")
+    parser.add_argument("-o", "--output", default="report", metavar="DIR", help="folder to write (default: report)")
+    parser.add_argument("--failures", type=int, default=3, metavar="N", help="wrong queries of each task to show")
+    parser.add_argument("--title", default="Evaluation", help="heading of the page")
+
+
+def _report(options: argparse.Namespace) -> int:
+    # Results are mteb's, and what knows mteb is not imported from here: it announces its part of the command.
+    found = tuple(entry_points(group="unime.commands", name="report"))
+    if not found:
+        raise ImportError("this installation lacks the evaluation tasks: `pip install --force-reinstall unime-st`")
+    page = found[0].load()(options.folders, options.output, failures=options.failures, title=options.title)
+    sys.stdout.write(f"{page}\n")
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "pull": Command("download a released model and make it ready", _pull_arguments, _pull),
     "convert": Command("make a native folder of a local checkpoint", _convert_arguments, _convert),
     "verify": Command("check that a model does what its recipe says", _verify_arguments, _verify),
+    "report": Command("tabulate results of mteb beside the published scores", _report_arguments, _report),
 }
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation, CustomGroup, CustomGrouping
 
-from mteb_tasks.mmeb.subsets import META_TASKS
+from mteb_tasks.mmeb.subsets import BENCHMARK, META_TASKS
 from mteb_tasks.mmeb.tasks import MMEB_BIBTEX, mmeb_tasks
-
-NAME = "MMEB(eng, v1)"
 
 
 def make_benchmark() -> Benchmark:
@@ -31,7 +29,7 @@ def make_benchmark() -> Benchmark:
         for name, groups in (("Meta-task", meta), ("Split", split))
     ]
     return Benchmark(
-        name=NAME,
+        name=BENCHMARK,
         display_name="MMEB",
         tasks=tasks,
         aggregations=(BenchmarkAggregation("mean_task"), *groupings),

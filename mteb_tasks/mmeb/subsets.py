@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from mteb_tasks.columns import category_modalities
 
+BENCHMARK = "MMEB(eng, v1)"
+"""Name of the benchmark; mteb's ``-b`` takes it, ``-t`` takes the aggregate task ``MMEB``."""
 IMAGE_TOKEN = "<|image_1|>"
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 

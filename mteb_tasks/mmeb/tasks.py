@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mteb.results import TaskResult
 
 ALLOW_MISSING_VARIABLE = "MMEB_ALLOW_MISSING"
+PROMPT_STYLE = "mmeb"
+"""UniME v1 was evaluated on MMEB with the bare texts of MMEB, on all other sets with its one-word prompts."""
 MMEB_BIBTEX = r"""
 @article{jiang2024vlm2vec,
   author = {Jiang, Ziyan and Meng, Rui and Yang, Xinyi and Yavuz, Semih and Zhou, Yingbo and Chen, Wenhu},
@@ -117,7 +119,9 @@ class MMEBTask(ItemRetrievalTask):
     def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
         """Build the tables; foreign models read texts without the official instruction."""
         query, target = (partial(_body, self.subset, side) for side in ("query", "target"))
-        return retrieval_split(data, self.subset.category, query_body=query, document_body=target)
+        return retrieval_split(
+            data, self.subset.category, query_body=query, document_body=target, prompt_style=PROMPT_STYLE
+        )
 
 
 _checked: set[tuple[str, tuple[str, ...]]] = set()

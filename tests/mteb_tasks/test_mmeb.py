@@ -259,26 +259,18 @@ def test_the_authors_scores_give_the_authors_hits():
             assert hit == row["correct_if_ties_favour_positive"], name
 
 
-def test_the_golden_subsets_give_the_official_scores_and_hits(golden, tmp_path, monkeypatch):
-    from sentence_transformers import SentenceTransformer
-
-    if golden is None:
-        pytest.skip("the golden data are not in this checkout; a part of their scores is tested above")
-    from unime_st.checkpoints import convert
-
-    monkeypatch.setenv("MMEB_EVAL_DIR", str(golden / "eval" / "mmeb"))
+def test_the_golden_subsets_give_the_official_scores_and_hits(released, official, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(official / "eval" / "mmeb"))
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
-    source = golden / "checkpoints" / "tiny-unime-v2-qwen2vl"
-    folder = convert(source, "unime-v2-2b", output=tmp_path / "m", image_size=128, dtype="float32")
     tasks = mmeb_tasks()
-    scores = evaluate(SentenceTransformer(str(folder), device="cpu"), tasks, tmp_path)
+    scores = evaluate(released, tasks, tmp_path)
     assert len(scores) == 4
     for task in tasks:
-        official = json.loads((golden / "eval/official_results" / f"mmeb_{task.subset.name}.json").read_text())
+        authors = json.loads((official / "eval/official_results" / f"mmeb_{task.subset.name}.json").read_text())
         saved = json.loads((tmp_path / f"{task.metadata.name}_predictions.json").read_text())
         (subset,) = task.hf_subsets
         listed = task.retrieval_data(subset, "test").candidates
-        for row in official["rows"]:
+        for row in authors["rows"]:
             query = f"q{row['row']}"
             found = saved[subset]["test"][query]
             best = max(found, key=lambda document: (found[document], document))
@@ -286,5 +278,5 @@ def test_the_golden_subsets_give_the_official_scores_and_hits(golden, tmp_path, 
             assert (best == listed[query][0]) == row["correct_if_ties_favour_positive"]
             for document, score in found.items():
                 assert score == pytest.approx(row["scores"][listed[query].index(document)], abs=1e-5)
-        low, high = official["accuracy_bounds_under_ties"]
+        low, high = authors["accuracy_bounds_under_ties"]
         assert low <= scores[task.metadata.name][subset]["hit_rate_at_1"] <= high + 1e-5

@@ -143,6 +143,61 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], bool]], *, x_label: str
     return _svg(parts, width, height, f"{x_label} of {', '.join(name for name, _, _ in rows)}", style="wide")
 
 
+def bar_chart(
+    groups: Sequence[tuple[str, Sequence[tuple[str, float, float | None]]]],
+    *,
+    x_label: str,
+    high: float | None = None,
+    width: int = 720,
+) -> Html:
+    """Draw groups of horizontal bars, a stroke at the value that each is to be compared with.
+
+    Args:
+        groups: Name of each group and its bars: name, value, and what to compare it with (None for nothing).
+        x_label: What the values are.
+        high: Right end of the axis; None takes the largest value.
+        width: Width in the chart's own units. Defaults to 720.
+
+    Returns:
+        Html: An ``svg`` element.
+
+    Raises:
+        ValueError: If there is no bar.
+    """
+    bars = [bar for _, found in groups for bar in found]
+    if not bars:
+        raise ValueError("a bar chart needs at least one bar")
+    left, line, gap = 250, 17, 24
+    largest = max(max(value, beside or 0.0) for _, value, beside in bars)
+    across = ticks(0.0, high if high is not None else largest)
+    end = width - 60  # room for the number behind a bar
+
+    def place(value: float) -> float:
+        return round(left + value / across[-1] * (end - left), 1)
+
+    parts, y = [], _TOP
+    for name, found in groups:
+        parts.append(element("text", name, x=0, y=y + 15, class_="label"))
+        y += gap - line if len(found) == 1 else gap
+        for label, value, beside in found:
+            bar = element("rect", x=left, y=y + 2, width=max(place(value) - left, 0.5), height=line - 5, class_="fill")
+            shown = [element("title", f"{name}, {label}: {value:.1f}"), bar]
+            number = place(value)
+            if beside is not None:
+                at = place(beside)
+                shown.append(element("line", x1=at, x2=at, y1=y, y2=y + line - 1, class_="tick"))
+                number = at if number <= at < number + 40 else number  # not across the stroke
+            parts.append(element("text", label, x=left - 8, y=y + 12, text_anchor="end"))
+            parts.append(element("text", f"{value:.1f}", x=number + 6, y=y + 12))
+            parts.append(element("g", *shown))
+            y += line
+        y += 6
+    height = y + _BOTTOM
+    axis = _grid([(place(value), value) for value in across], [], width, height, vertical=True)
+    axis.append(element("text", x_label, x=end, y=height - 4, text_anchor="end"))
+    return _svg([*axis, *parts], width, height, f"bars of {x_label}", style="wide")
+
+
 def _grid(
     across: Sequence[tuple[float, float]],
     up: Sequence[tuple[float, float]],

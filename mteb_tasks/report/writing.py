@@ -1,0 +1,222 @@
+"""Write the report: one page, one Markdown table, one CSV table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mteb_tasks.report.failures import gallery
+from mteb_tasks.report.reading import ModelResults, read_results
+from mteb_tasks.scores import Row
+from unime_st.data.manifest import publish
+from unime_st.report.charts import bar_chart
+from unime_st.report.html import Content, Html, element, join, page, table
+
+_COLUMNS = ("model", "revision", "setting", "name", "kind", "score", "published", "difference", "data", "mteb")
+_WITHOUT_PREDICTIONS = (
+    "No predictions were found for it. `mteb run` keeps them in predictions/ beside results/ for the tasks of this "
+    "package; a task that was not run again because its result was there leaves none "
+    "(--overwrite-strategy always makes them)."
+)
+
+
+def write_report(
+    folders: Iterable[str | Path], output: str | Path = "report", *, failures: int = 3, title: str = "Evaluation"
+) -> Path:
+    """Write ``report.html``, ``report.md`` and ``report.csv`` of all results below some folders.
+
+    The page is static and loads nothing: pictures are embedded, charts are inline SVG.
+
+    Args:
+        folders: Output folders of ``mteb run``.
+        output: Folder to write to. Defaults to "report".
+        failures: Wrong queries of each model and task to show, the most confident ones first; 0 shows none. Defaults
+            to 3.
+        title: Heading of the page. Defaults to "Evaluation".
+
+    Returns:
+        Path: The page.
+
+    Raises:
+        FileNotFoundError: If there are no results.
+        ValueError: If a result is damaged, or ``failures`` is negative.
+
+    Example:
+        ::
+
+            from mteb_tasks.report import write_report
+
+            print(write_report(["results"], "report"))
+    """
+    if failures < 0:
+        raise ValueError(f"failures must be 0 or more, got {failures}")
+    models = read_results(folders)
+    names = _row_names(models)
+    body = [
+        element("h1", title),
+        *_scores(models, names),
+        *_charts(models),
+        *_differences(models),
+        *_origin(models),
+        *_failures(models, failures),
+    ]
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "report.html": page(title, *body),
+        "report.md": _markdown(models, names, title),
+        "report.csv": _csv(models),
+    }
+    for name, content in contents.items():
+        temporary = target / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        publish(temporary, target / name)
+    return target / "report.html"
+
+
+def _row_names(models: Sequence[ModelResults]) -> list[str]:
+    """Names of all rows: those of the first model, those of others where they stand after the row before them."""
+    names: list[str] = []
+    for model in models:
+        place = 0
+        for row in model.rows:
+            if row.name in names:
+                place = names.index(row.name) + 1
+            else:
+                names.insert(place, row.name)
+                place += 1
+    return names
+
+
+def _rows(model: ModelResults) -> dict[str, Row]:
+    return {row.name: row for row in model.rows}
+
+
+def _scores(models: Sequence[ModelResults], names: Sequence[str]) -> Iterator[Html]:
+    yield element("p", "Every score is the share of queries answered right, in percent, as mteb measured it.")
+    found = [_rows(model) for model in models]
+    best = {name: max(rows[name].score for rows in found if name in rows) for name in names}
+    groups: dict[str, list[list[Content]]] = {"Means": [], "Tasks": []}
+    for name in names:
+        is_mean = next(rows[name].is_mean for rows in found if name in rows)
+        cells = [_cell(rows.get(name), len(models) > 1 and best[name]) for rows in found]
+        groups["Means" if is_mean else "Tasks"].append([name, *cells])
+    caption = "Scores; below them, the difference to the published score of the same model where there is one"
+    yield table(
+        ["task", *(model.label for model in models)],
+        [(label, rows) for label, rows in groups.items() if rows],
+        caption=caption,
+    )
+
+
+def _cell(row: Row | None, best: float | bool) -> Html:
+    if row is None:
+        return Html("–")
+    beside = element("span", f"{row.difference:+.1f}", class_="spread") if row.published is not None else None
+    style = "best" if best is not False and row.score == best else None
+    return element("span", f"{row.score:.1f}", beside, class_=style)
+
+
+def _charts(models: Sequence[ModelResults]) -> Iterator[Html]:
+    found = [_rows(model) for model in models]
+    names = _row_names(models)
+    means = [name for name in names if any(rows[name].is_mean for rows in found if name in rows)]
+    chosen = means or names
+    groups = []
+    for name in chosen:
+        bars = [
+            (model.label, rows[name].score, rows[name].published) for model, rows in zip(models, found) if name in rows
+        ]
+        groups.append((name, bars))
+    yield element("h2", "Means" if means else "Scores")
+    caption = "Bars are scores in percent; a stroke marks the published score of the same model"
+    chart = element("div", bar_chart(groups, x_label="percent", high=100.0), class_="scroll")
+    yield element("figure", element("figcaption", caption), chart)
+
+
+def _differences(models: Sequence[ModelResults]) -> Iterator[Html]:
+    yield element("h2", "Differences to the published scores")
+    groups = []
+    for model in models:
+        rows: list[list[Content]] = [
+            [row.name, f"{row.score:.1f}", f"{row.published:.1f}", f"{row.difference:+.1f}"]
+            for row in model.rows
+            if row.published is not None
+        ]
+        if rows:
+            groups.append((model.label, rows))
+    if groups:
+        yield table(["task", "score", "published", "difference"], groups)
+    else:
+        why = "None of these models has published scores for these tasks; means of MMEB are compared when it is complete."
+        yield element("p", why, class_="muted")
+
+
+def _origin(models: Sequence[ModelResults]) -> Iterator[Html]:
+    yield element("h2", "How the numbers were made")
+    rows: list[list[Content]] = []
+    for model in models:
+        data = sorted({f"{task} {revision}" for task, (revision, _) in model.versions.items()})
+        listed = element("div", join(data, ", "), style="white-space:normal;text-align:left;max-width:36rem")
+        details = element("details", element("summary", f"{len(data)} tasks"), listed)
+        versions = ", ".join(sorted({version for _, version in model.versions.values()}))
+        rows.append([model.label, model.name, model.revision, model.setting or "–", versions, details])
+    yield table(["model", "filed under", "revision", "setting", "mteb", "data revisions"], [("", rows)])
+    for model in models:
+        if model.superseded:
+            text = f"{model.label}: scores on older data were left out for {', '.join(model.superseded)}."
+            yield element("p", text, class_="muted")
+
+
+def _failures(models: Sequence[ModelResults], count: int) -> Iterator[Html]:
+    if count == 0:
+        return
+    yield element("h2", "Wrong answers")
+    yield element("p", f"Of each task, the {count} wrong queries whose right answer is furthest behind.")
+    for model in models:
+        yield element("h3", model.label)
+        shown = list(gallery(model, count))
+        yield from shown or [element("p", _WITHOUT_PREDICTIONS, class_="muted")]
+
+
+def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) -> str:
+    found = [_rows(model) for model in models]
+    lines = [f"# {title}", "", "Percent; in brackets the difference to the published score.", ""]
+    lines.append("| task | " + " | ".join(_escape(model.label) for model in models) + " |")
+    lines.append("|---|" + "---:|" * len(models))
+    for name in names:
+        cells = []
+        for rows in found:
+            row = rows.get(name)
+            beside = f" ({row.difference:+.1f})" if row is not None and row.published is not None else ""
+            cells.append("–" if row is None else f"{row.score:.1f}{beside}")
+        bold = "**" if next(rows[name].is_mean for rows in found if name in rows) else ""
+        lines.append(f"| {bold}{_escape(name)}{bold} | " + " | ".join(cells) + " |")
+    lines += ["", "| model | revision | setting | tasks | mteb |", "|---|---|---|---:|---|"]
+    for model in models:
+        versions = ", ".join(sorted({version for _, version in model.versions.values()}))
+        setting = _escape(model.setting) or "–"
+        lines.append(f"| {_escape(model.label)} | {model.revision} | {setting} | {len(model.scores)} | {versions} |")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _csv(models: Sequence[ModelResults]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for model in models:
+        for row in model.rows:
+            task = next((name for name in model.versions if row.name == name or row.name.startswith(f"{name} ")), "")
+            data, mteb = model.versions.get(task, ("", ""))
+            beside = ["", ""] if row.published is None else [f"{row.published:.1f}", f"{row.difference:.1f}"]
+            kind = "mean" if row.is_mean else "task"
+            head = [model.name, model.revision, model.setting, row.name, kind, f"{row.score:.4f}"]
+            writer.writerow([*head, *beside, data, mteb])
+    return buffer.getvalue()

@@ -1,0 +1,143 @@
+"""Scores as the papers tabulate them: single tasks, then means, published numbers beside them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mteb_tasks import published
+from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS
+from mteb_tasks.mmeb.tasks import mean_scores
+from mteb_tasks.preference_task import group_means
+
+Scores = dict[str, dict[str, dict[str, Any]]]
+"""``{task: {subset: {metric: value}}}``"""
+
+_MEANS = {"mean": "overall", "ind": "IND", "ood": "OOD", **{name: name for name in META_TASKS}}
+_CAPTION_MEANS = {"short captions mean": ("Flickr30k1k", "COCO5k"), "long captions mean": ("ShareGPT4V", "Urban1K")}
+_CAPTIONS = {
+    f"{source}{direction}Retrieval": (place, direction)
+    for place, source in enumerate(source for sources in _CAPTION_MEANS.values() for source in sources)
+    for direction in ("T2I", "I2T")
+}
+_ORDER = {f"MMEB-{subset.name}": place for place, subset in enumerate(SUBSETS)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a score table.
+
+    Args:
+        name: Task, category or mean.
+        score: In per cent.
+        published: The same in the papers, in per cent; None where they have no such number.
+        is_mean: Whether it sums up other lines.
+    """
+
+    name: str
+    score: float
+    published: float | None = None
+    is_mean: bool = False
+
+    @property
+    def difference(self) -> float | None:
+        """Score minus published score as it is shown, None where nothing was published."""
+        return None if self.published is None else round(self.score - self.published, 1) + 0.0
+
+
+def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> list[Row]:
+    """Lay scores out in the order of the papers' tables.
+
+    Args:
+        scores: ``{task: {subset: scores}}``.
+        model: Alias, to look published numbers up.
+
+    Returns:
+        MMEB's subsets and their means, then the other tasks and theirs.
+
+    Example:
+        >>> score_rows({"MMEB-GQA": {"default": {"main_score": 0.5}}}, "unime-v2")[0].score
+        50.0
+    """
+    return [*_mmeb_rows(scores, model), *_other_rows(scores, model)]
+
+
+def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> str:
+    """Lay scores out as text, published numbers beside them.
+
+    Args:
+        scores: ``{task: {subset: scores}}``.
+        model: Alias, to look published numbers up.
+
+    Returns:
+        The table; empty when there is no score.
+
+    Example:
+        >>> print(score_table({"MMEB-GQA": {"default": {"main_score": 0.5}}}, "unime-v2"))  # doctest: +ELLIPSIS
+        unime-v2 ...
+    """
+    rows = score_rows(scores, model)
+    if not rows:
+        return ""
+    width = max(len(name) for name in (model, *(row.name for row in rows)))
+    lines = [f"{model:<{width}}  score  published  difference", "-" * (width + 31)]
+    for row in rows:
+        beside = "" if row.published is None else f"  {row.published:9.1f}  {row.difference:+10.1f}"
+        lines.append(f"{row.name:<{width}}  {row.score:5.1f}{beside}")
+    return "\n".join(lines)
+
+
+def _mmeb_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> Iterator[Row]:
+    names = sorted((name for name in scores if name in _ORDER and scores[name]), key=_ORDER.__getitem__)
+    tasks = {name.removeprefix("MMEB-"): 100 * _main_score(scores[name]) for name in names}
+    known = published.MMEB_TASKS.get(model, {})
+    yield from (Row(f"MMEB-{name}", score, known.get(name)) for name, score in tasks.items())
+    count, means = len(tasks), mean_scores(tasks)
+    if not tasks and scores.get("MMEB"):  # the aggregate's own file, without those of its parts
+        whole = next(iter(scores["MMEB"].values()))
+        count = int(whole.get("num_tasks", 0))
+        means = {name: 100 * float(whole[name]) for name in _MEANS if name in whole}
+    if count < 2:
+        return
+    # Published means are over all subsets: beside means over a part they would mislead.
+    reference = published.MMEB.get(model, {}) if count == len(SUBSETS) else {}
+    label = "MMEB" if count == len(SUBSETS) else f"MMEB ({count} of {len(SUBSETS)})"
+    for name in [*META_TASKS, "ind", "ood", "mean"]:
+        if name in means:
+            yield Row(f"{label} {_MEANS[name]}", means[name], reference.get(name), is_mean=True)
+
+
+def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> Iterator[Row]:
+    captions = published.CAPTIONS.get(model, {})
+    single: dict[str, float] = {}
+    for task in sorted(scores, key=lambda name: (name not in _CAPTIONS, _CAPTIONS.get(name, ()))):
+        found = scores[task]
+        if task in _ORDER or task == "MMEB" or not found:
+            continue
+        subsets = {_plain(name): 100 * float(row["main_score"]) for name, row in found.items()}
+        groups = group_means(subsets)
+        if len(subsets) == 1 and not groups:
+            single[task] = next(iter(subsets.values()))
+            yield Row(task, single[task], captions.get(task))
+            continue
+        yield from (Row(f"{task} {name}", score) for name, score in subsets.items())
+        known = published.COMPOSITION.get(model, {}) if task.startswith("SugarCrepe") else {}
+        if known:
+            known = {**known, "mean": round(statistics.fmean(known.values()), 1)}
+        yield from (Row(f"{task} {name}", score, known.get(name), is_mean=True) for name, score in groups.items())
+    for label, sets in _CAPTION_MEANS.items():
+        names = [name for name in _CAPTIONS if name.startswith(sets)]
+        if all(name in single for name in names):
+            reference = round(statistics.fmean(captions[name] for name in names), 1) if captions else None
+            yield Row(label, statistics.fmean(single[name] for name in names), reference, is_mean=True)
+
+
+def _main_score(subsets: Mapping[str, Mapping[str, Any]]) -> float:
+    return float(next(iter(subsets.values()))["main_score"])
+
+
+def _plain(subset: str) -> str:
+    """Name of a subset without the digest of local data."""
+    return subset.partition("-local-")[0]
