@@ -12,19 +12,13 @@ import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tiny_pairs import ITEMS
 
 from unime_st.data import BadImageError, Item
 from unime_st.judging import Group, Judge, LocalJudge, PairError, clean_text
-from unime_st.judging.features import JoiningEncoder, ProcessorEncoder
 from unime_st.judging.loading import generative_modules
 from unime_st.judging.prompts import conversation
 
-TEXTS = ["a red square", "the big circle on the left of a small triangle", "blue", "<|image_1|>\nWhich picture?\n"]
-ITEMS = [
-    *(Item(text) for text in TEXTS[:3]),
-    *(Item(image=tiny.png(seed, size)) for seed, size in enumerate([(60, 90), (30, 31), (200, 40)])),
-    *(Item(TEXTS[3], tiny.png(seed)) for seed in (7, 8)),
-]
 GROUPS = [Group(query, [item for item in ITEMS if item is not query]) for query in (ITEMS[0], ITEMS[3], ITEMS[6])]
 
 
@@ -94,55 +88,66 @@ def test_equals_cross_encoder_predict(judge: LocalJudge):
     assert np.abs(np.concatenate(judge.score(GROUPS)) - expected).max() < 1e-5
 
 
-def test_features_equal_those_of_the_processor(judge: LocalJudge):
-    encoder = judge._encoder
-    assert isinstance(encoder, JoiningEncoder)
-    pairs = [(group.query, item) for group in GROUPS for item in group.candidates]
-    found = encoder.collate(encoder.encode(pairs))
-    expected = encoder.transformer.preprocess([conversation(query, [item]) for query, item in pairs])
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"):
-        assert torch.equal(found[key], expected[key]), key
-    seen = torch.cat(found["mm_encoder_outputs"]["image"].pooler_output)
-    with torch.no_grad():
-        alone = judge.model[0].model.get_image_features(expected["pixel_values"], expected["image_grid_thw"])
-    assert (seen - torch.cat(alone.pooler_output)).abs().max() < 1e-5
+def test_prompts_equal_those_of_the_processor(judge: LocalJudge):
+    bundles, failed = judge.scorer._parts.encode([(group.query, group.candidates) for group in GROUPS])
+    assert not failed and len(bundles) == len(GROUPS)
+    for bundle, pairs in bundles:
+        expected = judge.model[0].preprocess([conversation(query, [item]) for query, item in pairs])
+        for suffix, ids, mask in zip(bundle.suffixes, expected["input_ids"], expected["attention_mask"], strict=True):
+            assert (bundle.prefix + suffix).token_ids == ids[mask.bool()].tolist()
+        seen = [image for suffix in bundle.suffixes for image in (bundle.prefix + suffix).images]
+        with torch.no_grad():
+            alone = judge.model[0].model.get_image_features(expected["pixel_values"], expected["image_grid_thw"])
+        assert (torch.cat([image.embeddings for image in seen]) - torch.cat(alone.pooler_output)).abs().max() < 1e-5
 
 
-def test_other_processors_take_whole_batches(judge: LocalJudge):
-    """The way of models whose images cannot be joined gives the same scores on one whose can."""
+def test_models_that_cannot_share_take_whole_prompts(judge: LocalJudge, folder: str):
     expected = judge.score(GROUPS)
-    fast = judge._encoder
-    judge._encoder = ProcessorEncoder(fast.transformer, fast.template, fast.options)
-    try:
-        found = judge.score(GROUPS)
-        errors: list[PairError] = []
-        broken = Group("a", [Item(image=b"no image"), Item("b")])
-        assert np.isnan(judge.score([broken], errors=errors)[0]).tolist() == [True, False] and len(errors) == 1
-    finally:
-        judge._encoder = fast
+    slow = LocalJudge(folder, batch_size=4, device="cpu")
+    slow.scorer.obstacle = "for the test"
+    found = slow.score(GROUPS)
+    errors: list[PairError] = []
+    broken = Group("a", [Item(image=b"no image"), Item("b"), Item("red " * 2000)])
+    assert np.isnan(slow.score([broken], errors=errors)[0]).tolist() == [True, False, True]
+    assert sorted(error.candidate for error in errors) == [0, 2]
     assert max(np.abs(left - right).max() for left, right in zip(found, expected)) < 1e-5
 
 
-def test_distinct_pairs_and_images_cost_once(judge: LocalJudge, monkeypatch: pytest.MonkeyPatch):
-    rows, opened = [], []
-    hook = judge.model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
+def test_distinct_pairs_and_images_cost_once(folder: str, monkeypatch: pytest.MonkeyPatch):
+    judge = LocalJudge(folder, batch_size=4, device="cpu")
+    model = judge.model[0].model.model
+    rows, grids, opened = [], [], []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(len(inputs["inputs_embeds"])), with_kwargs=True
+    )
+    model.visual.register_forward_pre_hook(
+        lambda _, args, inputs: grids.append(len(inputs["grid_thw"])), with_kwargs=True
+    )
     original = type(ITEMS[3].image).open
     monkeypatch.setattr(type(ITEMS[3].image), "open", lambda self: opened.append(self) or original(self))
     same = [Group(Item(group.query.text, group.query.image), [*group.candidates] * 2) for group in GROUPS]
     scores = judge.score([*same, *GROUPS])
-    hook.remove()
-    assert sum(rows) == sum(len(group.candidates) for group in GROUPS)
-    assert len(opened) == len(set(opened)) == 5
+    beginnings = len(GROUPS)
+    assert sum(rows) == sum(len(group.candidates) for group in GROUPS) + beginnings
+    assert len(opened) == len(set(opened)) == sum(grids) == 5
     for twice, once in zip(scores[: len(same)], scores[len(same) :]):
         assert np.array_equal(twice, np.tile(once, 2))
+    judge.score(GROUPS)
+    assert len(opened) == 5  # kept from call to call
+    with torch.no_grad():
+        next(model.visual.parameters()).add_(0.1)
+    judge.score(GROUPS)
+    assert len(opened) == 10  # but not from weights to weights
 
 
 def test_memory_for_images_is_bounded(folder: str, judge: LocalJudge):
     small = LocalJudge(folder, batch_size=2, cache_bytes=1, device="cpu")
     held = []
-    small.model[0].register_forward_pre_hook(lambda *_: held.append(len(small._encoder._cache)))
+    small.model[0].model.model.language_model.register_forward_pre_hook(
+        lambda *_: held.append(len(small.scorer._parts.bank._cache))
+    )
     found = small.score(GROUPS)
-    assert max(held) == 1 and not small._encoder._cache
+    assert max(held) == 1
     assert max(np.abs(left - right).max() for left, right in zip(found, judge.score(GROUPS))) < 1e-5
 
 

@@ -1,105 +1,285 @@
-"""From pairs of items to the tensors of a batch, each distinct image processed once."""
+"""From a query and its candidates to prompts that begin alike, each image through the vision tower once."""
 
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unime_st.data import BadImageError, ImageRef, Item
-from unime_st.judging.prompts import Message, conversation
+from unime_st.judging.prefix import Bundle, ImageFeatures, Prompt
+from unime_st.judging.prompts import conversation, query_comes_first
 
 Pair = tuple[Item, Item]
-_PIXELS = "pixel_values"
-_GRID = "image_grid_thw"
-_SEEN = "visual_tokens"
+Seen = tuple[ImageRef, int]
+"""An image and how many images its prompt has in all, where that changes what is made of it (else 1)."""
+
+_PIXELS, _GRID, _TOGETHER = "pixel_values", "image_grid_thw", "batch_num_images"
+_IMAGES_AT_ONCE = 64
+_PATCHES_AT_ONCE = 1 << 14
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
-    """One processed image: the tokens that stand for it in a prompt, and its tensors."""
-
-    token_ids: list[int]
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One prompt on its way into a batch.
+class ImageBank:
+    """The visual tokens of images, each computed once while there is room.
 
     Args:
-        length: Size by which prompts are sorted, in tokens.
-        nbytes: Memory it holds on to, in bytes.
-        token_ids: Its tokens with images expanded.
-        images: Its processed images in order.
-        messages: Instead of the two, the messages where the processor has to see the whole batch.
+        transformer: Input module whose processor and model are used.
+        options: Passed to the image processor.
+        cache_bytes: Upper bound of the memory for visual tokens, in bytes.
+
+    Attributes:
+        together_matters: Whether images of a prompt with several are treated differently (LLaVA-OneVision).
+
+    Raises:
+        TypeError: If the model cannot be given visual tokens made ahead of it.
     """
 
-    length: int
-    nbytes: int
-    token_ids: list[int] = field(default_factory=list)
-    images: list[ImageFeatures] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-
-
-class PairEncoder(Protocol):
-    """Two steps from pairs to features: what can be done pair by pair, and what needs the batch."""
-
-    options: dict[str, Any]
-
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded | ValueError]:
-        """Prepare pairs; an error takes the place of a pair that cannot be judged."""
-        ...
-
-    def collate(self, batch: Sequence[Encoded]) -> dict[str, Any]:
-        """Join prepared pairs into the features of one forward pass."""
-        ...
+    def __init__(self, transformer: Transformer, options: dict[str, Any], cache_bytes: int) -> None:
+        self.processor: Any = transformer.processor
+        model: Any = transformer.model
+        self.model = model.base_model
+        if not hasattr(self.model, "get_image_features"):
+            raise TypeError(f"{type(transformer.model).__name__} has no vision tower that can be run ahead")
+        self.options = options
+        self.cache_bytes = cache_bytes
+        self._accepted = inspect.signature(self.model.get_image_features).parameters
+        self._cache: OrderedDict[Seen, ImageFeatures] = OrderedDict()
+        self._held = 0
+        self._weights = -1
+        rows, tensors = self._process([Image.new("RGB", (56, 56))])
+        # What these processors make of an image depends on that image alone, and images are joined by concatenation.
+        self._joins = set(tensors) == {_PIXELS, _GRID}
+        self.together_matters = _TOGETHER in tensors
+        # Between such tokens a tokenizer sees no context, so a prompt may be put together from its parts.
+        added = set(self.processor.tokenizer.added_tokens_decoder)
+        if rows[0][0] not in added or rows[0][-1] not in added:
+            raise TypeError("its processor surrounds images with text, which belongs to the text next to it")
 
     def clear(self) -> None:
-        """Forget processed images."""
-        ...
+        """Forget all images."""
+        self._cache.clear()
+        self._held = 0
+
+    def look(self, wanted: Iterable[Seen]) -> dict[Seen, ImageFeatures | BadImageError]:
+        """Give the visual tokens of images.
+
+        Args:
+            wanted: Images.
+
+        Returns:
+            dict: Per image its features, or why it cannot be read.
+        """
+        self._forget_if_trained()
+        found: dict[Seen, ImageFeatures | BadImageError] = {}
+        missing: list[tuple[Seen, Image.Image]] = []
+        for key in dict.fromkeys(wanted):
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                found[key] = self._cache[key]
+                continue
+            try:
+                missing.append((key, key[0].open()))
+            except BadImageError as error:
+                found[key] = error
+            if len(missing) == _IMAGES_AT_ONCE:
+                found |= self._compute(missing)
+                missing = []
+        return found | self._compute(missing)
+
+    def _forget_if_trained(self) -> None:
+        # Every step of an optimiser and every load of weights raises the version of the tensors it writes.
+        version = sum(parameter._version for parameter in self.model.parameters())
+        if version != self._weights:
+            self.clear()
+        self._weights = version
+
+    def _compute(self, missing: list[tuple[Seen, Image.Image]]) -> dict[Seen, ImageFeatures | BadImageError]:
+        if not missing:
+            return {}
+        if self._joins:
+            made = self._see_many([image for _, image in missing])
+        else:
+            made = [self._see_one(image, together) for (_, together), image in missing]
+        for (key, _), features in zip(missing, made, strict=True):
+            self._cache[key] = features
+            self._held += features.nbytes
+        while self._held > self.cache_bytes and len(self._cache) > 1:
+            self._held -= self._cache.popitem(last=False)[1].nbytes
+        return {key: features for (key, _), features in zip(missing, made, strict=True)}
+
+    def _process(self, images: list[Image.Image], prompts: int = 1) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+        """Run the processor on prompts of placeholders alone, all images in the first or one in each."""
+        each = len(images) // prompts
+        out = self.processor(
+            text=[self.processor.image_token * each] * prompts,
+            images=[images[start : start + each] for start in range(0, len(images), each)],
+            images_kwargs=self.options,
+            text_kwargs={"add_special_tokens": False, "padding": True},
+            common_kwargs={"return_tensors": "pt"},
+        )
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["attention_mask"], strict=True)]
+        names = {*self.processor.image_processor.model_input_names, _TOGETHER}
+        return rows, {name: out[name] for name in names if name in out}
+
+    def _see_many(self, images: list[Image.Image]) -> list[ImageFeatures]:
+        rows, tensors = self._process(images, prompts=len(images))
+        grids = tensors[_GRID].split(1)
+        pixels = tensors[_PIXELS].split(tensors[_GRID].prod(-1).tolist())
+        made: list[ImageFeatures] = []
+        start = patches = 0
+        for place in range(len(images)):
+            patches += len(pixels[place])
+            if patches < _PATCHES_AT_ONCE and place < len(images) - 1:
+                continue
+            part = slice(start, place + 1)
+            found, inner = self._tower({_PIXELS: torch.cat(pixels[part]), _GRID: torch.cat(grids[part])})
+            for number, row in enumerate(rows[part]):
+                layers = tuple(layer[number] for layer in inner)
+                made.append(ImageFeatures(row, found[number], layers, tuple(grids[start + number][0].tolist())))
+            start, patches = place + 1, 0
+        return made
+
+    def _see_one(self, image: Image.Image, together: int) -> ImageFeatures:
+        rows, tensors = self._process([image] * together)
+        found, inner = self._tower(tensors)
+        if inner or _GRID in tensors:
+            raise TypeError("images of this processor are not joined by concatenation")
+        flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+        row = rows[0][: len(rows[0]) // together]
+        return ImageFeatures(row, flat[: len(flat) // together])
+
+    @torch.inference_mode()
+    def _tower(self, tensors: dict[str, torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[Any]]:
+        device = self.model.device
+        inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name in self._accepted}
+        out = self.model.get_image_features(**inputs, return_dict=True)
+        return out.pooler_output, getattr(out, "deepstack_features", None) or ()
 
 
-def pair_encoder(
-    transformer: Transformer, template: str, image_size: dict[str, int] | None, cache_bytes: int
-) -> PairEncoder:
-    """Choose the fastest way that equals the processor's own.
+class PromptEncoder:
+    """Renders and tokenises prompts and finds how far they begin alike.
 
     Args:
         transformer: Input module with a chat template processor.
         template: Jinja source of the chat template.
-        image_size: Pixel limits handed to the image processor, or None for its own.
-        cache_bytes: Upper bound of the memory for processed images.
+        options: Passed to the image processor.
+        cache_bytes: Upper bound of the memory for visual tokens, in bytes.
 
-    Returns:
-        PairEncoder: :class:`JoiningEncoder` for the image processors of the Qwen-VL family, else
-        :class:`ProcessorEncoder`.
+    Raises:
+        TypeError: If images cannot be prepared apart from their prompts, see :class:`ImageBank`.
     """
-    options = {**transformer.processing_kwargs.get("image", {})}
-    if image_size is not None:
-        options["size"] = image_size
-    joining = JoiningEncoder(transformer, template, options, cache_bytes)
-    # What these processors make of an image depends on that image alone, and images are joined by concatenation.
-    # Others pad images to each other or treat several images of a prompt differently.
-    if set(joining.process([Image.new("RGB", (56, 56))])[0].tensors) == {_PIXELS, _GRID}:
-        return joining
-    return ProcessorEncoder(transformer, template, options)
+
+    def __init__(self, transformer: Transformer, template: str, options: dict[str, Any], cache_bytes: int) -> None:
+        self.transformer = transformer
+        self.processor: Any = transformer.processor
+        self.tokenizer: Any = transformer.tokenizer
+        self.template = template
+        self.bank = ImageBank(transformer, options, cache_bytes)
+        self.query_first = query_comes_first(self.processor, template)
+
+    def encode(
+        self, queries: Sequence[tuple[Item, Sequence[Item]]]
+    ) -> tuple[list[tuple[Bundle, list[Pair]]], list[tuple[Pair, ValueError]]]:
+        """Prepare the prompts of queries with their candidates.
+
+        Args:
+            queries: Queries, each with its candidates.
+
+        Returns:
+            tuple: Prompts that begin alike, with the pair of each; and the pairs that cannot be judged, with the
+            reason.
+        """
+        pairs = [(query, candidate) for query, candidates in queries for candidate in candidates]
+        owners = [number for number, (_, candidates) in enumerate(queries) for _ in candidates]
+        rows = self._tokenize(pairs)
+        images = [self._images(pair) for pair in pairs]
+        seen = self.bank.look(key for keys in images for key in keys)
+        alike: dict[tuple[int, int], list[tuple[Pair, list[int], list[ImageFeatures]]]] = defaultdict(list)
+        failed: list[tuple[Pair, ValueError]] = []
+        for owner, pair, row, keys in zip(owners, pairs, rows, images, strict=True):
+            found = [seen[key] for key in keys]
+            error = next((image for image in found if isinstance(image, ValueError)), None) or self._check(row, found)
+            if error is not None:
+                failed.append((pair, error))
+                continue
+            together = len(keys) if self.bank.together_matters else 1
+            alike[owner, together].append((pair, row, found))  # type: ignore[arg-type]
+        bundles = [
+            (self._bundle([(row, found) for _, row, found in members]), [pair for pair, _, _ in members])
+            for members in alike.values()
+        ]
+        return bundles, failed
+
+    def _tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """Token ids of prompts with one placeholder for each image."""
+        messages = [conversation(query, [candidate], decode=False) for query, candidate in pairs]
+        prompts = self.processor.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        # As ProcessorMixin.apply_chat_template: a template that writes the first token itself must not get two.
+        bos = self.tokenizer.bos_token
+        special = not (bos is not None and prompts[0].startswith(bos))
+        return self.tokenizer(prompts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+
+    def _images(self, pair: Pair) -> list[Seen]:
+        """The images of a pair in the order in which the prompt shows them."""
+        ordered = pair if self.query_first else pair[::-1]
+        refs = [item.image for item in ordered if item.image is not None]
+        return [(ref, len(refs) if self.bank.together_matters else 1) for ref in refs]
+
+    def _check(self, row: list[int], images: Sequence[Any]) -> ValueError | None:
+        places = row.count(self.processor.image_token_id)
+        if places != len(images):
+            return ValueError(f"the prompt has {places} image placeholders for {len(images)} images")
+        try:
+            check_length(self.transformer, len(row) + sum(len(image.token_ids) - 1 for image in images))
+        except ValueError as error:
+            return error
+        return None
+
+    def _bundle(self, members: list[tuple[list[int], list[ImageFeatures]]]) -> Bundle:
+        """Cut prompts where they begin to differ: in their tokens or in the image that a placeholder stands for."""
+        rows = [row for row, _ in members]
+        # The first and the last in order share the least.
+        low, high = min(rows), max(rows)
+        shared = next((place for place, (left, right) in enumerate(zip(low, high)) if left != right), len(low))
+        shared = min(shared, min(map(len, rows)) - 1) if len(rows) > 1 else 0
+        token = self.processor.image_token_id
+        places = [place for place, value in enumerate(low[:shared]) if value == token]
+        first = members[0][1]
+        alike = next(
+            (
+                number
+                for number in range(len(places))
+                if any(images[number] is not first[number] for _, images in members)
+            ),
+            len(places),
+        )
+        shared = min([shared, *places[alike : alike + 1]])
+        prefix = self._expand(rows[0][:shared], first[:alike])
+        return Bundle(prefix, [self._expand(row[shared:], images[alike:]) for row, images in members])
+
+    def _expand(self, row: list[int], images: list[ImageFeatures]) -> Prompt:
+        """Put the tokens of each image in the place of its placeholder."""
+        if not images:
+            return Prompt(row)
+        expanded: list[int] = []
+        starts: list[int] = []
+        waiting = iter(images)
+        for value in row:
+            if value == self.processor.image_token_id:
+                starts.append(len(expanded))
+                expanded += next(waiting).token_ids
+            else:
+                expanded.append(value)
+        return Prompt(expanded, images, starts)
 
 
 class ProcessorEncoder:
-    """Hands whole batches to the processor, which handles every image of every pair anew.
+    """Hands whole prompts to the processor and the model, as any model takes them; nothing is shared.
 
     Args:
         transformer: Input module with a chat template processor.
@@ -111,26 +291,24 @@ class ProcessorEncoder:
         self.transformer = transformer
         self.template = template
         self.options = options
+        self.query_first = query_comes_first(transformer.processor, template)
 
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded | ValueError]:
-        """Decode the images of pairs."""
-        return [self._decode(query, candidate) for query, candidate in pairs]
+    def features(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Make the features of one forward pass.
 
-    def _decode(self, query: Item, candidate: Item) -> Encoded | ValueError:
-        try:
-            messages = conversation(query, [candidate])
-        except BadImageError as error:
-            return error
-        parts = [part for message in messages for part in message["content"]]
-        pixels = sum(part["image"].width * part["image"].height for part in parts if part["type"] == "image")
-        characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-        # About 4 characters or a square of 28 pixels to a token; processed images are float32 with three channels.
-        return Encoded(length=characters // 4 + pixels // 784, nbytes=12 * pixels, messages=messages)
+        Args:
+            pairs: Queries with a candidate each.
 
-    def collate(self, batch: Sequence[Encoded]) -> dict[str, Any]:
-        """Run the processor on a batch."""
+        Returns:
+            dict: Input of the model.
+
+        Raises:
+            BadImageError: If an image cannot be decoded.
+            ValueError: If a prompt is longer than the model takes.
+        """
         features = self.transformer.preprocess(
-            [row.messages for row in batch],
+            # Images are taken in the order of the messages, whatever the order of the template.
+            [conversation(query, [candidate])[:: 1 if self.query_first else -1] for query, candidate in pairs],
             processing_kwargs={
                 "text": {"truncation": False},
                 "image": self.options,
@@ -139,162 +317,6 @@ class ProcessorEncoder:
         )
         check_length(self.transformer, int(features["attention_mask"].sum(1).max()))
         return features
-
-    def clear(self) -> None:
-        """Nothing is kept."""
-
-
-class JoiningEncoder:
-    """Tokenises prompts with unexpanded images and joins them with images that were processed once.
-
-    The tensors equal those of :meth:`sentence_transformers.base.modules.Transformer.preprocess` on the same messages.
-
-    Args:
-        transformer: Input module with a chat template processor.
-        template: Jinja source of the chat template.
-        options: Passed to the image processor.
-        cache_bytes: Upper bound of the memory for processed images.
-    """
-
-    def __init__(self, transformer: Transformer, template: str, options: dict[str, Any], cache_bytes: int) -> None:
-        self.transformer = transformer
-        self.processor = transformer.processor
-        self.tokenizer: Any = transformer.tokenizer
-        self.template = template
-        self.options = options
-        self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[ImageRef, ImageFeatures] = OrderedDict()
-        self._cached_bytes = 0
-        self._has_token_types = False
-        self._tokens_ahead = self._takes_visual_tokens()
-
-    def clear(self) -> None:
-        """Forget all processed images."""
-        self._cache.clear()
-        self._cached_bytes = 0
-
-    def _takes_visual_tokens(self) -> bool:
-        """Whether the vision tower can run ahead, because the model takes visual tokens in place of pixels.
-
-        Not Qwen3-VL's, whose vision tower also feeds inner layers of the language model.
-        """
-        model: Any = self.transformer.model
-        takes_tokens = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-        inner_layers = hasattr(model.config.vision_config, "deepstack_visual_indexes")
-        return takes_tokens and not inner_layers
-
-    def process(self, images: list[Image.Image]) -> list[ImageFeatures]:
-        """Run the processor on images, each with its placeholder as the whole prompt.
-
-        Args:
-            images: Decoded images.
-
-        Returns:
-            list[ImageFeatures]: The tokens that each placeholder becomes, and what the image processor returns.
-        """
-        out = self.processor(
-            text=[self.processor.image_token] * len(images),
-            images=images,
-            images_kwargs=self.options,
-            text_kwargs={"add_special_tokens": False, "padding": True},
-            common_kwargs={"return_tensors": "pt"},
-        )
-        self._has_token_types = "mm_token_type_ids" in out
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["attention_mask"], strict=True)]
-        tensors = {key: value for key, value in out.items() if key in self.processor.image_processor.model_input_names}
-        if set(tensors) != {_PIXELS, _GRID}:
-            return [ImageFeatures(row, tensors) for row in rows]
-        pixels = tensors[_PIXELS].split(tensors[_GRID].prod(-1).tolist())
-        grids = tensors[_GRID].split(1)
-        return [
-            ImageFeatures(row, {_PIXELS: patches, _GRID: grid})
-            for row, patches, grid in zip(rows, pixels, grids, strict=True)
-        ]
-
-    def _process_images(self, pairs: Sequence[Pair]) -> dict[ImageRef, ImageFeatures | BadImageError]:
-        """Process the distinct images of pairs, but for those that an earlier call has left in the cache."""
-        found: dict[ImageRef, ImageFeatures | BadImageError] = {}
-        decoded: dict[ImageRef, Image.Image] = {}
-        for ref in dict.fromkeys(item.image for pair in pairs for item in pair if item.image is not None):
-            if ref in self._cache:
-                self._cache.move_to_end(ref)
-                found[ref] = self._cache[ref]
-                continue
-            try:
-                decoded[ref] = ref.open()
-            except BadImageError as error:
-                found[ref] = error
-        if decoded:
-            images = self.process(list(decoded.values()))
-            for ref, image in zip(decoded, self._see(images) if self._tokens_ahead else images, strict=True):
-                found[ref] = self._cache[ref] = image
-                self._cached_bytes += image.nbytes
-        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return found
-
-    @torch.inference_mode()
-    def _see(self, images: Sequence[ImageFeatures]) -> list[ImageFeatures]:
-        """Run the vision tower, so that an image costs it one pass however many prompts it is in."""
-        pixels, grids = (torch.cat([image.tensors[key] for image in images]) for key in (_PIXELS, _GRID))
-        model: Any = self.transformer.model
-        device = model.device
-        seen = model.get_image_features(pixels.to(device), grids.to(device), return_dict=True).pooler_output
-        return [
-            ImageFeatures(image.token_ids, {_GRID: image.tensors[_GRID], _SEEN: tokens})
-            for image, tokens in zip(images, seen, strict=True)
-        ]
-
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded | ValueError]:
-        """Render and tokenise pairs and process their images."""
-        messages = [conversation(query, [candidate], decode=False) for query, candidate in pairs]
-        prompts = self.processor.apply_chat_template(messages, chat_template=self.template, tokenize=False)
-        # As ProcessorMixin.apply_chat_template: a template that writes the first token itself must not get two.
-        bos = self.tokenizer.bos_token
-        special = not (bos is not None and prompts[0].startswith(bos))
-        rows = self.tokenizer(prompts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-        processed = self._process_images(pairs)
-        return [
-            self._expand(row, [processed[item.image] for item in pair if item.image is not None])
-            for row, pair in zip(rows, pairs, strict=True)
-        ]
-
-    def _expand(self, token_ids: list[int], found: list[ImageFeatures | BadImageError]) -> Encoded | ValueError:
-        """Put the tokens of each image in the place of its placeholder."""
-        images = [image for image in found if isinstance(image, ImageFeatures)]
-        for image in found:
-            if isinstance(image, BadImageError):
-                return image
-        places = [place for place, token in enumerate(token_ids) if token == self.processor.image_token_id]
-        if len(places) != len(images):
-            return ValueError(f"the prompt has {len(places)} image placeholders for {len(images)} images")
-        for place, image in zip(reversed(places), reversed(images), strict=True):
-            token_ids[place : place + 1] = image.token_ids
-        try:
-            check_length(self.transformer, len(token_ids))
-        except ValueError as error:
-            return error
-        return Encoded(len(token_ids), sum(image.nbytes for image in images), token_ids, images)
-
-    def collate(self, batch: Sequence[Encoded]) -> dict[str, Any]:
-        """Pad prompts on the left and concatenate their images."""
-        width = max(row.length for row in batch)
-        input_ids = torch.full((len(batch), width), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for place, row in enumerate(batch):
-            input_ids[place, width - row.length :] = torch.tensor(row.token_ids)
-            attention_mask[place, width - row.length :] = 1
-        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._has_token_types:
-            features["mm_token_type_ids"] = (input_ids == self.processor.image_token_id).long() * attention_mask
-        images = [image for row in batch for image in row.images]
-        for key in images[0].tensors if images else ():
-            if key == _SEEN:
-                tokens = tuple(image.tensors[key] for image in images)
-                features["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}  # type: ignore[arg-type]
-            else:
-                features[key] = torch.cat([image.tensors[key] for image in images])
-        return {**features, "modality": "message", "logits_to_keep": 1}
 
 
 def check_length(transformer: Transformer, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,21 +10,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
-from sentence_transformers.util import batch_to_device
 from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import weights_fingerprint
-from unime_st.judging.features import Encoded, pair_encoder
 from unime_st.judging.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
 from unime_st.judging.prompts import ItemLike, as_item, check_template, load_template, prompt_hash
-
-# Prompts are sorted by length within this many batches: enough to waste little on padding, few enough to hold.
-_BATCHES_SORTED_TOGETHER = 16
+from unime_st.judging.scoring import PairScorer
 
 
 @dataclass(frozen=True, init=False)
@@ -138,8 +134,6 @@ class LocalJudge:
         name: str | None = None,
         show_progress_bar: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(model, (str, Path)):
             name = name or Path(model).name
             model = load_cross_encoder(
@@ -153,16 +147,16 @@ class LocalJudge:
         source = processor.chat_template if template is None else load_template(template)
         check_template(processor, source)
         size = image_size_limits(processor, image_tokens or default_image_tokens(processor, template))
-        self.batch_size = batch_size
-        self.cache_bytes = cache_bytes
+        options = {**transformer.processing_kwargs.get("image", {}), **({} if size is None else {"size": size})}
         self.show_progress_bar = show_progress_bar
-        self._answer_ids = answer_ids
-        self._encoder = pair_encoder(transformer, source, size, cache_bytes)
+        self.scorer = PairScorer(
+            transformer, source, answer_ids, options=options, batch_size=batch_size, cache_bytes=cache_bytes
+        )
         self.name = name or Path(transformer.config.name_or_path or "model").name
         self.revision = getattr(transformer.config, "_commit_hash", None) or weights_fingerprint(self.model)
         tokenizer: Any = transformer.tokenizer
-        answers = tokenizer.convert_ids_to_tokens(self._answer_ids)
-        self.prompt_hash = prompt_hash(source, answers, sorted(self._encoder.options.items()))
+        answers = tokenizer.convert_ids_to_tokens(answer_ids)
+        self.prompt_hash = prompt_hash(source, answers, sorted(options.items()))
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
         """Score every candidate of every group; each distinct pair is judged once.
@@ -183,56 +177,28 @@ class LocalJudge:
         """
         scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
         places = _distinct_pairs(groups, errors)
+        queries: dict[Item, list[Item]] = defaultdict(list)
+        for query, candidate in places:
+            queries[query].append(candidate)
         with (
             _evaluating(self.model),
             tqdm(total=len(places), desc="Judging", unit="pair", disable=not self.show_progress_bar) as progress,
         ):
-            for pair, outcome in self._judge(list(places)):
-                for group, candidate in places[pair]:
-                    if isinstance(outcome, ValueError):
-                        _set_aside(errors, group, candidate, outcome)
-                    elif not np.isfinite(outcome):
+            for pair, outcome in self.scorer.score(list(queries.items())):
+                # Subtracted in float32: a bfloat16 difference of two logits near 20 would move in steps of 0.125.
+                answer = outcome if isinstance(outcome, ValueError) else float(outcome[0] - outcome[1])
+                for row, column in places[pair]:
+                    if isinstance(answer, ValueError):
+                        _set_aside(errors, row, column, answer)
+                    elif not np.isfinite(answer):
                         raise FloatingPointError(
-                            f"group {group}, candidate {candidate}: the log-odds are {outcome}, so the model overflowed "
+                            f"group {row}, candidate {column}: the log-odds are {answer}, so the model overflowed "
                             f"or is broken (dtype {self.model.dtype}). Load it in bfloat16 or float32."
                         )
                     else:
-                        scores[group][candidate] = outcome
+                        scores[row][column] = answer
                 progress.update()
-        self._encoder.clear()
         return scores
-
-    def _judge(self, pairs: list[tuple[Item, Item]]) -> Iterator[tuple[tuple[Item, Item], float | ValueError]]:
-        """Yield each pair with its log-odds, or with the error that keeps it from being judged."""
-        window: list[tuple[tuple[Item, Item], Encoded]] = []
-        for start in range(0, len(pairs), self.batch_size):
-            chunk = pairs[start : start + self.batch_size]
-            for pair, encoded in zip(chunk, self._encoder.encode(chunk), strict=True):
-                if isinstance(encoded, Encoded):
-                    window.append((pair, encoded))
-                else:
-                    yield pair, encoded
-            held = sum(encoded.nbytes for _, encoded in window)
-            if len(window) >= _BATCHES_SORTED_TOGETHER * self.batch_size or held > self.cache_bytes:
-                yield from self._judge_window(window)
-                window = []
-        yield from self._judge_window(window)
-
-    def _judge_window(
-        self, window: list[tuple[tuple[Item, Item], Encoded]]
-    ) -> Iterator[tuple[tuple[Item, Item], float]]:
-        """Run the model on prompts of similar length together."""
-        window = sorted(window, key=lambda entry: -entry[1].length)
-        for start in range(0, len(window), self.batch_size):
-            batch = window[start : start + self.batch_size]
-            yield from zip((pair for pair, _ in batch), self._log_odds([encoded for _, encoded in batch]), strict=True)
-
-    @torch.inference_mode()
-    def _log_odds(self, batch: list[Encoded]) -> list[float]:
-        features = batch_to_device(self._encoder.collate(batch), self.model.device)
-        # Subtracted in float32: a bfloat16 difference of two logits near 20 would move in steps of 0.125.
-        logits = self.model(features)["causal_logits"][:, -1, self._answer_ids].float()
-        return (logits[:, 0] - logits[:, 1]).tolist()
 
 
 def _generative_parts(model: CrossEncoder) -> tuple[Transformer, list[int]]:

@@ -115,20 +115,24 @@ def use_pillow(transformer: Transformer, folder: str) -> None:
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
-def set_prompt(transformer: Transformer, template: str, image_tokens: ImageTokens | None) -> None:
+def set_prompt(
+    transformer: Transformer, template: str, image_tokens: ImageTokens | None, *, listwise: bool = True
+) -> None:
     """Make a template and image limits part of a model, so that they are saved with it.
 
     Args:
         transformer: First module of a ``CrossEncoder``, changed in place.
         template: Name or text of a chat template, see :func:`~unime_st.judging.load_template`.
         image_tokens: Fewest and most visual tokens per image; None for those of the template.
+        listwise: Whether the template must know lists, too. Defaults to True.
 
     Raises:
         ValueError: If the template drops a part of its input.
     """
     text = load_template(template)
     check_template(transformer.processor, text)
-    check_template(transformer.processor, text, listwise=True)
+    if listwise:
+        check_template(transformer.processor, text, listwise=True)
     transformer.processor.chat_template = text
     if transformer.tokenizer is not None:
         transformer.tokenizer.chat_template = None  # one template in the folder, not two that may disagree
@@ -145,6 +149,7 @@ def generative_modules(
     *,
     template: str = "official",
     image_tokens: ImageTokens | None = None,
+    listwise: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     processor_kwargs: dict[str, Any] | None = None,
     config_kwargs: dict[str, Any] | None = None,
@@ -156,6 +161,7 @@ def generative_modules(
         template: See :func:`~unime_st.judging.load_template`. Defaults to "official".
         image_tokens: Fewest and most visual tokens per image. Defaults to those of the template: 4 to 300 for
             "official", else the processor's own.
+        listwise: Whether the template must know lists, too, as a reranker needs. Defaults to True.
         model_kwargs: Passed to the model's ``from_pretrained``, for example ``{"dtype": "bfloat16"}``.
         processor_kwargs: Passed to the processor's ``from_pretrained``.
         config_kwargs: Passed to the config's ``from_pretrained``.
@@ -191,14 +197,14 @@ def generative_modules(
             "model drops it when saved), so it cannot answer Yes or No. Load the generative checkpoint it came from."
         )
     use_pillow(transformer, folder)
-    set_prompt(transformer, template, image_tokens)
+    set_prompt(transformer, template, image_tokens, listwise=listwise)
     return [transformer, LogitScore(*answer_token_ids(transformer.tokenizer))]
 
 
 def load_cross_encoder(
     name: str | Path, *, template: str | None = None, image_tokens: ImageTokens | None = None, **kwargs: Any
 ) -> CrossEncoder:
-    """Load a saved reranker, or any generative vision-language checkpoint as one.
+    """Load a saved reranker, or any generative vision-language checkpoint, as a judge of pairs.
 
     Args:
         name: Folder, hub repository or alias.
@@ -219,16 +225,22 @@ def load_cross_encoder(
     """
     folder = resolve_name(name)
     if not is_cross_encoder(folder):
-        own = {key: kwargs.pop(key) for key in ("model_kwargs", "processor_kwargs", "config_kwargs") if key in kwargs}
-        modules = generative_modules(folder, template=template or "official", image_tokens=image_tokens, **own)
-        return CrossEncoder(modules=modules, num_labels=1, **kwargs)
+        parts = ("model_kwargs", "processor_kwargs", "config_kwargs")
+        own: dict[str, Any] = {key: kwargs.pop(key) for key in parts if key in kwargs}
+        own |= {"template": template or "official", "image_tokens": image_tokens}
+        return CrossEncoder(modules=generative_modules(folder, listwise=False, **own), num_labels=1, **kwargs)
     model = CrossEncoder(folder, **kwargs)
-    prepare_saved(model, folder, template, image_tokens)
+    prepare_saved(model, folder, template, image_tokens, listwise=False)
     return model
 
 
 def prepare_saved(
-    model: CrossEncoder, folder: str, template: str | None, image_tokens: ImageTokens | None = None
+    model: CrossEncoder,
+    folder: str,
+    template: str | None,
+    image_tokens: ImageTokens | None = None,
+    *,
+    listwise: bool = True,
 ) -> None:
     """Give a saved reranker Pillow's pixels and, where asked, another template or other image limits.
 
@@ -237,9 +249,10 @@ def prepare_saved(
         folder: Where it came from.
         template: Name or text of a template, or None to keep the saved one.
         image_tokens: Fewest and most visual tokens per image, or None to keep the saved limits.
+        listwise: Whether the template must know lists, too. Defaults to True.
     """
     if not isinstance(model[0], Transformer):
         return
     use_pillow(model[0], folder)
     if template is not None or image_tokens is not None:
-        set_prompt(model[0], template or model[0].processor.chat_template, image_tokens)
+        set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)

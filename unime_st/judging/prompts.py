@@ -264,6 +264,28 @@ def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> li
     return lost
 
 
+def query_comes_first(processor: ProcessorMixin, template: str) -> bool:
+    """Whether a chat template shows the query before the candidate, as the official one does.
+
+    Args:
+        processor: Processor whose template engine is used.
+        template: Jinja source.
+
+    Returns:
+        bool: True where candidates of one query share the beginning of their prompts.
+
+    Example:
+        >>> from transformers import AutoProcessor
+        >>> from unime_st.judging.prompts import load_template, query_comes_first
+        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
+        >>> query_comes_first(processor, load_template("official"))  # doctest: +SKIP
+        True
+    """
+    sample = [message("query", "first0"), message("document", "second0")]
+    prompt = str(processor.apply_chat_template(sample, chat_template=template, tokenize=False))
+    return prompt.find("first0") < prompt.find("second0")
+
+
 def check_template(processor: ProcessorMixin, template: str, *, listwise: bool = False) -> None:
     """Refuse a chat template that does not carry every text and image of a query and its candidates.
 
