@@ -105,9 +105,11 @@ def test_prompts_and_answers_equal_those_by_hand(model: UniMEReranker, labelled:
     labels = worker.scores(5) if labelled else None
     hardest = labels[:, 1:].argmax(1).tolist() if labels is not None else [0] * 5
     assert labels is None or set(hardest) == {0, 1, 2}
-    slots = torch.randint(4, (5,), generator=torch.Generator().manual_seed(7)).tolist()
+    loss = RerankerLoss(model, mini_batch_size=mini_batch_size)
+    torch.manual_seed(7)
+    slots = [listed.index(0) for listed in loss._draw_lists(5, 4)]
     assert len(set(slots)) > 2
-    loss = RerankerLoss(model, mini_batch_size=mini_batch_size, seed=7)
+    torch.manual_seed(7)
     parts = loss(columns, None if labels is None else list(labels))
     expected = by_hand(model, columns, hardest, slots)
     assert set(parts) == {"pair", "list"}
@@ -122,28 +124,118 @@ def test_items_are_decoded_and_placeholders_removed(model: UniMEReranker):
         for column in columns
     ]
     marked = [[f"<|image_1|>\n{value}" if isinstance(value, str) else value for value in c] for c in columns]
-    expected = summed(RerankerLoss(model)(columns)).item()
-    assert summed(RerankerLoss(model)(as_items)).item() == pytest.approx(expected, rel=1e-6)
-    assert summed(RerankerLoss(model)(marked)).item() == pytest.approx(expected, rel=1e-6)
+    found = []
+    for given in (columns, as_items, marked):
+        torch.manual_seed(0)
+        found.append(summed(RerankerLoss(model)(given)).item())
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-6)
 
 
 def test_a_plain_cross_encoder_trains_alike(model: UniMEReranker, tmp_path: Path):
     model.save_pretrained(str(tmp_path))
     plain = CrossEncoder(str(tmp_path), device="cpu")
     texts = [["a", "b"], ["c", "d"], ["e", "f"]]
-    assert summed(RerankerLoss(plain)(texts)).item() == pytest.approx(summed(RerankerLoss(model)(texts)).item())
+    found = []
+    for trained in (plain, model):
+        torch.manual_seed(0)
+        found.append(summed(RerankerLoss(trained)(texts)).item())
+    assert found[0] == pytest.approx(found[1])
 
 
-def test_the_place_of_the_positive_is_uniform(model: UniMEReranker):
-    """Chi-square over all slots, and no slot predicts the next; drawn in batches of the size of training."""
+def trained_lists(loss: RerankerLoss, batches: int, rows: int, count: int) -> list[list[str]]:
+    """The lists that reach the model in training: what stands at each place, "0" being the positive."""
+    seen: list[list[str]] = []
+
+    def logits(column: dict[str, Any], begin: int, end: int, random_state: Any = None) -> torch.Tensor:
+        seen.extend(column["candidates"][begin:end])
+        return torch.zeros(end - begin, len(loss._tokenizer))
+
+    loss._logits = logits  # type: ignore[method-assign]
+    for _ in range(batches):
+        loss([["query"] * rows, *([str(place)] * rows for place in range(count))])
+    return seen
+
+
+@pytest.mark.parametrize("shortest", [None, 2])
+def test_the_place_of_the_positive_in_training_rows_is_uniform(model: UniMEReranker, shortest: int | None):
+    """Chi-square over all slots of every length, and no slot predicts the next; batches of the size of training."""
+    torch.manual_seed(0)
+    loss = RerankerLoss(model, pairwise_weight=0, min_list_length=shortest)
+    lists = trained_lists(loss, batches=1500, rows=8, count=6)
+    # 0.1 % points of chi-square with 1, 2, 3, 4 and 5 degrees of freedom
+    for length, bound in zip(range(2, 7), (10.8, 13.8, 16.3, 18.5, 20.5), strict=True):
+        slots = torch.tensor([listed.index("0") for listed in lists if len(listed) == length])
+        assert (len(slots) > 2000) == (length == 6 or shortest == 2)
+        if len(slots):
+            counts = torch.bincount(slots, minlength=length).double()
+            assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < bound
+    assert all(
+        len(set(listed)) == len(listed) and listed[: listed.index("0")] == sorted(listed[: listed.index("0")])
+        for listed in lists
+    )
+    if shortest is None:
+        slots = torch.tensor([listed.index("0") for listed in lists])
+        pairs = torch.bincount(6 * slots[:-1] + slots[1:], minlength=36).double()
+        assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() < 66.6  # 35 degrees
+    else:
+        members = torch.bincount(torch.tensor([int(place) for listed in lists for place in listed]), minlength=6)
+        assert members[1:].max() < 1.1 * members[1:].min()
+
+
+def test_places_follow_torchs_generator(model: UniMEReranker):
+    """Its state is in the trainer's checkpoints, so a resumed training draws the same places."""
     loss = RerankerLoss(model)
-    slots = torch.cat([loss._draw_slots(8, 6) for _ in range(1500)])
-    counts = torch.bincount(slots, minlength=6).double()
-    assert ((counts - 2000) ** 2 / 2000).sum() < 20.5  # 0.1 % point of chi-square with 5 degrees of freedom
-    pairs = torch.bincount(6 * slots[:-1] + slots[1:], minlength=36).double()
-    assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() < 66.6  # 35 degrees
-    assert not torch.equal(loss._draw_slots(50, 6), loss._draw_slots(50, 6))
-    assert torch.equal(RerankerLoss(model, seed=1)._draw_slots(50, 6), RerankerLoss(model, seed=1)._draw_slots(50, 6))
+    torch.manual_seed(3)
+    loss._draw_lists(50, 6)
+    state = torch.get_rng_state()
+    later = [loss._draw_lists(50, 6) for _ in range(2)]
+    torch.set_rng_state(state)
+    assert later == [RerankerLoss(model)._draw_lists(50, 6) for _ in range(2)]
+    assert later[0] != later[1]
+
+
+def test_ten_candidates_through_their_digits(model: UniMEReranker):
+    """-log P(1) is -log P(1) - log P( ")" | 1) where 10 begins alike; against prompts by hand."""
+    documents = ["red", "blue", "green", "big", "small", "left", "right", "triangle", "square", "circle"]
+    columns = [["a picture"] * 12, *([document] * 12 for document in documents)]
+    plain = RerankerLoss(model, pairwise_weight=0)
+    torch.manual_seed(1)
+    places = plain._draw_lists(12, 10)
+    expected = 0.0
+    for listed in places:
+        prompt = tiny.LIST.format("a picture", "".join(f"({n}) {documents[p]}" for n, p in enumerate(listed, start=1)))
+        slot = listed.index(0) + 1
+        for piece in {1: ["1", ")"], 10: ["1", "0"]}.get(slot, [str(slot)]):
+            logits = tiny.answer_logits(model, prompt, []).double().log_softmax(-1)
+            expected -= float(logits[model.tokenizer.encode(piece)[0]]) / 12
+            prompt += piece
+    assert {1, 10} & {listed.index(0) + 1 for listed in places}
+    for size in (None, 5):
+        torch.manual_seed(1)
+        parts = RerankerLoss(model, pairwise_weight=0, mini_batch_size=size)(columns)
+        assert parts["list"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_soft_targets_equal_the_formula(model: UniMEReranker, mini_batch_size: int | None):
+    """Cross entropy with softmax(score / temperature) over the list, in its order."""
+    columns, labels = worker.rows(4), worker.scores(4)
+    loss = RerankerLoss(model, pairwise_weight=0, target_temperature=0.2, mini_batch_size=mini_batch_size)
+    torch.manual_seed(5)
+    places = loss._draw_lists(4, 4)
+    torch.manual_seed(5)
+    found = loss(columns, labels)["list"].item()
+    digits = [model.tokenizer.encode(digit)[0] for digit in "1234"]
+    expected = 0.0
+    for row, listed in enumerate(places):
+        features = model.preprocess_lists([columns[0][row]], [[columns[1 + place][row] for place in listed]])
+        with torch.inference_mode():
+            logits = model(features)["causal_logits"][0, -1].double().log_softmax(-1)[digits]
+        target = (labels[row, listed].double() / 0.2).softmax(0)
+        expected -= float((target * logits).sum()) / 4
+    assert found == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="needs the judge's scores"):
+        loss(columns)
 
 
 def with_dropout(folder: str, rate: float) -> UniMEReranker:
@@ -194,7 +286,7 @@ def test_images_are_decoded_for_their_mini_batch_only(model: UniMEReranker, monk
     monkeypatch.setattr(Item, "to_input", lambda self: opened.append(1) or original(self))
     per_forward = []
     hook = model[0].register_forward_pre_hook(lambda *_: per_forward.append(len(opened)) or opened.clear())
-    columns = [[Item(image=tiny.png(row)) for row in range(4)] for _ in range(4)]
+    columns = [[Item(image=tiny.png(4 * place + row)) for row in range(4)] for place in range(4)]
     RerankerLoss(model, mini_batch_size=1)(columns)
     hook.remove()
     assert max(per_forward) == 4  # a query and three candidates, of 4 rows
@@ -211,6 +303,7 @@ def test_two_processes_equal_one(reranker_folder: str, model: UniMEReranker, tmp
     torch.multiprocessing.spawn(worker.train_on_half, (reranker_folder, str(tmp_path)), nprocs=2)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     single = UniMEReranker(reranker_folder, device="cpu")
+    torch.manual_seed(11)
     parts = RerankerLoss(single)(worker.rows(6), worker.scores(6))
     summed(parts).backward()
     expected = worker.gradients(single)
@@ -269,7 +362,7 @@ def test_stock_trainer_with_lora_learns(reranker_folder: str, mini_batch_size: i
         ([["a"], ["b"]], None, "at least one negative, but got 2 column"),
         ([["a"], ["b"], ["c"]], torch.ones(1, 3), "shape (1, 2), but the labels have shape (1, 3)"),
         ([["a"], ["b"], ["c"]], torch.tensor([[1.0, float("nan")]]), "some are not finite"),
-        ([["a"], *[["b"]] * 10], None, "no single token for each index 1 to 10"),
+        ([["a"], *[["b"]] * 100], None, "At most 99 can"),
         ([["a"], ["b"], ["red " * 2000]], None, "the model takes at most 1024"),
     ],
 )
@@ -278,8 +371,8 @@ def test_wrong_rows(model: UniMEReranker, columns: list, labels: Any, message: s
         RerankerLoss(model)(columns, labels)
 
 
-def test_ten_candidates_train_pairwise(model: UniMEReranker):
-    parts = RerankerLoss(model, listwise_weight=0)([["a"], *[["b"]] * 10])
+def test_any_number_of_candidates_trains_pairwise(model: UniMEReranker):
+    parts = RerankerLoss(model, listwise_weight=0)([["a"], *[["b"]] * 100])
     assert set(parts) == {"pair"}
 
 
@@ -289,6 +382,8 @@ def test_ten_candidates_train_pairwise(model: UniMEReranker):
         ({"pairwise_weight": 0, "listwise_weight": 0}, "not both 0"),
         ({"listwise_weight": -1}, "at least 0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be a positive integer"),
+        ({"min_list_length": 1}, "min_list_length must be at least 2"),
+        ({"target_temperature": 0.0}, "target_temperature must be above 0"),
     ],
 )
 def test_wrong_options(model: UniMEReranker, options: dict, message: str):
@@ -311,4 +406,10 @@ def test_wrong_models(model: UniMEReranker):
 
 def test_config_is_complete(model: UniMEReranker):
     config = RerankerLoss(model, 0.5, 2.0, mini_batch_size=3).get_config_dict()
-    assert config == {"pairwise_weight": 0.5, "listwise_weight": 2.0, "mini_batch_size": 3, "seed": 42}
+    assert config == {
+        "pairwise_weight": 0.5,
+        "listwise_weight": 2.0,
+        "mini_batch_size": 3,
+        "min_list_length": None,
+        "target_temperature": None,
+    }

@@ -15,8 +15,13 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from unime_st.losses.citations import UNIME_V2_CITATION
-
-_LIST_ANSWER_START = "Ans: ("
+from unime_st.losses.list_answers import (
+    LIST_ANSWER_START,
+    answer_cross_entropy,
+    append_tokens,
+    index_answers,
+    second_positions,
+)
 
 
 class RerankerLoss(CachedLossMixin, nn.Module):
@@ -28,8 +33,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         pairwise_weight: float = 1.0,
         listwise_weight: float = 1.0,
         *,
+        min_list_length: int | None = None,
+        target_temperature: float | None = None,
         mini_batch_size: int | None = None,
-        seed: int = 42,
         show_progress_bar: bool = False,
     ) -> None:
         """
@@ -40,7 +46,8 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             list = CE(k | q, the x negatives in their order with the positive put in at place k)
             loss = mean_q (pairwise_weight * pair + listwise_weight * list)
 
-        Each cross entropy is over the whole vocabulary at the one position where the answer stands. k is uniform over
+        Each cross entropy is over the whole vocabulary at the one position where the answer stands (two positions
+        where a number takes two tokens to tell it from another, as 10 does in Qwen's tokenizers). k is uniform over
         all 1 + x places. (In the authors' code the place is biased, the last one never holds the positive, the loss
         also averages over header and end tokens, and no text reaches the prompt; see their paper for what is meant.)
 
@@ -49,11 +56,14 @@ class RerankerLoss(CachedLossMixin, nn.Module):
                 with ``task="listwise"``, lists; such as :class:`~unime_st.UniMEReranker`.
             pairwise_weight: Weight of the pair term. 0 leaves it out.
             listwise_weight: Weight of the list term. 0 leaves it out.
+            min_list_length: Train on lists of random length, uniform from this to 1 + x, with as many of the negatives
+                at random, so that the model may be used on any length up to 1 + x. None (default): always 1 + x.
+            target_temperature: Train the list term on the judge's scores s in place of the one right answer: the
+                cross entropy with ``softmax(s / target_temperature)`` over the list. Needs labels. None (default):
+                the positive is the answer.
             mini_batch_size: Number of prompts in memory at a time. With gradient caching the gradient stays that of
-                the whole batch; images are decoded for the mini-batch only, and twice. None (default) handles each of
-                the positives, the hardest negatives and the lists in one ordinary forward pass.
-            seed: Seed of the places k. All processes draw from it for the global batch, so that training on several
-                devices equals training on one.
+                the whole batch; images are decoded for the mini-batch only, and twice. None (default) handles all
+                pairs, and then all lists, in an ordinary forward pass.
             show_progress_bar: Show the progress over mini-batches.
 
         References:
@@ -61,7 +71,11 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
         Requirements:
             1. Rows of a query, its positive and one or more negatives, the same number in every row
-            2. Single tokens for the indices 1 to 1 + x where the list term is on
+            2. A tokenizer that writes the numbers 1 to 1 + x in at most two tokens where the list term is on
+
+        The places are drawn from torch's generator, so ``torch.manual_seed`` and the trainer's seed fix them, and a
+        training resumed by the trainer goes on with the same ones. Several processes draw for the global batch, so that
+        training on several devices equals training on one.
 
         Inputs:
             +------------------------------------------------+------------------------------------------------------+
@@ -74,7 +88,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
             Inputs are texts, images, dicts with "text" and / or "image" (None counts as absent) or objects with a
             ``to_input()`` that returns such a dict, for example :class:`~unime_st.Item`. Scores may be probabilities
-            or log-odds: only the order among the negatives counts.
+            or log-odds where only the order among the negatives counts (without ``target_temperature``).
 
         Relations:
             - :class:`~sentence_transformers.cross_encoder.losses.BinaryCrossEntropyLoss` on the same pairs compares
@@ -114,11 +128,16 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             )
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be a positive integer or None, but is {mini_batch_size}.")
+        if min_list_length is not None and min_list_length < 2:
+            raise ValueError(f"min_list_length must be at least 2 or None, but is {min_list_length}.")
+        if target_temperature is not None and not target_temperature > 0:
+            raise ValueError(f"target_temperature must be above 0 or None, but is {target_temperature}.")
         self.model = model
         self.pairwise_weight = pairwise_weight
         self.listwise_weight = listwise_weight
         self.mini_batch_size = mini_batch_size
-        self.seed = seed
+        self.min_list_length = min_list_length
+        self.target_temperature = target_temperature
         self.show_progress_bar = show_progress_bar
         self.uses_gradient_cache = mini_batch_size is not None
         self.yes_id, self.no_id = head.true_token_id, head.false_token_id
@@ -126,23 +145,22 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         transformer: Any = model[0]
         self._processor, self._tokenizer = transformer.processor, transformer.tokenizer
         self._to_messages = transformer.input_formatter.pair_to_messages
-        self._generator = torch.Generator().manual_seed(seed)
         self._parts: dict[str, Tensor] = {}
         if listwise_weight:
             self._check_listwise()
 
     def _check_listwise(self) -> None:
         """Refuse a template that would silently render a list as a pair."""
-        chat = self._chat("query", ["first", "second"])
+        chat = self._chat("query", ["first", "second"], {})
 
         def render(**options: Any) -> str:
             return str(self._processor.apply_chat_template(chat, tokenize=False, **options))
 
         prompt = render(task="listwise")
-        if prompt == render() or not prompt.endswith(_LIST_ANSWER_START) or "second" not in prompt:
+        if prompt == render() or not prompt.endswith(LIST_ANSWER_START) or "second" not in prompt:
             raise ValueError(
                 "The chat template of the model has no listwise prompt: with task='listwise' it must number all "
-                f"documents and end with {_LIST_ANSWER_START!r}. Load the model with "
+                f"documents and end with {LIST_ANSWER_START!r}. Load the model with "
                 "UniMEReranker(folder, template='official') or set listwise_weight=0."
             )
 
@@ -170,63 +188,98 @@ class RerankerLoss(CachedLossMixin, nn.Module):
                 f"{len(inputs)} column(s). Mine negatives first."
             )
         queries, positives, *negatives = inputs
-        hardest = _hardest(labels, len(queries), len(negatives))
-        slots = self._draw_slots(len(queries), 1 + len(negatives))
+        count = 1 + len(negatives)
+        scores = _scores(labels, len(queries), len(negatives))
+        hardest = [0] * len(queries) if scores is None else scores[:, 1:].argmax(1).tolist()
         columns: list[dict[str, Any]] = []
+        weights: Tensor | None = None
         if self.pairwise_weight:
-            columns.append({"candidates": [[positive] for positive in positives]})
-            columns.append({"candidates": [[negatives[place][row]] for row, place in enumerate(hardest)]})
+            columns.append({"queries": queries, "candidates": [[positive] for positive in positives]})
+            columns.append(
+                {"queries": queries, "candidates": [[negatives[place][row]] for row, place in enumerate(hardest)]}
+            )
         if self.listwise_weight:
-            lists = [list(row) for row in zip(*negatives, strict=True)]
-            for row, slot in enumerate(slots.tolist()):
-                lists[row].insert(slot, positives[row])
-            columns.append({"candidates": lists, "options": {"task": "listwise"}})
+            places = self._draw_lists(len(queries), count)
+            candidates = list(zip(*inputs[1:], strict=True))
+            lists = [[candidates[row][place] for place in listed] for row, listed in enumerate(places)]
+            weights = self._targets(places, scores, count)
+            options = {"options": {"task": "listwise"}}
+            columns.append({"queries": queries, "candidates": lists, **options})
+            rows, tokens = second_positions(weights, index_answers(self._tokenizer, count))
+            if rows:
+                longer = {"queries": [queries[row] for row in rows], "candidates": [lists[row] for row in rows]}
+                columns.append({**longer, "continue_with": tokens, **options})
         for column in columns:
             # The gradient cache reads the number of rows off a tensor.
-            column.update(queries=queries, prompt=prompt, rows=torch.arange(len(queries)))
-
-        answers = self._index_ids(1 + len(negatives))[slots] if self.listwise_weight else None
+            column.update(prompt=prompt, rows=torch.arange(len(column["queries"])))
         if self.uses_gradient_cache:
-            total = self.forward_cached(columns, answers)
+            total = self.forward_cached(columns, weights)
             # The gradient is attached to the total, so the other term joins it as a number.
             first, *others = self._parts
             return {first: total - sum(self._parts[name] for name in others), **{n: self._parts[n] for n in others}}
-        reps = [[self._logits(column, 0, len(queries))] for column in columns]
-        self.calculate_loss(reps, answers)
+        self.calculate_loss(self._in_few_passes(columns), weights)
         return self._parts
 
-    def _chat(self, query: Any, candidates: Sequence[Any]) -> list[dict[str, Any]]:
+    def _in_few_passes(self, columns: list[dict[str, Any]]) -> list[list[Tensor]]:
+        """Answer all prompts; the positives' and the hardest negatives' pairs share one call, and so their pictures."""
+        reps: list[list[Tensor]] = []
+        if self.pairwise_weight:
+            positive, negative, *columns = columns
+            both = {name: [*positive[name], *negative[name]] for name in ("queries", "candidates")}
+            pairs = self._logits({**positive, **both}, 0, len(both["queries"]))
+            reps = [[half] for half in pairs.chunk(2)]
+        return reps + [[self._logits(column, 0, len(column["queries"]))] for column in columns]
+
+    def _chat(self, query: Any, candidates: Sequence[Any], opened: dict[Any, Any]) -> list[dict[str, Any]]:
         """Build one conversation: the query, then its candidates in order."""
-        asked = _plain(query)
-        pairs = [self._to_messages((asked, _plain(candidate))) for candidate in candidates]
+        asked = _plain(query, opened)
+        pairs = [self._to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
         return [pairs[0][0], *(pair[1] for pair in pairs)]
 
-    def _index_ids(self, count: int) -> Tensor:
-        """Find the tokens 1, 2, ..., count as they follow the start of the answer."""
-        start = self._tokenizer.encode(_LIST_ANSWER_START, add_special_tokens=False)
-        ids = [
-            self._tokenizer.encode(f"{_LIST_ANSWER_START}{index}", add_special_tokens=False)
-            for index in range(1, count + 1)
-        ]
-        if any(row[:-1] != start for row in ids) or len({row[-1] for row in ids}) < count:
-            raise ValueError(
-                f"The tokenizer has no single token for each index 1 to {count}, so {count} candidates cannot share a "
-                "list. Train with fewer negatives per row or set listwise_weight=0."
-            )
-        return torch.tensor([row[-1] for row in ids])
-
-    def _draw_slots(self, rows: int, places: int) -> Tensor:
-        """Draw where the positive stands in each list, uniformly."""
+    def _draw_lists(self, rows: int, count: int) -> list[list[int]]:
+        """Draw each row's list: which candidates (0 is the positive) stand at its places."""
+        # The seed comes from torch's own generator, whose state the trainer keeps in its checkpoints, so that a resumed
+        # training draws what an uninterrupted one does. All processes take that of the first, for the global batch.
+        seed = torch.randint(2**62, (1,))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
-        drawn = torch.randint(places, (world * rows,), generator=self._generator)
-        return drawn[rank * rows : (rank + 1) * rows]
+        world, rank = 1, 0
+        if distributed:
+            world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+            seed = seed.to(next(self.model.parameters()).device)
+            torch.distributed.broadcast(seed, src=0)
+        generator = torch.Generator().manual_seed(int(seed))
+        shortest = count if self.min_list_length is None else min(self.min_list_length, count)
+        lengths = torch.randint(shortest, count + 1, (world * rows,), generator=generator)
+        order = torch.rand(world * rows, count - 1, generator=generator).argsort(1) + 1
+        slots = (torch.rand(world * rows, generator=generator, dtype=torch.float64) * lengths).long()
+        lists = []
+        for row in range(rank * rows, (rank + 1) * rows):
+            listed = sorted(order[row, : lengths[row] - 1].tolist())
+            listed.insert(int(slots[row]), 0)
+            lists.append(listed)
+        return lists
+
+    def _targets(self, places: list[list[int]], scores: Tensor | None, count: int) -> Tensor:
+        """Probability that each place of each list is right, ``(rows, count)``; 0 behind the end of a list."""
+        if self.target_temperature is not None and scores is None:
+            raise ValueError("target_temperature needs the judge's scores as labels; judge first, or leave it None.")
+        targets = torch.zeros(len(places), count)
+        for row, listed in enumerate(places):
+            if self.target_temperature is None or scores is None:
+                targets[row, listed.index(0)] = 1.0
+            else:
+                targets[row, : len(listed)] = (scores[row, listed].float() / self.target_temperature).softmax(0)
+        return targets
 
     def _logits(self, column: dict[str, Any], begin: int, end: int, random_state: RandContext | None = None) -> Tensor:
         """Run the model on some prompts of a column and return its logits at the answer, ``(end - begin, vocab)``."""
         # Images are decoded here, so that no more of them are in memory than one mini-batch needs.
-        chats = [self._chat(*row) for row in zip(column["queries"][begin:end], column["candidates"][begin:end])]
+        opened: dict[Any, Any] = {}
+        rows = zip(column["queries"][begin:end], column["candidates"][begin:end])
+        chats = [self._chat(*row, opened) for row in rows]
         features = self.model.preprocess(chats, prompt=column["prompt"], **column.get("options", {}))
+        if "continue_with" in column:
+            append_tokens(features, column["continue_with"][begin:end])
         features = batch_to_device(features, next(self.model.parameters()).device)
         if random_state is None:
             return self.model(features)["causal_logits"][:, -1]
@@ -263,9 +316,11 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         """Compute the loss of a batch from the logits at the answer position.
 
         Args:
-            reps: Logits of the positives' pairs, of the hardest negatives' pairs and of the lists, each as
-                mini-batches of shape ``(mini_batch, vocab)``; without those of a term whose weight is 0.
-            labels: Id of the index token that is right for each list, ``(rows,)``.
+            reps: Logits of the positives' pairs, of the hardest negatives' pairs, of the lists and, where numbers take
+                two tokens, of the lists continued by the first of them; each as mini-batches of shape
+                ``(mini_batch, vocab)``; without those of a term whose weight is 0.
+            labels: Probability of each place of each list to be the answer, ``(rows, places)``; or, where every
+                answer is one token, the id of the right one, ``(rows,)``.
             with_backward: Back-propagate into ``reps`` and return a detached loss.
 
         Returns:
@@ -282,8 +337,13 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             parts["pair"] = self.pairwise_weight * pair
         if self.listwise_weight:
             if labels is None:
-                raise ValueError("calculate_loss needs the ids of the right index tokens as labels")
-            parts["list"] = self.listwise_weight * F.cross_entropy(columns[0], labels.to(columns[0].device))
+                raise ValueError("calculate_loss needs the right answers of the lists as labels")
+            labels = labels.to(columns[0].device)
+            if labels.ndim == 1:
+                loss = F.cross_entropy(columns[0], labels)
+            else:
+                loss = answer_cross_entropy(columns, labels, index_answers(self._tokenizer, labels.shape[1]))
+            parts["list"] = self.listwise_weight * loss
         total = torch.stack(list(parts.values())).sum()
         if with_backward:
             total.backward()
@@ -297,7 +357,8 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             "pairwise_weight": self.pairwise_weight,
             "listwise_weight": self.listwise_weight,
             "mini_batch_size": self.mini_batch_size,
-            "seed": self.seed,
+            "min_list_length": self.min_list_length,
+            "target_temperature": self.target_temperature,
         }
 
     @property
@@ -306,17 +367,19 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         return UNIME_V2_CITATION
 
 
-def _plain(value: Any) -> Any:
-    """Turn an item into a dict of its decoded parts, and drop the absent parts of a dict."""
+def _plain(value: Any, opened: dict[Any, Any]) -> Any:
+    """Turn an item into a dict of its decoded parts, each picture decoded once, and drop the absent parts of a dict."""
     if hasattr(value, "to_input"):
-        value = value.to_input()
+        if value not in opened:
+            opened[value] = value.to_input()
+        value = opened[value]
     return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
-def _hardest(labels: Tensor | Sequence[Tensor] | None, rows: int, negatives: int) -> list[int]:
-    """Choose each row's hardest negative by its score."""
+def _scores(labels: Tensor | Sequence[Tensor] | None, rows: int, negatives: int) -> Tensor | None:
+    """Return the judge's scores as one checked tensor."""
     if labels is None:
-        return [0] * rows
+        return None
     scores = labels if isinstance(labels, Tensor) else torch.stack(list(labels))
     if scores.shape != (rows, 1 + negatives) or not torch.isfinite(scores).all():
         raise ValueError(
@@ -324,7 +387,7 @@ def _hardest(labels: Tensor | Sequence[Tensor] | None, rows: int, negatives: int
             f"but the labels have shape {tuple(scores.shape)}"
             + ("." if scores.shape != (rows, 1 + negatives) else " and some are not finite.")
         )
-    return scores[:, 1:].argmax(1).tolist()
+    return scores.cpu()
 
 
 def _widened(logits: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from unime_st.data.images import to_rgb
 from unime_st.judging.features import check_length
 from unime_st.judging.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
 from unime_st.judging.prompts import check_template, index_token_ids
+from unime_st.reranking.features import PLACES, ChatEncoder, is_plain, like_lengths, run_in_parts
 
 
 class UniMEReranker(CrossEncoder):
@@ -67,6 +68,7 @@ class UniMEReranker(CrossEncoder):
         **kwargs: Any,
     ) -> None:
         self._listwise_template: str | None = None
+        self._encoder: tuple[Any, ChatEncoder] | None = None
         if model_name_or_path is None:
             super().__init__(**kwargs)
             return
@@ -102,13 +104,52 @@ class UniMEReranker(CrossEncoder):
             >>> reranker.preprocess([("a red square", "a blue circle")])["input_ids"].shape[0]  # doctest: +SKIP
             1
         """
-        rows = [tuple(map(_plain, row)) if _is_pair(row) else row for row in inputs]
+        opened: dict[Any, Any] = {}
+        rows = [tuple(_plain(side, opened) for side in row) if _is_pair(row) else row for row in inputs]
+        if prompt is None and not kwargs.keys() - {"task"}:
+            to_messages = self._transformer.input_formatter.pair_to_messages
+            chats = [to_messages(row) if isinstance(row, tuple) else row for row in rows]
+            encoder = self._chat_encoder()
+            if rows and encoder.applies and is_plain(chats):
+                features = encoder(chats, **kwargs)
+                check_length(self._transformer, features["input_ids"].shape[1])
+                return features
         options = {**(kwargs.pop("processing_kwargs", None) or {})}
         options["text"] = {**options.get("text", {}), "truncation": False}
         features = super().preprocess(rows, prompt=prompt, processing_kwargs=options, **kwargs)
         if "attention_mask" in features:
             check_length(self._transformer, int(features["attention_mask"].sum(-1).max()))
         return features
+
+    def _chat_encoder(self) -> ChatEncoder:
+        """The encoder of the processor and the image limits as they are now."""
+        transformer = self._transformer
+        state = (transformer.processor.image_processor, dict(transformer.processing_kwargs.get("image", {})))
+        if self._encoder is None or self._encoder[0] != state:
+            self._encoder = state, ChatEncoder(transformer)
+        return self._encoder[1]
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Answer prompts; those of like length pass together, and each distinct picture passes the vision tower once.
+
+        Args:
+            input: Features from :meth:`preprocess`.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            dict: The features with "scores" and "causal_logits" behind each prompt.
+
+        Example:
+            >>> reranker(reranker.preprocess([("a red square", "a blue circle")]))["scores"].shape  # doctest: +SKIP
+            torch.Size([1, 1])
+        """
+        if PLACES not in input:
+            return super().forward(input, **kwargs)
+        lengths = input["attention_mask"].sum(1).tolist()
+        # Processes of a sharded model wait for each other in every forward pass, so all must make the same number.
+        whole = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
+        parts = [list(range(len(lengths)))] if whole else like_lengths(lengths)
+        return run_in_parts(input, lambda part: super(UniMEReranker, self).forward(part, **kwargs), self[0], parts)
 
     def preprocess_lists(self, queries: Sequence[Any], documents: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """Turn queries, each with its own candidates, into features of listwise prompts.
@@ -133,12 +174,12 @@ class UniMEReranker(CrossEncoder):
             check_template(transformer.processor, template, listwise=True)
             self._listwise_template = template
         to_messages = transformer.input_formatter.pair_to_messages
-        chats = []
+        chats, opened = [], dict[Any, Any]()
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
             if not len(candidates):
                 raise ValueError(f"query {row} has no candidates to rank")
-            asked = _plain(query)
-            pairs = [to_messages((asked, _plain(candidate))) for candidate in candidates]
+            asked = _plain(query, opened)
+            pairs = [to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
             chats.append([pairs[0][0], *(pair[1] for pair in pairs)])
         return self.preprocess(chats, task="listwise")
 
@@ -227,14 +268,23 @@ def _is_pair(row: Any) -> bool:
     return isinstance(row, (tuple, list)) and not (row and isinstance(row[0], dict) and "role" in row[0])
 
 
-def _plain(value: Any) -> Any:
-    """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white."""
+def _plain(value: Any, opened: dict[Any, Any]) -> Any:
+    """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white, each once."""
     if isinstance(value, Item):
-        return value.to_input()
+        if value.image is not None and value.image not in opened:
+            opened[value.image] = value.to_input()["image"]
+        picture = {} if value.image is None else {"image": opened[value.image]}
+        return picture if value.text is None else {**picture, "text": value.text}
     if isinstance(value, Image.Image):
-        return value if value.mode == "RGB" else to_rgb(value)
+        if value.mode != "RGB":
+            # Kept with its original, whose id no other image can get meanwhile.
+            return opened.setdefault(id(value), (value, to_rgb(value)))[1]
+        return value
     if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
-        return ImageRef(path=value).open()
+        if value not in opened:
+            opened[value] = ImageRef(path=value).open()
+        return opened[value]
     if isinstance(value, dict) and "role" not in value:
-        return {key: part if key == "text" else _plain(part) for key, part in value.items() if part is not None}
+        parts = {key: part if key == "text" else _plain(part, opened) for key, part in value.items()}
+        return {key: part for key, part in parts.items() if part is not None}
     return value

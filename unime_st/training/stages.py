@@ -242,8 +242,9 @@ def train_reranker(arguments: RerankerArguments) -> Path:
             model,
             arguments.pairwise_weight,
             arguments.listwise_weight,
+            min_list_length=arguments.min_list_length,
+            target_temperature=arguments.target_temperature,
             mini_batch_size=arguments.mini_batch_size,
-            seed=arguments.seed,
         )
 
     return run_stage(

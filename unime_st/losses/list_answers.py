@@ -1,0 +1,163 @@
+"""How the numbers of a list's candidates are written in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIST_ANSWER_START = "Ans: ("
+"""What a listwise prompt ends with, so that the number of the best candidate follows."""
+
+
+def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
+    """Find the tokens that tell the answers "Ans: (1)", ..., "Ans: (count)" apart.
+
+    Args:
+        tokenizer: Tokenizer of a generative model.
+        count: Number of candidates.
+
+    Returns:
+        list[tuple[int, ...]]: Per number the tokens behind "Ans: (", no more than it takes: one token, or two where
+        the tokenizer splits numbers into digits and another number begins alike, as 1 and 10 do.
+
+    Raises:
+        ValueError: If the tokenizer cannot write the numbers, or needs more than two tokens to tell them apart.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from unime_st.losses.list_answers import index_answers
+        >>> index_answers(AutoTokenizer.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"), 10)[:2]  # doctest: +SKIP
+        [(16, 8), (17,)]
+    """
+    if count < 1:
+        raise ValueError(f"a list needs at least 1 candidate, got {count}")
+    start = tokenizer.encode(LIST_ANSWER_START, add_special_tokens=False)
+    written: list[tuple[int, ...]] = []
+    for number in range(1, count + 1):
+        ids = tokenizer.encode(f"{LIST_ANSWER_START}{number})", add_special_tokens=False)
+        if ids[: len(start)] != start or tokenizer.unk_token_id in ids[len(start) :] or len(ids) == len(start):
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(
+                f"this tokenizer has no usable index tokens: it reads {LIST_ANSWER_START + str(number) + ')'!r} as "
+                f"{tokens}. Rank pairwise (method='pairwise'), or train with listwise_weight=0."
+            )
+        written.append(tuple(ids[len(start) :]))
+    answers = [_shortest(number, written) for number in range(count)]
+    longest = max(map(len, answers))
+    if longest > 2:
+        raise ValueError(
+            f"{count} candidates cannot share a list: this tokenizer needs {longest} tokens to tell their numbers "
+            f"apart. At most {longest_list(tokenizer, count - 1)} can; rank them in windows of so many."
+        )
+    return answers
+
+
+def _shortest(number: int, written: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The least that a number has to itself."""
+    own = written[number]
+    for length in range(1, len(own)):
+        if sum(other[:length] == own[:length] for other in written) == 1:
+            return own[:length]
+    return own
+
+
+def longest_list(tokenizer: Any, wanted: int) -> int:
+    """Find how many of ``wanted`` candidates fit into one list, as far as numbers go.
+
+    Args:
+        tokenizer: Tokenizer of a generative model.
+        wanted: Number of candidates.
+
+    Returns:
+        int: ``wanted`` or the most below it; 0 where the tokenizer has no usable index tokens.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from unime_st.losses.list_answers import longest_list
+        >>> longest_list(AutoTokenizer.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"), 200)  # doctest: +SKIP
+        99
+    """
+    for count in (wanted, *(limit for limit in (99, 9) if limit < wanted)):
+        try:
+            index_answers(tokenizer, count)
+        except ValueError:
+            continue
+        return count
+    return 0
+
+
+def second_positions(weights: Tensor, answers: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Find the lists whose answer goes on behind its first token.
+
+    Args:
+        weights: Probability of each place of each list to be the answer, ``(rows, places)``.
+        answers: Result of :func:`index_answers`.
+
+    Returns:
+        tuple: The rows, and for each the first token of its answer.
+
+    Example:
+        >>> import torch
+        >>> from unime_st.losses.list_answers import second_positions
+        >>> second_positions(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), [(5, 9), (6,), (5, 4)])
+        ([1], [5])
+    """
+    rows, tokens = [], []
+    for token in dict.fromkeys(answer[0] for answer in answers if len(answer) > 1):
+        members = [number for number, answer in enumerate(answers) if answer[0] == token]
+        found = weights[:, members].sum(1).nonzero()[:, 0].tolist()
+        rows += found
+        tokens += [token] * len(found)
+    return rows, tokens
+
+
+def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Sequence[tuple[int, ...]]) -> Tensor:
+    """Cross entropy of the answers to lists, token by token: -log P(10) is -log P(1) - log P(0 | 1).
+
+    Args:
+        logits: Logits behind the lists, ``(rows, vocabulary)``, and behind those of :func:`second_positions`,
+            continued by their first token.
+        weights: Probability of each place of each list to be the answer, ``(rows, places)``.
+        answers: Result of :func:`index_answers`.
+
+    Returns:
+        Scalar tensor: the mean over the rows.
+
+    Example:
+        >>> import torch
+        >>> from unime_st.losses.list_answers import answer_cross_entropy
+        >>> answer_cross_entropy([torch.zeros(1, 4)], torch.tensor([[0.0, 1.0]]), [(2,), (3,)])
+        tensor(1.3863)
+    """
+    weights = weights.to(logits[0].dtype)
+    first = torch.tensor([answer[0] for answer in answers], device=weights.device)
+    loss = -(weights * logits[0].log_softmax(-1)[:, first]).sum()
+    for place, (row, token) in enumerate(zip(*second_positions(weights, answers), strict=True)):
+        members = [number for number, answer in enumerate(answers) if len(answer) > 1 and answer[0] == token]
+        second = torch.tensor([answers[number][1] for number in members], device=weights.device)
+        loss = loss - (weights[row, members] * logits[1][place].log_softmax(-1)[second]).sum()
+    return loss / len(weights)
+
+
+def append_tokens(features: dict[str, Any], tokens: Sequence[int]) -> None:
+    """Put a token behind each left-padded prompt, in place.
+
+    Args:
+        features: Features of the prompts.
+        tokens: One token per prompt.
+
+    Example:
+        >>> import torch
+        >>> from unime_st.losses.list_answers import append_tokens
+        >>> features = {"input_ids": torch.tensor([[0, 7]]), "attention_mask": torch.tensor([[0, 1]])}
+        >>> append_tokens(features, [9])
+        >>> features["input_ids"].tolist(), features["attention_mask"].tolist()
+        ([[0, 7, 9]], [[0, 1, 1]])
+    """
+    for name, value in (("input_ids", tokens), ("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        if name in features:
+            column = features[name].new_zeros(len(tokens), 1) + torch.as_tensor(value).view(-1, 1)
+            features[name] = torch.cat([features[name], column], 1)
