@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -12,7 +13,9 @@ from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
-from unime_st.training.items import COLUMNS, DistinctItemsLoss, ItemCollator
+from unime_st.training.feed import Feed
+from unime_st.training.items import COLUMNS, DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.planning import item_costs
 from unime_st.training.stages import judged_rows
 
 
@@ -45,12 +48,25 @@ def _gradient(model: UniME) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("mini_batch_size", [None, 3])
+CUTS = {"one pass": {}, "lazy": {"size": 3}, "lazy, budget": {"budget": 60}, "lazy, workers": {"size": 5}}
+
+
+@pytest.fixture(scope="module")
+def costs(records: RecordSet, model: UniME) -> np.ndarray:
+    return item_costs(records, model)
+
+
+def _features(batch: dict) -> list[dict]:
+    names = sorted({key.split("_")[0] for key in batch if key.startswith("bucket")}, key=lambda key: int(key[6:]))
+    return [{k.removeprefix(f"{n}_"): v for k, v in batch.items() if k.startswith(f"{n}_")} for n in names]
+
+
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_distinct_items_equal_columns(
-    records: RecordSet, model: UniME, name: str, mini_batch_size: int | None
+    records: RecordSet, model: UniME, costs: np.ndarray, name: str, cut: str
 ) -> None:
-    rows = list(judged_rows(records, 2))
+    rows = list(judged_rows(records, 2).remove_columns("dataset"))
     if name != "soft":
         rows = [{key: row[key] for key in ("query", "positive")} for row in rows]
     inner = LOSSES[name](model)
@@ -70,15 +86,18 @@ def test_distinct_items_equal_columns(
     gradient = _gradient(model)
 
     model.zero_grad()
-    batch = ItemCollator(model.preprocess, records=records)(rows)
+    lazy = cut != "one pass"
+    collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, **CUTS[cut]), lazy=lazy)
+    batch = collator(rows)
     places = batch[f"bucket0_{COLUMNS}"]
     assert places.shape == (len(columns), len(rows)) and len(places.unique()) < places.numel()
-    names = sorted({key.split("_")[0] for key in batch if key.startswith("bucket")}, key=lambda key: int(key[6:]))
-    features = [{k.removeprefix(f"{n}_"): v for k, v in batch.items() if k.startswith(f"{n}_")} for n in names]
-    found = DistinctItemsLoss(inner, mini_batch_size)(features, batch.get("label"))
+    feed = Feed(records, model.preprocess, workers=2 if "workers" in cut else 0)
+    distinct = DistinctItemsLoss(inner, feed if lazy else None)
+    found = distinct(_features(batch), batch.get("label"))
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert torch.allclose(_gradient(model), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+    assert distinct.items == len(places.unique())
 
 
 def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path: Path) -> None:

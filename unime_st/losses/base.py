@@ -139,12 +139,41 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module):
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.gather_across_devices = gather_across_devices
         self.show_progress_bar = show_progress_bar
+        self._statistics: dict[str, tuple[Tensor | float, int]] = {}
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
         if self.uses_gradient_cache and has_static_embedding_input(model):
             raise ValueError(
                 f"{type(self).__name__} cannot cache gradients for a model based on a StaticEmbedding, whose inputs "
                 "cannot be split into mini-batches. Leave mini_batch_size and mini_batch_num_tokens at None."
             )
+
+    def record(self, name: str, values: Tensor) -> None:
+        """Remember numbers whose mean goes into the training log.
+
+        Args:
+            name: Name in the log.
+            values: Numbers of any shape.
+        """
+        values = values.detach().float()
+        total, count = self._statistics.get(name, (0.0, 0))
+        # Sums stay on the device: to fetch them here would make every mini-batch wait.
+        self._statistics[name] = (total + values.sum(), count + values.numel())
+
+    def pop_statistics(self) -> dict[str, float]:
+        """Return the means of what was recorded since the last call, by name.
+
+        Example:
+            >>> import torch
+            >>> from unime_st import UniME
+            >>> from unime_st.losses import HardNegativeRankingLoss
+            >>> loss = HardNegativeRankingLoss(UniME("unime-tiny"), num_negatives=1)
+            >>> _ = loss.calculate_loss([[torch.eye(2)], [torch.eye(2)]])
+            >>> loss.pop_statistics()
+            {'positive_similarity': 1.0, 'negative_similarity': 0.0, 'filtered_candidates': 0.0}
+        """
+        means = {name: round(float(total) / count, 6) for name, (total, count) in self._statistics.items() if count}
+        self._statistics.clear()
+        return means
 
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
         """Check a batch and arrange it for the computation row by row.

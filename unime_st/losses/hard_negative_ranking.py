@@ -147,7 +147,11 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
             # Slots beyond num_left point at dropped candidates (-inf sorts last): cycle through the ones before.
             slots = torch.arange(self.num_negatives, device=own.device) % num_left.clamp(min=1)
             negatives = hardest.gather(1, slots)
-        logits = torch.cat([positives, similarities.gather(1, negatives)], dim=1) / self.temperature
+        chosen = similarities.gather(1, negatives)
+        self.record("positive_similarity", positives)
+        self.record("negative_similarity", chosen[num_left[:, 0] > 0])
+        self.record("filtered_candidates", dropped.sum(dim=1) - 1)  # of a query, its positive not counted
+        logits = torch.cat([positives, chosen], dim=1) / self.temperature
         # Multiplying instead of skipping keeps rows without negatives in the graph: their gradient is zero, not absent.
         return -logits.log_softmax(dim=1)[:, 0] * (num_left[:, 0] > 0)
 

@@ -155,6 +155,8 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
         def losses(chunk: slice, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
             query, candidates = rows
             similarities = (candidates @ query[:, :, None])[:, :, 0]
+            self.record("positive_similarity", similarities[:, 0])
+            self.record("negative_similarity", similarities[:, 1:])
             log_model = (similarities / self.temperature).log_softmax(dim=1)
             loss = _divergence(self.divergence, log_model, log_judge[chunk])
             if shared:

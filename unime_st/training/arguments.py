@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,13 @@ ArgumentsT = TypeVar("ArgumentsT")
 LANGUAGE_MODEL_LAYERS = (
     r"^(?!.*(visual|vision|image)).*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
 )
+
+_DTYPES = ("fp32", "bf16", "fp16")
+
+
+def _one_of(option: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} must be {', '.join(map(str, known[:-1]))} or {known[-1]}, but is {value!r}.")
 
 
 @dataclass
@@ -35,7 +43,23 @@ class TrainArguments:
     batch_size: int = field(default=64, metadata={"help": "Rows per device and step."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
     mini_batch_size: int | None = field(
-        default=None, metadata={"help": "Inputs embedded at a time (gradient caching); none: the whole batch at once."}
+        default=None, metadata={"help": "Items embedded at a time; none, without a token budget: the whole batch."}
+    )
+    token_budget: str | None = field(
+        default=None,
+        metadata={"help": "Instead: tokens (text and picture) embedded at a time, or auto: what fits this device."},
+    )
+    dataset_temperature: float = field(
+        default=1.0, metadata={"help": "Data sets are drawn by size ** (1 / this): 1 proportional, large: alike."}
+    )
+    sub_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one data set that stand together in a batch; none: rows are mixed."}
+    )
+    drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the rows that fill no batch at the end of a pass over the data."}
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Train these prefixes of the embedding as well, e.g. 1536 512 128."}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
@@ -45,22 +69,47 @@ class TrainArguments:
     lora_alpha: int = field(default=64, metadata={"help": "LoRA scale; the update is alpha / rank times B A."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
     lora_targets: str = field(default=LANGUAGE_MODEL_LAYERS, metadata={"help": "Regular expression of module names."})
+    frozen: str | None = field(
+        default=None,
+        metadata={
+            "help": "With lora_rank 0: regular expression of weights that stay as they are, e.g. visual|vision."
+        },
+    )
     use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA (the released V2 scripts)."})
-    precision: str = field(default="fp32", metadata={"help": "fp32, bf16 or fp16."})
+    quantize: str | None = field(
+        default=None, metadata={"help": "nf4 or int8: the frozen weights under the adapter (QLoRA, extra `qlora`)."}
+    )
+    precision: str = field(default="fp32", metadata={"help": "Of the computation: fp32, bf16 or fp16."})
+    weights: str = field(
+        default="auto",
+        metadata={"help": "Of the weights: fp32, bf16, fp16; auto: as precision under an adapter, else fp32."},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     gather_across_devices: bool = field(default=True, metadata={"help": "In-batch negatives from all devices."})
     workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead of the model."})
     save_every: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run resumes there."})
     log_every: int = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
+    report_to: str = field(default="none", metadata={"help": "Where the curves go: none, tensorboard, wandb, ..."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan (steps, tokens, memory, hours) and stop."})
+    resume: bool = field(default=True, metadata={"help": "Go on from the last checkpoint of a killed run."})
     seed: int = field(default=42, metadata={"help": "Seed of adapter weights, data order and dropout."})
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision must be fp32, bf16 or fp16, but is {self.precision!r}.")
+        _one_of("precision", self.precision, _DTYPES)
+        _one_of("weights", self.weights, ("auto", *_DTYPES))
+        _one_of("quantize", self.quantize, (None, "nf4", "int8"))
+        if self.quantize and not self.lora_rank:
+            raise ValueError("quantize needs an adapter: quantised weights are not trained. Set lora_rank.")
+        if self.token_budget is not None and self.token_budget != "auto" and not str(self.token_budget).isdigit():
+            raise ValueError(f"token_budget must be a number, auto or left out, but is {self.token_budget!r}.")
+        if self.token_budget is not None and self.mini_batch_size is not None:
+            raise ValueError("give either mini_batch_size or token_budget, not both.")
+        if not self.dataset_temperature > 0:
+            raise ValueError(f"dataset_temperature must be positive, but is {self.dataset_temperature}.")
 
     def plan(self) -> dict[str, Any]:
         """The options that decide the result; a folder made with other ones is not continued."""
-        irrelevant = ("output", "overwrite", "workers", "save_every", "log_every")
+        irrelevant = ("output", "overwrite", "workers", "save_every", "log_every", "report_to", "dry_run", "resume")
         return {name: value for name, value in asdict(self).items() if name not in irrelevant}
 
 
@@ -153,10 +202,35 @@ class JudgeArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the draw where no candidate survives."})
 
 
+@dataclass
+class ImportArguments:
+    """Data of one's own, MMEB-train or a released judge file become a record folder."""
+
+    source: str = field(default="", metadata={"help": "File or folder to read."})
+    output: str = field(default="", metadata={"help": "Folder for the records."})
+    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
+    layout: str = field(
+        default="own",
+        metadata={"help": "own (JSONL, JSON, CSV, Parquet, datasets), mmeb-train, or released (UniME-V2's JSON)."},
+    )
+    pairs: list[dict] | None = field(default=None, metadata={"help": "own: how rows become pairs; see configs/."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    embed_images: bool = field(default=False, metadata={"help": "own: copy image files into the output."})
+    split: str = field(default="original", metadata={"help": "mmeb-train: original, diverse_instruction or train."})
+    subsets: list[str] | None = field(default=None, metadata={"help": "mmeb-train: some of the 20 sets."})
+    read_images: bool = field(default=True, metadata={"help": "Decode every image once, to set bad ones aside."})
+    limit: int | None = field(default=None, metadata={"help": "Rows at most (mmeb-train: of each set)."})
+    workers: int = field(default=4, metadata={"help": "Threads that decode images."})
+
+    def __post_init__(self) -> None:
+        _one_of("layout", self.layout, ("own", "mmeb-train", "released"))
+
+
 def set_up_logging() -> None:
-    """Show what a script does, with times; libraries speak up at warnings only."""
+    """Show what a script does, with times; libraries, and all processes but the first, speak up at warnings only."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("unime_st").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("unime_st").setLevel(logging.INFO if first else logging.WARNING)
 
 
 def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:

@@ -2,103 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+import torch.distributed as dist
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
+from unime_st.encoding import pack
+from unime_st.training.feed import Feed
 
-COLUMNS = "columns"  # feature of the first bucket: which item stands where in the batch
-_PADDING_TOLERANCE = 1.6  # a bucket holds items up to this many times as long as its shortest
-
-
-def _text_length(item: Item) -> int:
-    return len(item.text or "")
+COLUMNS = "columns"
+"""Feature of the first bucket: which item stands where in the batch."""
 
 
-def _buckets(items: list[Item]) -> list[list[int]]:
-    """Groups of item positions with and without pictures, of like length, so that little is padded."""
-    groups: list[list[int]] = []
-    for with_picture in (True, False):
-        members = [index for index, item in enumerate(items) if (item.image is not None) == with_picture]
-        members.sort(key=lambda index: _text_length(items[index]))
-        shortest = 0.0
-        for index in members:
-            length = _text_length(items[index]) + 40.0  # what a template and a picture add, in characters
-            if not shortest or length > _PADDING_TOLERANCE * shortest:
-                groups.append([])
-                shortest = length
-            groups[-1].append(index)
-    return groups
+@dataclass(frozen=True)
+class MiniBatches:
+    """How the items of a batch are cut up: like lengths together, the largest first.
 
-
-def distinct_positives(dataset: Dataset, valid_label_columns: list[str] | None = None, **options: Any) -> Any:
-    """Batch sampler: no query and no positive comes twice in a batch, or it would be its own in-batch negative.
-
-    Mined negatives may be shared; they are no in-batch negatives of other rows.
+    Args:
+        costs: Tokens of every stored item.
+        size: Items of a mini-batch.
+        budget: Instead: tokens of a mini-batch, padding included. With neither, items of like length are together.
     """
-    ignored = [name for name in dataset.column_names if name not in ("query", "positive")]
-    return NoDuplicatesBatchSampler(dataset, valid_label_columns=ignored, **options)
+
+    costs: np.ndarray
+    size: int | None = None
+    budget: int | None = None
+
+    def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Return the mini-batches of the items at ``positions``, as places in it."""
+        costs = self.costs[positions]
+        if self.size is None:
+            return pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))
+        order = np.argsort(-costs, kind="stable")
+        return [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
 
 
 @dataclass
 class ItemCollator(SentenceTransformerDataCollator):
-    """Turns rows of item ids into features of the distinct items, in buckets of like length.
+    """Turns rows of item ids into the distinct items of the batch, in mini-batches of like length.
 
     Args:
         preprocess_fn: ``model.preprocess``.
-        records: Where the ids lead; pictures are decoded here, in the data loader's workers if there are any.
+        records: Where the ids lead.
+        mini_batches: How the distinct items are cut up.
+        lazy: Hand on positions only; :class:`DistinctItemsLoss` has its feed decode mini-batch after mini-batch, so
+            that memory does not grow with the batch. False decodes here, in the data loader's workers if there are
+            any: right for small batches that are embedded in one pass.
     """
 
     records: RecordSet | None = None
+    mini_batches: MiniBatches = field(default_factory=lambda: MiniBatches(np.empty(0)))
+    lazy: bool = False
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows with columns ``query, positive, negative_1, ...`` of ids and an optional ``label``."""
         assert self.records is not None
         names = [name for name in features[0] if name != "label"]
-        place: dict[str, int] = {}
-        columns = [[place.setdefault(row[name], len(place)) for row in features] for name in names]
-        items = [self.records.item(item_id) for item_id in place]
-        groups = _buckets(items)
-        order = {index: position for position, index in enumerate(index for group in groups for index in group)}
+        table = self.records.items.positions([row[name] for name in names for row in features])
+        positions, places = np.unique(table, return_inverse=True)
+        groups = self.mini_batches(positions)
+        order = np.concatenate(groups)
+        where = np.empty_like(order)
+        where[order] = np.arange(len(order))
+        columns = torch.from_numpy(where[places].reshape(len(names), len(features)))
+        batch = self._decoded(positions, groups) if not self.lazy else self._planned(positions[order], groups)
+        batch[f"bucket0_{COLUMNS}"] = columns
+        if "label" in features[0]:
+            batch["label"] = torch.tensor(np.array([row["label"] for row in features]))
+        return batch
+
+    def _decoded(self, positions: np.ndarray, groups: list[np.ndarray]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
         for number, group in enumerate(groups):
-            inputs = self.preprocess_fn([items[index].to_input() for index in group])
+            items = [self.records.items.at(int(position)) for position in positions[group]]  # type: ignore[union-attr]
+            inputs = self.preprocess_fn([item.to_input() for item in items])
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
-        batch[f"bucket0_{COLUMNS}"] = torch.tensor([[order[index] for index in column] for column in columns])
-        if "label" in features[0]:
-            batch["label"] = torch.tensor([row["label"] for row in features])
         return batch
+
+    def _planned(self, positions: np.ndarray, groups: list[np.ndarray]) -> dict[str, Any]:
+        return {
+            "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the name by which the trainer knows inputs
+            "bucket0_sizes": torch.tensor([len(group) for group in groups]),
+        }
 
 
 class DistinctItemsLoss(CachedLossMixin, nn.Module):
     """Embeds the distinct items of a batch once and hands any embedding loss its columns.
 
-    With ``mini_batch_size`` the gradients are cached (https://huggingface.co/papers/2101.06983), else each bucket is
-    one forward pass. Value and gradient are those of the inner loss on columns embedded one by one.
+    With a feed, gradients are cached (https://huggingface.co/papers/2101.06983) and no more than a few mini-batches
+    are decoded at a time; without, each bucket is one forward pass. Value and gradient are those of the inner loss on
+    columns embedded one by one.
 
     Args:
         loss: A loss with ``calculate_loss(reps, labels, with_backward=...)``, as all cached losses have.
-        mini_batch_size: Items embedded at a time; None (default) turns gradient caching off.
+        feed: Decodes the mini-batches that a lazy :class:`ItemCollator` planned.
+        matryoshka_dims: Train the mean of the losses of these prefixes of the embedding. Defaults to the whole.
+
+    Attributes:
+        tokens: Tokens embedded so far by this process, padding not counted; second passes neither.
+        items: Distinct items embedded so far by this process.
     """
 
-    mini_batch_size: int | None  # type: ignore[assignment]  # None where the cache is off
+    uses_gradient_cache = True
+    mini_batch_size = 1  # of planned mini-batches: what the mixin takes for inputs
 
-    def __init__(self, loss: Any, mini_batch_size: int | None = None) -> None:
+    def __init__(self, loss: Any, feed: Feed | None = None, matryoshka_dims: list[int] | None = None) -> None:
         super().__init__()
         self.loss: Any = loss
-        self.mini_batch_size = mini_batch_size
-        self.uses_gradient_cache = mini_batch_size is not None
+        self.feed = feed
+        self.matryoshka_dims = matryoshka_dims
+        self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)
+        self._stream: Iterator[dict[str, Any]] = iter(())
+        self._planned: list[list[int]] = []
+        self._next = 0
+        self._used = 0
 
     @property
     def model(self) -> Any:  # type: ignore[override]
@@ -113,26 +141,95 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         """Loss of one batch from :class:`ItemCollator`."""
         buckets = [dict(features) for features in sentence_features]
         self._columns = buckets[0].pop(COLUMNS)
-        if self.uses_gradient_cache:
-            return self.forward_cached(buckets, labels)
-        return self.calculate_loss([[self.model(bucket)["sentence_embedding"]] for bucket in buckets], labels)
+        if "sizes" in buckets[0]:
+            return self._forward_lazy(buckets[0], labels)
+        self._used = len(buckets)
+        for bucket in buckets:
+            self._count(bucket)
+        return self.calculate_loss([[self.model(bucket)["sentence_embedding"] for bucket in buckets]], labels)
+
+    def _forward_lazy(self, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+        if self.feed is None:
+            raise ValueError("This batch was collated lazily: give DistinctItemsLoss a feed that decodes it.")
+        sizes = batch["sizes"].tolist()
+        planned = [part[:, 0].tolist() for part in batch["input_ids"].cpu().split(sizes)]
+        self._used = len(planned)
+        planned += planned[-1:] * (self._most_of_any_process(len(planned)) - len(planned))
+        twice = torch.is_grad_enabled()
+        self._stream = self.feed.stream(planned * 2 if twice else planned, self._columns.device)
+        self._next = 0
+        self._planned = planned
+        return self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
+
+    def _most_of_any_process(self, count: int) -> int:
+        """Sharded weights are gathered in every forward pass, so all processes need as many; DDP does without."""
+        if not dist.is_initialized() or dist.get_world_size() == 1 or isinstance(self.model, DistributedDataParallel):
+            return count
+        most = torch.tensor([count], device=self._columns.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Tensor],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: Any = None,
+    ) -> tuple[Tensor, Any]:
+        """Embed planned mini-batch number ``begin``, see :class:`CachedLossMixin`."""
+        number = len(self._planned) * with_grad + begin
+        features: dict[str, Any]
+        if number == self._next:
+            features = next(self._stream)
+            self._next += 1
+        else:  # out of turn: the mixin repeats a mini-batch to let DDP synchronise
+            assert self.feed is not None
+            features = next(self.feed.stream([self._planned[begin]], self._columns.device))
+        if not with_grad:
+            self._count(features)
+        count = len(self._planned[begin])
+        return super().embed_minibatch(features, 0, count, with_grad, copy_random_state, random_state)
+
+    def _count(self, features: dict[str, Any]) -> None:
+        if "attention_mask" in features:
+            self.tokens += int(features["attention_mask"].sum())
+            self.items += len(features["attention_mask"])
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Inner loss of the batch, from the embeddings of the distinct items."""
-        embeddings = torch.cat([part for bucket in reps for part in bucket])
+        parts = reps[0]
+        embeddings = torch.cat(parts[: self._used])
         columns = [embeddings[rows] for rows in self._columns]
         if not with_backward:
-            return self.loss.calculate_loss([[column] for column in columns], labels)
+            return self._over_prefixes(columns, labels, with_backward=False)
         leaves = [column.detach().requires_grad_() for column in columns]
-        loss = self.loss.calculate_loss([[leaf] for leaf in leaves], labels, with_backward=True)
+        loss = self._over_prefixes(leaves, labels, with_backward=True)
         torch.autograd.backward(columns, [leaf.grad for leaf in leaves])
+        for repeated in parts[self._used :]:
+            repeated.grad = torch.zeros_like(repeated)
         return loss
+
+    def _over_prefixes(self, columns: list[Tensor], labels: Tensor | None, with_backward: bool) -> Tensor:
+        if self.matryoshka_dims is None:
+            return self.loss.calculate_loss([[column] for column in columns], labels, with_backward=with_backward)
+        count = len(self.matryoshka_dims)
+        total = columns[0].new_zeros(())
+        for dim in self.matryoshka_dims:
+            prefixes = [[column[:, :dim]] for column in columns]
+            total = total + self.loss.calculate_loss(prefixes, labels, with_backward=with_backward) / count
+        if with_backward:
+            for column in columns:
+                column.grad /= count
+        return total
 
     def get_config_dict(self) -> dict[str, Any]:
         """The inner loss and its options, for the model card."""
-        return {"loss": type(self.loss).__name__, **self.loss.get_config_dict()}
+        extra = {"matryoshka_dims": self.matryoshka_dims} if self.matryoshka_dims else {}
+        return {"loss": type(self.loss).__name__, **self.loss.get_config_dict(), **extra}
 
 
 @dataclass

@@ -1,62 +1,59 @@
-"""Runs one training stage: folder in, native model folder out, resumable."""
+"""Runs one training stage: folder in, native model folder out, resumable, on one process or many."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, TaskType
-from peft.tuners.tuners_utils import BaseTunerLayer
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.model import BaseModel
-from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.training.adapters import choose_trainable, load_options, merge_lora, merged_into
 from unime_st.training.arguments import TrainArguments
+from unime_st.training.planning import Plan
+from unime_st.training.trainer import EmbedderTrainer, RerankerTrainer
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
 
 
-def add_lora(model: BaseModel, arguments: TrainArguments) -> None:
-    """Give ``model`` a trainable LoRA or DoRA adapter; its weights are float32 whatever the model's are.
+@dataclass
+class Setup:
+    """What a stage makes of its model and rows.
 
-    Raises:
-        ValueError: If ``lora_targets`` matches no layer.
+    Args:
+        rows: The rows to train on.
+        loss: The loss.
+        collator: The data collator.
+        make_batches: Makes the batch sampler; None: the trainer's usual one.
+        batch_size: Rows of a forward pass on one device; None: as the options say.
+        accumulation: Forward passes of a step; None: as the options say.
+        plan: What the run will take.
+        operations_per_token: Floating-point operations that a token takes.
+        matrix_rate: Operations per second of a matrix product on this device.
     """
-    config = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_targets,
-        use_dora=arguments.use_dora,
-        task_type=TaskType.FEATURE_EXTRACTION,
-    )
-    model.add_adapter(config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
-
-def merge_lora(model: BaseModel) -> None:
-    """Fold the adapter into the weights, so that the saved folder is a plain full model."""
-    transformer: Any = model.transformers_model
-    for module in list(transformer.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                child.merge()
-                setattr(module, name, child.get_base_layer())
-    transformer._hf_peft_config_loaded = False
+    rows: Dataset
+    loss: nn.Module
+    collator: Any
+    make_batches: Callable[..., Any] | None = None
+    batch_size: int | None = None
+    accumulation: int | None = None
+    plan: Plan | None = None
+    operations_per_token: float = 0.0
+    matrix_rate: float = 0.0
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -76,18 +73,6 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-class _StopOnDivergence(TrainerCallback):
-    """Ends a run whose loss is no longer a number, while the last checkpoint is still good."""
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise FloatingPointError(
-                f"The loss at step {state.global_step} is {loss}. The last checkpoint in {args.output_dir} is intact: "
-                "lower learning_rate, or look at the batch that came last."
-            )
-
-
 def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]:
     """Our options in the words of transformers' training arguments."""
     return {
@@ -103,26 +88,41 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
         "bf16": arguments.precision == "bf16",
         "fp16": arguments.precision == "fp16",
         "gradient_checkpointing": arguments.gradient_checkpointing,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": arguments.workers,
         "save_steps": arguments.save_every,
         "save_total_limit": 2,
         "logging_steps": arguments.log_every,
         "logging_nan_inf_filter": False,
-        "report_to": "none",
+        "report_to": arguments.report_to,
         "seed": arguments.seed,
-        "dataloader_drop_last": True,
+        "dataloader_drop_last": arguments.drop_last,
+        # Weights alone are trained: buffers are the same everywhere, and a broadcast per forward pass would hang where
+        # processes need different numbers of mini-batches.
+        "ddp_broadcast_buffers": False,
     }
+
+
+def _begin(stage: str, arguments: TrainArguments, output: Path, inputs: tuple[str, ...]) -> bool:
+    """Open the output folder, the first process before the others; say whether there is work to do."""
+    state = PartialState()
+    with state.main_process_first():
+        overwrite = arguments.overwrite and state.is_main_process
+        due = begin_stage(output, stage, inputs=inputs, options=arguments.plan(), overwrite=overwrite)
+        if due and state.is_main_process:
+            if not arguments.resume:
+                shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            last_whole_checkpoint(output / CHECKPOINTS)
+    return due
 
 
 def run_stage(
     stage: str,
     arguments: TrainArguments,
     *,
-    load: Callable[[], BaseModel],
+    load: Callable[..., BaseModel],
     dataset: Callable[[], Dataset],
-    loss: Callable[[BaseModel], nn.Module],
-    collator: Callable[[BaseModel], Any],
-    batch_sampler: Any = "batch_sampler",
+    setup: Callable[[BaseModel, Dataset], Setup],
     inputs: tuple[str, ...] = (),
 ) -> Path:
     """Train with the stock trainer and leave a native model folder; finished or half-done work is taken up.
@@ -130,55 +130,77 @@ def run_stage(
     Args:
         stage: Name of the stage, for the manifest.
         arguments: Options.
-        load: Makes the model to start from.
+        load: Makes the model to start from; takes the keyword arguments of a Sentence Transformers model.
         dataset: Makes the rows.
-        loss: Makes the loss for the model.
-        collator: Makes the data collator for the model.
-        batch_sampler: Batch sampler of Sentence Transformers, or a function that makes one.
+        setup: Makes everything else of model and rows.
         inputs: Folders whose content the result depends on.
 
     Returns:
-        The output folder: a native model, ``log.jsonl`` with the loss curve, ``manifest.json``.
+        The output folder: a native model, ``log.jsonl`` with the loss curve, ``manifest.json``. With ``dry_run`` the
+        plan is logged and nothing is written.
     """
     if not arguments.output:
         raise ValueError("output is missing: name a folder for the trained model (--output FOLDER).")
     output = Path(arguments.output)
-    if not begin_stage(output, stage, inputs=inputs, options=arguments.plan(), overwrite=arguments.overwrite):
+    if not arguments.dry_run and not _begin(stage, arguments, output, inputs):
         logger.info("%s: %s is there already.", stage, output)
         return output
     torch.manual_seed(arguments.seed)
-    model, rows = load(), dataset()
-    if len(rows) < arguments.batch_size:
-        raise ValueError(f"{stage}: {len(rows)} rows do not fill a batch of {arguments.batch_size}; lower batch_size.")
-    if arguments.lora_rank:
-        add_lora(model, arguments)
-    is_embedder = hasattr(model, "encode")
-    trainer_class: Any = SentenceTransformerTrainer if is_embedder else CrossEncoderTrainer
-    options_class: Any = SentenceTransformerTrainingArguments if is_embedder else CrossEncoderTrainingArguments
-    trainer = trainer_class(
-        model=model,
-        args=options_class(**trainer_arguments(arguments, output), batch_sampler=batch_sampler),
-        train_dataset=rows,
-        loss=loss(model),
-        data_collator=collator(model),
-        callbacks=[_StopOnDivergence()],
-    )
+    model, rows = load(**load_options(arguments)), dataset()
+    choose_trainable(model, arguments)
+    made = setup(model, rows)
+    if made.plan is not None:
+        logger.info("%s:\n%s", stage, made.plan)
+    if arguments.dry_run:
+        return output
+    trainer = _trainer(arguments, model, made, output)
     checkpoint = last_whole_checkpoint(output / CHECKPOINTS)
-    logger.info("%s: %d rows%s.", stage, len(rows), f", going on from {checkpoint}" if checkpoint else "")
+    logger.info("%s: %d rows%s.", stage, len(made.rows), f", going on from {checkpoint}" if checkpoint else "")
     trainer.train(resume_from_checkpoint=checkpoint)
-    if arguments.lora_rank:
-        merge_lora(model)
-    _save(model, trainer, output)
-    finish_stage(
-        output, {"rows": len(rows), "steps": trainer.state.global_step, "loss": trainer.state.log_history[-1]}
-    )
+    _save(arguments, model, load, trainer, output)
+    if trainer.is_world_process_zero():
+        facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": trainer.state.log_history[-1]}
+        finish_stage(output, {**facts, "plan": made.plan.facts() if made.plan else None})
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    PartialState().wait_for_everyone()
     return output
 
 
-def _save(model: BaseModel, trainer: Any, output: Path) -> None:
+def _trainer(arguments: TrainArguments, model: BaseModel, made: Setup, output: Path) -> Any:
+    is_embedder = hasattr(model, "encode")
+    trainer_class: Any = EmbedderTrainer if is_embedder else RerankerTrainer
+    options_class: Any = SentenceTransformerTrainingArguments if is_embedder else CrossEncoderTrainingArguments
+    options = trainer_arguments(arguments, output)
+    options["per_device_train_batch_size"] = made.batch_size or arguments.batch_size
+    options["gradient_accumulation_steps"] = made.accumulation or arguments.gradient_accumulation_steps
+    trainer_options = options_class(**options)
+    batch = arguments.batch_size * trainer_options.world_size
+    if len(made.rows) < batch:
+        raise ValueError(f"{len(made.rows)} rows do not fill a batch of {batch}; lower batch_size, or add data.")
+    return trainer_class(
+        model=model,
+        args=trainer_options,
+        train_dataset=made.rows,
+        loss=made.loss,
+        data_collator=made.collator,
+        make_batches=made.make_batches,
+        rows_per_step=arguments.batch_size * arguments.gradient_accumulation_steps * trainer_options.world_size,
+        operations_per_token=made.operations_per_token,
+        matrix_rate=made.matrix_rate,
+    )
+
+
+def _save(
+    arguments: TrainArguments, model: BaseModel, load: Callable[..., BaseModel], trainer: Any, output: Path
+) -> None:
     if not trainer.is_world_process_zero():
         return
+    if arguments.quantize:
+        options = load_options(arguments)
+        del options["model_kwargs"]["quantization_config"]
+        model = merged_into(load(**options, device="cpu"), model, arguments)
+    elif arguments.lora_rank:
+        merge_lora(model)
     model.save_pretrained(str(output))
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     (output / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)

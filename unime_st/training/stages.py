@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.model import BaseModel
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import nn
 
@@ -32,8 +32,9 @@ from unime_st.training.arguments import (
     SoftLabelArguments,
     TrainArguments,
 )
-from unime_st.training.items import DistinctItemsLoss, ItemCollator, RerankerItemCollator, distinct_positives
-from unime_st.training.run import run_stage
+from unime_st.training.embedders import EmbedderSetup
+from unime_st.training.items import RerankerItemCollator
+from unime_st.training.run import Setup, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,8 @@ def _open(arguments: TrainArguments) -> RecordSet:
 
 
 def pair_rows(records: RecordSet) -> Dataset:
-    """Rows (query, positive) of item ids."""
-    table = records.rows
-    return Dataset.from_dict({name: table[name].to_pylist() for name in ("query", "positive")})
+    """Rows (query, positive) of item ids, with the name of their data set."""
+    return Dataset(records.row_shards.table(["query", "positive", "dataset"]))
 
 
 def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
@@ -77,7 +77,7 @@ def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
 
 
 def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
-    """:func:`rows_with_negatives` of judged records.
+    """:func:`rows_with_negatives` of judged records, with the name of their data set.
 
     Raises:
         ValueError: If the records are not judged.
@@ -85,21 +85,20 @@ def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
     rows = rows_with_negatives(records, num_negatives)
     if "label" not in rows.column_names:
         raise ValueError(f"{records.folder}: no judge's scores. Judge and select first (train_scripts/judge.py).")
-    return rows
+    return rows.add_column("dataset", records.row_shards.column("dataset").to_pylist())
 
 
-def _train_embedder(stage: str, arguments: TrainArguments, rows: Dataset, records: RecordSet, loss: Any) -> Path:
-    def distinct(model: BaseModel) -> nn.Module:
-        return DistinctItemsLoss(loss(model), arguments.mini_batch_size)
+def _load_embedder(arguments: TrainArguments) -> Callable[..., UniME]:
+    return lambda **options: UniME(arguments.model, **options)
 
+
+def _train_embedder(stage: str, arguments: TrainArguments, rows: Callable[[], Dataset], setup: EmbedderSetup) -> Path:
     return run_stage(
         stage,
         arguments,
-        load=lambda: UniME(arguments.model),
-        dataset=lambda: rows,
-        loss=distinct,
-        collator=lambda model: ItemCollator(model.preprocess, records=records),
-        batch_sampler=distinct_positives,
+        load=_load_embedder(arguments),
+        dataset=rows,
+        setup=setup,
         inputs=(arguments.data,),
     )
 
@@ -124,7 +123,9 @@ def train_hard_negatives(arguments: HardNegativeArguments) -> Path:
             gather_across_devices=arguments.gather_across_devices,
         )
 
-    return _train_embedder("hard_negatives", arguments, pair_rows(records), records, loss)
+    return _train_embedder(
+        "hard_negatives", arguments, lambda: pair_rows(records), EmbedderSetup(arguments, records, loss)
+    )
 
 
 def train_in_batch(arguments: InBatchArguments) -> Path:
@@ -146,7 +147,7 @@ def train_in_batch(arguments: InBatchArguments) -> Path:
             gather_across_devices=arguments.gather_across_devices,
         )
 
-    return _train_embedder("in_batch", arguments, pair_rows(records), records, loss)
+    return _train_embedder("in_batch", arguments, lambda: pair_rows(records), EmbedderSetup(arguments, records, loss))
 
 
 def train_soft_labels(arguments: SoftLabelArguments) -> Path:
@@ -170,8 +171,13 @@ def train_soft_labels(arguments: SoftLabelArguments) -> Path:
             gather_across_devices=arguments.gather_across_devices and arguments.in_batch_weight > 0,
         )
 
-    rows = judged_rows(records, arguments.num_negatives)
-    return _train_embedder("soft_labels", arguments, rows, records, loss)
+    in_batch = arguments.in_batch_weight > 0
+    return _train_embedder(
+        "soft_labels",
+        arguments,
+        lambda: judged_rows(records, arguments.num_negatives),
+        EmbedderSetup(arguments, records, loss, in_batch=in_batch, distinct=in_batch),
+    )
 
 
 def _seen_texts(records: RecordSet, arguments: DistillArguments) -> list[str]:
@@ -180,8 +186,23 @@ def _seen_texts(records: RecordSet, arguments: DistillArguments) -> list[str]:
     random.Random(arguments.seed).shuffle(ids)
     if arguments.max_steps < 0:
         return ids
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = PartialState().num_processes
     return ids[: arguments.max_steps * arguments.batch_size * arguments.gradient_accumulation_steps * devices]
+
+
+def _teacher_vectors(arguments: DistillArguments, texts: list[str]) -> np.ndarray:
+    """The teacher's embeddings, made once: by the first process, for the others and for a resumed run."""
+    if arguments.dry_run:
+        return np.ones((len(texts), 1), dtype=np.float32)
+    path = Path(arguments.output) / "teacher.npy"
+    with PartialState().main_process_first():
+        if not path.is_file():
+            logger.info("distill: the teacher embeds %d texts.", len(texts))
+            teacher = SentenceTransformer(arguments.teacher)
+            temporary = path.with_suffix(".tmp.npy")
+            np.save(temporary, teacher.encode(texts, show_progress_bar=True), allow_pickle=False)
+            temporary.replace(path)
+        return np.load(path, allow_pickle=False)
 
 
 def distill(arguments: DistillArguments) -> Path:
@@ -201,29 +222,19 @@ def distill(arguments: DistillArguments) -> Path:
 
     def rows() -> Dataset:
         ids = _seen_texts(records, arguments)
-        teacher = SentenceTransformer(arguments.teacher)
-        logger.info("distill: the teacher embeds %d texts.", len(ids))
-        vectors = teacher.encode([records.item(item_id).text for item_id in ids], show_progress_bar=True)
+        vectors = _teacher_vectors(arguments, [str(records.item(item_id).text) for item_id in ids])
         return Dataset.from_dict({"query": ids, "label": list(vectors)})
 
-    return run_stage(
-        "distill",
-        arguments,
-        load=lambda: UniME(arguments.model),
-        dataset=rows,
-        loss=lambda model: DistinctItemsLoss(
-            SimilarityDistillationLoss(
-                cast(SentenceTransformer, model),
-                arguments.temperature,
-                arguments.direction,  # type: ignore[arg-type]  # the loss checks it
-                mask_diagonal=arguments.mask_diagonal,
-                gather_across_devices=arguments.gather_across_devices,
-            ),
-            arguments.mini_batch_size,
-        ),
-        collator=lambda model: ItemCollator(model.preprocess, records=records),
-        inputs=(arguments.data,),
-    )
+    def loss(model: SentenceTransformer) -> nn.Module:
+        return SimilarityDistillationLoss(
+            model,
+            arguments.temperature,
+            arguments.direction,  # type: ignore[arg-type]  # the loss checks it
+            mask_diagonal=arguments.mask_diagonal,
+            gather_across_devices=arguments.gather_across_devices,
+        )
+
+    return _train_embedder("distill", arguments, rows, EmbedderSetup(arguments, records, loss, distinct=False))
 
 
 def train_reranker(arguments: RerankerArguments) -> Path:
@@ -247,12 +258,14 @@ def train_reranker(arguments: RerankerArguments) -> Path:
             mini_batch_size=arguments.mini_batch_size,
         )
 
+    def setup(model: Any, rows: Dataset) -> Setup:
+        return Setup(rows, loss(model), RerankerItemCollator(model.preprocess, records=records))
+
     return run_stage(
         "reranker",
         arguments,
-        load=lambda: UniMEReranker(arguments.model, template=arguments.template),
+        load=lambda **options: UniMEReranker(arguments.model, template=arguments.template, **options),
         dataset=lambda: rows_with_negatives(records, arguments.num_negatives),
-        loss=loss,
-        collator=lambda model: RerankerItemCollator(model.preprocess, records=records),
+        setup=setup,
         inputs=(arguments.data,),
     )

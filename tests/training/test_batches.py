@@ -1,0 +1,76 @@
+"""Rows of a batch: nothing twice, the same for any number of processes, data sets in the wanted shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from unime_st.training.batches import RowBatches, sampler
+
+
+def _rows(positives: list[str]) -> Dataset:
+    return Dataset.from_dict({"query": [f"q{row}" for row in range(len(positives))], "positive": positives})
+
+
+PLAIN = _rows([f"p{row}" for row in range(50)])
+
+
+def test_a_pass_is_every_row_once_in_another_order_each_time() -> None:
+    batches = RowBatches(PLAIN, 5, drop_last=True, seed=1)
+    passes = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        passes.append(list(batches))
+    assert sorted(sum(passes[0], [])) == list(range(50)) and len(passes[0]) == len(batches) == 10
+    assert passes[0] == passes[2] != passes[1]
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_processes_share_what_one_would_see(drop_last: bool) -> None:
+    one = RowBatches(_rows([f"p{row}" for row in range(47)]), 10, drop_last=drop_last)
+    two = RowBatches(_rows([f"p{row}" for row in range(47)]), 5, drop_last=drop_last, world_size=2)
+    whole, halves = list(one), list(two)
+    assert len(two) == len(halves) == 2 * len(whole)
+    assert [first + second for first, second in zip(halves[::2], halves[1::2])] == whole
+    assert [len(batch) for batch in halves[-2:]] == ([5, 5] if drop_last else [4, 3])
+
+
+def test_no_positive_comes_twice_and_the_number_of_batches_holds() -> None:
+    rows = _rows(["yes", "no"] * 20 + [f"p{row}" for row in range(60)])
+    batches = RowBatches(rows, 5, drop_last=True, world_size=2)
+    found = list(batches)
+    assert len(found) == len(batches) == 20
+    for first, second in zip(found[::2], found[1::2]):
+        positives = [rows[row]["positive"] for row in first + second]
+        assert len(set(positives)) == 10
+
+
+def test_an_impossible_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="the data have 2 distinct"):
+        RowBatches(_rows(["yes", "no"] * 20), 5, drop_last=True)
+
+
+def test_data_sets_by_temperature_and_side_by_side() -> None:
+    names = ["large"] * 80 + ["small"] * 20
+    rows = _rows([f"p{row}" for row in range(100)])
+    shares = {}
+    for temperature in (1.0, 2.0, 1e9):
+        batches = sampler(datasets=names, temperature=temperature, sub_batch_size=5)(
+            rows, batch_size=10, drop_last=True
+        )
+        drawn = [[names[row] for row in batch] for batch in batches]
+        shares[temperature] = Counter(sum(drawn, []))["small"]
+        if temperature == 1.0:
+            assert all(len(set(batch[:5])) == len(set(batch[5:])) == 1 for batch in drawn)
+    assert shares == {1.0: 20, 2.0: 33, 1e9: 50} or shares == {1.0: 20, 2.0: 34, 1e9: 50}
+
+
+def test_costs_are_dealt_out_evenly() -> None:
+    costs = np.arange(48)
+    batches = list(RowBatches(_rows(["same"] * 48), 4, drop_last=True, distinct=False, costs=costs, balanced=12))
+    assert len(batches) == 12 and all(len(batch) == 4 for batch in batches)
+    totals = [costs[batch].sum() for batch in batches]
+    assert max(totals) - min(totals) <= 1 and sorted(sum(batches, [])) == list(range(48))

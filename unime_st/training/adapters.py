@@ -1,0 +1,128 @@
+"""What is trained: an adapter over frozen weights, quantised or not, or the weights themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from sentence_transformers.base.model import BaseModel
+
+from unime_st.training.arguments import TrainArguments
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def computation_dtype(arguments: TrainArguments) -> torch.dtype:
+    """The dtype that autocast computes in."""
+    return _DTYPES[arguments.precision]
+
+
+def load_options(arguments: TrainArguments) -> dict[str, Any]:
+    """Keyword arguments with which the model to train is loaded: its dtype, and whether it is quantised.
+
+    Under an adapter the frozen weights may be as short as the computation is. Weights that are trained stay in float32:
+    in bfloat16 most updates are smaller than half the distance to the next number and would be lost.
+
+    Raises:
+        ImportError: If ``quantize`` is set and bitsandbytes is not installed.
+    """
+    name = arguments.weights
+    if name == "auto":
+        name = arguments.precision if arguments.lora_rank else "fp32"
+    model_options: dict[str, Any] = {"dtype": _DTYPES[name]}
+    if arguments.quantize:
+        model_options["quantization_config"] = _quantization(arguments)
+    return {"model_kwargs": model_options}
+
+
+def _quantization(arguments: TrainArguments) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("quantize needs bitsandbytes: pip install 'unime-st[qlora]'.")
+    from transformers import BitsAndBytesConfig
+
+    if arguments.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # The tower and the projector are a small part of the weights, and pictures suffer most from rounding them.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computation_dtype(arguments),
+        llm_int8_skip_modules=["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"],
+    )
+
+
+def choose_trainable(model: BaseModel, arguments: TrainArguments) -> None:
+    """Add the adapter, or freeze what ``frozen`` names.
+
+    Args:
+        model: The model to train.
+        arguments: ``lora_rank`` 0 trains the weights themselves, but for those whose names match ``frozen``; otherwise
+            the layers whose names match ``lora_targets`` get an adapter and everything else is frozen.
+
+    Raises:
+        ValueError: If ``lora_targets`` matches no layer, or nothing is left to train.
+    """
+    if arguments.lora_rank:
+        add_lora(model, arguments)
+    elif arguments.frozen:
+        for name, parameter in model.named_parameters():
+            if re.search(arguments.frozen, name):
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"nothing is left to train: `frozen` ({arguments.frozen!r}) names all weights.")
+
+
+def add_lora(model: BaseModel, arguments: TrainArguments) -> None:
+    """Give ``model`` a trainable LoRA or DoRA adapter; its weights are float32 whatever the model's are.
+
+    Raises:
+        ValueError: If ``lora_targets`` matches no layer.
+    """
+    config = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_targets,
+        use_dora=arguments.use_dora,
+        task_type=TaskType.FEATURE_EXTRACTION,
+    )
+    model.add_adapter(config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def merge_lora(model: BaseModel) -> None:
+    """Fold the adapter into the weights, so that the saved folder is a plain full model."""
+    transformer: Any = model.transformers_model
+    for module in list(transformer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()
+                setattr(module, name, child.get_base_layer())
+    transformer._hf_peft_config_loaded = False
+
+
+def merged_into(unquantised: BaseModel, trained: BaseModel, arguments: TrainArguments) -> BaseModel:
+    """Fold an adapter that was trained over quantised weights into the weights they were made from.
+
+    Args:
+        unquantised: The model as it was before.
+        trained: The quantised model with its adapter.
+        arguments: Options of the adapter.
+
+    Returns:
+        ``unquantised``, changed in place.
+    """
+    add_lora(unquantised, arguments)
+    adapter = {name: weight for name, weight in trained.named_parameters() if weight.requires_grad}
+    missing = unquantised.load_state_dict(adapter, strict=False).unexpected_keys
+    if missing:
+        raise RuntimeError(f"the adapter does not fit the unquantised model: {', '.join(missing[:3])}")
+    merge_lora(unquantised)
+    return unquantised

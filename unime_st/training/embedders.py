@@ -1,0 +1,216 @@
+"""What the embedding stages share: from rows of item ids to a loss, a collator, a sampler and a plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from sentence_transformers.base.model import BaseModel
+from torch import nn
+
+from unime_st.data.checking import RejectedWriter
+from unime_st.data.records import RecordSet
+from unime_st.training.adapters import computation_dtype
+from unime_st.training.arguments import TrainArguments
+from unime_st.training.batches import sampler
+from unime_st.training.feed import Feed
+from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.planning import (
+    UNREADABLE,
+    Plan,
+    Rehearsal,
+    fitting_budget,
+    item_costs,
+    matrix_rate,
+    operations_per_token,
+    rehearse,
+)
+from unime_st.training.run import Setup
+
+logger = logging.getLogger(__name__)
+COSTS = "costs.npy"
+
+
+@dataclass
+class EmbedderSetup:
+    """Makes the :class:`~unime_st.training.run.Setup` of an embedding stage.
+
+    Args:
+        arguments: Options.
+        records: Where the item ids lead.
+        loss: Makes the loss for the model.
+        in_batch: Whether rows are compared with each other. If not, the loss is a mean over rows, small batches
+            accumulated are the large one exactly, and no second forward pass is needed.
+        distinct: No query and no positive comes twice in a batch.
+    """
+
+    arguments: TrainArguments
+    records: RecordSet
+    loss: Callable[[Any], nn.Module]
+    in_batch: bool = True
+    distinct: bool = True
+
+    def __call__(self, model: BaseModel, rows: Dataset) -> Setup:
+        """Count tokens, set rows aside that cannot be used, find the mini-batch and rehearse it."""
+        a = self.arguments
+        costs = self._costs(model)
+        rows, places, aside = self._usable(rows, costs)
+        datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
+        rows = rows.remove_columns("dataset") if datasets else rows
+        feed = Feed(self.records, model.preprocess, a.workers)
+        if a.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        budget = self._budget(model, feed, costs)
+        mini_batches = MiniBatches(costs, a.mini_batch_size if self.in_batch else None, budget)
+        row_costs = costs[places].sum(axis=1)
+        per_pass = a.batch_size if self.in_batch else self._rows_per_pass(places.shape[1], row_costs, budget)
+        lazy = self.in_batch and (budget or a.mini_batch_size) is not None
+        state = PartialState()
+        balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
+        dtype = computation_dtype(a)
+        operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
+        rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype) if budget or a.dry_run else []
+        words = self._words(lazy, per_pass, budget)
+        return Setup(
+            rows=rows,
+            loss=DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims),
+            collator=ItemCollator(model.preprocess, records=self.records, mini_batches=mini_batches, lazy=lazy),
+            make_batches=sampler(
+                world_size=state.num_processes,
+                datasets=datasets,
+                temperature=a.dataset_temperature,
+                sub_batch_size=a.sub_batch_size,
+                distinct=self.distinct,
+                costs=None if self.in_batch else row_costs,
+                balanced=balanced,
+            ),
+            batch_size=per_pass,
+            accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
+            plan=self._plan(model, len(rows), aside, row_costs, operations, rehearsals, words, lazy, costs),
+            operations_per_token=operations,
+            matrix_rate=matrix_rate(model.device, dtype),
+        )
+
+    def _costs(self, model: BaseModel) -> np.ndarray:
+        if self.arguments.dry_run:
+            return item_costs(self.records, model)
+        with PartialState().main_process_first():  # which leaves the counts to the others
+            return item_costs(self.records, model, Path(self.arguments.output) / COSTS)
+
+    def _usable(self, rows: Dataset, costs: np.ndarray) -> tuple[Dataset, np.ndarray, int]:
+        """Rows without unreadable images, the positions of their items of shape (rows, columns), and how many fell."""
+        names = [name for name in rows.column_names if name not in ("label", "dataset")]
+        places = np.stack([self.records.items.positions(list(rows[name])) for name in names], axis=1)
+        bad = (costs[places] == UNREADABLE).any(axis=1)
+        if not bad.any():
+            return rows, places, 0
+        numbers = np.flatnonzero(bad)
+        if PartialState().is_main_process and not self.arguments.dry_run:
+            with RejectedWriter(Path(self.arguments.output)) as rejected:
+                for row in numbers:
+                    item = next(int(p) for p in places[row] if costs[p] == UNREADABLE)
+                    reason = f"image {self.records.items.at(item).image!r} cannot be read"
+                    rejected.add(reason, folder=str(self.records.folder), row=int(row))
+        logger.warning("%d of %d rows have an unreadable image and are set aside.", len(numbers), len(rows))
+        if bad.all():
+            raise ValueError(f"{self.records.folder}: every row has an unreadable image; see rejected.jsonl.")
+        good = np.flatnonzero(~bad)
+        return rows.select(good), places[good], len(numbers)
+
+    def _budget(self, model: BaseModel, feed: Feed, costs: np.ndarray) -> int | None:
+        wanted = self.arguments.token_budget
+        if wanted != "auto":
+            return None if wanted is None else int(wanted)
+        budget = fitting_budget(model, feed, costs, computation_dtype(self.arguments))
+        # Processes may share a device, and all should take the smallest.
+        state = PartialState()
+        if state.num_processes > 1:
+            smallest = torch.tensor([budget // (1 if model.device.type == "cuda" else state.num_processes)])
+            smallest = smallest.to(state.device)
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+            budget = max(int(smallest), int(costs.max()))
+        logger.info("token_budget auto: %d tokens fit.", budget)
+        return budget
+
+    def _rows_per_pass(self, columns: int, row_costs: np.ndarray, budget: int | None) -> int:
+        """Rows that are embedded in one pass: a divisor of the batch, so that accumulating them gives the batch."""
+        a = self.arguments
+        if budget is not None:
+            most = budget / float(row_costs.mean())
+        elif a.mini_batch_size is not None:
+            most = a.mini_batch_size / columns
+        else:
+            return a.batch_size
+        return max(
+            rows for rows in range(1, a.batch_size + 1) if a.batch_size % rows == 0 and (rows <= most or rows == 1)
+        )
+
+    def _rehearse(
+        self, model: BaseModel, feed: Feed, cut: MiniBatches, places: np.ndarray, per_pass: int, dtype: torch.dtype
+    ) -> list[Rehearsal]:
+        """The most expensive mini-batch that can come, so that it fails now if it fails; then a usual one for the time."""
+        if self.in_batch:
+            distinct = np.unique(places)
+            groups = cut(distinct)
+            worst, usual = distinct[groups[0]], distinct[groups[len(groups) // 2]]
+        else:
+            order = np.argsort(-cut.costs[places].sum(axis=1), kind="stable")
+            middle = len(order) // 2
+            usual = np.unique(places[order[middle : middle + per_pass]])
+            # The sampler deals rows out by cost, so a pass holds one of the most expensive and otherwise usual ones.
+            worst = np.unique(np.concatenate([places[order[:1]], places[order[middle : middle + per_pass - 1]]]))
+        return [rehearse(model, feed, positions.tolist(), dtype) for positions in (worst, usual)]
+
+    def _words(self, lazy: bool, per_pass: int, budget: int | None) -> str:
+        a = self.arguments
+        if not self.in_batch:
+            return f"{per_pass} rows at a time, accumulated to {a.batch_size}: one forward pass"
+        size = f"{budget:,} tokens" if budget else f"{a.mini_batch_size} items"
+        return f"{size} at a time, gradients cached" if lazy else "the whole batch in one pass"
+
+    def _plan(
+        self,
+        model: BaseModel,
+        rows: int,
+        aside: int,
+        row_costs: np.ndarray,
+        operations: float,
+        rehearsals: list[Rehearsal],
+        words: str,
+        lazy: bool,
+        costs: np.ndarray,
+    ) -> Plan:
+        a, world = self.arguments, PartialState().num_processes
+        per_step = a.batch_size * a.gradient_accumulation_steps * world
+        steps = a.max_steps if a.max_steps > 0 else int(rows // per_step * a.epochs)
+        tokens = int(row_costs.mean() * steps * per_step)
+        hours = peak = None
+        if rehearsals:
+            usual = rehearsals[-1]
+            # A rehearsal is a forward and a backward pass; caching adds a forward pass, a third of both.
+            hours = tokens / world * usual.seconds / max(usual.tokens, 1) * (4 / 3 if lazy else 1) / 3600
+            peak = rehearsals[0].peak_bytes / 2**30
+        parameters = list(model.parameters())
+        return Plan(
+            rows=rows,
+            set_aside=aside,
+            steps=steps,
+            rows_per_step=per_step,
+            passes=steps * per_step / rows,
+            tokens=tokens,
+            largest_item=int(costs.max()),
+            mini_batch=words,
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            weights=sum(p.numel() for p in parameters),
+            flops=tokens * operations,
+            hours=hours,
+            peak_gib=peak,
+            device=str(model.device),
+        )

@@ -1,0 +1,101 @@
+"""Mini-batches of items, decoded and processed in the background just before the model needs them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from unime_st.data.images import BadImageError
+from unime_st.data.records import ItemFolder
+
+Features = dict[str, Any]
+_AHEAD = 2  # mini-batches that every worker keeps ready
+
+
+class _Processed(Dataset):
+    """Features of a mini-batch by the positions of its items."""
+
+    def __init__(self, records: ItemFolder, preprocess: Callable[[list[Any]], Features]) -> None:
+        self.records, self.preprocess = records, preprocess
+
+    def __getitems__(self, positions: list[int]) -> Features:
+        inputs = []
+        for position in positions:
+            item = self.records.items.at(position)
+            try:
+                inputs.append(item.to_input())
+            except BadImageError as error:
+                raise BadImageError(
+                    f"{self.records.folder}, item {item.id} (stored as {position}): {error}"
+                ) from error
+        return self.preprocess(inputs)
+
+
+def _unchanged(features: Features) -> Features:
+    return features
+
+
+class Feed:
+    """Hands out the mini-batches of a batch one after the other; only a few of them exist at any time.
+
+    Args:
+        records: Where the items are.
+        preprocess: ``model.preprocess``.
+        workers: Processes that decode ahead of the model. 0 decodes when asked.
+
+    Example:
+        >>> import tempfile
+        >>> from unime_st import Item, UniME
+        >>> from unime_st.data import PairRecord, RecordSet
+        >>> from unime_st.training.feed import Feed
+        >>> pair = PairRecord(Item("a red square"), Item("the square is red"))
+        >>> records = RecordSet.write(tempfile.mkdtemp(), [pair], {})
+        >>> feed = Feed(records, UniME("unime-tiny").preprocess)
+        >>> [len(features["input_ids"]) for features in feed.stream([[0, 1], [1]], torch.device("cpu"))]
+        [2, 1]
+    """
+
+    def __init__(self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], workers: int = 0) -> None:
+        self._dataset = _Processed(records, preprocess)
+        self._mini_batches: list[list[int]] = []
+        self._workers = workers
+        self._loader: DataLoader | None = None
+
+    def stream(self, mini_batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[Features]:
+        """Yield the features of mini-batches in order.
+
+        Args:
+            mini_batches: Positions of the items of each.
+            device: Where the tensors go.
+
+        Raises:
+            BadImageError: If an image cannot be decoded; the message names the item.
+        """
+        self._mini_batches[:] = [list(positions) for positions in mini_batches]
+        if self._loader is None:
+            self._loader = self._make_loader(device)
+        for features in self._loader:
+            yield {
+                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in features.items()
+            }
+
+    def _make_loader(self, device: torch.device) -> DataLoader:
+        options: dict[str, Any] = {}
+        if self._workers:
+            # Forked workers share the model's processor; a spawned one would get a copy of the whole model.
+            fork = "fork" in multiprocessing.get_all_start_methods()
+            options = {"persistent_workers": True, "prefetch_factor": _AHEAD}
+            options |= {"multiprocessing_context": "fork"} if fork else {}
+        return DataLoader(
+            self._dataset,
+            batch_sampler=self._mini_batches,
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            pin_memory=device.type == "cuda",
+            **options,
+        )
