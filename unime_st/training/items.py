@@ -223,7 +223,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
             total = total + self.loss.calculate_loss(prefixes, labels, with_backward=with_backward) / count
         if with_backward:
             for column in columns:
-                column.grad /= count
+                assert column.grad is not None
+                column.grad.div_(count)
         return total
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ReportingMixin:
         return getattr(self.loss, "tokens", 0)  # type: ignore[attr-defined]
 
     def _figures(self) -> dict[str, float]:
-        inner = getattr(self.loss, "loss", self.loss)  # type: ignore[attr-defined]
+        inner: Any = getattr(self.loss, "loss", self.loss)  # type: ignore[attr-defined]
         figures: dict[str, float] = inner.pop_statistics() if hasattr(inner, "pop_statistics") else {}
         now = (time.perf_counter(), self.state.global_step, self._tokens())  # type: ignore[attr-defined]
         seconds, steps, tokens = (after - before for after, before in zip(now, self._mark))
