@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from tiny_pairs import ITEMS
 
 from unime_st.data import BadImageError, Item
-from unime_st.judging import Group, Judge, LocalJudge, PairError, clean_text
+from unime_st.judging import Group, Judge, LocalJudge, PairError, clean_text, load_template
 from unime_st.judging.loading import generative_modules
 from unime_st.judging.prompts import conversation
 
@@ -89,7 +89,7 @@ def test_equals_cross_encoder_predict(judge: LocalJudge):
 
 
 def test_prompts_equal_those_of_the_processor(judge: LocalJudge):
-    bundles, failed = judge.scorer._parts.encode([(group.query, group.candidates) for group in GROUPS])
+    bundles, failed = judge.scorer.parts.encode([(group.query, group.candidates) for group in GROUPS])
     assert not failed and len(bundles) == len(GROUPS)
     for bundle, pairs in bundles:
         expected = judge.model[0].preprocess([conversation(query, [item]) for query, item in pairs])
@@ -144,7 +144,7 @@ def test_memory_for_images_is_bounded(folder: str, judge: LocalJudge):
     small = LocalJudge(folder, batch_size=2, cache_bytes=1, device="cpu")
     held = []
     small.model[0].model.model.language_model.register_forward_pre_hook(
-        lambda *_: held.append(len(small.scorer._parts.bank._cache))
+        lambda *_: held.append(len(small.scorer.parts.bank._cache))
     )
     found = small.score(GROUPS)
     assert max(held) == 1
@@ -244,3 +244,14 @@ def test_models_that_cannot_answer(folder: str, tmp_path: Path):
         LocalJudge(folder, batch_size=0)
     with pytest.raises(FileNotFoundError, match="no folder .*nothing"):
         LocalJudge(tmp_path / "nothing")
+
+
+def test_a_template_that_changes_texts_is_rendered_in_full(folder: str):
+    shout = load_template("tiny").replace("{{- 'Query:' -}}", "{{- 'Query:' ~ (message.content[-1].text | length) -}}")
+    judge = LocalJudge(folder, template=shout, device="cpu")
+    pairs = [(group.query, item) for group in GROUPS[::2] for item in group.candidates]
+    render = judge.scorer.parts.render
+    prompts = render(pairs)
+    messages = [conversation(query, [item], decode=False) for query, item in pairs]
+    assert prompts == judge.model[0].processor.apply_chat_template(messages, chat_template=shout, tokenize=False)
+    assert not render.fixed

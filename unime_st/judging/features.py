@@ -13,7 +13,7 @@ from sentence_transformers.base.modules import Transformer
 
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.judging.prefix import Bundle, ImageFeatures, Prompt
-from unime_st.judging.prompts import conversation, query_comes_first
+from unime_st.judging.prompts import clean_text, conversation, message, query_comes_first
 
 Pair = tuple[Item, Item]
 Seen = tuple[ImageRef, int]
@@ -161,6 +161,60 @@ class ImageBank:
         return out.pooler_output, getattr(out, "deepstack_features", None) or ()
 
 
+class _Renderer:
+    """Writes prompts of pairs as the chat template does.
+
+    A template mostly puts texts between words that never change; those words are found once for every kind of pair, and
+    prompts are then put together without the template engine, which would cost more than a small model does. The first
+    candidate of every query still goes through the engine: should it disagree, everything does from then on.
+    """
+
+    _MARKS = (' First <&"> {{0}}\n\n', " Second <&'> {%1%}\n\n")
+
+    def __init__(self, processor: Any, template: str) -> None:
+        self.processor = processor
+        self.template = template
+        self.fixed = True
+        self._pieces: dict[tuple[bool, ...], list[str]] = {}
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[str]:
+        if not self.fixed:
+            return self._render([conversation(query, [candidate], decode=False) for query, candidate in pairs])
+        prompts = [self._join(pair) for pair in pairs]
+        firsts = [place for place, pair in enumerate(pairs) if not place or pair[0] is not pairs[place - 1][0]]
+        checked = self._render([conversation(pairs[place][0], [pairs[place][1]], decode=False) for place in firsts])
+        if [prompts[place] for place in firsts] != checked:
+            self.fixed = False
+            return self(pairs)
+        return prompts
+
+    def _render(self, messages: list[Any]) -> list[str]:
+        return self.processor.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+
+    def _join(self, pair: Pair) -> str:
+        kind = tuple(part is not None for item in pair for part in (item.text, item.image))
+        if kind not in self._pieces:
+            self._pieces[kind] = self._split(kind)
+        texts = [None if item.text is None else clean_text(item.text) for item in pair]
+        return "".join(texts[int(piece)] if piece in ("0", "1") else piece[1:] for piece in self._pieces[kind])  # type: ignore[misc]
+
+    def _split(self, kind: tuple[bool, ...]) -> list[str]:
+        """What a prompt of this kind is made of: "0" and "1" for the two texts, all else behind a mark."""
+        sample = [
+            message(role, mark if kind[2 * side] else None, True if kind[2 * side + 1] else None)
+            for side, (role, mark) in enumerate(zip(("query", "document"), self._MARKS, strict=True))
+        ]
+        (prompt,) = self._render([sample])
+        pieces = ["=" + prompt]
+        for side, mark in enumerate(self._MARKS):
+            cut: list[str] = []
+            for piece in pieces:
+                head, found, tail = piece.partition(mark)
+                cut += [head, str(side), "=" + tail] if found else [head]
+            pieces = cut
+        return pieces
+
+
 class PromptEncoder:
     """Renders and tokenises prompts and finds how far they begin alike.
 
@@ -178,7 +232,7 @@ class PromptEncoder:
         self.transformer = transformer
         self.processor: Any = transformer.processor
         self.tokenizer: Any = transformer.tokenizer
-        self.template = template
+        self.render = _Renderer(self.processor, template)
         self.bank = ImageBank(transformer, options, cache_bytes)
         self.query_first = query_comes_first(self.processor, template)
 
@@ -210,15 +264,14 @@ class PromptEncoder:
             together = len(keys) if self.bank.together_matters else 1
             alike[owner, together].append((pair, row, found))  # type: ignore[arg-type]
         bundles = [
-            (self._bundle([(row, found) for _, row, found in members]), [pair for pair, _, _ in members])
+            (self.bundle([(row, found) for _, row, found in members]), [pair for pair, _, _ in members])
             for members in alike.values()
         ]
         return bundles, failed
 
     def _tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Token ids of prompts with one placeholder for each image."""
-        messages = [conversation(query, [candidate], decode=False) for query, candidate in pairs]
-        prompts = self.processor.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        prompts = self.render(pairs)
         # As ProcessorMixin.apply_chat_template: a template that writes the first token itself must not get two.
         bos = self.tokenizer.bos_token
         special = not (bos is not None and prompts[0].startswith(bos))
@@ -240,7 +293,7 @@ class PromptEncoder:
             return error
         return None
 
-    def _bundle(self, members: list[tuple[list[int], list[ImageFeatures]]]) -> Bundle:
+    def bundle(self, members: list[tuple[list[int], list[ImageFeatures]]]) -> Bundle:
         """Cut prompts where they begin to differ: in their tokens or in the image that a placeholder stands for."""
         rows = [row for row, _ in members]
         # The first and the last in order share the least.

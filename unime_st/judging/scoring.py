@@ -42,6 +42,7 @@ class PairScorer:
         cache_bytes: Bound of the memory for visual tokens, in bytes. Defaults to 256 MiB.
 
     Attributes:
+        parts, engine: What makes prompts of parts and runs them; whole lists of candidates go through them, too.
         obstacle: Why prompts of one query do not share their beginning; None if they do.
 
     Example:
@@ -71,13 +72,13 @@ class PairScorer:
         self.batch_size = batch_size
         self.cache_bytes = cache_bytes
         self._whole = ProcessorEncoder(transformer, template, options or {})
-        self._parts: PromptEncoder | None = None
-        self._engine: PrefixEngine | None = None
+        self.parts: PromptEncoder | None = None
+        self.engine: PrefixEngine | None = None
         self.obstacle: str | None = None
         try:
-            self._engine = PrefixEngine(transformer.model, transformer.processor.image_token_id)
-            self._parts = PromptEncoder(transformer, template, options or {}, cache_bytes)
-            if not self._parts.query_first:
+            self.engine = PrefixEngine(transformer.model, transformer.processor.image_token_id)
+            self.parts = PromptEncoder(transformer, template, options or {}, cache_bytes)
+            if not self.parts.query_first:
                 logger.warning("the template shows the candidate before the query, so prompts share little")
             self._probe()
         except Exception as error:  # whatever an unknown family raises, the slow way remains
@@ -90,8 +91,8 @@ class PairScorer:
 
     def clear(self) -> None:
         """Forget the images seen so far."""
-        if self._parts is not None:
-            self._parts.bank.clear()
+        if self.parts is not None:
+            self.parts.bank.clear()
 
     @torch.inference_mode()
     def score(self, queries: Sequence[Query]) -> Iterator[tuple[Pair, Outcome]]:
@@ -114,10 +115,10 @@ class PairScorer:
                 yield from self._alone(part[first : first + self.batch_size])
 
     def _shared(self, queries: Sequence[Query]) -> Iterator[tuple[Pair, Outcome]]:
-        assert self._parts is not None
+        assert self.parts is not None
         window: list[tuple[Bundle, list[Pair]]] = []
         for part in _portions(queries, _BATCHES_PREPARED_TOGETHER * self.batch_size):
-            bundles, failed = self._parts.encode(part)
+            bundles, failed = self.parts.encode(part)
             yield from failed
             window += bundles
             prompts = sum(len(pairs) for _, pairs in window)
@@ -127,8 +128,8 @@ class PairScorer:
         yield from self._run(window)
 
     def _run(self, window: list[tuple[Bundle, list[Pair]]]) -> Iterator[tuple[Pair, torch.Tensor]]:
-        assert self._engine is not None
-        answers = self._engine.logits([bundle for bundle, _ in window], self.token_ids, batch_size=self.batch_size)
+        assert self.engine is not None
+        answers = self.engine.logits([bundle for bundle, _ in window], self.token_ids, batch_size=self.batch_size)
         for (_, pairs), found in zip(window, answers, strict=True):
             yield from zip(pairs, found, strict=True)
 
@@ -153,7 +154,7 @@ class PairScorer:
     @torch.inference_mode()
     def _probe(self) -> None:
         """Refuse to share what changes the answers, for reasons that only the model knows."""
-        assert self._parts is not None and self._engine is not None
+        assert self.parts is not None and self.engine is not None
         first, second = (Image.linear_gradient("L").resize(size).convert("RGB") for size in ((90, 60), (60, 120)))
         query = Item("Which of these is it?", first)
         candidates = [Item("It is a red square."), Item(image=second), Item("A circle", second)]
@@ -162,10 +163,10 @@ class PairScorer:
         training = self.transformer.training
         self.transformer.eval()
         try:
-            bundles, failed = self._parts.encode([(query, candidates)])
+            bundles, failed = self.parts.encode([(query, candidates)])
             if failed:
                 raise failed[0][1]
-            found = torch.cat(self._engine.logits([bundle for bundle, _ in bundles], tokens))
+            found = torch.cat(self.engine.logits([bundle for bundle, _ in bundles], tokens))
             pairs = [pair for _, members in bundles for pair in members]
             expected = torch.cat([self._forward([pair], tokens) for pair in pairs])
         finally:
