@@ -61,16 +61,3 @@ def test_the_benchmark_has_the_columns_of_the_papers():
         "Meta-task": ["Classification", "Vqa", "Retrieval", "Grounding"],
         "Split": ["IND", "OOD"],
     }
-
-
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.metadata.name)
-def test_metadata_are_what_mteb_asks_of_a_task(task):
-    metadata = task.metadata
-    if task is not MMEB:
-        assert metadata.is_filled()
-    metadata._validate_metadata()
-    assert metadata.bibtex_citation.strip().endswith("}") and metadata.intext_citation().startswith("\\cite{")
-    assert metadata.description.endswith(".") and len(metadata.modalities) == 2 or metadata.category in ("i2i", "t2t")
-    assert metadata.main_score in ("hit_rate_at_1", "text_acc")
-    if task is not MMEB:  # an aggregate has no statistics of its own
-        assert metadata.descriptive_stat_path.parent.parent.name == "mteb_tasks"
