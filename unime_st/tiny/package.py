@@ -25,7 +25,7 @@ Made by these commands; loss and accuracy of every kind of lesson are in `pretra
 
 ```
 {commands}
-python -c "from unime_st.tiny.package import package; package('runs/comparing', 'unime_st/tiny/model')"
+python -c "from unime_st.tiny.package import package; package('{last}', 'unime_st/tiny/model')"
 ```
 """
 
@@ -57,14 +57,14 @@ def package(checkpoint: str | Path, output: str | Path) -> Path:
 def _card(log: Path) -> str:
     """Model card with the commands that made the weights, from what they logged."""
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    runs = [entry["arguments"] for entry in entries if "arguments" in entry]
     commands = [
         " ".join(
             [
                 "python train_scripts/pretrain_tiny.py",
-                *(f"--{k} {v}" for k, v in entry["arguments"].items() if v != ""),
+                *(f"--{name} {value}" for name, value in run.items() if value != ""),
             ]
         )
-        for entry in entries
-        if "arguments" in entry
+        for run in runs
     ]
-    return CARD.format(commands="\n".join(commands))
+    return CARD.format(commands="\n".join(commands), last=runs[-1]["output"])
