@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import AutoConfig
 
-from unime_st.backbones.pickling import restore_output_registry
+from unime_st.backbones.pickling import remove_output_hooks, restore_output_registry
+from unime_st.encoding.lists import distinct_inputs, embed_list
 
 
 class UniME(SentenceTransformer):
@@ -20,6 +22,8 @@ class UniME(SentenceTransformer):
 
     - a bare vision-language checkpoint is refused, where the plain class would silently use mean pooling;
     - embeddings cut with ``truncate_dim`` are normalised again, so they stay unit vectors;
+    - :meth:`encode` runs on the engine of :mod:`unime_st.encoding`, with the same vectors: equal inputs are embedded
+      once, like lengths share a batch, pictures are decoded ahead of the device, URLs have a time-out;
     - a pool of processes works for LLaVA backbones, whose registry of outputs is lost when they are pickled;
     - mixed batches of LLaVA-OneVision can be cut into mini-batches (cached losses), which needs image counts per row.
 
@@ -96,9 +100,11 @@ class UniME(SentenceTransformer):
         """Compute embeddings, see :meth:`SentenceTransformer.encode`.
 
         Args:
-            inputs: One input or a list: text, image (PIL, path, URL, array), ``{"image": ..., "text": ...}``, chat.
+            inputs: One input or a list: text, image (PIL, path, URL, array), ``{"image": ..., "text": ...}``, chat,
+                :class:`~unime_st.Item`.
             *args: Passed on.
-            **kwargs: Passed on; with ``truncate_dim`` the default of ``normalize_embeddings`` becomes True.
+            **kwargs: Passed on. ``batch_size`` counts rows of 256 tokens, so that batches of long inputs hold fewer
+                and batches of short inputs more; with ``truncate_dim`` the default of ``normalize_embeddings`` becomes True.
 
         Returns:
             Array of shape ``(n, dim)``, or ``(dim,)`` for one input.
@@ -110,6 +116,46 @@ class UniME(SentenceTransformer):
         if kwargs.get("truncate_dim") is not None or self.truncate_dim is not None:
             kwargs.setdefault("normalize_embeddings", True)
         return super().encode(inputs, *args, **kwargs)
+
+    def _inference(
+        self,
+        inputs: list[Any],
+        *,
+        output_value: str | None = "sentence_embedding",
+        save_to_cpu: bool = True,
+        show_progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """What every way of encoding ends in, in this process or in one of a pool."""
+        if output_value != "sentence_embedding" or self.device.type == "hpu":
+            return super()._inference(
+                inputs,
+                output_value=output_value,
+                save_to_cpu=save_to_cpu,
+                show_progress_bar=show_progress_bar,
+                **kwargs,
+            )
+        return embed_list(self, inputs, progress=show_progress_bar, on_cpu=save_to_cpu, **kwargs)
+
+    def start_multi_process_pool(self, target_devices: list[str] | None = None) -> dict[Any, Any]:
+        """Start a pool of processes, see :meth:`SentenceTransformer.start_multi_process_pool`.
+
+        Args:
+            target_devices: A device for each process.
+
+        Returns:
+            The pool, for ``encode(..., pool=...)`` and ``stop_multi_process_pool``.
+
+        Example:
+            >>> pool = UniME("unime-tiny").start_multi_process_pool(["cpu", "cpu"])  # doctest: +SKIP
+        """
+        remove_output_hooks(self)
+        return super().start_multi_process_pool(target_devices)
+
+    def _multi_process(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        distinct, places = distinct_inputs(inputs)
+        found = super()._multi_process(distinct, *args, **kwargs)
+        return found[places] if isinstance(found, Tensor) else [found[place] for place in places]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

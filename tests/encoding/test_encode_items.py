@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from tiny_embedder import tiny_embedder
 
 from unime_st.data import BadImageError, Item, PairRecord, RecordSet
-from unime_st.encoding import encode_items
+from unime_st.data.manifest import StageConflictError
+from unime_st.encoding import encode_items, encode_to_shards, engine
 
 
 def picture(seed: int, size: tuple[int, int] = (30, 40)) -> Image.Image:
@@ -25,20 +29,65 @@ def mixed() -> list[Item]:
 def test_vectors_equal_one_by_one_encoding_in_order():
     items, model = mixed(), tiny_embedder()
     alone = np.stack([model.encode([item.to_input()])[0] for item in items])
-    for batch_size in (1, 3, 64):
-        vectors = encode_items(model, items, batch_size=batch_size)
+    for options in ({}, {"token_budget": 1}, {"token_budget": 100, "workers": 3}, {"device": ["cpu", "cpu"]}):
+        vectors = encode_items(model, items, **options)
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, alone, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+def rows_embedded(model: SentenceTransformer, items: Iterable[Item], **options: object) -> tuple[int, np.ndarray]:
+    seen: list[int] = []
+    hook = model[0].register_forward_pre_hook(lambda module, given: seen.append(len(given[0]["input_ids"])))
+    try:
+        vectors = encode_items(model, items, **options)
+    finally:
+        hook.remove()
+    return sum(seen), vectors
+
+
 def test_equal_items_are_encoded_once(monkeypatch: pytest.MonkeyPatch):
-    model, seen = tiny_embedder(), []
-    encode = model.encode
-    monkeypatch.setattr(model, "encode", lambda inputs, **options: seen.extend(inputs) or encode(inputs, **options))
-    vectors = encode_items(model, [Item("a"), Item("b"), Item("a"), Item(image=picture(0)), Item(image=picture(0))])
-    assert len(seen) == 3
+    items = [Item("a"), Item("b"), Item("a"), Item(image=picture(0)), Item(image=picture(0))]
+    model = tiny_embedder()
+    count, vectors = rows_embedded(model, items)
+    assert count == 3
     assert (vectors[0] == vectors[2]).all() and (vectors[3] == vectors[4]).all() and (vectors[0] != vectors[1]).any()
+    monkeypatch.setattr(engine, "WINDOW", 2)
+    count, again = rows_embedded(model, iter(items * 3))
+    assert count == 3
+    np.testing.assert_allclose(again, np.tile(vectors, (3, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [3, 4096])
+def test_stream_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int):
+    monkeypatch.setattr(engine, "WINDOW", window)
+    model, items = tiny_embedder(), mixed()
+    expected = encode_items(model, items)
+    shards = encode_to_shards(model, (item for item in items), tmp_path / "vectors", workers=2)
+    assert len(shards) == len(items) and len(shards.shards()) == -(-len(items) // window)
+    np.testing.assert_allclose(shards[:], expected, atol=1e-6)
+    np.testing.assert_allclose(shards[[8, 0, 3]], expected[[8, 0, 3]], atol=1e-6)
+    np.testing.assert_allclose(shards[-1], expected[-1], atol=1e-6)
+    assert len(encode_to_shards(model, iter([]), tmp_path / "vectors")) == len(items), "a finished folder is kept"
+    with pytest.raises(StageConflictError):
+        encode_to_shards(model, items, tmp_path / "vectors", dtype="float16")
+    half = encode_to_shards(model, items, tmp_path / "vectors", dtype="float16", overwrite=True)
+    assert half.shards()[0].dtype == np.float16
+    np.testing.assert_allclose(half[:], expected, atol=1e-3)
+
+
+def test_shards_name_what_has_no_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "WINDOW", 2)
+    bad = Item(image=b"no picture")
+    items = [bad, bad, Item("a"), bad, Item("b"), Item("a")]
+    with pytest.raises(BadImageError, match="item 0: "):
+        encode_to_shards(tiny_embedder(), items, tmp_path / "vectors")
+    shards = encode_to_shards(tiny_embedder(), items, tmp_path / "vectors", on_error="skip")
+    assert np.isnan(shards[:]).all(axis=1).tolist() == [True, True, False, True, False, False]
+    rejected = [json.loads(line) for line in (tmp_path / "vectors" / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in rejected] == [0, 1, 3] and "no picture" not in rejected[0]["reason"]
+    assert "not an image" in rejected[0]["reason"]
+    np.testing.assert_array_equal(shards[2], shards[5])
 
 
 def test_bad_image_is_named_or_skipped(tmp_path: Path):
@@ -48,8 +97,10 @@ def test_bad_image_is_named_or_skipped(tmp_path: Path):
         encode_items(tiny_embedder(), items[:2])
     with pytest.raises(BadImageError, match="item 2: .*absent.png"):
         encode_items(tiny_embedder(), items)
-    vectors, mask = encode_items(tiny_embedder(), items, on_error="skip")
+    reasons: dict[int, str] = {}
+    vectors, mask = encode_items(tiny_embedder(), items, on_error="skip", reasons=reasons)
     assert mask.tolist() == [True, False, False, True]
+    assert sorted(reasons) == [1, 2] and "bad.png" in reasons[1] and "absent.png" in reasons[2]
     assert np.isnan(vectors[~mask]).all() and np.isfinite(vectors[mask]).all()
     np.testing.assert_allclose(vectors[mask], encode_items(tiny_embedder(), [Item("a"), Item("b")]), atol=1e-5)
 

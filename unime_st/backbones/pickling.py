@@ -26,6 +26,25 @@ def restore_output_registry(module: nn.Module) -> None:
             output_capturing._CAN_RECORD_REGISTRY[child] = child._can_record_outputs
 
 
+def remove_output_hooks(module: nn.Module) -> None:
+    """Take off the hooks with which transformers records outputs; they cannot be pickled, and come back when needed.
+
+    A LLaVA model has them from its first forward pass on.
+
+    Args:
+        module: Any module that may contain transformers models.
+
+    Example:
+        >>> remove_output_hooks(nn.Linear(1, 1))
+    """
+    for child in module.modules():
+        for key, hook in list(child._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                del child._forward_hooks[key]
+        if isinstance(child, PreTrainedModel):
+            child._output_capturing_hooks_installed = False  # type: ignore[assignment]
+
+
 class PickleSafe:
     """Mixin for transformers models: usable after pickling, see :func:`restore_output_registry`."""
 

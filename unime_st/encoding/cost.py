@@ -27,6 +27,7 @@ class CostModel:
     Args:
         model: Any Sentence Transformers model.
         prompt: Instruction that goes with every input.
+        **options: Further options of ``model.preprocess``.
 
     Example:
         >>> from PIL import Image
@@ -37,12 +38,12 @@ class CostModel:
         [5, 11]
     """
 
-    def __init__(self, model: SentenceTransformer, prompt: str | None = None) -> None:
+    def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
         self._preprocess = model.preprocess
         self._tokenizer = model.tokenizer
         self._processor: Any = getattr(model[0], "processor", None)
         self._pictures: dict[Size, int] = {}
-        probe = model.preprocess(["0"], prompt=prompt)
+        probe = model.preprocess(["0"], prompt=prompt, **options)
         # The attention mask, not the width: some processors pad to a multiple.
         self._fixed = int(probe["attention_mask"].sum()) - len(self._tokens(["0"])[0])
 

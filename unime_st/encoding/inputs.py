@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
+import time
+from collections.abc import Hashable
+from http.client import HTTPException
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image
-from sentence_transformers.base.modality import is_image_url_or_path
+from sentence_transformers.base.modality import (
+    is_audio_url_or_path,
+    is_image_url_or_path,
+    is_message_dict,
+    is_video_url_or_path,
+)
 
-from unime_st.data.images import BadImageError
+from unime_st.data.images import MAX_BYTES, BadImageError
 from unime_st.data.items import Item
 
 _UNKNOWN_SIZE = (512, 512)
 """What a picture counts for that has to be fetched first."""
+
+FETCH_SECONDS = 20.0
+"""Time after which a picture behind a URL is given up."""
 
 
 def texts_and_sizes(value: Any) -> tuple[list[str], list[tuple[int, int]]]:
@@ -85,3 +98,129 @@ def _size_of_source(source: str) -> list[tuple[int, int]]:
             return [image.size]
     except (OSError, ValueError, SyntaxError, IndexError, binascii.Error, Image.DecompressionBombError):
         return []  # reported when it is decoded
+
+
+def content_key(value: Any) -> Hashable:
+    """Return what two inputs share exactly when they have the same content.
+
+    Args:
+        value: As for :func:`texts_and_sizes`. Pictures that lie in a file are known by its path, others by their pixels;
+            something of an unknown kind equals nothing.
+
+    Returns:
+        Hashable: A key that holds no picture alive.
+
+    Raises:
+        BadImageError: If the image of an :class:`~unime_st.Item` cannot be read.
+
+    Example:
+        >>> from PIL import Image
+        >>> from unime_st.encoding.inputs import content_key
+        >>> content_key(Image.new("RGB", (2, 2))) == content_key(Image.new("RGB", (2, 2)))
+        True
+    """
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Item):
+        return bytes.fromhex(value.id)
+    if isinstance(value, dict):
+        return ("dict", *((name, content_key(part)) for name, part in value.items()))  # templates keep the order
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(content_key, value))
+    if isinstance(value, Image.Image):
+        if getattr(value, "fp", None) is not None and getattr(value, "filename", None):  # not read yet
+            return "file", str(value.filename), value.tell()  # type: ignore[attr-defined]
+        palette = value.getpalette() if value.mode == "P" else None
+        return (
+            "pixels",
+            value.mode,
+            value.size,
+            _digest(value.tobytes()),
+            _digest(repr((palette, value.info)).encode()),
+        )
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return "array", value.shape, value.dtype.str, _digest(np.ascontiguousarray(value).tobytes())
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        return (
+            "tensor",
+            tuple(plain.shape),
+            str(plain.dtype),
+            _digest(plain.view(-1).view(torch.uint8).numpy().tobytes()),
+        )
+    return object()
+
+
+def load(value: Any) -> Any:
+    """Make an input ready for the processor: items are decoded, pictures behind URLs are fetched.
+
+    Args:
+        value: As for :func:`texts_and_sizes`.
+
+    Returns:
+        What ``SentenceTransformer.preprocess`` takes.
+
+    Raises:
+        BadImageError: If a picture cannot be read, fetched or decoded.
+    """
+    return value.to_input() if isinstance(value, Item) else _fetched(value, None)
+
+
+def _fetched(value: Any, kind: str | None) -> Any:
+    if isinstance(value, str):
+        url = value.startswith(("http://", "https://")) and (
+            kind == "image" or (kind is None and is_image_url_or_path(value))
+        )
+        return fetch(value) if url else value
+    if isinstance(value, dict):
+        known = {name: name for name in ("text", "image")}
+        return {
+            name: part if name == "content" and isinstance(part, str) else _fetched(part, known.get(name, "other"))
+            for name, part in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fetched(part, kind if kind in ("text", "image") else None) for part in value)
+    return value
+
+
+def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
+    """Fetch a picture, within a time limit for the whole of it.
+
+    Args:
+        url: ``http`` or ``https`` address.
+        seconds: Time after which it is given up, also when the server sends bytes, but slowly.
+
+    Returns:
+        PIL.Image.Image: The picture, not yet decoded.
+
+    Raises:
+        BadImageError: If there is none in time, or it is larger than :data:`~unime_st.data.images.MAX_BYTES`.
+    """
+    deadline = time.monotonic() + seconds
+    content = bytearray()
+    try:
+        request = Request(url, headers={"User-Agent": "unime-st"})
+        with urlopen(request, timeout=seconds) as answer:
+            while block := answer.read1(1 << 16):
+                content += block
+                if len(content) > MAX_BYTES:
+                    raise BadImageError(f"image {url}: more than the {MAX_BYTES} bytes that an image may have")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not here after {seconds:g} seconds")
+        return Image.open(io.BytesIO(content))
+    except (OSError, HTTPException, Image.DecompressionBombError) as error:
+        raise BadImageError(f"image {url}: cannot be fetched ({error})") from error
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:16]
+
+
+def is_media(text: str) -> bool:
+    """Whether Sentence Transformers takes a string for an address of something else than text."""
+    return is_image_url_or_path(text) or is_video_url_or_path(text) or is_audio_url_or_path(text)
+
+
+def is_chat(value: Any) -> bool:
+    """Whether an input is a chat: a message, or a list of them."""
+    return is_message_dict(value[0] if isinstance(value, (list, tuple)) and value else value)

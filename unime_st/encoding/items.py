@@ -2,63 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
-from unime_st.data.images import BadImageError
+from unime_st.data.checking import RejectedWriter
 from unime_st.data.items import Item
+from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.encoding.engine import encode_into
+from unime_st.encoding.fingerprint import weights_fingerprint
+from unime_st.encoding.results import InMemory, Shards, VectorShards
 
-_PIXELS_PER_TOKEN = 28 * 28
-_CHARACTERS_PER_TOKEN = 4
+Device = str | torch.device | Sequence[str | torch.device] | None
 
 
 @overload
 def encode_items(
     model: SentenceTransformer,
-    items: Sequence[Item],
+    items: Iterable[Item],
     *,
     batch_size: int = ...,
+    token_budget: int | None = ...,
+    workers: int | None = ...,
+    device: Device = ...,
+    prompt: str | None = ...,
     show_progress_bar: bool = ...,
     on_error: Literal["raise"] = ...,
+    reasons: dict[int, str] | None = ...,
 ) -> np.ndarray: ...
 
 
 @overload
 def encode_items(
     model: SentenceTransformer,
-    items: Sequence[Item],
+    items: Iterable[Item],
     *,
     batch_size: int = ...,
+    token_budget: int | None = ...,
+    workers: int | None = ...,
+    device: Device = ...,
+    prompt: str | None = ...,
     show_progress_bar: bool = ...,
     on_error: Literal["skip"],
+    reasons: dict[int, str] | None = ...,
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 def encode_items(
     model: SentenceTransformer,
-    items: Sequence[Item],
+    items: Iterable[Item],
     *,
     batch_size: int = 64,
+    token_budget: int | None = None,
+    workers: int | None = None,
+    device: Device = None,
+    prompt: str | None = None,
     show_progress_bar: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
+    reasons: dict[int, str] | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Embed items; equal items are embedded once, and pixels exist only for the batch at hand.
+    """Embed items; equal items are embedded once, and pixels exist only for the batches at hand.
 
     Args:
         model: Any Sentence Transformers model that takes the modalities at hand.
-        items: Items, or any sequence that gives them lazily, such as the items of a record set.
-        batch_size: Items per forward pass; items of like modality and size share a batch. Defaults to 64.
-        show_progress_bar: Show progress over distinct items. Defaults to False.
-        on_error: "raise" (default) stops at the first unreadable image; "skip" leaves its row NaN and says so in the
-            returned mask.
+        items: Items, as a sequence or an iterator; what ``SentenceTransformer.encode`` takes is welcome, too.
+        batch_size: Size of a forward pass, in rows of 256 tokens: batches hold more short items and fewer long ones.
+            Defaults to 64; on a CPU a batch stays below 2048 tokens whatever this says.
+        token_budget: Most tokens of a forward pass, padding included. Defaults to None: by ``batch_size``.
+        workers: Threads that decode pictures ahead of the device. Defaults to None: by the number of cores.
+        device: Where to run; a list runs a copy of the model on each. Defaults to None, where the model is.
+        prompt: Instruction that goes with every item. Defaults to None.
+        show_progress_bar: Show progress over items. Defaults to False.
+        on_error: "raise" (default) stops at the first item that cannot be read; "skip" leaves its row NaN and says so
+            in the returned mask.
+        reasons: Filled with row -> why there is no vector.
 
     Returns:
-        np.ndarray: float32 of shape (len(items), dim), as the model gives them (UniME models: unit length). With
-        ``on_error="skip"`` a tuple of it and a boolean mask of shape (len(items),), True where there is a vector.
+        np.ndarray: float32 of shape (number of items, dim), as the model gives them (UniME models: unit length). With
+        ``on_error="skip"`` a tuple of it and a boolean mask of shape (number of items,), True where there is a vector.
 
     Raises:
         BadImageError: If an image cannot be decoded and ``on_error`` is "raise"; the message names the item.
@@ -74,71 +99,83 @@ def encode_items(
             vectors = encode_items(model, [Item("a red square"), Item("a blue circle")])
             print(vectors @ vectors.T)
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-    distinct, rows = _distinct(items, on_error)
-    vectors: np.ndarray | None = None
-    done = np.zeros(len(distinct) + 1, dtype=bool)  # the last place stands for items without an id
-    order = sorted(range(len(distinct)), key=lambda row: _cost(items[distinct[row]]), reverse=True)
-    with tqdm(total=len(distinct), desc="encoding", unit="item", disable=not show_progress_bar) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            good, inputs = _decode(items, [distinct[row] for row in batch], on_error)
-            if inputs:
-                rows_done = [batch[place] for place in good]
-                found = model.encode(inputs, batch_size=len(inputs), show_progress_bar=False)
-                if vectors is None:
-                    vectors = np.empty((len(distinct), found.shape[1]), dtype=np.float32)
-                vectors[rows_done] = found
-                done[rows_done] = True
-            progress.update(len(batch))
-    mask = done[rows]
-    width = vectors.shape[1] if vectors is not None else model.get_embedding_dimension() or 0
-    result = np.full((len(rows), width), np.nan, dtype=np.float32)
-    if vectors is not None:
-        result[mask] = vectors[rows[mask]]
-    return result if on_error == "raise" else (result, mask)
+    results = InMemory()
+    failed = encode_into(
+        model, items, results, on_error=on_error, batch_size=batch_size, token_budget=token_budget, workers=workers,
+        device=device, prompt=prompt, progress=show_progress_bar, total=_length(items),
+    )  # fmt: skip
+    if reasons is not None:
+        reasons.update(failed)
+    made = results.tensor()
+    if made is None:
+        vectors = np.full((results.size, model.get_embedding_dimension() or 0), np.nan, dtype=np.float32)
+    else:
+        vectors = made.float().cpu().numpy()
+    if on_error == "raise":
+        return vectors
+    mask = np.ones(len(vectors), dtype=bool)
+    mask[list(failed)] = False
+    return vectors, mask
 
 
-def _distinct(items: Sequence[Item], on_error: str) -> tuple[list[int], np.ndarray]:
-    """Positions of the first of each distinct item, and for every item its place among them (-1: unreadable)."""
-    first: dict[str, int] = {}
-    distinct: list[int] = []
-    rows = np.full(len(items), -1, dtype=np.int64)
-    for index, item in enumerate(items):
-        try:
-            key = item.id
-        except BadImageError as error:
-            if on_error == "raise":
-                raise BadImageError(f"item {index}: {error}") from error
-            continue
-        if key not in first:
-            first[key] = len(distinct)
-            distinct.append(index)
-        rows[index] = first[key]
-    return distinct, rows
+def encode_to_shards(
+    model: SentenceTransformer,
+    items: Iterable[Item],
+    folder: str | Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    on_error: Literal["raise", "skip"] = "raise",
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+    **how: Any,
+) -> VectorShards:
+    """Embed a stream of any length straight to disk.
+
+    Memory holds a few batches, one stretch of 4096 items and, to know repeats, about 200 bytes for each distinct item.
+
+    Args:
+        model: As for :func:`encode_items`.
+        items: A sequence or an iterator.
+        folder: Where ``vectors-00000.npy``, ... go, and ``rejected.jsonl`` with the items that have no vector.
+        dtype: Type in the files. Defaults to "float32".
+        on_error: As for :func:`encode_items`; rows without a vector are NaN.
+        overwrite: Replace what another call wrote. Defaults to False.
+        show_progress_bar: Show progress over items. Defaults to True.
+        **how: Further options of :func:`encode_items`.
+
+    Returns:
+        VectorShards: The vectors, on disk. A folder that was finished with the same model is returned as it is: the
+        stream itself is not compared.
+
+    Raises:
+        StageConflictError: If the folder holds vectors of another model and ``overwrite`` is False.
+        BadImageError: If an image cannot be decoded and ``on_error`` is "raise".
+
+    Example:
+        ::
+
+            from unime_st import Item, UniME
+            from unime_st.encoding import encode_to_shards
+
+            captions = (Item(line) for line in open("captions.txt") if line.strip())
+            vectors = encode_to_shards(UniME("unime-tiny"), captions, "runs/captions")
+            print(len(vectors), vectors[0].shape)
+    """
+    folder = Path(folder)
+    options = {"model": weights_fingerprint(model), "dtype": dtype, "prompt": how.get("prompt")}
+    if not begin_stage(folder, "encode", inputs=[], options=options, overwrite=overwrite):
+        return VectorShards(folder)
+    shards = Shards(folder, model.truncate_dim or model.get_embedding_dimension() or 0, np.dtype(dtype))
+    with RejectedWriter(folder) as rejected:
+        failed = encode_into(
+            model, items, shards, on_error=on_error, progress=show_progress_bar, total=_length(items), **how
+        )
+        for row, reason in sorted(failed.items()):
+            rejected.add(reason, row=row)
+    facts = {"dim": shards.dim, "rows": sum(shards.sizes), "shards": shards.sizes, "rejected": rejected.count}
+    finish_stage(folder, facts)
+    return VectorShards(folder)
 
 
-def _cost(item: Item) -> tuple[str, float]:
-    """Modality, then an estimate of tokens from the text length and the image header."""
-    tokens = len(item.text or "") / _CHARACTERS_PER_TOKEN
-    if item.image is not None:
-        try:
-            width, height = item.image.size()
-        except BadImageError:  # reported when it is decoded
-            width = height = 0
-        tokens += width * height / _PIXELS_PER_TOKEN
-    return item.modality, tokens
-
-
-def _decode(items: Sequence[Item], indices: list[int], on_error: str) -> tuple[list[int], list[dict[str, Any]]]:
-    good, inputs = [], []
-    for place, index in enumerate(indices):
-        try:
-            inputs.append(items[index].to_input())
-        except BadImageError as error:
-            if on_error == "raise":
-                raise BadImageError(f"item {index}: {error}") from error
-            continue
-        good.append(place)
-    return good, inputs
+def _length(items: Iterable[Item]) -> int | None:
+    return len(items) if isinstance(items, Sized) else None

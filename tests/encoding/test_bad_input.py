@@ -1,0 +1,163 @@
+"""Pictures that cannot be used, servers that hang, memory that runs out."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_embedder import tiny_embedder
+
+from unime_st import Item, UniME
+from unime_st.data import BadImageError
+from unime_st.encoding import encode_items
+from unime_st.encoding.inputs import content_key, fetch, load
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 90, height: int = 60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def bomb() -> bytes:
+    """A PNG of a few hundred kilobytes that says it has 400 million pixels."""
+    return encoded(Image.new("1", (20_000, 20_000)))
+
+
+def test_good_and_bad_pictures_together():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames = [noise(), noise().rotate(90)]
+    good = {
+        "cmyk": encoded(noise().convert("CMYK"), "JPEG"),
+        "palette": encoded(noise().convert("P")),
+        "16 bit": encoded(Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100))),
+        "animated": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "1x1": encoded(Image.new("RGB", (1, 1))),
+        "20,000x10": encoded(Image.new("RGB", (20_000, 10), "red")),
+        "exif": encoded(noise(), "JPEG", exif=turned),
+    }
+    bad = {
+        "truncated": encoded(noise(600, 400), "JPEG")[:9000],
+        "bomb": bomb(),
+        "text": b"no picture",
+        "empty": b"",
+    }
+    items = [Item(image=data) for data in (*good.values(), *bad.values())] + [Item("a text")]
+    reasons: dict[int, str] = {}
+    vectors, mask = encode_items(tiny_embedder(), items, on_error="skip", reasons=reasons, workers=3)
+    assert mask.tolist() == [True] * len(good) + [False] * len(bad) + [True]
+    assert np.isfinite(vectors[mask]).all() and np.isnan(vectors[~mask]).all()
+    assert sorted(reasons) == [row for row in range(len(items)) if not mask[row]]
+    alone = np.stack([tiny_embedder().encode([item.to_input()])[0] for item, fine in zip(items, mask) if fine])
+    np.testing.assert_allclose(vectors[mask], alone, atol=2e-5)
+    with pytest.raises(BadImageError, match=rf"item {len(good)}: "):
+        encode_items(tiny_embedder(), items[: len(good) + 1])
+
+
+def test_an_input_that_the_processor_refuses_is_found_in_its_batch():
+    rows = ["fine", {"image": noise(), "text": "<|image_pad|> one too many"}, {"image": noise(), "text": "fine"}]
+    vectors, mask = encode_items(tiny_embedder(), rows, on_error="skip")
+    assert mask.tolist() == [True, False, True] and np.isfinite(vectors[mask]).all()
+    with pytest.raises(ValueError, match="item 1: "):
+        encode_items(tiny_embedder(), rows)
+    with pytest.raises(ValueError, match="both are missing or empty"):
+        Item("")
+    assert np.isfinite(encode_items(tiny_embedder(), ["", "a"])).all()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/absent.png":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        content = encoded(noise())
+        if self.path == "/drip.png":
+            for byte in content[:60]:
+                try:
+                    self.wfile.write(bytes([byte]))
+                except OSError:  # the reader gave up, as it should
+                    return
+                time.sleep(0.05)
+        elif self.path == "/silent.png":
+            time.sleep(1.5)
+        else:
+            self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls_and_time_out(site: str):
+    assert fetch(f"{site}/good.png").size == (90, 60)
+    for name in ("silent", "drip"):
+        started = time.monotonic()
+        with pytest.raises(BadImageError, match=f"{name}.png"):
+            fetch(f"{site}/{name}.png", seconds=0.3)
+        assert time.monotonic() - started < 30
+    with pytest.raises(BadImageError, match="absent.png: cannot be fetched .*404"):
+        fetch(f"{site}/absent.png")
+    rows = [f"{site}/good.png", {"text": f"{site}/good.png"}, {"image": f"{site}/absent.png", "text": "x"}, noise()]
+    assert isinstance(load(rows[0]), Image.Image) and load(rows[1]) == rows[1]
+    vectors, mask = encode_items(tiny_embedder(), rows, on_error="skip")
+    assert mask.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(vectors[0], vectors[3], atol=1e-5)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
+def test_same_content_same_key(tmp_path: Path):
+    noise().save(tmp_path / "a.png")
+    assert content_key(Image.open(tmp_path / "a.png")) == content_key(Image.open(tmp_path / "a.png"))
+    assert content_key(noise()) == content_key(noise()) != content_key(noise(60, 90))
+    array = np.asarray(noise())
+    assert content_key(array) == content_key(array.copy()) != content_key(array[::-1])
+    assert content_key(torch.ones(2)) == content_key(torch.ones(2)) != content_key(torch.ones(2, dtype=torch.bfloat16))
+    assert content_key("a") != content_key({"text": "a"}) != content_key(Item("a"))
+    chat = [{"role": "user", "content": [{"type": "image", "image": noise()}]}]
+    assert content_key(chat) == content_key([dict(chat[0])])
+    assert content_key({"a": object()}) != content_key({"a": object()})
+
+
+def test_memory_that_runs_out_halves_the_budget(caplog: pytest.LogCaptureFixture):
+    """No device here runs out reliably, so a hook refuses batches as a small one would."""
+    model = UniME(modules=list(tiny_embedder().children()), device="cpu")
+    rows = [{"image": noise(30 * (1 + number % 4), 60), "text": str(number)} for number in range(12)]
+    expected, sizes = model.encode(rows), []
+
+    def small_device(module: torch.nn.Module, given: tuple[dict[str, torch.Tensor]]) -> None:
+        sizes.append(given[0]["input_ids"].numel())
+        if sizes[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    hook = model[0].register_forward_pre_hook(small_device)
+    try:
+        np.testing.assert_allclose(model.encode(rows), expected, atol=1e-5)
+        refused = sum(size > 40 for size in sizes)
+        assert 1 <= refused < 10 and "going on with" in caplog.text
+        with pytest.raises(torch.OutOfMemoryError):
+            model.encode(["word " * 50])
+    finally:
+        hook.remove()

@@ -1,0 +1,237 @@
+"""From a stream of inputs to rows of vectors: distinct inputs, like lengths together, decoding ahead of the device."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Generator, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from unime_st.data.images import BadImageError
+from unime_st.encoding.cost import CostModel, pack
+from unime_st.encoding.forward import Forward, Job, named_error
+from unime_st.encoding.inputs import content_key, is_chat
+from unime_st.encoding.results import Results
+from unime_st.encoding.texts import TextPath, plain_text
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 4096
+"""Inputs among which like lengths are sought; with shards, the rows of a shard."""
+
+_WORTH_PROBING = 64
+"""Plain texts from which on it pays to find out how the template frames them."""
+
+
+@dataclass
+class _Window:
+    """A stretch of the stream: which rows are to be embedded, which repeat another row."""
+
+    start: int
+    size: int
+    jobs: list[Job] = field(default_factory=list)
+    repeats: list[tuple[int, int]] = field(default_factory=list)  # row, the row that it repeats
+    batches: list[list[Job]] = field(default_factory=list)
+    waiting: int = 0
+    vectors: torch.Tensor | None = None
+
+
+class Engine:
+    """Embeds a stream of inputs with one model.
+
+    The stream is read in windows of :data:`WINDOW`. Of equal inputs one is embedded. The cost of each is known before
+    its pictures are decoded; batches of like cost, the costliest first, fill a token budget. Threads decode and process
+    the next batches while the device works on the present one, so the pictures of few batches are in memory at a time.
+
+    Args:
+        forward: The model and how it is run.
+        on_error: "raise" stops at the first input that cannot be read, "skip" goes on without it.
+    """
+
+    def __init__(self, forward: Forward, *, on_error: Literal["raise", "skip"] = "raise") -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        self.forward, self.on_error = forward, on_error
+        self.failed: dict[int, str] = {}
+        self._first: dict[Hashable, int] = {}
+        self._texts: TextPath | None = None
+        self._cost: CostModel | None = None
+
+    def run(
+        self, inputs: Iterable[Any], results: Results, *, total: int | None = None, progress: bool = False
+    ) -> None:
+        """Embed all inputs.
+
+        Args:
+            inputs: Items or whatever ``SentenceTransformer.encode`` takes; an iterator is read as vectors are made.
+            results: Where the vectors go, window by window.
+            total: Length of the stream, for the progress bar.
+            progress: Show one.
+
+        Raises:
+            BadImageError: If a picture cannot be read and ``on_error`` is "raise"; the message names its item. Other
+                inputs that the processor refuses raise ValueError in the same way.
+        """
+        open_windows: deque[_Window] = deque()
+        pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
+        bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
+        with bar, self.forward.threads() as pool, closing(_ahead(self._windows(iter(inputs)))) as windows:
+            try:
+                for window in windows:
+                    open_windows.append(window)
+                    for batch in window.batches:
+                        pending.append((window, batch, pool.submit(self.forward.embed, batch)))
+                        if len(pending) > self.forward.workers + 1:
+                            self._take(*pending.popleft(), bar)
+                            self._close(open_windows, results, bar)
+                while pending:
+                    self._take(*pending.popleft(), bar)
+                self._close(open_windows, results, bar)
+            finally:
+                for _, _, future in pending:
+                    future.cancel()
+
+    def _windows(self, inputs: Iterator[Any]) -> Iterator[_Window]:
+        start = 0
+        while block := list(islice(inputs, WINDOW)):
+            window = _Window(start, len(block))
+            for row, value in enumerate(block, start):
+                self._sort(window, row, value)
+            self._plan(window)
+            yield window
+            start += len(block)
+
+    def _sort(self, window: _Window, row: int, value: Any) -> None:
+        """Make an input a job, or find the row that it repeats."""
+        try:
+            key = content_key(value)
+        except BadImageError as error:
+            if self.on_error == "raise":
+                raise named_error(row, error) from error
+            self.failed[row] = str(error)
+            return
+        first = self._first.setdefault(key, row)
+        if first == row:
+            window.jobs.append(Job(row, value))
+        else:
+            window.repeats.append((row, first))
+
+    def _plan(self, window: _Window) -> None:
+        """Count the tokens of every job and pack those of like kind and length."""
+        if len(window.jobs) > 1:
+            self._tokenise(window.jobs)
+            self._count([job for job in window.jobs if job.tokens is None])
+        kinds: dict[str, list[Job]] = {}
+        for job in window.jobs:
+            # Sentence Transformers wraps a chat once more when it shares a batch with other inputs.
+            kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
+            kinds.setdefault(kind, []).append(job)
+        for jobs in kinds.values():
+            places = pack([job.cost for job in jobs], self.forward.budget)
+            window.batches += [[jobs[place] for place in batch] for batch in places]
+        window.batches.sort(key=lambda batch: -batch[0].cost)
+        window.waiting = len(window.batches)
+
+    def _tokenise(self, jobs: list[Job]) -> None:
+        texts = [(job, text) for job in jobs if (text := plain_text(job.value)) is not None]
+        if self._texts is None and len(texts) >= _WORTH_PROBING:
+            self._texts = TextPath(self.forward.model, **self.forward.prompting)
+            self.forward.text_features = self._texts.features
+        if self._texts is None or not self._texts.usable:
+            return
+        for (job, _), tokens in zip(texts, self._texts.tokens([text for _, text in texts])):
+            if tokens is not None:
+                job.tokens, job.cost = tokens, len(tokens)
+
+    def _count(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        if self._cost is None:
+            self._cost = CostModel(self.forward.model, **self.forward.prompting)
+        for job, cost in zip(jobs, self._cost([job.value for job in jobs]).tolist()):
+            job.cost = cost
+
+    def _take(
+        self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[Any]
+    ) -> None:
+        for job, vector in zip(batch, future.result()):
+            if vector is None:
+                assert job.error is not None
+                if self.on_error == "raise":
+                    raise named_error(job.row, job.error)
+                self.failed[job.row] = str(job.error)
+                continue
+            if window.vectors is None:
+                window.vectors = vector.new_full((window.size, *vector.shape), float("nan"))
+            window.vectors[job.row - window.start] = vector
+        window.waiting -= 1
+        bar.update(len(batch))
+
+    def _close(self, windows: deque[_Window], results: Results, bar: tqdm[Any]) -> None:
+        """Hand over the windows at the front that are done."""
+        while windows and windows[0].waiting == 0:
+            window = windows.popleft()
+            for row, first in window.repeats:
+                if first in self.failed:
+                    self.failed[row] = self.failed[first]
+            repeats = [(row, first) for row, first in window.repeats if first not in self.failed]
+            earlier = [(row, first) for row, first in repeats if first < window.start]
+            if earlier:
+                found = results.rows([first for _, first in earlier])
+                if window.vectors is None:
+                    window.vectors = found.new_full((window.size, *found.shape[1:]), float("nan"))
+                window.vectors[[row - window.start for row, _ in earlier]] = found.to(window.vectors)
+            here = [(row - window.start, first - window.start) for row, first in repeats if first >= window.start]
+            if here and window.vectors is not None:
+                rows, sources = np.array(here).T
+                window.vectors[rows] = window.vectors[sources]
+            results.add(window.vectors, window.size)
+            bar.update(window.size - len(window.jobs))
+
+
+def _ahead(windows: Iterator[_Window]) -> Generator[_Window, None, None]:
+    """Prepare the next window while the present one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="windows") as pool:
+        upcoming = pool.submit(next, windows, None)
+        while (window := upcoming.result()) is not None:
+            upcoming = pool.submit(next, windows, None)
+            yield window
+
+
+def encode_into(
+    model: SentenceTransformer,
+    inputs: Iterable[Any],
+    results: Results,
+    *,
+    on_error: Literal["raise", "skip"],
+    **how: Any,
+) -> dict[int, str]:
+    """Embed a stream into ``results``.
+
+    Args:
+        model: The embedder.
+        inputs: The stream.
+        results: Where vectors go.
+        on_error: See :class:`Engine`.
+        **how: ``total`` and ``progress`` of :meth:`Engine.run`; the rest goes to :class:`Forward`.
+
+    Returns:
+        dict[int, str]: Rows without a vector, and why.
+    """
+    total, progress = how.pop("total", None), how.pop("progress", False)
+    engine = Engine(Forward(model, **how), on_error=on_error)
+    engine.run(inputs, results, total=total, progress=progress)
+    for row, reason in islice(engine.failed.items(), 10):
+        logger.warning("item %d has no vector: %s", row, reason)
+    if len(engine.failed) > 10:
+        logger.warning("%d items have no vector; the first ten are named above", len(engine.failed))
+    return engine.failed

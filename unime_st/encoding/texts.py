@@ -1,0 +1,149 @@
+"""Plain texts without the detour over chat messages: rendered, counted and tokenised once, for the whole window."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+
+from unime_st.data.items import Item
+from unime_st.encoding.inputs import is_media
+
+_PROBES = ("0", "a red circle", " \n 1  2\n\t3 'x' {y} \\n é☃ \n", "word " * 20 + "end")
+
+
+class TextPath:
+    """Turns plain texts into the features that ``model.preprocess`` would make of them.
+
+    Most chat templates put a text between a fixed head and tail. Where probes show that this one does, and that the
+    tokens are the same, a text costs its tokenisation and nothing else; where not, :attr:`usable` is False.
+
+    Args:
+        model: The embedder.
+        prompt: Instruction that goes with every text.
+        **options: Further options of ``model.preprocess``.
+
+    Example:
+        >>> from unime_st import UniME
+        >>> from unime_st.encoding.texts import TextPath
+        >>> path = TextPath(UniME("unime-tiny"))
+        >>> path.usable, len(path.tokens(["a red circle"])[0])
+        (True, 5)
+    """
+
+    def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
+        self._tokenizer: Any = model.tokenizer
+        self._special = False
+        self._clean: Callable[[str], str] = str
+        self.usable = (
+            _simple(model, options) and self._find_frame(model, prompt) and self._same_as(model, prompt, options)
+        )
+
+    def _find_frame(self, model: SentenceTransformer, prompt: str | None) -> bool:
+        """Find what the template puts around a text."""
+        transformer: Any = model[0]
+        formatter, renders = transformer.input_formatter, []
+        options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
+        options.pop("restore_suffix", None)
+        for probe in _PROBES:
+            chat = [formatter.to_message({"text": probe})]
+            chat = formatter.prepend_prompt_to_messages(chat, prompt) if prompt else chat
+            renders.append(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
+        self._head, found, self._tail = renders[1].partition(_PROBES[1])
+        for self._clean in (str, str.strip, str.rstrip):  # rstrip: a template that strips prompt and text together
+            if found and [self._framed(probe) for probe in _PROBES] == renders:
+                return True
+        return False
+
+    def _same_as(self, model: SentenceTransformer, prompt: str | None, options: dict[str, Any]) -> bool:
+        """Whether features are those of the model, batched too."""
+        limit = model.max_seq_length
+        self._limit = int(min(limit if limit else 10**9, 10**9))
+        names = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        pictures = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
+        names |= {"<|image_", *(name for name in pictures if name)}
+        self._reserved = re.compile("|".join(map(re.escape, sorted(names))))
+        expected = model.preprocess(list(_PROBES), prompt=prompt, **options)
+        self._names = [name for name in expected if name not in ("input_ids", "attention_mask")]
+        if set(self._names) - {"mm_token_type_ids", "token_type_ids", "modality"}:
+            return False
+        self._modality = expected.get("modality")
+        for self._special in (False, True):
+            rows = self.tokens(list(_PROBES))
+            made = self.features([row for row in rows if row is not None])
+            if all(
+                torch.equal(value, made[name]) if torch.is_tensor(value) else value == made[name]
+                for name, value in expected.items()
+            ):
+                return True
+        return False
+
+    def _framed(self, text: str) -> str:
+        return self._head + self._clean(text) + self._tail
+
+    def tokens(self, texts: list[str]) -> list[np.ndarray | None]:
+        """Tokenise rendered texts.
+
+        Args:
+            texts: Texts.
+
+        Returns:
+            list: int64 array of every row, template included; None for a text that needs the processor: it would be
+            truncated, or holds a special token.
+        """
+        plain = [None if self._reserved.search(text) else self._framed(text) for text in texts]
+        framed = [text for text in plain if text is not None]
+        if not framed:
+            return [None] * len(texts)
+        found = iter(
+            self._tokenizer(framed, add_special_tokens=self._special, return_attention_mask=False)["input_ids"]
+        )
+        rows = [None if text is None else np.asarray(next(found), dtype=np.int64) for text in plain]
+        return [None if row is None or len(row) >= self._limit else row for row in rows]
+
+    def features(self, rows: list[np.ndarray]) -> dict[str, Any]:
+        """Pad rows of :meth:`tokens` to a batch.
+
+        Args:
+            rows: Token ids.
+
+        Returns:
+            dict: What ``model.preprocess`` returns for these texts.
+        """
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width), self._tokenizer.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for number, row in enumerate(rows):
+            place = slice(width - len(row), None) if self._tokenizer.padding_side == "left" else slice(len(row))
+            ids[number, place] = row
+            mask[number, place] = 1
+        features: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        for name in self._names:
+            features[name] = self._modality if name == "modality" else torch.zeros(ids.shape, dtype=torch.long)
+        return features
+
+
+def plain_text(value: Any) -> str | None:
+    """Return the text of an input that is nothing but a text, else None.
+
+    Args:
+        value: As for :func:`~unime_st.encoding.inputs.texts_and_sizes`.
+    """
+    if isinstance(value, Item):
+        return value.text if value.image is None else None
+    if isinstance(value, dict) and value.keys() == {"text"} and isinstance(value["text"], str):
+        return value["text"]
+    return value if isinstance(value, str) and not is_media(value) else None
+
+
+def _simple(model: SentenceTransformer, options: dict[str, Any]) -> bool:
+    """Whether texts go through a chat template, and no option changes where they are cut."""
+    first: Any = model[0]
+    if not isinstance(first, Transformer) or "message" not in first.modality_config or set(options) - {"task"}:
+        return False
+    return "task" not in options or (first.query_length is None and first.document_length is None)
