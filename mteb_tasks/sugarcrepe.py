@@ -58,7 +58,7 @@ class SugarCrepeByCategory(CaptionPreferenceTask):
             "Strict comparison as in the original, seven categories, 7511 pairs."
         ),
         category="i2t",
-        dataset={"path": "RAIVNLab/sugar-crepe", "revision": "main"},
+        dataset={"path": "RAIVNLab/sugar-crepe", "revision": "546eb51ecd55859f1d1888636bb9399a8df4cd92"},
         reference="https://arxiv.org/abs/2306.14610",
         type="Compositionality",
         eval_langs={category: ["eng-Latn"] for category in CATEGORIES},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -12,7 +13,10 @@ from sentence_transformers import CrossEncoder
 
 from mteb_tasks.columns import iter_items
 from mteb_tasks.loader import WINDOW, UniMELoader
-from unime_st.judging import Group, Judge, LocalJudge, index_token_ids
+from unime_st.judging import Group, Judge, LocalJudge
+from unime_st.losses.list_answers import longest_list
+from unime_st.reranking.cost import measured
+from unime_st.reranking.model import UniMEReranker
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,8 +37,8 @@ class TwoStage:
         reranker: Second stage: a `UniMEReranker` or other generative CrossEncoder, or (pairwise) any judge.
         top_k: Candidates handed to the reranker (10 in the paper).
         method: ``"listwise"`` asks once for the best of all candidates, the published protocol; ``"pairwise"`` asks
-            Yes or No about each. A list cannot be longer than the tokenizer has index tokens for (9 where numbers are
-            split into digits); further candidates keep their place behind it.
+            Yes or No about each; ``"hybrid"`` asks for the best of the ``window`` candidates that did best pairwise.
+        window: Most candidates of a list; it slides over more, see `UniMEReranker.rank`.
         batch_size: Pairs per forward pass of the second stage.
         name: ``organisation/model`` under which results are filed; None appends ``+reranker`` to the embedder's name.
 
@@ -55,25 +59,29 @@ class TwoStage:
         reranker: CrossEncoder | Judge,
         *,
         top_k: int = 10,
-        method: Literal["listwise", "pairwise"] = "listwise",
+        method: Literal["listwise", "pairwise", "hybrid"] = "listwise",
+        window: int = 10,
         batch_size: int = 32,
         name: str | None = None,
     ) -> None:
-        if method not in ("listwise", "pairwise"):
-            raise ValueError(f"method must be 'listwise' or 'pairwise', got {method!r}")
+        if method not in ("listwise", "pairwise", "hybrid"):
+            raise ValueError(f"method must be 'listwise', 'pairwise' or 'hybrid', got {method!r}")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if method == "listwise" and not hasattr(reranker, "listwise_scores"):
+        able = {"pairwise": True, "listwise": hasattr(reranker, "listwise_scores"), "hybrid": _ranks(reranker)}
+        if not able[method]:
             raise ValueError(f"{type(reranker).__name__} cannot rank a list: use method='pairwise' or a UniMEReranker")
-        self.embedder, self.method = embedder, method
+        if method != "pairwise" and _ranks(reranker) and longest_list(cast(Any, reranker).tokenizer, 2) < 2:
+            raise ValueError("this reranker's tokenizer has no usable index tokens: use method='pairwise'")
+        self.embedder, self.method, self.window, self.batch_size = embedder, method, window, batch_size
         self.reranker: Any = reranker
         self.judge: Judge = cast("Judge", reranker)
         if isinstance(reranker, CrossEncoder):
             self.judge = LocalJudge(reranker, batch_size=batch_size)
-        self.top_k = _longest_list(reranker, top_k) if method == "listwise" else top_k
+        self.top_k = top_k
         first = embedder.mteb_model_meta
         # Part of mteb's result key, so that other settings do not pass for these.
-        settings = {"top_k": self.top_k, "method": method}
+        settings = {"top_k": top_k, "method": method} | ({} if method == "pairwise" else {"window": window})
         self.mteb_model_meta: ModelMeta = first.model_copy(
             update={"name": name or f"{first.name}+reranker", "experiment_kwargs": settings}
         )
@@ -130,20 +138,25 @@ class TwoStage:
             encode_kwargs=encode_kwargs,
             **kwargs,
         )
+        with measured(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
+            self._rerank(queries, corpus, found)
+        if cost is not None:
+            logger.info("%s: reranking took, per query, %s", task_metadata.name, cost.per_query(len(queries)))
+        return found
+
+    def _rerank(self, queries: Dataset, corpus: Dataset, found: RetrievalOutputType) -> None:
+        """Put the best of each query in the reranker's order, in place."""
         rows = {document: row for row, document in enumerate(corpus["id"])}
         query_ids = iter(queries["id"])
-        for window in iter_items(queries, WINDOW):
+        for part in iter_items(queries, WINDOW):
             names, groups = [], []
-            for query, query_id in zip(window, query_ids):
+            for query, query_id in zip(part, query_ids):
                 best = sorted(found[query_id], key=found[query_id].__getitem__, reverse=True)[: self.top_k]
-                documents = [
-                    item for part in iter_items(corpus.select([rows[name] for name in best])) for item in part
-                ]
+                chosen = iter_items(corpus.select([rows[name] for name in best]))
                 names.append((query_id, best))
-                groups.append(Group(query, documents))
+                groups.append(Group(query, [item for items in chosen for item in items]))
             for (query_id, best), scores in zip(names, self._scores(groups)):
                 found[query_id].update(zip(best, map(float, _above_cosine(scores))))
-        return found
 
     def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """Judge pairs: log-odds of Yes for each candidate of each group.
@@ -159,25 +172,31 @@ class TwoStage:
     def _scores(self, groups: list[Group]) -> list[np.ndarray]:
         if self.method == "pairwise":
             return self.score_groups(groups)
-        return [self.reranker.listwise_scores(group.query, group.candidates) for group in groups]
+        if not _ranks(self.reranker):
+            return [self.reranker.listwise_scores(group.query, group.candidates) for group in groups]
+        options = {"method": self.method, "window": self.window, "batch_size": self.batch_size}
+        return [
+            _by_place(self.reranker.rank(group.query, group.candidates, **options))
+            if group.candidates
+            else np.zeros(0)
+            for group in groups
+        ]
+
+
+def _ranks(reranker: Any) -> bool:
+    """Whether a reranker ranks lists longer than a window by itself."""
+    return isinstance(reranker, UniMEReranker)
+
+
+def _by_place(ranking: list[dict[str, Any]]) -> np.ndarray:
+    """A score for each candidate that says at which place it is: probabilities of 0 and 1 would make ties."""
+    scores = np.zeros(len(ranking))
+    for place, entry in enumerate(ranking):
+        scores[entry["corpus_id"]] = len(ranking) - place
+    return scores
 
 
 def _above_cosine(scores: np.ndarray) -> np.ndarray:
     """Map logits into (2, 4) in float64, strictly increasing: a probability would saturate and make ties."""
     logits = np.asarray(scores, dtype=np.float64)
     return 3.0 + logits / (1.0 + np.abs(logits))
-
-
-def _longest_list(reranker: Any, wanted: int) -> int:
-    """How many of `wanted` candidates fit into one list of this reranker."""
-    if not isinstance(reranker, CrossEncoder):
-        return wanted
-    for count in range(wanted, 1, -1):
-        try:
-            index_token_ids(reranker.tokenizer, count)
-        except ValueError:
-            continue
-        if count < wanted:
-            logger.warning("the reranker's tokenizer has index tokens for %d of %d candidates", count, wanted)
-        return count
-    raise ValueError("this reranker's tokenizer has no index tokens: use method='pairwise'")

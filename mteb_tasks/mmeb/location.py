@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "MMEB_EVAL_DIR"
 HUB_DATASET = "TIGER-Lab/MMEB-eval"
 HUB_REVISION = "main"
+"""No commit of the data is known to us; the one that was found is written into each result."""
 _IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
 
 

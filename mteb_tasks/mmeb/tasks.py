@@ -98,6 +98,10 @@ class MMEBTask(ItemRetrievalTask):
         root = data_root([found.name for found in together])
         if local_root() is not None and f"local-{fingerprint(root, self.subset.name)}" != subset:
             raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make the task anew")
+        if local_root() is None:  # the hub's cache names a snapshot by its commit: it stands in the result
+            self.metadata = self.metadata.model_copy(
+                update={"dataset": {**self.metadata.dataset, "revision": root.name}}
+            )
         _preflight_once(root, together)
         table = read_subset(root, self.subset)
         files = check_images(self.subset, table, ImageFolders(root))
