@@ -12,13 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 import unime_st
+from unime_st.data.items import Item
 from unime_st.data.manifest import StageConflictError
-from unime_st.data.records import RecordSet
+from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.stage import Scores
+from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.offline import run_judge, run_mine
@@ -100,6 +104,68 @@ def test_the_reranker_loads_in_the_plain_class(run: Path, tmp_path: Path) -> Non
 def test_full_fine_tuning_needs_no_adapter(run: Path, tmp_path: Path) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "full"), "lora_rank": 0}
     assert _changed(stages.train_in_batch(options.InBatchArguments(**common))) > 1e-4
+
+
+def test_a_quantised_backbone_leaves_an_unquantised_folder(run: Path, tmp_path: Path) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "qlora"), "quantize": "nf4"}
+    folder = stages.train_in_batch(options.InBatchArguments(**common, mini_batch_size=6))
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert all(weight.dtype == torch.float32 for weight in load_file(folder / "model.safetensors").values())
+    assert _changed(folder) > 1e-4
+
+
+def test_half_precision_keeps_the_adapter_in_float32_and_prefixes_are_trained(run: Path, tmp_path: Path) -> None:
+    common = {
+        **SMALL,
+        "data": str(run / "rows"),
+        "output": str(tmp_path / "half"),
+        "precision": "bf16",
+        "max_steps": 4,
+    }
+    common |= {"matryoshka_dims": [128, 32], "gradient_checkpointing": True, "log_every": 1, "weights": "fp32"}
+    folder = stages.train_soft_labels(options.SoftLabelArguments(**common, num_negatives=5, mini_batch_size=14))
+    assert _changed(folder) > 1e-4
+    curve = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    wanted = {"loss", "grad_norm", "positive_similarity", "negative_similarity", "examples_per_second", "mfu"}
+    assert all(wanted <= entry.keys() for entry in curve[1:])
+
+
+def test_what_frozen_names_stays_as_it_is(run: Path, tmp_path: Path) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "frozen"), "lora_rank": 0}
+    folder = stages.train_in_batch(options.InBatchArguments(**common, frozen="visual", token_budget="200"))
+    before, after = (UniME(name, device="cpu").state_dict() for name in ("unime-tiny", str(folder)))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("visual" in name for name in moved)
+    assert any("visual" in name for name in before)
+
+
+def test_a_dry_run_says_what_will_happen_and_writes_nothing(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "dry_run": True}
+    with caplog.at_level("INFO", logger="unime_st"):
+        stages.train_hard_negatives(options.HardNegativeArguments(**common, token_budget="auto"))
+    assert not (tmp_path / "out").exists()
+    for word in ("40", "2 of 8 rows", "tokens fit", "operations", "hours on this device (cpu)", "GiB"):
+        assert word in caplog.text
+
+
+def test_rows_with_an_unreadable_image_are_set_aside(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    pairs = []
+    for number, pair in enumerate(training_records(24, seed=9)):
+        picture = pair.query.image or pair.positive.image
+        (images / f"{number}.png").write_bytes(picture.read())
+        pairs.append(PairRecord(Item(f"find picture {number}"), Item(image=images / f"{number}.png"), pair.dataset))
+    records = RecordSet.write(tmp_path / "records", pairs, {}, image_root=images)
+    (images / "7.png").write_bytes(b"no picture")
+    (images / "9.png").unlink()
+    common = {**SMALL, "data": str(records.folder), "output": str(tmp_path / "out"), "mini_batch_size": 4}
+    folder = stages.train_in_batch(options.InBatchArguments(**common))
+    assert json.loads((folder / "manifest.json").read_text())["plan"]["set_aside"] == 2
+    rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in rejected] == [7, 9] and "7.png" in rejected[0]["reason"]
 
 
 def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, tmp_path: Path) -> None:

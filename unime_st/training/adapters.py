@@ -108,21 +108,28 @@ def merge_lora(model: BaseModel) -> None:
     transformer._hf_peft_config_loaded = False
 
 
-def merged_into(unquantised: BaseModel, trained: BaseModel, arguments: TrainArguments) -> BaseModel:
-    """Fold an adapter that was trained over quantised weights into the weights they were made from.
+def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], arguments: TrainArguments) -> BaseModel:
+    """Put what was trained over quantised or sharded weights into a whole model as it was before.
 
     Args:
-        unquantised: The model as it was before.
-        trained: The quantised model with its adapter.
+        fresh: The model as it was before training, unquantised.
+        weights: What was trained: the adapter, or all weights.
         arguments: Options of the adapter.
 
     Returns:
-        ``unquantised``, changed in place.
+        ``fresh``, changed in place.
+
+    Raises:
+        RuntimeError: If the weights do not fit.
     """
-    add_lora(unquantised, arguments)
-    adapter = {name: weight for name, weight in trained.named_parameters() if weight.requires_grad}
-    missing = unquantised.load_state_dict(adapter, strict=False).unexpected_keys
-    if missing:
-        raise RuntimeError(f"the adapter does not fit the unquantised model: {', '.join(missing[:3])}")
-    merge_lora(unquantised)
-    return unquantised
+    if arguments.lora_rank:
+        add_lora(fresh, arguments)
+    expected = {name for name, weight in fresh.named_parameters() if weight.requires_grad}
+    if missing := sorted(expected - weights.keys()):
+        raise RuntimeError(
+            f"what was trained lacks {', '.join(missing[:3])} ({len(missing)} of {len(expected)} weights)"
+        )
+    fresh.load_state_dict({name: weights[name] for name in expected}, strict=False)
+    if arguments.lora_rank:
+        merge_lora(fresh)
+    return fresh

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers.base.model import BaseModel
 from torch import nn
@@ -32,6 +31,7 @@ from unime_st.training.planning import (
     operations_per_token,
     rehearse,
 )
+from unime_st.training.processes import processes
 from unime_st.training.run import Setup
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class EmbedderSetup:
         row_costs = costs[places].sum(axis=1)
         per_pass = a.batch_size if self.in_batch else self._rows_per_pass(places.shape[1], row_costs, budget)
         lazy = self.in_batch and (budget or a.mini_batch_size) is not None
-        state = PartialState()
+        state = processes()
         balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
         dtype = computation_dtype(a)
         operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
@@ -101,7 +101,7 @@ class EmbedderSetup:
     def _costs(self, model: BaseModel) -> np.ndarray:
         if self.arguments.dry_run:
             return item_costs(self.records, model)
-        with PartialState().main_process_first():  # which leaves the counts to the others
+        with processes().main_process_first():  # which leaves the counts to the others
             return item_costs(self.records, model, Path(self.arguments.output) / COSTS)
 
     def _usable(self, rows: Dataset, costs: np.ndarray) -> tuple[Dataset, np.ndarray, int]:
@@ -112,7 +112,7 @@ class EmbedderSetup:
         if not bad.any():
             return rows, places, 0
         numbers = np.flatnonzero(bad)
-        if PartialState().is_main_process and not self.arguments.dry_run:
+        if processes().is_main_process and not self.arguments.dry_run:
             with RejectedWriter(Path(self.arguments.output)) as rejected:
                 for row in numbers:
                     item = next(int(p) for p in places[row] if costs[p] == UNREADABLE)
@@ -130,7 +130,7 @@ class EmbedderSetup:
             return None if wanted is None else int(wanted)
         budget = fitting_budget(model, feed, costs, computation_dtype(self.arguments))
         # Processes may share a device, and all should take the smallest.
-        state = PartialState()
+        state = processes()
         if state.num_processes > 1:
             smallest = torch.tensor([budget // (1 if model.device.type == "cuda" else state.num_processes)])
             smallest = smallest.to(state.device)
@@ -187,7 +187,7 @@ class EmbedderSetup:
         lazy: bool,
         costs: np.ndarray,
     ) -> Plan:
-        a, world = self.arguments, PartialState().num_processes
+        a, world = self.arguments, processes().num_processes
         per_step = a.batch_size * a.gradient_accumulation_steps * world
         steps = a.max_steps if a.max_steps > 0 else int(rows // per_step * a.epochs)
         tokens = int(row_costs.mean() * steps * per_step)

@@ -146,7 +146,9 @@ def fitting_budget(model: BaseModel, feed: Feed, costs: np.ndarray, dtype: torch
     measured = []
     for budget in _PROBES:
         positions = next(iter(pack(costs, budget)))
-        measured.append((len(positions) * int(costs[positions].max()), rehearse(model, feed, positions.tolist(), dtype)))
+        measured.append(
+            (len(positions) * int(costs[positions].max()), rehearse(model, feed, positions.tolist(), dtype))
+        )
     (small, first), (large, second) = measured
     if large <= small:  # so little data that one mini-batch holds everything alike
         return max(_PROBES[-1], int(costs.max()))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.model import BaseModel
@@ -19,9 +18,10 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from torch import nn
 
 from unime_st.data.manifest import begin_stage, finish_stage
-from unime_st.training.adapters import choose_trainable, load_options, merge_lora, merged_into
+from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.planning import Plan
+from unime_st.training.processes import computes_on_cpu, processes
 from unime_st.training.trainer import EmbedderTrainer, RerankerTrainer
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
         "bf16": arguments.precision == "bf16",
         "fp16": arguments.precision == "fp16",
         "gradient_checkpointing": arguments.gradient_checkpointing,
+        "use_cpu": computes_on_cpu(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": arguments.workers,
         "save_steps": arguments.save_every,
@@ -105,7 +106,7 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
 
 def _begin(stage: str, arguments: TrainArguments, output: Path, inputs: tuple[str, ...]) -> bool:
     """Open the output folder, the first process before the others; say whether there is work to do."""
-    state = PartialState()
+    state = processes()
     with state.main_process_first():
         overwrite = arguments.overwrite and state.is_main_process
         due = begin_stage(output, stage, inputs=inputs, options=arguments.plan(), overwrite=overwrite)
@@ -162,7 +163,7 @@ def run_stage(
         facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": trainer.state.log_history[-1]}
         finish_stage(output, {**facts, "plan": made.plan.facts() if made.plan else None})
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return output
 
 
@@ -193,12 +194,17 @@ def _trainer(arguments: TrainArguments, model: BaseModel, made: Setup, output: P
 def _save(
     arguments: TrainArguments, model: BaseModel, load: Callable[..., BaseModel], trainer: Any, output: Path
 ) -> None:
+    weights = None
+    if trainer.is_fsdp_enabled:  # all processes together
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    elif arguments.quantize:
+        weights = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
     if not trainer.is_world_process_zero():
         return
-    if arguments.quantize:
+    if weights is not None:
         options = load_options(arguments)
-        del options["model_kwargs"]["quantization_config"]
-        model = merged_into(load(**options, device="cpu"), model, arguments)
+        options["model_kwargs"].pop("quantization_config", None)
+        model = trained_into(load(**options, device="cpu"), weights, arguments)
     elif arguments.lora_rank:
         merge_lora(model)
     model.save_pretrained(str(output))

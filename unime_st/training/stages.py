@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import nn
 
 from unime_st.data.records import RecordSet
+from unime_st.data.scores import to_scores
 from unime_st.losses import (
     HardNegativeRankingLoss,
     RerankerLoss,
@@ -33,7 +35,9 @@ from unime_st.training.arguments import (
     TrainArguments,
 )
 from unime_st.training.embedders import EmbedderSetup
+from unime_st.training.hardest import hardest_negatives, stored_negatives
 from unime_st.training.items import RerankerItemCollator
+from unime_st.training.processes import processes
 from unime_st.training.run import Setup, run_stage
 
 logger = logging.getLogger(__name__)
@@ -56,24 +60,27 @@ def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
     Raises:
         ValueError: If a row has too few negatives, or only some rows are judged.
     """
-    table = records.rows.select(["query", "positive", "negatives", "positive_logit", "negative_logits"]).to_pylist()
-    names = ["query", "positive", *(f"negative_{place}" for place in range(1, num_negatives + 1))]
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    labels: list[list[float]] = []
-    for number, row in enumerate(table):
-        if len(row["negatives"]) < num_negatives:
-            raise ValueError(
-                f"{records.folder}, row {number}: {len(row['negatives'])} negatives, {num_negatives} are needed. "
-                "Mine and judge first (train_scripts/judge.py), or lower num_negatives."
-            )
-        for name, item_id in zip(names, (row["query"], row["positive"], *row["negatives"])):
-            columns[name].append(item_id)
-        if row["positive_logit"] is not None:
-            logits = np.array([row["positive_logit"], *row["negative_logits"][:num_negatives]], dtype=np.float64)
-            labels.append((1.0 / (1.0 + np.exp(-logits))).tolist())
-    if labels and len(labels) < len(table):
-        raise ValueError(f"{records.folder}: only {len(labels)} of {len(table)} rows are judged; judge all or none.")
-    return Dataset.from_dict({**columns, "label": labels} if labels else columns)
+    table = records.row_shards.table(["query", "positive", "negatives", "positive_logit", "negative_logits"])
+    stored = pc.list_value_length(table["negatives"]).to_numpy()
+    if len(short := np.flatnonzero(stored < num_negatives)):
+        raise ValueError(
+            f"{records.folder}, row {short[0]}: {stored[short[0]]} negatives, {num_negatives} are needed. "
+            "Mine and judge first (train_scripts/judge.py), or lower num_negatives."
+        )
+    columns = {name: table[name] for name in ("query", "positive")}
+    columns |= {f"negative_{n + 1}": pc.list_element(table["negatives"], n) for n in range(num_negatives)}
+    judged = len(table) - table["positive_logit"].null_count
+    if 0 < judged < len(table):
+        raise ValueError(f"{records.folder}: only {judged} of {len(table)} rows are judged; judge all or none.")
+    if judged:
+        logits = [
+            table["positive_logit"],
+            *(pc.list_element(table["negative_logits"], n) for n in range(num_negatives)),
+        ]
+        scores = to_scores(np.stack([column.to_numpy() for column in logits], axis=1)).astype(np.float32)
+        offsets = np.arange(0, scores.size + 1, scores.shape[1], dtype=np.int32)
+        columns["label"] = pa.ListArray.from_arrays(offsets, scores.ravel())
+    return Dataset(pa.table(columns))
 
 
 def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
@@ -186,7 +193,7 @@ def _seen_texts(records: RecordSet, arguments: DistillArguments) -> list[str]:
     random.Random(arguments.seed).shuffle(ids)
     if arguments.max_steps < 0:
         return ids
-    devices = PartialState().num_processes
+    devices = processes().num_processes
     return ids[: arguments.max_steps * arguments.batch_size * arguments.gradient_accumulation_steps * devices]
 
 
@@ -195,7 +202,7 @@ def _teacher_vectors(arguments: DistillArguments, texts: list[str]) -> np.ndarra
     if arguments.dry_run:
         return np.ones((len(texts), 1), dtype=np.float32)
     path = Path(arguments.output) / "teacher.npy"
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if not path.is_file():
             logger.info("distill: the teacher embeds %d texts.", len(texts))
             teacher = SentenceTransformer(arguments.teacher)
@@ -258,6 +265,10 @@ def train_reranker(arguments: RerankerArguments) -> Path:
             mini_batch_size=arguments.mini_batch_size,
         )
 
+    def rows() -> Dataset:
+        stored = stored_negatives(records, arguments.num_negatives)
+        return hardest_negatives(rows_with_negatives(records, stored), arguments.num_negatives)
+
     def setup(model: Any, rows: Dataset) -> Setup:
         return Setup(rows, loss(model), RerankerItemCollator(model.preprocess, records=records))
 
@@ -265,7 +276,7 @@ def train_reranker(arguments: RerankerArguments) -> Path:
         "reranker",
         arguments,
         load=lambda **options: UniMEReranker(arguments.model, template=arguments.template, **options),
-        dataset=lambda: rows_with_negatives(records, arguments.num_negatives),
+        dataset=rows,
         setup=setup,
         inputs=(arguments.data,),
     )

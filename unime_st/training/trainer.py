@@ -10,6 +10,17 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+
+class _TellsTheEpoch(TrainerCallback):
+    """A resumed run on several processes wraps the batch sampler so deep that the trainer does not reach it."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.batches.set_epoch(int(state.epoch or 0))
 
 
 class ReportingMixin:
@@ -57,7 +68,9 @@ class ReportingMixin:
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Make the batch sampler. It is no option: those are stored with every checkpoint, and it holds whole columns."""
         if self._make_batches is not None:
-            return self._make_batches(dataset, *args, **kwargs)
+            batches = self._make_batches(dataset, *args, **kwargs)
+            self.add_callback(_TellsTheEpoch(batches))  # type: ignore[attr-defined]
+            return batches
         return super().get_batch_sampler(dataset, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
