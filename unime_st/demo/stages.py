@@ -65,6 +65,7 @@ class Seed:
             "output": self.path(name),
             "max_steps": steps,
             "batch_size": self.arguments.batch_size,
+            "sub_batch_size": self.arguments.batch_size,  # one kind of query in a batch: its negatives are no giveaway
             "learning_rate": self.arguments.learning_rate,
             "log_every": 5,
             "save_every": 50,
@@ -111,6 +112,7 @@ def _mine(run: Seed) -> None:
             model=run.path("stage2"),
             output=run.path("pools"),
             num_candidates=run.arguments.num_candidates,
+            pool="dataset",  # else half of a short caption's candidates are long ones, which anybody tells apart
             max_similarity="none",
         )
     )

@@ -5,11 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from PIL import Image
-from transformers import Qwen2VLProcessor
 
 from unime_st.data.items import Item
 from unime_st.data.scenes.contrast import (
@@ -36,7 +33,6 @@ from unime_st.data.scenes.tasks import TRAINING_MIX
 from unime_st.data.scenes.world import Description, Scene, describe, sample_scene
 
 _TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
-_IGNORE = -100
 # Name of a curriculum -> kind of lesson -> (share of the batches, examples per batch). It learns to see first.
 CURRICULA = {
     "seeing": {
@@ -78,6 +74,17 @@ CURRICULA = {
         "judge_long": (0.05, 32),
         "choose": (0.05, 24),
     },
+    "deciding": {
+        "describe": (0.03, 64),
+        "describe_long": (0.03, 24),
+        "answer": (0.08, 48),
+        "decide_texts": (0.37, 40),
+        "decide_pictures": (0.26, 32),
+        "decide_long_pictures": (0.05, 20),
+        "decide_edits": (0.08, 28),
+        "judge_long": (0.05, 32),
+        "choose": (0.05, 24),
+    },
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
 _SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
@@ -86,10 +93,14 @@ _TEXTS = {"short_i2t": 0.5, "vqa": 0.4, "classification": 0.1}
 
 @dataclass
 class Example:
-    """Pictures and alternating pieces of text: (what is said, what has to be answered)."""
+    """Pictures and alternating pieces of text: (what is said, what has to be answered).
+
+    After a ``beginning``, every turn goes on from the beginning alone and sees no other turn.
+    """
 
     images: list[Image.Image]
     turns: list[tuple[str, str]]
+    beginning: str = ""
 
 
 def _shown(item: Item, images: list[Image.Image]) -> str:
@@ -158,7 +169,7 @@ def _easy_text(kind: str, scene: Scene, right: str, rng: random.Random) -> str:
 
 
 def _judge_texts(rng: random.Random, mix: dict[str, float]) -> Example:
-    """One picture, several texts judged one after the other, each as if alone: more to learn from each picture."""
+    """One picture, several texts judged one after the other: more to learn from each picture."""
     (kind,) = rng.choices(list(mix), list(mix.values()))
     scene = scene_for(kind, rng, "train")
     record = contrast(kind, scene, rng)
@@ -184,7 +195,7 @@ def _false_scene(description: Description, scene: Scene, rng: random.Random) -> 
 
 
 def _judge_pictures(rng: random.Random, counts: tuple[int, ...]) -> Example:
-    """A caption or an expression, several pictures judged one after the other, each as if alone."""
+    """A caption or an expression, several pictures judged one after the other."""
     scene = sample_scene(rng, "train", counts)
     images: list[Image.Image] = []
     description = describe(scene, rng, 0.5)
@@ -231,6 +242,34 @@ def _judge_scenes(rng: random.Random, progress: float, edits: bool) -> Example:
     return Example(images, turns)
 
 
+def _alone(example: Example) -> Example:
+    """The same judgements, each without sight of the others.
+
+    Seeing earlier answers, the model compares candidates with them instead of looking at the pictures.
+    """
+    first, answer = example.turns[0]
+    beginning, candidate = first.split("Candidate:", 1)
+    return Example(example.images, [(f"Candidate:{candidate}", answer), *example.turns[1:]], beginning)
+
+
+def _decide_texts(rng: random.Random) -> Example:
+    """One picture; captions and answers to questions about it, each judged alone."""
+    single = rng.random() < 0.1
+    scene = scene_for("classification" if single else "short", rng, "train")
+    images: list[Image.Image] = []
+    beginning, turns = f"Query:{_shown(picture(scene, rng), images)}", []
+    for _ in range(6):
+        kinds = ("classification", "vqa") if single else ("short_i2t", "vqa")
+        kind, draw = rng.choice(kinds), rng.random()
+        record = contrast(kind, scene, rng)
+        text = (record.positive if draw < 0.5 else record.negatives[0]).text
+        if draw > 0.85:
+            text = _easy_text(kind, scene, record.positive.text or "", rng)
+        said = f"{record.query.text}Candidate:{text}{_TURN}"
+        turns.append((said, "Yes" if draw < 0.5 else "No"))
+    return Example(images, turns, beginning)
+
+
 def _choose(rng: random.Random) -> Example:
     (kind,) = rng.choices(list(_SHORT), list(_SHORT.values()))
     record = contrast(kind, scene_for(kind, rng, "train"), rng)
@@ -253,6 +292,10 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "judge_texts": lambda rng: _judge_texts(rng, _TEXTS),
     "judge_pictures": lambda rng: _judge_pictures(rng, (2, 2, 2, 3, 3, 4)),
     "choose": _choose,
+    "decide_texts": _decide_texts,
+    "decide_pictures": lambda rng: _alone(_judge_pictures(rng, (2, 2, 2, 3, 3, 4))),
+    "decide_long_pictures": lambda rng: _alone(_judge_scenes(rng, 1.0, edits=False)),
+    "decide_edits": lambda rng: _alone(_judge_scenes(rng, 1.0, edits=True)),
 }
 
 
@@ -284,37 +327,3 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
     if lesson in ("judge_long_pictures", "judge_edits"):
         return lesson, [_judge_scenes(rng, progress, lesson == "judge_edits") for _ in range(size)]
     return lesson, [_MAKERS[lesson](rng) for _ in range(size)]
-
-
-def collate(examples: list[Example], processor: Qwen2VLProcessor) -> dict[str, Any]:
-    """Model inputs and labels of a batch; only what has to be answered is a label.
-
-    Returns:
-        ``input_ids``, ``attention_mask``, ``mm_token_type_ids``, ``labels`` of shape (batch, length), padded on the
-        right, and ``pixel_values``, ``image_grid_thw`` of all pictures in order.
-    """
-    tokenizer = processor.tokenizer
-    pictures = [image for example in examples for image in example.images]
-    vision = processor.image_processor(images=pictures, return_tensors="pt") if pictures else {}
-    grids = vision["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2 if pictures else []
-    rows, used = [], 0
-    for example in examples:
-        row, labels = [], []
-        for said, answered in example.turns:
-            for image in range(said.count("<|image_pad|>")):
-                said = said.replace("<|image_pad|>", "<|video_pad|>" * int(grids[used + image]), 1)
-            used += said.count("<|vision_start|>")
-            prompt = tokenizer.encode(said.replace("<|video_pad|>", "<|image_pad|>"), add_special_tokens=False)
-            answer = tokenizer.encode(f"{answered}<|im_end|>", add_special_tokens=False)
-            row += prompt + answer
-            labels += [_IGNORE] * len(prompt) + answer
-        rows.append((row, labels))
-    width = max(len(row) for row, _ in rows)
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, _IGNORE)}
-    for index, (row, labels) in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        batch["attention_mask"][index, : len(row)] = 1
-        batch["labels"][index, : len(row)] = torch.tensor(labels)
-    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return {**batch, "mm_token_type_ids": (ids == image_id).long(), **vision}

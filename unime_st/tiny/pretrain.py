@@ -19,7 +19,8 @@ from tqdm import trange
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from unime_st.tiny.build import build_model, build_processor, build_tokenizer
-from unime_st.tiny.curriculum import CURRICULA, collate, draw_batch
+from unime_st.tiny.collation import collate
+from unime_st.tiny.curriculum import CURRICULA, draw_batch
 
 logger = logging.getLogger(__name__)
 
