@@ -1,0 +1,56 @@
+"""The reranker's rows: of the stored negatives those that the judge scores highest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from unime_st.data.records import RecordSet
+
+
+def stored_negatives(records: RecordSet, at_least: int) -> int:
+    """How many negatives every row has, or ``at_least`` where some have fewer.
+
+    Args:
+        records: Rows with negatives.
+        at_least: How many are wanted.
+    """
+    counts = [len(negatives or ()) for negatives in records.row_shards.column("negatives").to_pylist()]
+    return max(min(counts, default=0), at_least)
+
+
+def hardest_negatives(rows: Dataset, num_negatives: int) -> Dataset:
+    """Keep the negatives with the highest scores of each row, in the order in which they are stored.
+
+    Args:
+        rows: Columns ``query, positive, negative_1, ...`` of item ids and, where judged, ``label``: the scores, the
+            positive's first.
+        num_negatives: How many to keep; the first ones where there are no scores.
+
+    Returns:
+        Dataset: The same columns, up to ``negative_<num_negatives>``.
+
+    References:
+        UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker": the top-x hard negatives by score.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from unime_st.training.hardest import hardest_negatives
+        >>> rows = Dataset.from_dict({"query": ["q"], "positive": ["p"], "negative_1": ["a"], "negative_2": ["b"],
+        ...                           "negative_3": ["c"], "label": [[0.9, 0.5, 0.1, 0.7]]})
+        >>> kept = hardest_negatives(rows, 2)[0]
+        >>> kept["negative_1"], kept["negative_2"], kept["label"]
+        ('a', 'c', [0.9, 0.5, 0.7])
+    """
+    names = [name for name in rows.column_names if name.startswith("negative_")]
+    if len(names) <= num_negatives or "label" not in rows.column_names:
+        return rows.remove_columns(names[num_negatives:])
+    scores = np.array(rows["label"])
+    chosen = np.sort(np.argsort(-scores[:, 1:], axis=1, kind="stable")[:, :num_negatives], axis=1)
+    ids = np.stack([np.array(rows[name], dtype=object) for name in names], axis=1)
+    kept = np.take_along_axis(ids, chosen, axis=1)
+    table = {name: list(rows[name]) for name in rows.column_names if name not in (*names, "label")}
+    table |= {f"negative_{place + 1}": kept[:, place].tolist() for place in range(num_negatives)}
+    labels = np.concatenate([scores[:, :1], np.take_along_axis(scores[:, 1:], chosen, axis=1)], axis=1)
+    return Dataset(pa.table({**table, "label": labels.astype(np.float32).tolist()}))
