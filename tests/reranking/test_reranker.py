@@ -244,17 +244,28 @@ def test_a_prompt_replaces_the_system_turn(reranker: UniMEReranker):
 
 
 def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
-    with pytest.raises(ValueError, match="at most 9 candidates"):
-        reranker.rank("a", ["b"] * 10, method="listwise")
-    with pytest.raises(ValueError, match="expected 'pairwise' or 'listwise'"):
-        reranker.rank("a", ["b"], method="hybrid")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="takes no batch_size"):
-        reranker.rank("a", ["b"], method="listwise", batch_size=3)
-    for call in (reranker.predict, lambda pairs: reranker.listwise_scores(pairs[0][0], [pairs[0][1]])):
+    with pytest.raises(ValueError, match="At most 99 can"):
+        reranker.listwise_scores("a", ["b"] * 100)
+    with pytest.raises(ValueError, match="expected 'pairwise', 'listwise' or 'hybrid'"):
+        reranker.rank("a", ["b"], method="other")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window >= 2"):
+        reranker.rank("a", ["b"], method="listwise", window=1)
+    with pytest.raises(TypeError, match="takes no prompt"):
+        reranker.rank("a", ["b"], method="listwise", prompt="c")
+    calls = [
+        reranker.predict,
+        lambda pairs: reranker.listwise_scores(pairs[0][0], [pairs[0][1]]),
+        lambda pairs: reranker.rank(pairs[0][0], [pairs[0][1]]),
+        lambda pairs: reranker.rank(pairs[0][0], [pairs[0][1]], method="listwise"),
+    ]
+    for number, call in enumerate(calls):
         with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, the model takes at most 1024"):
             call([("a", "red " * 2000)])
         with pytest.raises(BadImageError, match="none.png"):
-            call([("a", Item(image=tmp_path / "none.png"))])
+            call([(Item(image=tmp_path / "none.png"), "a")])
+        if number < 2:
+            with pytest.raises(BadImageError, match="none.png"):
+                call([("a", Item(image=tmp_path / "none.png"))])
     with pytest.raises(ValueError, match="image of query"):
         UniMEReranker(
             tiny.checkpoint(tmp_path), template="{% for m in messages %}{{ m.role }}{% endfor %}", device="cpu"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny_reranker as tiny
@@ -38,6 +41,19 @@ def test_a_judge_serves_as_reranker(reranker: UniMEReranker):
     judge = LocalJudge(reranker, batch_size=3)
     first, second = (search(QUERIES, CORPUS, tiny_embedder(), model, top_k=3) for model in (judge, reranker))
     assert [[e["corpus_id"] for e in row] for row in first] == [[e["corpus_id"] for e in row] for row in second]
+
+
+@pytest.mark.parametrize("method", ["listwise", "hybrid"])
+def test_lists_in_the_second_stage(reranker: UniMEReranker, method: Any, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "unime_st.reranking.search"):
+        found = search(QUERIES, CORPUS, tiny_embedder(), reranker, top_k=4, method=method)
+    assert "per query" in caplog.text
+    for query, entries in zip(QUERIES, found, strict=True):
+        nearest = sorted(entries, key=lambda entry: -entry["similarity"])
+        expected = reranker.rank(query, [CORPUS[entry["corpus_id"]] for entry in nearest], method=method)
+        assert [entry["corpus_id"] for entry in entries] == [nearest[e["corpus_id"]]["corpus_id"] for e in expected]
+    with pytest.raises(ValueError, match="ranks pairwise only"):
+        search(["a"], ["b"], tiny_embedder(), LocalJudge(reranker), method=method)
 
 
 def test_small_and_repetitive_corpora(reranker: UniMEReranker):

@@ -138,7 +138,7 @@ def is_plain(chats: Sequence[Any]) -> bool:
         return False
     return all(
         part["type"] == "text" or (part["type"] == "image" and isinstance(part.get("image"), Image.Image))
-        for message in messages
+        for message in cast(Chat, messages)
         for part in _parts(message)
     )
 
@@ -203,7 +203,7 @@ def run_in_parts(
         part |= look([picture for row in rows for picture in shown[row]])
         outputs.append(run({**part, "modality": "message", "logits_to_keep": 1}))
     back = torch.tensor([row for rows in parts for row in rows]).argsort()
-    joined = {
+    joined: dict[str, Any] = {
         name: torch.cat([output[name] for output in outputs])[back.to(outputs[0][name].device)]
         for name in ("causal_logits", "scores")
         if name in outputs[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +14,17 @@ from PIL import Image
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.util import batch_to_device
 
-from unime_st.data import ImageRef, Item
+from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.images import to_rgb
 from unime_st.judging.features import check_length
 from unime_st.judging.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
-from unime_st.judging.prompts import check_template, index_token_ids
+from unime_st.judging.prompts import check_template
+from unime_st.reranking.cost import measured
 from unime_st.reranking.features import PLACES, ChatEncoder, is_plain, like_lengths, run_in_parts
+from unime_st.reranking.ranking import Ranker, hybrid, ranked, to_item
+
+logger = logging.getLogger(__name__)
 
 
 class UniMEReranker(CrossEncoder):
@@ -32,6 +36,7 @@ class UniMEReranker(CrossEncoder):
     - bare generative checkpoints (Qwen2-VL, Qwen2.5-VL, the released UniME-V2-Reranker) become pairwise rerankers;
     - :meth:`listwise_scores` and ``rank(..., method="listwise")`` score all candidates in one forward pass, where the
       authors' code generates an answer of up to 128 tokens and knows the winner only;
+    - :meth:`rank` lets what its prompts have in common pass the model once, and each picture the vision tower;
     - inputs may also be :class:`~unime_st.data.Item`, decoded batch by batch;
     - a prompt longer than the model takes is refused: cut, its end would no longer be where the answer is read.
 
@@ -69,6 +74,7 @@ class UniMEReranker(CrossEncoder):
     ) -> None:
         self._listwise_template: str | None = None
         self._encoder: tuple[Any, ChatEncoder] | None = None
+        self._ranker: Ranker | None = None
         if model_name_or_path is None:
             super().__init__(**kwargs)
             return
@@ -149,14 +155,20 @@ class UniMEReranker(CrossEncoder):
         # Processes of a sharded model wait for each other in every forward pass, so all must make the same number.
         whole = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
         parts = [list(range(len(lengths)))] if whole else like_lengths(lengths)
-        return run_in_parts(input, lambda part: super(UniMEReranker, self).forward(part, **kwargs), self[0], parts)
+        return run_in_parts(
+            input, lambda part: super(UniMEReranker, self).forward(part, **kwargs), self._transformer, parts
+        )
 
-    def preprocess_lists(self, queries: Sequence[Any], documents: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    def preprocess_lists(
+        self, queries: Sequence[Any], documents: Sequence[Sequence[Any]], *, share: bool = True
+    ) -> dict[str, Any]:
         """Turn queries, each with its own candidates, into features of listwise prompts.
 
         Args:
             queries: Items, texts, images or dicts.
             documents: Per query its candidates in the order in which they are numbered.
+            share: Whether a picture that occurs twice is processed once, which only :meth:`forward` understands;
+                False gives what the model of transformers takes. Defaults to True.
 
         Returns:
             dict: Features whose last position is followed by the index of the best candidate.
@@ -168,12 +180,8 @@ class UniMEReranker(CrossEncoder):
         Example:
             >>> features = reranker.preprocess_lists(["a square"], [["a circle", "a box"]])  # doctest: +SKIP
         """
-        transformer = self._transformer
-        template = transformer.processor.chat_template
-        if template != self._listwise_template:
-            check_template(transformer.processor, template, listwise=True)
-            self._listwise_template = template
-        to_messages = transformer.input_formatter.pair_to_messages
+        self._check_lists()
+        to_messages = self._transformer.input_formatter.pair_to_messages
         chats, opened = [], dict[Any, Any]()
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
             if not len(candidates):
@@ -181,40 +189,54 @@ class UniMEReranker(CrossEncoder):
             asked = _plain(query, opened)
             pairs = [to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
             chats.append([pairs[0][0], *(pair[1] for pair in pairs)])
-        return self.preprocess(chats, task="listwise")
+        options: dict[str, Any] = {} if share else {"processing_kwargs": {}}
+        return self.preprocess(chats, task="listwise", **options)
 
-    @torch.inference_mode()
-    def listwise_scores(self, query: Any, documents: Sequence[Any]) -> np.ndarray:
-        """Score all candidates of a query in one forward pass.
+    def _check_lists(self) -> None:
+        """Refuse a template that drops a part of a list."""
+        processor = self._transformer.processor
+        if processor.chat_template != self._listwise_template:
+            check_template(processor, processor.chat_template, listwise=True)
+            self._listwise_template = processor.chat_template
+
+    def _engine(self) -> Ranker:
+        """The engine for the weights, the template and the image limits as they are now."""
+        if self._ranker is None or self._ranker.state != Ranker.state_of(self):
+            self._ranker = Ranker(self)
+        return self._ranker
+
+    def listwise_scores(self, query: Any, documents: Sequence[Any], *, permutations: int = 1) -> np.ndarray:
+        """Score all candidates of a query in one list.
 
         The prompt ends with ``Ans: (``; the scores are the logits of the tokens 1, 2, ..., n at that position, so
         their softmax is the probability of each candidate to be named the best. They depend on the order of the
-        candidates and compare within one list only.
+        candidates and compare within one list only. Where 10 begins with the token of 1, as in Qwen's tokenizers, the
+        two share its logit by what follows, which takes a second, short pass.
 
         Args:
             query: Item, text, image or dict.
-            documents: Candidates, as many as the tokenizer has index tokens for (9 where it splits numbers).
+            documents: Candidates, as many as the tokenizer has numbers for (99 where it splits them into digits).
+            permutations: Orders to ask in, each a shift of the given one; the log-probabilities are averaged. As many
+                as there are candidates removes what the place in the list does to a score. Defaults to 1.
 
         Returns:
             np.ndarray: float32 logits of shape (n,), in the order of ``documents``.
 
         Raises:
-            ValueError: If there are no candidates or more than index tokens, or the prompt is too long.
+            BadImageError: If an image cannot be read.
+            ValueError: If there are no candidates or too many to number, or the prompt is too long.
             FloatingPointError: If a logit is not finite.
 
         Example:
             >>> reranker.listwise_scores("a red square", ["a blue circle", "a red square"]).shape  # doctest: +SKIP
             (2,)
         """
-        ids = index_token_ids(self.tokenizer, len(documents))
-        features = batch_to_device(self.preprocess_lists([query], [documents]), self.device)
-        training = self.training
-        self.eval()
-        logits = self(features)["causal_logits"][0, -1, ids].float().cpu().numpy()
-        self.train(training)
-        if not np.isfinite(logits).all():
-            raise FloatingPointError(f"the index logits are {logits.tolist()} (dtype {self.dtype}); load in bfloat16")
-        return logits
+        if not len(documents):
+            raise ValueError("a list needs at least 1 candidate, got 0")
+        if permutations < 1:
+            raise ValueError(f"permutations must be at least 1, got {permutations}")
+        self._check_lists()
+        return self._engine().listwise(to_item(query), [to_item(document) for document in documents], permutations)
 
     def rank(  # type: ignore[override]
         self,
@@ -223,10 +245,16 @@ class UniMEReranker(CrossEncoder):
         top_k: int | None = None,
         return_documents: bool = False,
         *,
-        method: Literal["pairwise", "listwise"] = "pairwise",
+        method: Literal["pairwise", "listwise", "hybrid"] = "pairwise",
+        window: int = 10,
+        permutations: int = 1,
+        batch_size: int = 32,
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
         """Rank documents for a query.
+
+        Equal documents are asked about once and get equal scores. A document whose image cannot be read comes last,
+        with score 0 and the reason under "error". What it cost is logged (level INFO).
 
         Args:
             query: Item, text, image or dict.
@@ -234,33 +262,68 @@ class UniMEReranker(CrossEncoder):
                 opened, as in sentence-transformers.
             top_k: How many to return. Defaults to all.
             return_documents: Whether to add each document under "text". Defaults to False.
-            method: "pairwise" asks Yes or No about each document, "listwise" asks once for the best of all.
-            **kwargs: Passed to :meth:`CrossEncoder.rank` (pairwise only), for example ``batch_size``.
+            method: "pairwise" asks Yes or No about each document; "listwise" asks for the best of all, in windows that
+                slide from the back to the front where there are more than ``window``, so it is best given documents in
+                the order of a first stage; "hybrid" asks for the best of the ``window`` documents that did best pairwise.
+            window: Most candidates of a list. Defaults to 10, as in the paper.
+            permutations: Orders in which each list is asked about, see :meth:`listwise_scores`. Defaults to 1.
+            batch_size: Prompts per forward pass. Defaults to 32.
+            **kwargs: Passed to :meth:`CrossEncoder.rank` (pairwise only), for example ``prompt`` or ``pool``; except
+                ``activation_fn``, these are for its own way, which shares nothing between pairs.
 
         Returns:
-            list[dict]: ``{"corpus_id": int, "score": float}``, best first; pairwise scores after the activation
-            function, listwise scores as probabilities over the documents.
+            list[dict]: ``{"corpus_id": int, "score": float}``, best first. Scores are, pairwise, probabilities of Yes
+            (or what ``activation_fn`` makes of the log-odds); listwise, probabilities to be the best; hybrid, 1 plus
+            that for documents of the list and the probability of Yes for the others.
 
         Raises:
-            ValueError: If the method is unknown, or a list is longer than the tokenizer has index tokens for.
+            BadImageError: If the query's image cannot be read.
+            ValueError: If an option is wrong, the tokenizer cannot number a list, or a prompt is longer than the model
+                takes.
 
         Example:
             >>> reranker.rank("a red square", ["a circle", "a red box"], method="listwise", top_k=1)  # doctest: +SKIP
             [{'corpus_id': 1, 'score': 0.93}]
         """
-        if method == "pairwise":
-            return super().rank(query, documents, top_k, return_documents, **kwargs)  # type: ignore[return-value]
-        if method != "listwise":
-            raise ValueError(f"method={method!r}: expected 'pairwise' or 'listwise'")
-        if kwargs:
-            raise TypeError(f"rank(method='listwise') takes no {', '.join(sorted(kwargs))}")
+        if method not in ("pairwise", "listwise", "hybrid"):
+            raise ValueError(f"method={method!r}: expected 'pairwise', 'listwise' or 'hybrid'")
+        if window < 2 or permutations < 1:
+            raise ValueError(f"expected window >= 2 and permutations >= 1, got {window} and {permutations}")
+        if method != "pairwise" and kwargs:
+            raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
         if not len(documents):
             return []
-        scores = torch.from_numpy(self.listwise_scores(query, documents)).softmax(-1).tolist()
-        ranking: list[dict[str, Any]] = [{"corpus_id": place, "score": score} for place, score in enumerate(scores)]
+        activation = kwargs.pop("activation_fn", None) or self.activation_fn
+        items = self._items(query, documents) if not kwargs else None
+        if items is None and method == "pairwise":
+            kwargs |= {"activation_fn": activation, "batch_size": batch_size}
+            return super().rank(query, documents, top_k, return_documents, **kwargs)  # type: ignore[return-value]
+        asked, offered = items or (to_item(query), [to_item(document) for document in documents])
+        with measured(self) as cost:
+            if method == "pairwise":
+                log_odds, reasons = self._engine().pairwise(asked, offered, batch_size)
+                scores = cast(torch.nn.Module, activation)(torch.from_numpy(log_odds)).numpy()
+            else:
+                self._check_lists()
+                if method == "listwise":
+                    scores, reasons = self._engine().in_windows(asked, offered, window, permutations)
+                else:
+                    scores, reasons = hybrid(self._engine(), asked, offered, window, permutations, batch_size)
+        logger.info("ranked %d documents, %s: %s", len(documents), method, cost)
+        ranking = ranked(scores, reasons)[:top_k]
         for entry in ranking if return_documents else ():
             entry["text"] = documents[entry["corpus_id"]]
-        return sorted(ranking, key=lambda entry: -entry["score"])[:top_k]
+        return ranking
+
+    def _items(self, query: Any, documents: Sequence[Any]) -> tuple[Item, list[Item]] | None:
+        """The inputs as items, or None where they are something else or the model gives other scores than Yes or No."""
+        try:
+            self._engine()
+            return to_item(query), [to_item(document) for document in documents]
+        except BadImageError:
+            raise
+        except (TypeError, ValueError, AttributeError):
+            return None
 
 
 def _is_pair(row: Any) -> bool:

@@ -1,0 +1,268 @@
+"""Ranking by pairs, lists, windows and both: equal to the plain ways, each picture seen once, bad documents last."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_reranker as tiny
+import torch
+from PIL import Image
+from sentence_transformers import CrossEncoder
+
+from unime_st import Item, UniMEReranker
+from unime_st.losses.list_answers import index_answers, longest_list
+from unime_st.reranking.cost import measured
+from unime_st.reranking.features import PLACES, like_lengths
+from unime_st.reranking.lists import rotations, slide
+from unime_st.reranking.official import choose
+
+QUERY = {"image": tiny.picture(0), "text": "Which is it?"}
+TEXTS = [
+    f"the {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "circle", "triangle", "a")
+]
+MIXED = [
+    *TEXTS[:4],
+    tiny.picture(1),
+    {"text": "a small picture", "image": tiny.picture(2, (40, 100))},
+    tiny.picture(1),
+]
+RAW = torch.nn.Identity()
+
+
+def by_place(ranking: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([entry["score"] for entry in sorted(ranking, key=lambda entry: entry["corpus_id"])])
+
+
+@pytest.mark.parametrize("query", [QUERY, "a red square", tiny.picture(3)])
+def test_pairs_that_share_their_beginning_score_as_alone(reranker: UniMEReranker, query: Any):
+    expected = by_place(CrossEncoder.rank(reranker, query, MIXED, activation_fn=RAW))
+    for size in (2, 32):
+        ranking = reranker.rank(query, MIXED, activation_fn=RAW, batch_size=size)
+        assert np.abs(by_place(ranking) - expected).max() < 1e-4
+        assert [entry["score"] for entry in ranking] == sorted((entry["score"] for entry in ranking), reverse=True)
+
+
+def test_other_options_go_to_sentence_transformers(reranker: UniMEReranker):
+    expected = reranker.predict([(QUERY, text) for text in TEXTS], prompt="Mind the colour.")
+    assert np.abs(by_place(reranker.rank(QUERY, TEXTS, prompt="Mind the colour.")) - expected).max() < 1e-6
+    assert len(reranker.rank("a", ["", "b"])) == 2  # an empty text is no item
+
+
+def list_by_hand(model: UniMEReranker, documents: list[str], given: str = "") -> torch.Tensor:
+    listed = "".join(f"({place}) {text}" for place, text in enumerate(documents, start=1))
+    prompt = tiny.LIST.format(tiny.written(QUERY["text"], QUERY["image"]), listed) + given
+    return tiny.answer_logits(model, prompt, [QUERY["image"]])
+
+
+def test_numbers_of_two_digits(reranker: UniMEReranker):
+    """1, 10, 11 and 12 share the logit of their first token by what follows."""
+    scores = reranker.listwise_scores(QUERY, TEXTS)
+    token = {text: reranker.tokenizer.encode(text)[0] for text in "0123456789)"}
+    first, second = list_by_hand(reranker, TEXTS), list_by_hand(reranker, TEXTS, "1")
+    expected = first[[token[digit] for digit in "123456789111"]]
+    among = torch.tensor([0, 9, 10, 11])
+    expected[among] += second[[token[piece] for piece in ")012"]].log_softmax(0)
+    assert np.abs(scores - expected.numpy()).max() < 1e-4
+    total = first[[token[digit] for digit in "123456789"]].logsumexp(0)
+    assert float(torch.from_numpy(scores).logsumexp(0)) == pytest.approx(float(total), abs=1e-5)
+
+
+def test_the_ten_of_the_authors(golden: Path | None):
+    """Golden lists of ten: what begins with 1 has together what the authors' logits give to 1."""
+    if golden is None:
+        return
+    data = json.loads((golden / "judge/listwise.json").read_text())
+    files = {row["id"]: row["file"] for row in json.loads((golden / "inputs/images.json").read_text())}
+    model = UniMEReranker(golden / "checkpoints" / data["checkpoint"], device="cpu")
+    lists = [(row, answer) for row, answer in zip(data["lists"], data["single"]) if len(row["candidates"]) == 10]
+    assert lists
+    for row, answer in lists[:2]:
+
+        def item(text: str, image: str | None, squash: str | None = row["image_resolution"]) -> dict[str, Any]:
+            opened = None if image is None else Image.open(golden / "inputs" / files[image])
+            if opened is not None and squash:
+                opened = opened.resize(({"low": 128, "high": 1344}[squash],) * 2)
+            return {"text": text, "image": opened}
+
+        scores = model.listwise_scores(
+            item(row["qry_text"], row["qry_image"]), [item(*candidate) for candidate in row["candidates"]]
+        )
+        expected = answer["forced_prefix_logits_digits_0_to_9"]
+        assert np.abs(scores[1:9] - expected[2:10]).max() < 1e-4
+        assert np.logaddexp(scores[0], scores[9]) == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_permutations_remove_the_place(reranker: UniMEReranker):
+    """With as many orders as candidates, shifting the candidates shifts the scores and nothing else."""
+    documents = MIXED[:6]
+    scores = reranker.listwise_scores(QUERY, documents, permutations=6)
+    shifted = reranker.listwise_scores(QUERY, documents[2:] + documents[:2], permutations=6)
+    assert np.abs(np.roll(scores, -2) - shifted).max() < 1e-4
+    once = reranker.listwise_scores(QUERY, documents[2:] + documents[:2])
+    assert np.abs(np.roll(reranker.listwise_scores(QUERY, documents), -2) - once).max() > 1e-2
+    by_hand = np.zeros(6)
+    for order in rotations(6, 6):
+        found = reranker.listwise_scores(QUERY, [documents[place] for place in order])
+        by_hand[order] += torch.from_numpy(found).log_softmax(0).numpy() / 6
+    assert np.abs(scores - by_hand).max() < 1e-4
+
+
+def test_orders():
+    assert rotations(4, 1) == [[0, 1, 2, 3]]
+    assert sorted(order[0] for order in rotations(7, 20)) == list(range(7))
+    places = np.array(rotations(5, 5))
+    assert all(sorted(column) == list(range(5)) for column in places.T)
+
+
+@pytest.mark.parametrize("count, window", [(1, 2), (2, 2), (7, 3), (12, 5), (10, 10), (31, 4)])
+def test_a_sliding_window_brings_the_best_to_the_front(count: int, window: int):
+    """On a consistent judge with an offset of its own for every list."""
+    draw = np.random.default_rng(count)
+    worth = draw.permutation(count).astype(float)
+    lists: list[list[int]] = []
+
+    def score(members: list[int]) -> np.ndarray:
+        assert len(members) <= window and len(set(members)) == len(members)
+        lists.append(members)
+        return worth[members] + draw.normal() * 100
+
+    order, logits = slide(count, window, score)
+    assert sorted(order) == list(range(count)) and {member for members in lists for member in members} == set(order)
+    assert (np.diff(logits[order]) < 0).all()
+    best = np.argsort(-worth)[: max(1, window - window // 2)].tolist()
+    assert order[: len(best)] == best
+
+
+def test_windows(reranker: UniMEReranker):
+    ranking = reranker.rank(QUERY, TEXTS, method="listwise", window=5)
+    assert sorted(entry["corpus_id"] for entry in ranking) == list(range(12))
+    assert sum(entry["score"] for entry in ranking) == pytest.approx(1)
+    one = reranker.rank(QUERY, TEXTS, method="listwise", window=12)
+    expected = torch.from_numpy(reranker.listwise_scores(QUERY, TEXTS)).softmax(0).numpy()
+    assert np.abs(by_place(one) - expected).max() < 1e-5
+
+
+def test_hybrid_lists_the_best_of_the_pairs(reranker: UniMEReranker):
+    pairs = reranker.rank(QUERY, TEXTS)
+    best = [entry["corpus_id"] for entry in pairs[:4]]
+    ranking = reranker.rank(QUERY, TEXTS, method="hybrid", window=4)
+    assert {entry["corpus_id"] for entry in ranking[:4]} == set(best)
+    listed = reranker.rank(QUERY, [TEXTS[place] for place in best], method="listwise")
+    assert [entry["corpus_id"] for entry in ranking[:4]] == [best[entry["corpus_id"]] for entry in listed]
+    assert ranking[4:] == pairs[4:]
+    assert len(reranker.rank(QUERY, TEXTS, method="hybrid", top_k=3)) == 3
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_equal_documents_score_alike(reranker: UniMEReranker, method: Any):
+    scores = by_place(reranker.rank(QUERY, [*TEXTS[:3], TEXTS[1], Item(TEXTS[1])], method=method))
+    assert scores[1] == scores[3] == scores[4]
+    if method == "listwise":
+        assert np.abs(scores[:3] - by_place(reranker.rank(QUERY, TEXTS[:3], method=method))).max() < 1e-6
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_an_unreadable_document_comes_last_and_is_reported(
+    reranker: UniMEReranker, method: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    corrupt = tmp_path / "corrupt.png"
+    corrupt.write_bytes(tiny.png(1)[:200])
+    documents = [Item(image=tmp_path / "none.png"), *TEXTS[:3], Item(image=corrupt)]
+    with caplog.at_level(logging.WARNING):
+        ranking = reranker.rank(QUERY, documents, method=method)
+    assert {entry["corpus_id"] for entry in ranking[3:]} == {0, 4}
+    assert all(entry["score"] == 0.0 and "image" in entry["error"] for entry in ranking[3:])
+    assert not any("error" in entry for entry in ranking[:3]) and "none.png" in caplog.text
+    expected = by_place(reranker.rank(QUERY, TEXTS[:3], method=method))
+    assert np.abs(by_place(ranking)[1:4] - expected).max() < 1e-6
+    raw = reranker.rank(QUERY, documents, activation_fn=RAW)
+    assert np.isfinite([entry["score"] for entry in raw]).all()
+
+
+def test_each_picture_is_seen_once_and_the_query_passes_once(reranker: UniMEReranker):
+    """One query picture and 12 texts: of the beginning no token and no patch is computed again."""
+    query = {"image": tiny.picture(77), "text": "Which is it?"}
+    with measured(reranker) as plain:
+        reranker.predict([(query, text) for text in TEXTS])
+    with measured(reranker) as shared:
+        reranker.rank(query, TEXTS)
+    features = reranker.preprocess([(query, TEXTS[0])])
+    assert shared.patches == plain.patches == len(features["pixel_values"])
+    assert shared.tokens < plain.tokens / 3
+    pictures = [tiny.picture(seed) for seed in (80, 81, 82)]
+    with measured(reranker) as cost:
+        reranker.rank("which", pictures * 2, method="hybrid", window=3, permutations=3)
+    assert cost.patches == sum(len(reranker.preprocess([("a", picture)])["pixel_values"]) for picture in pictures)
+
+
+def test_the_cost_is_logged(reranker: UniMEReranker, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "unime_st"):
+        reranker.rank("a", TEXTS[:3], method="listwise")
+    assert "ranked 3 documents, listwise: 1 forwards" in caplog.text
+
+
+def test_batches_equal_the_processors_own(reranker: UniMEReranker):
+    """Token ids, positions and logits of a batch with repeated pictures and very different lengths."""
+    pairs = [(QUERY, value) for value in MIXED] + [(tiny.picture(1), "red " * 60), ("a", "b")]
+    shared = reranker.preprocess(pairs)
+    stock = reranker.preprocess(pairs, processing_kwargs={})
+    assert PLACES in shared and PLACES not in stock
+    assert len(shared["image_grid_thw"]) == 3 < len(stock["image_grid_thw"])
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        assert torch.equal(shared[name], stock[name])
+    with torch.inference_mode():
+        logits = [reranker(features)["causal_logits"] for features in (shared, stock)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
+def test_parts_of_like_length():
+    assert like_lengths([100, 1000, 110], overhead=64) == [[0, 2], [1]]
+    assert like_lengths([10, 12, 11], overhead=64) == [[0, 2, 1]]
+    assert like_lengths([], overhead=64) == []
+
+
+def test_tokenizers_that_cannot_number(reranker: UniMEReranker):
+    assert index_answers(reranker.tokenizer, 9) == [(reranker.tokenizer.encode(digit)[0],) for digit in "123456789"]
+    assert longest_list(reranker.tokenizer, 150) == 99
+
+    class Words:
+        """Knows words only, as many WordPiece vocabularies of one language do."""
+
+        unk_token_id = 0
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            return [5, 6, 7] + [0] * (len(text) - 6)
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [str(value) for value in ids]
+
+    with pytest.raises(ValueError, match="no usable index tokens"):
+        index_answers(Words(), 2)
+    assert longest_list(Words(), 10) == 0
+
+
+def test_the_official_protocol(reranker: UniMEReranker, monkeypatch: pytest.MonkeyPatch):
+    """The prompt ends with the header of the answer; the number is taken from what is generated, greedily."""
+    seen: list[dict[str, Any]] = []
+    model = reranker[0].model
+    original = model.generate
+
+    def generate(**options: Any) -> torch.Tensor:
+        seen.append(options)
+        return original(**options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    found = choose(reranker, QUERY, [*TEXTS[:3], TEXTS[0], QUERY], max_new_tokens=4)
+    assert found.index is None and len(found.answer) > 0
+    prompt = reranker.tokenizer.decode(seen[0]["input_ids"][0])
+    assert prompt.endswith("assistant\n") and seen[0]["do_sample"] is False and seen[0]["max_new_tokens"] == 4
+    assert len(seen[0]["image_grid_thw"]) == 2
+    for answer, index in (("Ans: (2)", 1), ("Ans: (4)", None), ("(0)", None), ("2", None)):
+        ids = torch.tensor([reranker.tokenizer.encode(answer)])
+        monkeypatch.setattr(model, "generate", lambda ids=ids, **o: torch.cat([o["input_ids"], ids], 1))
+        assert choose(reranker, QUERY, TEXTS[:3]).index == index
