@@ -22,4 +22,5 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: .venv/.installed
+	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/train_step.py

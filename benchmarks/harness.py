@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,14 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def options(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """Command line that all measurements share: device, repeats, folder of the results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each variant, after a warm-up")
+    return parser
 
 
 def machine() -> dict[str, Any]:
@@ -40,13 +49,16 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
-def compare(name: str, variants: dict[str, Callable[[], None]], *, repeats: int = 5) -> dict[str, Any]:
+def compare(
+    name: str, variants: dict[str, Callable[[], Any]], *, repeats: int = 5, facts: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Time variants in turn, the first being what the others are compared with.
 
     Args:
         name: Stem of the files under ``benchmarks/results``.
         variants: Label -> what to run once.
         repeats: Timed runs of each variant, after one warm-up.
+        facts: What else belongs into the JSON: sizes of the workload, memory.
 
     Returns:
         What was written: seconds of every run, medians, and the ratio of the first variant's median to each.
@@ -56,6 +68,8 @@ def compare(name: str, variants: dict[str, Callable[[], None]], *, repeats: int 
         for label, run in variants.items():
             started = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if repeat:
                 seconds[label].append(round(time.perf_counter() - started, 4))
     medians = {label: statistics.median(runs) for label, runs in seconds.items()}
@@ -67,18 +81,97 @@ def compare(name: str, variants: dict[str, Callable[[], None]], *, repeats: int 
         "seconds": seconds,
         "median": medians,
         "times_faster": {label: round(baseline / median, 2) for label, median in medians.items()},
+        **(facts or {}),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(result))
+    save(result, table(result))
+    bars(result)
     return result
+
+
+def save(result: dict[str, Any], markdown: str) -> None:
+    """Write a measurement as JSON and Markdown under its name."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"{result['name']}.md").write_text(markdown)
+
+
+def bars(result: dict[str, Any]) -> None:
+    """Draw medians with their spread, ``results/<name>.png``."""
+    axes, figure = _axes(result)
+    labels = list(result["seconds"])
+    medians = [result["median"][label] for label in labels]
+    spread = [
+        [middle - min(result["seconds"][label]) for label, middle in zip(labels, medians)],
+        [max(result["seconds"][label]) - middle for label, middle in zip(labels, medians)],
+    ]
+    axes.barh(labels, medians, xerr=spread, capsize=4)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
+    figure.savefig(RESULTS / f"{result['name']}.png", dpi=120)
+
+
+def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], Any]]]]) -> dict[str, Any]:
+    """Measure how cost grows.
+
+    Args:
+        name: Stem of the files under ``benchmarks/results``.
+        curves: Label of an axis with its points, such as "inputs: 100 200 400" -> what to run at a point, by variant.
+
+    Returns:
+        What was written: seconds by axis, variant and point.
+    """
+    seconds: dict[str, dict[str, dict[str, float]]] = {}
+    for axis, variants_at in curves.items():
+        points = [int(point) for point in axis.split(":")[1].split()]
+        for point in points:
+            for label, run in variants_at(point).items():
+                run()
+                started = time.perf_counter()
+                run()
+                spent = round(time.perf_counter() - started, 4)
+                seconds.setdefault(axis.split(":")[0], {}).setdefault(label, {})[str(point)] = spent
+    result = {"name": name, "date": date.today().isoformat(), "machine": machine(), "seconds": seconds}
+    save(result, _scaling_table(result))
+    axes, figure = _axes(result, len(seconds))
+    for place, (axis, lines) in zip(axes if len(seconds) > 1 else [axes], seconds.items()):
+        for label, found in lines.items():
+            place.plot([int(point) for point in found], list(found.values()), marker="o", label=label)
+        place.set_xlabel(axis)
+        place.set_ylabel("seconds")
+        place.legend()
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    return result
+
+
+def _scaling_table(result: dict[str, Any]) -> str:
+    lines = [_where(result), "", "| against | variant | seconds at each point |", "|---|---|---|"]
+    for axis, variants in result["seconds"].items():
+        for label, found in variants.items():
+            lines.append(f"| {axis} | {label} | {', '.join(f'{x}: {y:.2f}' for x, y in found.items())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _axes(result: dict[str, Any], count: int = 1) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
+    figure.suptitle(f"{result['name']}, {result['date']}, {result['machine']['processor']}", fontsize=9)
+    return axes, figure
+
+
+def _where(result: dict[str, Any]) -> str:
+    info = result["machine"]
+    device = "" if info["accelerator"] == "none" else f" {info['accelerator']},"
+    return f"{result['date']},{device} {info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}"
 
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as Markdown."""
-    info = result["machine"]
     lines = [
-        f"{result['date']}, {info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}",
+        _where(result),
         "",
         "| variant | median s | min - max s | times faster |",
         "|---|---|---|---|",

@@ -1,0 +1,115 @@
+"""Random models and mixed inputs for measurements; everything is made here, nothing is downloaded."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import Qwen2VLConfig, Qwen2VLModel
+
+SIZES = {
+    "mid": {"hidden": 384, "layers": 8, "vision": 256, "depth": 6},
+    "2b": {"hidden": 1536, "layers": 28, "vision": 1280, "depth": 32, "heads": 12, "inner": 8960},
+    "7b": {"hidden": 3584, "layers": 28, "vision": 1280, "depth": 32, "heads": 28, "inner": 18944},
+}
+
+
+def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336, device: str = "cpu") -> Path:
+    """Write a random Qwen2-VL embedder, with the processor and chat template of the embedded default.
+
+    Args:
+        folder: Where to.
+        size: Row of :data:`SIZES`.
+        pixels: Most pixels of a picture after the image processor.
+        device: Where weights are made; bfloat16 on CUDA.
+    """
+    tiny = SentenceTransformer("unime-tiny", device="cpu")
+    processor, config = tiny.processor, tiny.config
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": pixels}
+    row = SIZES[size]
+    heads = row.get("heads", row["hidden"] // 64)
+    part = row["hidden"] // heads // 8
+    text = {
+        "vocab_size": config.text_config.vocab_size,
+        "hidden_size": row["hidden"],
+        "intermediate_size": row.get("inner", row["hidden"] * 8 // 3),
+        "num_hidden_layers": row["layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [part, part, 2 * part], "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    vision = {name: getattr(config.vision_config, name) for name in ("patch_size", "spatial_merge_size")}
+    vision |= {name: getattr(config.vision_config, name) for name in ("temporal_patch_size", "in_channels")}
+    vision |= {"depth": row["depth"], "embed_dim": row["vision"], "hidden_size": row["hidden"]}
+    vision |= {"num_heads": row["vision"] // 64 if row["vision"] % 80 else row["vision"] // 80, "mlp_ratio": 4}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = Qwen2VLModel(
+            Qwen2VLConfig(text_config=text, vision_config=vision, **{name: getattr(config, name) for name in names})
+        )
+    made.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder / "backbone")
+    processor.save_pretrained(folder / "backbone")
+    transformer = Transformer(str(folder / "backbone"), unpad_inputs=False)
+    pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
+    SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").save_pretrained(str(folder / "st"))
+    return folder / "st"
+
+
+def pictures(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600) -> list[str]:
+    """Write JPEG files of smooth noise, about as large as photographs of their size.
+
+    Args:
+        folder: Where to.
+        count: How many.
+        shortest: Least side in pixels.
+        longest: Greatest side in pixels.
+    """
+    rng, paths = np.random.default_rng(0), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        width, height = (int(side) for side in rng.integers(shortest, longest + 1, 2))
+        grain = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        paths.append(str(folder / f"{number}.jpg"))
+        Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC).save(paths[-1], quality=85)
+    return paths
+
+
+def sentences(count: int, *, least: int = 5, most: int = 400) -> list[str]:
+    """Random words.
+
+    Args:
+        count: How many texts.
+        least: Fewest words.
+        most: Most words.
+    """
+    words, rng = "a red blue circle square above the of left large small and".split(), random.Random(0)
+    return [f"{number} " + " ".join(rng.choices(words, k=rng.randint(least, most))) for number in range(count)]
+
+
+def mixed(folder: Path, count: int, *, repeats: float) -> list[Any]:
+    """A third pictures, a third texts, a third both, in random order.
+
+    Args:
+        folder: Where pictures are written.
+        count: How many inputs.
+        repeats: Share of inputs that occurred before.
+    """
+    rng = random.Random(1)
+    fresh = max(3, round(count * (1 - repeats)))
+    paths, texts = pictures(folder, fresh), sentences(fresh)
+    rows: list[Any] = []
+    for number in range(fresh):
+        path = paths[number]
+        rows.append(({"image": path}, {"text": texts[number]}, {"image": path, "text": texts[number]})[number % 3])
+    rows += [rng.choice(rows) for _ in range(count - fresh)]
+    rng.shuffle(rows)
+    return rows
