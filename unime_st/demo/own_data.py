@@ -33,9 +33,11 @@ def _trained(arguments: OwnDataArguments, name: str, start: str, data: str, step
         "output": str(Path(arguments.output) / name),
         "max_steps": steps,
         "batch_size": arguments.batch_size,
+        "sub_batch_size": arguments.batch_size,  # one kind of query in a batch: its negatives are no giveaway
         "learning_rate": arguments.learning_rate,
         "lora_rank": arguments.lora_rank,
         "lora_dropout": 0.0,
+        "lora_targets": arguments.lora_targets,
         "seed": arguments.seed,
     }
 
@@ -54,6 +56,7 @@ def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
             model=warm,
             output=str(output / "pools"),
             num_candidates=arguments.num_candidates,
+            pool="dataset",
             max_similarity="none",
         )
     )
@@ -64,7 +67,7 @@ def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
             template=arguments.template,
             scores=str(output / "scores"),
             output=str(output / "rows"),
-            stride=1,
+            stride=arguments.stride,
             num_negatives=arguments.num_negatives,
             seed=arguments.seed,
         )

@@ -126,7 +126,7 @@ def _judge(run: Seed) -> None:
             template="tiny",
             scores=run.path("scores"),
             output=run.path("rows"),
-            stride=1,
+            stride=run.arguments.stride,
             batch_size=128,
             margin=run.arguments.margin,
             num_negatives=run.arguments.num_negatives,
