@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
@@ -49,9 +50,21 @@ def to_item(value: Any) -> Item:
     """
     if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
         return Item(image=value)
+    if isinstance(value, Image.Image):
+        return Item(image=_as_it_is(value))
+    if isinstance(value, dict) and isinstance(value.get("image"), Image.Image):
+        value = {**value, "image": _as_it_is(value["image"])}
     if isinstance(value, dict) and isinstance(value.get("image"), str) and not os.path.isfile(value["image"]):
         raise TypeError("an image that is fetched is no item")
     return as_item(value)
+
+
+def _as_it_is(image: Image.Image) -> Image.Image:
+    """An opened RGB image without what its file says about orientation: ``predict`` and the authors take its pixels."""
+    if image.mode == "RGB":
+        image = image.copy()
+        image.info = {}
+    return image
 
 
 @contextmanager
