@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mteb_tasks import evaluate
+from mteb_tasks import evaluate, wrap
 from mteb_tasks.description import model_meta
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.reading import read_subset
@@ -153,6 +153,35 @@ def test_chance_is_the_mean_of_one_in_candidates(data, tiny):
     assert found["chance"] == pytest.approx(np.mean([1 / number for number in distinct]))
 
 
+def _scores_of(tiny, tasks, vector_of):
+    """Mean score over tasks of a model whose vectors follow a rule, and what chance would give."""
+    loader = wrap(tiny, "unime/planted")
+    loader.embed = lambda windows, **_: np.stack([vector_of(item) for items in windows for item in items])
+    found = [row for scores in evaluate(loader, tasks).values() for row in scores.values()]
+    return [np.mean([row[name] for row in found]) for name in ("hit_rate_at_1", "chance")]
+
+
+def test_random_constant_and_perfect_models_get_what_they_deserve(data, tiny):
+    tasks = mmeb_tasks()
+    rng = np.random.default_rng(0)
+    score, chance = _scores_of(tiny, tasks, lambda item: rng.normal(size=8).astype(np.float32))
+    spread = 3 * np.sqrt(chance * (1 - chance) / (36 * 10))
+    assert 0.1 < chance < 0.2 and abs(score - chance) < spread
+    score, _ = _scores_of(tiny, tasks, lambda item: np.ones(4, np.float32))
+    assert score < chance + spread  # the positive stands first in every list, which must not help
+    right = {}
+    for task in tasks:
+        (subset,) = task.hf_subsets
+        found = task.retrieval_data(subset, "test")
+        right |= {item.id: found.corpus[min(found.relevant[query])].id for query, item in found.queries.items()}
+
+    def perfect(item):
+        return np.random.default_rng(zlib.crc32(right.get(item.id, item.id).encode())).normal(size=64)
+
+    score, _ = _scores_of(tiny, tasks, lambda item: (v := perfect(item)) / np.linalg.norm(v))
+    assert score == 1.0
+
+
 def test_means_of_a_part_are_means_of_that_part():
     assert mean_scores({"OK-VQA": 0.5, "GQA": 0.75})["vqa"] == 0.625
     assert "grounding" not in mean_scores({"OK-VQA": 0.5})
@@ -231,6 +260,40 @@ def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch
     assert changed["hf_subset"] != first["hf_subset"]
     with pytest.raises(MMEBDataError, match="has changed"):
         stale.tasks[0].load_data()
+
+
+def test_the_first_unime_reads_mmeb_in_its_own_style_and_other_sets_in_one_word(one, tmp_path_factory):
+    from sentence_transformers import SentenceTransformer
+    from tiny_checkpoints import llava_next
+
+    from mteb_tasks.columns import to_dataset
+    from unime_st.checkpoints import convert
+
+    root = tmp_path_factory.mktemp("v1")
+    source = llava_next(root)
+    folder = convert(source, "unime-v1-llava1.6", output=root / "made", image_size=56)
+    model = SentenceTransformer(str(folder), device="cpu")
+    task = next(task for task in MMEB_TASKS if task.subset.name == "CIRR")()
+    task.load_data()
+    (split,) = task.dataset.values()
+    data = task.retrieval_data(*task.hf_subsets, "test")
+    loader = wrap(model)
+    rows = [item.to_input() for item in data.queries.values()]
+    bare = model.encode(rows, processing_kwargs={"chat_template": {"style": "mmeb"}})
+    table = split["test"]["queries"]
+    np.testing.assert_allclose(loader.encode(_loader_of(table), **_CONTEXT), bare, atol=1e-5)
+    one_word = loader.encode(_loader_of(to_dataset(data.queries, ["text", "image"])), **_CONTEXT)
+    np.testing.assert_allclose(one_word, model.encode(rows), atol=1e-5)
+    assert np.abs(one_word - bare).max() > 1e-2
+
+
+_CONTEXT = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
+
+
+def _loader_of(table):
+    from torch.utils.data import DataLoader
+
+    return DataLoader(table, batch_size=4)
 
 
 def test_pictures_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):

@@ -48,9 +48,30 @@ def test_what_is_not_finite_is_never_kept(tmp_path):
 def test_a_second_run_makes_no_forward_pass(tiny, tmp_path, monkeypatch):
     items = [Item(text=word) for word in ("a", "b", "c", "a")]
     first = UniMELoader("unime/x", "1", model=tiny, cache_folder=tmp_path).embed([items])
-    monkeypatch.setattr(tiny, "encode", lambda *args, **kwargs: pytest.fail("a forward pass"))
+    monkeypatch.setattr(tiny, "forward", lambda *args, **kwargs: pytest.fail("a forward pass"))
     second = UniMELoader("unime/x", "1", model=tiny, cache_folder=tmp_path).embed([items[2:], items[:2]])
     np.testing.assert_array_equal(second, first[[2, 3, 0, 1]])
+
+
+def test_a_run_that_was_stopped_goes_on_after_its_last_window(tiny, tmp_path, monkeypatch):
+    items = [Item(text=f"text {number}") for number in range(6)]
+    given = []
+    forward = tiny.forward
+
+    def counted(features, **kwargs):
+        given.append(len(features["attention_mask"]))
+        return forward(features, **kwargs)
+
+    def stopped():
+        yield items[:4]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "forward", counted)
+    with pytest.raises(KeyboardInterrupt):
+        UniMELoader("unime/x", "1", model=tiny, cache_folder=tmp_path).embed(stopped())
+    assert sum(given) == 4
+    UniMELoader("unime/x", "1", model=tiny, cache_folder=tmp_path).embed([items])
+    assert sum(given) == len(items)
 
 
 def test_another_model_or_setting_is_another_folder(tiny_folder, tmp_path, monkeypatch):
