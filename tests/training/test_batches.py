@@ -38,6 +38,24 @@ def test_processes_share_what_one_would_see(drop_last: bool) -> None:
     assert [len(batch) for batch in halves[-2:]] == ([5, 5] if drop_last else [4, 3])
 
 
+@pytest.mark.parametrize(("world_size", "passes"), [(1, 5), (2, 4), (3, 3), (4, 4)])
+def test_the_rows_of_the_last_step_are_shared_out(world_size: int, passes: int) -> None:
+    rows = _rows([f"p{row}" for row in range(29)])  # two steps of 12, and one of 5
+    for costs in (None, np.arange(29)):
+        batches = RowBatches(
+            rows, 1, drop_last=False, world_size=world_size, balanced=12 // world_size, costs=costs, distinct=False
+        )
+        found = list(batches)
+        assert len(found) == len(batches) == 24 + passes and min(map(len, found)) == 1
+        assert sorted(sum(found, [])) == list(range(29))
+
+
+def test_rows_that_cannot_be_shared_out_are_left_out_where_the_loss_wants_it() -> None:
+    make = sampler(world_size=2, even=True, drop_last=False)
+    batches = make(_rows([f"p{row}" for row in range(29)]), batch_size=4, drop_last=True)
+    assert [len(batch) for batch in batches] == [4] * 6 + [2, 2] and len(batches) == 8
+
+
 def test_no_positive_comes_twice_and_the_number_of_batches_holds() -> None:
     rows = _rows(["yes", "no"] * 20 + [f"p{row}" for row in range(60)])
     batches = RowBatches(rows, 5, drop_last=True, world_size=2)

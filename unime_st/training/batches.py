@@ -22,7 +22,7 @@ class RowBatches(DefaultBatchSampler):
         dataset: Rows with the columns ``query`` and ``positive`` of item ids.
         batch_size: Rows per process and batch.
         drop_last: Leave out the rows that fill no batch; otherwise they are a smaller batch at the end, shared out
-            evenly.
+            as evenly as they can be. Fewer rows than processes are left out.
         seed: Seed of the order.
         world_size: Number of processes.
         datasets: Number of each row's data set; None (default) means one.
@@ -33,6 +33,8 @@ class RowBatches(DefaultBatchSampler):
             negative. Defaults to True.
         costs: Tokens of each row. If given, the rows of ``balanced`` batches are dealt out so that all cost the same.
         balanced: Batches of all processes that are accumulated into one step. Defaults to 1.
+        even: The loss takes only as many rows from every process: of the smaller batch the rows that cannot be shared
+            out evenly are left out. Defaults to False.
 
     Example:
         >>> from datasets import Dataset
@@ -58,9 +60,10 @@ class RowBatches(DefaultBatchSampler):
         distinct: bool = True,
         costs: np.ndarray | None = None,
         balanced: int = 1,
+        even: bool = False,
     ) -> None:
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
-        self.world_size, self.sub_batch_size, self.costs = world_size, sub_batch_size or 1, costs
+        self.world_size, self.sub_batch_size, self.costs, self.even = world_size, sub_batch_size or 1, costs, even
         self.unit = batch_size * world_size * balanced
         self.rows = len(dataset)
         self.pieces = world_size * balanced
@@ -83,20 +86,28 @@ class RowBatches(DefaultBatchSampler):
     @property
     def remainder(self) -> int:
         """Rows of the last, smaller batch; 0 if it is left out."""
-        left = self.rows % self.unit
-        return 0 if self.drop_last or left < self.pieces else left
+        left = 0 if self.drop_last else self.rows % self.unit
+        if self.even:
+            left -= left % self.world_size
+        return left if left >= self.world_size else 0
+
+    @property
+    def _last_pieces(self) -> int:
+        """Into how many batches the remainder is dealt out: none of them empty, as many for every process."""
+        return min(self.pieces, self.remainder // self.world_size * self.world_size)
 
     def __len__(self) -> int:
-        return self.pieces * (self.rows // self.unit + (self.remainder > 0))
+        return self.pieces * (self.rows // self.unit) + self._last_pieces
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed or 0, self.epoch])
         stream = self._stream(rng)
         deferred: list[int] = []
-        sizes = [self.unit] * (self.rows // self.unit) + ([self.remainder] if self.remainder else [])
-        for size in sizes:
-            batch, deferred = self._take(size, stream, deferred)
-            yield from self._dealt(batch)
+        for _ in range(self.rows // self.unit):
+            batch, deferred = self._take(self.unit, stream, deferred)
+            yield from self._dealt(batch, self.pieces)
+        if self.remainder:
+            yield from self._dealt(self._take(self.remainder, stream, deferred)[0], self._last_pieces)
 
     def _take(self, size: int, stream: Iterator[int], deferred: list[int]) -> tuple[list[int], list[int]]:
         if self._keys is None:
@@ -134,15 +145,15 @@ class RowBatches(DefaultBatchSampler):
             for number in rng.permutation(len(blocks)):
                 yield from blocks[number].tolist()
 
-    def _dealt(self, batch: list[int]) -> list[list[int]]:
+    def _dealt(self, batch: list[int], count: int) -> list[list[int]]:
         if self.costs is None:
-            return [piece.tolist() for piece in np.array_split(np.array(batch), self.pieces)]
+            return [piece.tolist() for piece in np.array_split(np.array(batch), count)]
         # Back and forth over the rows by falling cost: every piece gets as many rows and nearly as many tokens.
         order = sorted(batch, key=lambda row: -self.costs[row])  # type: ignore[index]
-        pieces: list[list[int]] = [[] for _ in range(self.pieces)]
+        pieces: list[list[int]] = [[] for _ in range(count)]
         for place, row in enumerate(order):
-            turn, position = divmod(place, self.pieces)
-            pieces[self.pieces - 1 - position if turn % 2 else position].append(row)
+            turn, position = divmod(place, count)
+            pieces[count - 1 - position if turn % 2 else position].append(row)
         return pieces
 
 
@@ -163,13 +174,15 @@ def _groups(datasets: np.ndarray, temperature: float) -> list[tuple[np.ndarray, 
 
 
 def sampler(
-    *, world_size: int = 1, datasets: Sequence[str] | None = None, **options: Any
+    *, world_size: int = 1, datasets: Sequence[str] | None = None, drop_last: bool | None = None, **options: Any
 ) -> Callable[..., RowBatches]:
     """Return what the trainer calls to make its batch sampler.
 
     Args:
         world_size: Number of processes.
         datasets: Name of each row's data set.
+        drop_last: Instead of what the trainer says, whose options turn it on wherever there are several processes,
+            for fear of shards of different size. None (default) obeys.
         **options: As of :class:`RowBatches`.
 
     Example:
@@ -182,6 +195,7 @@ def sampler(
     numbers = None if datasets is None else np.unique(np.array(datasets), return_inverse=True)[1]
 
     def make(dataset: Dataset, **given: Any) -> RowBatches:
+        given["drop_last"] = given["drop_last"] if drop_last is None else drop_last
         return RowBatches(dataset, **given, world_size=world_size, datasets=numbers, **options)
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from unime_st.data.checking import RejectedWriter
 from unime_st.data.records import RecordSet
+from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
@@ -78,9 +80,11 @@ class EmbedderSetup:
         operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
         rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype) if budget or a.dry_run else []
         words = self._words(lazy, per_pass, budget)
+        loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims)
+        gathers = bool(getattr(loss.loss, "gather_across_devices", False))
         return Setup(
             rows=rows,
-            loss=DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims),
+            loss=loss,
             collator=ItemCollator(model.preprocess, records=self.records, mini_batches=mini_batches, lazy=lazy),
             make_batches=sampler(
                 world_size=state.num_processes,
@@ -90,12 +94,17 @@ class EmbedderSetup:
                 distinct=self.distinct,
                 costs=None if self.in_batch else row_costs,
                 balanced=balanced,
+                drop_last=a.drop_last,
+                # Of the losses that gather, ours alone let shards differ in size.
+                even=gathers and not isinstance(loss.loss, CachedEmbeddingLoss),
             ),
             batch_size=per_pass,
             accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
             plan=self._plan(model, len(rows), aside, row_costs, operations, rehearsals, words, lazy, costs),
             operations_per_token=operations,
             matrix_rate=matrix_rate(model.device, dtype),
+            # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
+            mean_over_rows=not gathers and not a.drop_last,
         )
 
     def _costs(self, model: BaseModel) -> np.ndarray:
@@ -175,6 +184,14 @@ class EmbedderSetup:
         size = f"{budget:,} tokens" if budget else f"{a.mini_batch_size} items"
         return f"{size} at a time, gradients cached" if lazy else "the whole batch in one pass"
 
+    def _steps_of_a_pass(self, rows: int, per_step: int) -> int:
+        a = self.arguments
+        rounded = math.floor if a.drop_last else math.ceil
+        if not self.in_batch:
+            return rounded(rows / per_step)
+        # Batches that stand alone: those that are left for the last step make a smaller one.
+        return math.ceil(rounded(rows / (per_step // a.gradient_accumulation_steps)) / a.gradient_accumulation_steps)
+
     def _plan(
         self,
         model: BaseModel,
@@ -189,7 +206,7 @@ class EmbedderSetup:
     ) -> Plan:
         a, world = self.arguments, processes().num_processes
         per_step = a.batch_size * a.gradient_accumulation_steps * world
-        steps = a.max_steps if a.max_steps > 0 else int(rows // per_step * a.epochs)
+        steps = a.max_steps if a.max_steps > 0 else math.ceil(self._steps_of_a_pass(rows, per_step) * a.epochs)
         tokens = int(row_costs.mean() * steps * per_step)
         hours = peak = None
         if rehearsals:

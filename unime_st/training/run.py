@@ -43,6 +43,7 @@ class Setup:
         plan: What the run will take.
         operations_per_token: Floating-point operations that a token takes.
         matrix_rate: Operations per second of a matrix product on this device.
+        mean_over_rows: Forward passes of a step count by their rows; False: all the same.
     """
 
     rows: Dataset
@@ -54,6 +55,7 @@ class Setup:
     plan: Plan | None = None
     operations_per_token: float = 0.0
     matrix_rate: float = 0.0
+    mean_over_rows: bool = False
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -188,6 +190,7 @@ def _trainer(arguments: TrainArguments, model: BaseModel, made: Setup, output: P
         rows_per_step=arguments.batch_size * arguments.gradient_accumulation_steps * trainer_options.world_size,
         operations_per_token=made.operations_per_token,
         matrix_rate=made.matrix_rate,
+        mean_over_rows=made.mean_over_rows,
     )
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from unime_st.training.items import COLUMNS
 
 
 class _TellsTheEpoch(TrainerCallback):
@@ -34,6 +40,8 @@ class ReportingMixin:
         rows_per_step: Rows of an optimiser step, on all devices.
         operations_per_token: Floating-point operations that a token takes.
         matrix_rate: Operations per second that the device could do; 0 leaves MFU out.
+        mean_over_rows: The loss of a step is the mean over its rows, so forward passes count by their rows, on all
+            processes. Defaults to False: all passes count the same, as they do for the trainer.
         **kwargs: Of the trainer.
     """
 
@@ -44,10 +52,13 @@ class ReportingMixin:
         rows_per_step: int = 0,
         operations_per_token: float = 0.0,
         matrix_rate: float = 0.0,
+        mean_over_rows: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._make_batches = make_batches
+        self._mean_over_rows = mean_over_rows
+        self._shares: list[float] = []
         self._rows_per_step, self._operations, self._matrix_rate = rows_per_step, operations_per_token, matrix_rate
         self._mark = (0.0, 0, 0)
 
@@ -64,6 +75,37 @@ class ReportingMixin:
                 "step."
             )
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        except (OSError, RuntimeError, SafetensorError) as error:  # as Python, torch and safetensors put it
+            folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
+            free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {folder} ({free:.1f} GiB are free there): "
+                f"{error}. The one before it is intact: make room and run the same command again."
+            ) from error
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the batches of a step, and find out how much each of them counts."""
+        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._shares = self._shares_of(samples) if self._mean_over_rows else []
+        return samples, items
+
+    def _shares_of(self, samples: list[dict[str, Any]]) -> list[float]:
+        """Rows of a batch over the mean rows of a batch, where a step is all batches of all processes."""
+        rows = [sample[f"bucket0_{COLUMNS}"].shape[1] for sample in samples]
+        total = torch.tensor([sum(rows), len(rows)], device=self.args.device)  # type: ignore[attr-defined]
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        all_rows, batches = total.tolist()
+        return [count * batches / all_rows for count in rows]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of one batch; the trainer takes the mean over the batches of a step."""
+        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        return loss * self._shares.pop(0) if self._shares else loss
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Make the batch sampler. It is no option: those are stored with every checkpoint, and it holds whole columns."""
