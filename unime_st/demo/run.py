@@ -123,6 +123,7 @@ def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
 def _notes(arguments: DemoArguments) -> list[str]:
     return [
         "All models after stage 2 start from the same stage-2 weights.",
+        "Stage 2 sees one kind of query per batch; UniME-V2 and both controls draw rows at random, as the papers do.",
         f"Equal compute: the control takes {arguments.equal_compute_steps} steps instead of {arguments.steps}, so it "
         "encodes as many items as UniME-V2 does; mining and judging are not counted.",
         f"Evaluation: {arguments.eval_size} queries per task on scenes of the test split, which no training saw.",

@@ -49,9 +49,11 @@ class DemoArguments:
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of the embedder's LoRA."})
     num_candidates: int = field(default=15, metadata={"help": "Candidates mined and judged per query."})
     num_negatives: int = field(default=5, metadata={"help": "Judged negatives per query in training."})
-    stride: int = field(default=3, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."})
+    stride: int = field(
+        default=3, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."}
+    )
     margin: float = field(default=0.01, metadata={"help": "Candidates judged above the positive less this go."})
-    label_temperature: float = field(default=0.1, metadata={"help": "Temperature of the judge's scores."})
+    label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
     in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})
     eval_size: int = field(default=200, metadata={"help": "Queries per held-out task (half as many foils)."})
@@ -83,7 +85,9 @@ class OwnDataArguments:
     lora_targets: str = field(default="all-linear", metadata={"help": "Layers with adapters: all-linear or a regex."})
     num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
     num_negatives: int = field(default=5, metadata={"help": "Judged negatives per query in training."})
-    stride: int = field(default=3, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."})
+    stride: int = field(
+        default=3, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."}
+    )
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
     label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
     in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})

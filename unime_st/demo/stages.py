@@ -65,7 +65,6 @@ class Seed:
             "output": self.path(name),
             "max_steps": steps,
             "batch_size": self.arguments.batch_size,
-            "sub_batch_size": self.arguments.batch_size,  # one kind of query in a batch: its negatives are no giveaway
             "learning_rate": self.arguments.learning_rate,
             "log_every": 5,
             "save_every": 50,
@@ -102,6 +101,7 @@ def _distill(run: Seed) -> None:
 
 def _hard_negatives(run: Seed) -> None:
     common = run.common("stage2", run.path("stage1"), "records", run.arguments.warm_steps)
+    common |= {"sub_batch_size": run.arguments.batch_size}  # one kind of query in a batch: no negative is a giveaway
     stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=run.arguments.temperature))
 
 
