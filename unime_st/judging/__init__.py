@@ -1,4 +1,4 @@
-"""The MLLM judge: prompts, the protocol of anything that scores pairs, and a judge in this process."""
+"""The MLLM judge: prompts, the protocol of anything that scores pairs, and judges here and elsewhere."""
 
 from __future__ import annotations
 

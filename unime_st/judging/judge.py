@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from unime_st.encoding import weights_fingerprint
 from unime_st.judging.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
 from unime_st.judging.prompts import ItemLike, as_item, check_template, load_template, prompt_hash
 from unime_st.judging.scoring import PairScorer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, init=False)
@@ -99,13 +102,16 @@ class LocalJudge:
         device: Such as "cuda:0". Defaults to what sentence-transformers picks.
         image_tokens: Fewest and most visual tokens per image. Defaults to what the template was made for (4 to 300
             for "official"), else to the limits of the model's own image processor.
-        cache_bytes: Bound of the memory for processed images, in bytes. Defaults to 256 MiB.
+        cache_bytes: Bound of the memory for the visual tokens of images seen before, in bytes. Defaults to 256 MiB.
+        max_text_tokens: Texts of items are cut after so many tokens, which is counted in ``shortened`` and logged.
+            Defaults to None: nothing is cut, and a prompt longer than the model takes is an error of its pair.
         model_kwargs: Passed to ``from_pretrained`` when a model is loaded, for example ``{"dtype": "bfloat16"}``.
         name: What to call this judge in manifests. Defaults to the last part of the model's name.
         show_progress_bar: Whether to show progress in pairs. Defaults to False.
 
     Attributes:
         name, revision, prompt_hash: See :class:`Judge`; the revision is the hub's commit or a hash over the weights.
+        shortened: Texts cut so far, counted per call and item.
 
     Raises:
         ValueError: If the model is no generative one, or the template drops a part of its input.
@@ -130,6 +136,7 @@ class LocalJudge:
         device: str | None = None,
         image_tokens: ImageTokens | None = None,
         cache_bytes: int = 256 * 2**20,
+        max_text_tokens: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
         name: str | None = None,
         show_progress_bar: bool = False,
@@ -156,7 +163,10 @@ class LocalJudge:
         self.revision = getattr(transformer.config, "_commit_hash", None) or weights_fingerprint(self.model)
         tokenizer: Any = transformer.tokenizer
         answers = tokenizer.convert_ids_to_tokens(answer_ids)
-        self.prompt_hash = prompt_hash(source, answers, sorted(options.items()))
+        cut = [] if max_text_tokens is None else [max_text_tokens]
+        self.prompt_hash = prompt_hash(source, answers, sorted(options.items()), *cut)
+        self.max_text_tokens = max_text_tokens
+        self.shortened = 0
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
         """Score every candidate of every group; each distinct pair is judged once.
@@ -175,6 +185,7 @@ class LocalJudge:
             ValueError: If a prompt is longer than the model takes and ``errors`` is None.
             FloatingPointError: If a logit is not finite.
         """
+        groups = self._shorten(groups)
         scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
         places = _distinct_pairs(groups, errors)
         queries: dict[Item, list[Item]] = defaultdict(list)
@@ -189,7 +200,7 @@ class LocalJudge:
                 answer = outcome if isinstance(outcome, ValueError) else float(outcome[0] - outcome[1])
                 for row, column in places[pair]:
                     if isinstance(answer, ValueError):
-                        _set_aside(errors, row, column, answer)
+                        set_aside(errors, row, column, answer)
                     elif not np.isfinite(answer):
                         raise FloatingPointError(
                             f"group {row}, candidate {column}: the log-odds are {answer}, so the model overflowed "
@@ -199,6 +210,28 @@ class LocalJudge:
                         scores[row][column] = answer
                 progress.update()
         return scores
+
+    def _shorten(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """Cut long texts."""
+        limit, before = self.max_text_tokens, self.shortened
+        if limit is None:
+            return groups
+        tokenizer: Any = self.scorer.transformer.tokenizer
+
+        def cut(item: Item) -> Item:
+            if item.text is None or len(item.text.encode("utf-8", "replace")) < limit:  # a token has a byte at least
+                return item
+            ends = tokenizer(item.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            if len(ends) <= limit:
+                return item
+            self.shortened += 1
+            # A character may take several tokens; one that does not fit as a whole goes.
+            return Item(item.text[: min(ends[limit - 1][1], ends[limit][0])], item.image)
+
+        shorter = [Group(cut(group.query), [cut(candidate) for candidate in group.candidates]) for group in groups]
+        if self.shortened > before:
+            logger.warning("%s: %d texts cut after %d tokens", self.name, self.shortened - before, limit)
+        return shorter
 
 
 def _generative_parts(model: CrossEncoder) -> tuple[Transformer, list[int]]:
@@ -224,12 +257,19 @@ def _distinct_pairs(
             try:
                 places.setdefault((group.query, candidate), []).append((row, column))
             except BadImageError as error:  # the content that makes items equal cannot be read
-                _set_aside(errors, row, column, error)
+                set_aside(errors, row, column, error)
     return places
 
 
-def _set_aside(errors: list[PairError] | None, group: int, candidate: int, error: ValueError) -> None:
-    """Record why a pair cannot be judged, or raise it with its place."""
+def set_aside(errors: list[PairError] | None, group: int, candidate: int, error: ValueError) -> None:
+    """Record why a pair cannot be judged, or raise it with its place.
+
+    Args:
+        errors: Where to record it; None to raise.
+        group: Index of the group.
+        candidate: Index of the candidate in its group.
+        error: The reason.
+    """
     if errors is None:
         raise type(error)(f"group {group}, candidate {candidate}: {error}") from error
     errors.append(PairError(group, candidate, str(error)))

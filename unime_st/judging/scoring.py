@@ -94,6 +94,31 @@ class PairScorer:
         if self.parts is not None:
             self.parts.bank.clear()
 
+    @property
+    def language_weights(self) -> int:
+        """Weights of the language model that every token meets; 0 where they are not known."""
+        if self.engine is None:
+            return 0
+        tables = sum(weight.numel() for weight in self.engine.decoder.get_input_embeddings().parameters())
+        return sum(weight.numel() for weight in self.engine.decoder.parameters()) - tables
+
+    def tokens(self, queries: Sequence[Query]) -> tuple[int, int]:
+        """Count tokens through the language model.
+
+        Args:
+            queries: Queries, each with its distinct candidates.
+
+        Returns:
+            tuple[int, int]: With shared beginnings, and if every pair were computed on its own. (0, 0) where the model
+            has to compute every pair on its own.
+        """
+        if self.obstacle is not None or self.parts is None:
+            return 0, 0
+        bundles = [bundle for bundle, _ in self.parts.encode(queries)[0]]
+        ends = sum(len(suffix) for bundle in bundles for suffix in bundle.suffixes)
+        begins = [(len(bundle.prefix), len(bundle.suffixes)) for bundle in bundles]
+        return ends + sum(length for length, _ in begins), ends + sum(length * times for length, times in begins)
+
     @torch.inference_mode()
     def score(self, queries: Sequence[Query]) -> Iterator[tuple[Pair, Outcome]]:
         """Score pairs in any order.

@@ -2,86 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from unime_st.data.checking import RejectedWriter
 from unime_st.data.manifest import begin_stage, finish_stage
-from unime_st.data.records import ROW_SCHEMA, ItemFolder, RecordSet
+from unime_st.data.records import ROW_SCHEMA, RecordSet
 from unime_st.data.scores import CERTAIN_LOGIT, to_scores
 from unime_st.data.tables import ShardWriter, link_items
 from unime_st.judging.judge import Group, Judge, PairError
-from unime_st.retrieval.mining import POOL_SCHEMA, Pool, Pools
+from unime_st.judging.store import Scores, ScoreShards, alone_in
+from unime_st.retrieval.mining import Pools
 from unime_st.selection import select_negatives
 
 logger = logging.getLogger(__name__)
 
-SCORE_SCHEMA = pa.schema(
-    [
-        *POOL_SCHEMA,
-        pa.field("positive_logit", pa.float32(), nullable=False),
-        pa.field("logits", pa.list_(pa.float32()), nullable=False),
-    ]
-)
-"""A pool's row with the judge's log-odds Yes - No of the positive and of each candidate."""
-
 _BINS = 20
 
 
-@dataclass(frozen=True)
-class JudgedPool(Pool):
-    """A pool with the judge's answers.
-
-    Args:
-        positive_logit: Log-odds Yes - No of the positive.
-        logits: The same for each candidate.
-    """
-
-    positive_logit: float
-    logits: list[float]
-
-
-class Scores(ItemFolder):
-    """The result of :func:`judge_pools`, as a sequence of :class:`JudgedPool`.
-
-    Args:
-        folder: Folder written by :func:`judge_pools`.
-
-    Raises:
-        FileNotFoundError: If judging has not finished there.
-    """
-
-    def __getitem__(self, index: int) -> JudgedPool:
-        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
-
-    def __iter__(self) -> Iterator[JudgedPool]:
-        return (self._build(row) for row in self.row_shards.rows())
-
-    def _build(self, row: dict[str, Any]) -> JudgedPool:
-        query, positive = self.item(row["query"]), self.item(row["positive"])
-        candidates = [self.item(item_id) for item_id in row["candidates"]]
-        return JudgedPool(**{**row, "query": query, "positive": positive, "candidates": candidates})
-
-
 def judge_pools(
-    pools: Pools | str | Path, judge: Judge, output: str | Path, *, shard_size: int = 256, overwrite: bool = False
+    pools: Pools | str | Path,
+    judge: Judge,
+    output: str | Path,
+    *,
+    shard_size: int = 256,
+    overwrite: bool = False,
 ) -> Scores:
     """Judge every pair of query and candidate once, and every pair of query and positive.
 
     The work is cut into shards of whole queries. A shard is written when all of it is judged; after a kill, finished
     shards are kept and the one in flight is judged again. Scores of two judges or prompts are never mixed: a folder
-    that was begun with one refuses another. The cost is logged before the first pair.
+    that was begun with one refuses another, and every shard names its judge and prompt.
+
+    For several processes see :func:`judge_part`.
 
     Args:
         pools: Mined pools, or their folder.
@@ -110,35 +69,73 @@ def judge_pools(
             scores = judge_pools("runs/own/pools", LocalJudge("unime-tiny", template="tiny"), "runs/own/scores")
             rows = select_rows(scores, "runs/own/rows")
     """
+    scores = judge_part(pools, judge, output, (0, 1), shard_size=shard_size, overwrite=overwrite)
+    assert scores is not None  # the only part is all there is
+    return scores
+
+
+def judge_part(
+    pools: Pools | str | Path,
+    judge: Judge,
+    output: str | Path,
+    part: tuple[int, int],
+    *,
+    shard_size: int = 256,
+    overwrite: bool = False,
+) -> Scores | None:
+    """Do a part of :func:`judge_pools`, so that several processes share the work.
+
+    All write to one folder; no pair is judged by two of them. Whichever finds all shards done finishes the folder.
+
+    Args:
+        pools: Mined pools, or their folder.
+        judge: What scores pairs; the same in every process.
+        output: Folder to write.
+        part: (i, n) does every n-th shard from the i-th on, 0 <= i < n.
+        shard_size: Rows per shard; the same in every process. Defaults to 256.
+        overwrite: Replace an output made with another judge or other options; only where n is 1. Defaults to False.
+
+    Returns:
+        Scores | None: None as long as shards of other parts are missing.
+
+    Raises:
+        ValueError, StageConflictError: See :func:`judge_pools`; also if the part makes no sense.
+
+    Example:
+        >>> from unime_st.judging.stage import judge_part
+        >>> judge_part("runs/pools", judge, "runs/scores", (0, 4))  # doctest: +SKIP
+    """
     pools = pools if isinstance(pools, Pools) else Pools(pools)
     output = Path(output)
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}")
+    if overwrite and part[1] > 1:
+        raise ValueError("overwrite would throw away what the other parts have done: remove the folder instead")
     identity = {"name": judge.name, "revision": judge.revision, "prompt_hash": judge.prompt_hash}
     options = {"judge": identity, "shard_size": shard_size}
-    if not begin_stage(output, "judge", inputs=[pools.folder], options=options, overwrite=overwrite):
-        return Scores(output)
-    link_items(pools.folder, output)
-    queries = pools.row_shards.column("query").to_pylist()
-    shards = _cut(queries, shard_size)
-    pending = [number for number in range(len(shards)) if not _shard_path(output, number).is_file()]
+    with alone_in(output):  # processes that a scheduler starts at once
+        if not begin_stage(output, "judge", inputs=[pools.folder], options=options, overwrite=overwrite):
+            return Scores(output)
+        link_items(pools.folder, output)
+    rows = _cut(pools.row_shards.column("query").to_pylist(), shard_size)
+    shards = ScoreShards(output, identity, len(rows))
+    mine = range(part[0], len(rows), part[1])
+    pending = sorted(set(mine).intersection(shards.missing()))
     logger.info(
-        "judge: %d pairs of %d distinct items with %s; %d of %d shards to do",
+        "judge: %d pairs of %d distinct items with %s; %d of %d shards to do here",
         len(pools) + pools.manifest["candidates"],
         len(pools.items),
         judge.name,
         len(pending),
-        len(shards),
+        len(mine),
     )
-    left = sum(len(shards[number]) for number in pending)
-    with tqdm(total=len(queries), initial=len(queries) - left, desc="judging", unit="row") as progress:
+    total, left = (sum(len(rows[number]) for number in numbers) for numbers in (mine, pending))
+    with tqdm(total=total, initial=total - left, desc="judging", unit="row") as progress:
         for number in pending:
-            _judge_shard(pools, judge, output, number, [pools.row_shards.row(row) for row in shards[number]])
-            progress.update(len(shards[number]))
-    facts = _gather(output, len(shards))
-    facts |= {"judge": identity, "image_root": pools.manifest.get("image_root"), "items": len(pools.items)}
-    finish_stage(output, facts)
-    for part in output.glob("rejected-*.jsonl"):
-        part.unlink()
-    return Scores(output)
+            _judge_shard(pools, judge, shards, number, [pools.row_shards.row(row) for row in rows[number]])
+            progress.update(len(rows[number]))
+    facts = {"image_root": pools.manifest.get("image_root"), "items": len(pools.items)}
+    return Scores(output) if shards.finish(facts) else None
 
 
 def _cut(queries: Sequence[str], shard_size: int) -> list[list[int]]:
@@ -154,11 +151,7 @@ def _cut(queries: Sequence[str], shard_size: int) -> list[list[int]]:
     return shards or [[]]
 
 
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"rows-{number:05d}.parquet"
-
-
-def _judge_shard(pools: Pools, judge: Judge, output: Path, number: int, rows: list[dict[str, Any]]) -> None:
+def _judge_shard(pools: Pools, judge: Judge, shards: ScoreShards, number: int, rows: list[dict[str, Any]]) -> None:
     wanted: dict[str, dict[str, None]] = defaultdict(dict)  # distinct candidates by query, in order
     for row in rows:
         wanted[row["query"]].update(dict.fromkeys([row["positive"], *row["candidates"]]))
@@ -178,54 +171,7 @@ def _judge_shard(pools: Pools, judge: Judge, output: Path, number: int, rows: li
                 logits[query, item] = float(logit)
             else:
                 raise ValueError(f"judge {judge.name} gave {logit} for query {query}, candidate {item}")
-    _write_shard(output, number, rows, logits, failed)
-
-
-def _write_shard(
-    output: Path,
-    number: int,
-    rows: list[dict[str, Any]],
-    logits: dict[tuple[str, str], float],
-    failed: dict[tuple[str, str], str],
-) -> None:
-    # What was set aside is published first: a shard that is there is complete.
-    with (
-        ShardWriter(output, "rows", SCORE_SCHEMA, first_shard=number) as shard,
-        RejectedWriter(output, f"rejected-{number:05d}.jsonl", announce=False) as rejected,
-    ):
-        for (query, item), reason in failed.items():
-            rejected.add(reason, query=query, candidate=item)
-        for row in rows:
-            query = row["query"]
-            if (query, row["positive"]) in failed:
-                reason = "the positive cannot be judged, so the row is of no use"
-                rejected.add(reason, query=query, positive=row["positive"])
-                continue
-            kept = [place for place, item in enumerate(row["candidates"]) if (query, item) in logits]
-            candidates = [row["candidates"][place] for place in kept]
-            shard.add(
-                {
-                    **row,
-                    "candidates": candidates,
-                    "similarities": [row["similarities"][place] for place in kept],
-                    "positive_logit": logits[query, row["positive"]],
-                    "logits": [logits[query, item] for item in candidates],
-                }
-            )
-
-
-def _gather(output: Path, shards: int) -> dict[str, Any]:
-    """Join what the shards set aside, and count."""
-    with RejectedWriter(output) as rejected:
-        for part in sorted(output.glob("rejected-*.jsonl")):
-            for line in part.read_text(encoding="utf-8").splitlines():
-                rejected.add(**json.loads(line))
-    rows = pairs = 0
-    for number in range(shards):
-        table = pq.read_table(_shard_path(output, number), columns=["logits"])
-        rows += len(table)
-        pairs += len(table) + int(pc.sum(pc.list_value_length(table["logits"])).as_py() or 0)
-    return {"rows": rows, "pairs": pairs, "rejected": rejected.count, "shards": shards}
+    shards.write(number, rows, logits, failed)
 
 
 def select_rows(

@@ -11,7 +11,7 @@ import numpy as np
 from unime_st.data.manifest import is_complete, read_manifest
 from unime_st.data.records import RecordSet
 from unime_st.data.scores import to_scores
-from unime_st.judging.stage import JudgedPool, Scores
+from unime_st.judging.store import JudgedPool, Scores
 from unime_st.report.charts import histogram
 from unime_st.report.html import Content, Html, element, facts, join, show_item, show_items
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from tqdm.auto import tqdm
 
-from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.manifest import begin_stage, finish_stage, is_complete
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.judging import LocalJudge
-from unime_st.judging.stage import judge_pools, select_rows
+from unime_st.judging import Judge, LocalJudge
+from unime_st.judging.cost import estimate_cost
+from unime_st.judging.stage import judge_part, select_rows
 from unime_st.model import UniME
 from unime_st.retrieval.mining import Pools, mine
 from unime_st.training.arguments import JudgeArguments, MineArguments
+
+logger = logging.getLogger(__name__)
 
 
 def _named(value: str, option: str) -> str:
@@ -108,16 +112,26 @@ def run_judge(arguments: JudgeArguments) -> Path:
         arguments: Options.
 
     Returns:
-        Folder of the judged training rows.
+        Folder of the judged training rows; not there yet after ``dry_run``, or while the shards of other
+        processes are missing.
     """
-    judge = LocalJudge(arguments.model, template=arguments.template, batch_size=arguments.batch_size)
-    scores = judge_pools(
-        _named(arguments.data, "data"),
+    pools = Pools(_named(arguments.data, "data"))
+    judge = _judge(arguments)
+    finished = bool(arguments.scores) and is_complete(arguments.scores) and not arguments.overwrite
+    if arguments.dry_run or not finished:
+        logger.info("%s: %s", judge.name, estimate_cost(pools, judge, sample=16 if arguments.dry_run else 4))
+    if arguments.dry_run:
+        return Path(arguments.output)
+    scores = judge_part(
+        pools,
         judge,
         _named(arguments.scores, "scores"),
+        part_of(arguments.shard),
         shard_size=arguments.shard_size,
         overwrite=arguments.overwrite,
     )
+    if scores is None:
+        return Path(arguments.output)
     rows = select_rows(
         scores,
         _named(arguments.output, "output"),
@@ -129,3 +143,38 @@ def run_judge(arguments: JudgeArguments) -> Path:
         overwrite=arguments.overwrite,
     )
     return rows.folder
+
+
+def _judge(arguments: JudgeArguments) -> Judge:
+    return LocalJudge(
+        arguments.model,
+        template=arguments.template,
+        batch_size=arguments.batch_size,
+        cache_bytes=arguments.cache_mb * 2**20,
+        max_text_tokens=arguments.max_text_tokens or None,
+        model_kwargs={} if arguments.dtype == "auto" else {"dtype": arguments.dtype},
+    )
+
+
+def part_of(shard: str) -> tuple[int, int]:
+    """Read the option ``shard``.
+
+    Args:
+        shard: ``i/n`` with 0 <= i < n, or nothing for all.
+
+    Returns:
+        tuple[int, int]: (i, n).
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> part_of("1/4"), part_of("")
+        ((1, 4), (0, 1))
+    """
+    if not shard:
+        return 0, 1
+    place, _, count = shard.partition("/")
+    if not (place.isdigit() and count.isdigit() and int(place) < int(count)):
+        raise ValueError(f"shard must be i/n with 0 <= i < n, such as 0/4, but is {shard!r}.")
+    return int(place), int(count)

@@ -1,0 +1,101 @@
+"""What a judge costs before it starts, and the work cut in parts."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from word_judge import WordJudge
+
+from unime_st.data import RecordSet, StageConflictError
+from unime_st.data.scenes import training_records
+from unime_st.judging import Group, LocalJudge
+from unime_st.judging.cost import estimate_cost
+from unime_st.judging.stage import Scores, judge_part, judge_pools
+from unime_st.model import UniME
+from unime_st.retrieval import Pools, mine
+from unime_st.training.arguments import JudgeArguments
+from unime_st.training.offline import run_judge
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Pools:
+    folder = tmp_path_factory.mktemp("scenes")
+    records = RecordSet.write(folder / "records", training_records(24, seed=5), {})
+    return mine(records, UniME("unime-tiny", device="cpu"), folder / "pools", num_candidates=4, max_similarity=None)
+
+
+@pytest.fixture(scope="module")
+def judge() -> LocalJudge:
+    return LocalJudge("unime-tiny", template="tiny", device="cpu")
+
+
+def test_cost(pools: Pools, judge: LocalJudge):
+    cost = estimate_cost(pools, judge, sample=24, seconds=float("inf"))
+    pairs = len(pools) + pools.manifest["candidates"]
+    assert cost.pairs == cost.sample == pairs and cost.hours > 0 and cost.disk_mb > 0
+    lengths = judge.scorer.tokens([(pool.query, [pool.positive, *pool.candidates]) for pool in pools])
+    assert (cost.tokens, cost.tokens_unshared) == pytest.approx(lengths) and lengths[0] < lengths[1]
+    decoder = judge.model[0].model.model.language_model
+    weights = sum(p.numel() for name, p in decoder.named_parameters() if "embed_tokens" not in name)
+    assert cost.flops == pytest.approx(2 * weights * cost.tokens)
+    assert "hours here" in str(cost) and cost.to_dict()["pairs"] == pairs
+    other = estimate_cost(pools, WordJudge(), sample=4)
+    assert other.tokens is None and other.flops is None and "tokens" not in str(other)
+
+
+def test_a_dry_run_leaves_no_trace(pools: Pools, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "unime_st")
+    common = {"data": str(pools.folder), "template": "tiny", "scores": str(tmp_path / "scores")}
+    run_judge(JudgeArguments(**common, dry_run=True))
+    assert "hours here" in caplog.text and not (tmp_path / "scores").exists()
+
+
+def work(folder: Path, output: Path, part: int) -> None:
+    judge_part(folder, WordJudge(), output, (part, 2), shard_size=3)
+
+
+def test_two_processes_share_the_shards(pools: Pools, tmp_path: Path):
+    output = tmp_path / "scores"
+    assert judge_part(pools, WordJudge(), output, (1, 3), shard_size=3) is None
+    assert 0 < len(list(output.glob("rows-*.parquet"))) < 8
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(pools.folder, output, part)) for part in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    scores = Scores(output)
+    assert len(scores) == len(pools) and not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("*.lock"))
+    whole = judge_pools(pools, WordJudge(), tmp_path / "whole", shard_size=3)
+    assert [pool.logits for pool in scores] == [pool.logits for pool in whole]
+    with pytest.raises(ValueError, match="0 <= i < n"):
+        judge_part(pools, WordJudge(), output, (2, 2))
+    with pytest.raises(ValueError, match="the other parts"):
+        judge_part(pools, WordJudge(), output, (0, 2), overwrite=True)
+
+
+def test_a_shard_of_another_judge_is_refused(pools: Pools, tmp_path: Path):
+    output = tmp_path / "scores"
+    assert judge_part(pools, WordJudge(), output, (0, 2), shard_size=3) is None
+    path = output / "rows-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"judge": '{"name": "other"}'}), path)
+    with pytest.raises(StageConflictError, match="rows-00000.parquet holds scores of .*other"):
+        judge_pools(pools, WordJudge(), output, shard_size=3)
+
+
+def test_long_texts_are_cut_where_asked(judge: LocalJudge, caplog: pytest.LogCaptureFixture):
+    short = LocalJudge("unime-tiny", template="tiny", device="cpu", max_text_tokens=5)
+    long = "a big red square on the left " * 2000
+    scores = short.score([Group("a red square", [long, "a big red"])])[0]
+    assert np.isfinite(scores).all() and short.shortened == 1 and "1 texts cut after 5 tokens" in caplog.text
+    assert short.prompt_hash != judge.prompt_hash
+    tokenizer = judge.model.tokenizer
+    ends = tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert abs(judge.score([Group("a red square", [long[: ends[4][1]]])])[0][0] - scores[0]) < 1e-4
