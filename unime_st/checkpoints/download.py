@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError
 
+from unime_st.checkpoints import resuming
 from unime_st.recipes import RELEASED, Recipe, get_recipe
 from unime_st.registry import AliasError, local_folder
 
@@ -31,8 +32,8 @@ def pull(
 ) -> Path:
     """Download a released checkpoint at its pinned commit and make ``$UNIME_HOME/models/<alias>`` of it.
 
-    The download goes to the hub's own cache and continues where an earlier one stopped. The new folder links to the
-    weights in that cache.
+    The download goes to the hub's own cache and continues where an earlier one stopped, in the middle of a file if need
+    be. The new folder links to the weights in that cache.
 
     Args:
         alias: Alias of a released model, e.g. ``"unime-v2"``.
@@ -86,8 +87,10 @@ def _fetch(recipe: Recipe, repo: str, revision: str | None, offline: bool, *, wi
             return found, found.name
         commit = HfApi().model_info(repo, revision=revision).sha or str(revision)
         options["revision"] = commit
-        _check_disk(recipe, options)
+        weights = _plan(recipe, options)
         logger.info("downloading %s at %s", repo, commit)
+        snapshot_download(**{**options, "allow_patterns": _SMALL_FILES})
+        resuming.fetch(repo, commit, weights)
         return Path(snapshot_download(**options)), commit
     except AliasError:
         raise
@@ -95,9 +98,11 @@ def _fetch(recipe: Recipe, repo: str, revision: str | None, offline: bool, *, wi
         raise AliasError(_explain(recipe, repo, offline, error)) from error
 
 
-def _check_disk(recipe: Recipe, options: dict[str, Any]) -> None:
-    plan = snapshot_download(**options, dry_run=True)
-    missing = sum(info.file_size or 0 for info in plan if info.will_download)  # type: ignore[union-attr]
+def _plan(recipe: Recipe, options: dict[str, Any]) -> list[str]:
+    """Check that there is room for what is missing, and return the weight files among it."""
+    plan: Any = snapshot_download(**options, dry_run=True)
+    wanted = [info for info in plan if info.will_download]
+    missing = sum(info.file_size or 0 for info in wanted) - resuming.bytes_at_hand(options["repo_id"])
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
@@ -106,6 +111,7 @@ def _check_disk(recipe: Recipe, options: dict[str, Any]) -> None:
             f"{recipe.name} needs {missing / 1e9:.1f} GB more in {cache}, where {free / 1e9:.1f} GB are free. Free some "
             "space, or set HF_HUB_CACHE to a folder on a larger disk. Nothing has been downloaded."
         )
+    return [info.filename for info in wanted if info.filename.endswith(".safetensors")]
 
 
 def _explain(recipe: Recipe, repo: str, offline: bool, error: Exception) -> str:

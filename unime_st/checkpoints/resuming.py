@@ -1,0 +1,100 @@
+"""Large files that go on where a killed download stopped.
+
+The hub's client keeps what is complete and begins the file that it was at anew, which for weights is gigabytes. Here a
+file grows under one name, is asked for from its end on, checked, and only then given to the client's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlparse
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+_PART = ".unime-part"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def bytes_at_hand(repo: str) -> int:
+    """Count what earlier, unfinished downloads of a repository left.
+
+    Args:
+        repo: Name on the hub.
+
+    Returns:
+        Bytes that need not be fetched again.
+
+    Example:
+        >>> bytes_at_hand("nobody/nothing")
+        0
+    """
+    return sum(path.stat().st_size for path in _blobs(repo).glob(f"*{_PART}"))
+
+
+def fetch(repo: str, commit: str, names: Iterable[str]) -> None:
+    """Bring files into the hub's cache, each from where it stopped the last time.
+
+    Args:
+        repo: Name on the hub.
+        commit: Full commit hash.
+        names: Files to fetch; those that are there already cost one question to the hub.
+
+    Raises:
+        OSError: The disk is full, or what arrived is not what the hub announced.
+
+    Example:
+        >>> fetch("TianchengGu/UniME-V2-Qwen2VL-2B", commit, ["model.safetensors"])  # doctest: +SKIP
+    """
+    for name in names:
+        url = hf_hub_url(repo, name, revision=commit)
+        found = get_hf_file_metadata(url)
+        if found.etag is None:
+            continue  # nothing to call it by: left to the client
+        blob = _blobs(repo) / found.etag
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        part = blob.with_name(found.etag + _PART)
+        with WeakFileLock(part.with_name(part.name + ".lock")):
+            if blob.exists():
+                continue
+            headers = build_hf_headers()
+            if urlparse(found.location).netloc != urlparse(url).netloc:
+                headers.pop("authorization", None)  # not for the storage that the hub sends us to
+            with part.open("r+b" if part.exists() else "w+b") as file:
+                start = file.seek(0, os.SEEK_END)
+                size = found.size
+                if size is not None and start > size:  # the hub would refuse to send from there on, for ever
+                    start = file.seek(0)
+                    file.truncate()
+                http_get(
+                    found.location,
+                    file,
+                    resume_size=start,
+                    headers=headers,
+                    expected_size=size,
+                    displayed_filename=name,
+                )
+            _check(part, found.etag, name)
+            os.replace(part, blob)
+
+
+def _blobs(repo: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+
+
+def _check(part: Path, etag: str, name: str) -> None:
+    """Compare with the hub's checksum, which large files are called by."""
+    if not _SHA256.fullmatch(etag):
+        return
+    digest = hashlib.sha256()
+    with part.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    if digest.hexdigest() != etag:
+        part.unlink()
+        raise ConnectionError(f"{name} arrived damaged and was deleted")
