@@ -1,4 +1,4 @@
-"""What a judge costs before it starts, and the work cut in parts."""
+"""What a judge costs and how good it is, and the work cut in parts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from word_judge import WordJudge
 from unime_st.data import RecordSet, StageConflictError
 from unime_st.data.scenes import training_records
 from unime_st.judging import Group, LocalJudge
+from unime_st.judging.calibration import calibrate, report
 from unime_st.judging.cost import estimate_cost
 from unime_st.judging.stage import Scores, judge_part, judge_pools
 from unime_st.model import UniME
@@ -48,11 +49,24 @@ def test_cost(pools: Pools, judge: LocalJudge):
     assert other.tokens is None and other.flops is None and "tokens" not in str(other)
 
 
-def test_a_dry_run_leaves_no_trace(pools: Pools, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_calibration(pools: Pools, judge: LocalJudge):
+    found = calibrate([judge, WordJudge()], pools, 24)
+    good, words = found["judges"]["unime-tiny"], found["judges"]["words"]
+    assert found["sample"]["positive"] == 24 and found["sample"]["hard"] > 0 and found["sample"]["random"] > 0
+    assert good["auc_random"] > 0.8 and 0 <= good["ece"] <= 1 and good["set_aside"] == 0
+    assert set(found["agreement"]["unime-tiny / words"]) == {"rank_correlation", "same_decision"}
+    assert calibrate([judge, judge], pools, 8)["agreement"]["unime-tiny / unime-tiny (2)"][
+        "rank_correlation"
+    ] == pytest.approx(1.0)
+    assert "| unime-tiny | " in report(found) and words["auc"] is not None
+
+
+def test_dry_run_and_calibration_leave_no_trace(pools: Pools, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "unime_st")
     common = {"data": str(pools.folder), "template": "tiny", "scores": str(tmp_path / "scores")}
     run_judge(JudgeArguments(**common, dry_run=True))
-    assert "hours here" in caplog.text and not (tmp_path / "scores").exists()
+    run_judge(JudgeArguments(**common, calibrate=8))
+    assert "hours here" in caplog.text and "auc_hard" in caplog.text and not (tmp_path / "scores").exists()
 
 
 def work(folder: Path, output: Path, part: int) -> None:

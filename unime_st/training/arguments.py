@@ -199,6 +199,7 @@ class JudgeArguments:
     max_text_tokens: int = field(default=0, metadata={"help": "Texts are cut after so many tokens; 0: set aside."})
     shard: str = field(default="", metadata={"help": "i/n: only every n-th shard from the i-th on (0/4 ... 3/4)."})
     dry_run: bool = field(default=False, metadata={"help": "Print what it would cost, and stop."})
+    calibrate: int = field(default=0, metadata={"help": "Measure the judges on so many queries, and stop."})
     shard_size: int = field(default=256, metadata={"help": "Rows per shard; a killed run loses at most one."})
     margin: float = field(default=0.01, metadata={"help": "Candidates scored above the positive less this go."})
     stride: int = field(default=5, metadata={"help": "Step of the cyclic sampling."})

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data.manifest import begin_stage, finish_stage, is_complete
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.judging import Judge, LocalJudge
+from unime_st.judging import Judge, LocalJudge, calibration
 from unime_st.judging.cost import estimate_cost
 from unime_st.judging.stage import judge_part, select_rows
 from unime_st.model import UniME
@@ -112,11 +112,14 @@ def run_judge(arguments: JudgeArguments) -> Path:
         arguments: Options.
 
     Returns:
-        Folder of the judged training rows; not there yet after ``dry_run``, or while the shards of other
-        processes are missing.
+        Folder of the judged training rows; not there yet after ``dry_run`` or ``calibrate``, or while the shards of
+        other processes are missing.
     """
     pools = Pools(_named(arguments.data, "data"))
     judge = _judge(arguments)
+    if arguments.calibrate:
+        logger.info("\n%s", calibration.report(calibration.calibrate([judge], pools, arguments.calibrate)))
+        return Path(arguments.output)
     finished = bool(arguments.scores) and is_complete(arguments.scores) and not arguments.overwrite
     if arguments.dry_run or not finished:
         logger.info("%s: %s", judge.name, estimate_cost(pools, judge, sample=16 if arguments.dry_run else 4))

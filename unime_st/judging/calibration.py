@@ -1,0 +1,183 @@
+"""How good is a judge? Measured on a sample before the bill for all pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from unime_st.data.scores import to_scores
+from unime_st.judging.judge import Group, Judge
+from unime_st.retrieval.mining import Pools
+
+_KINDS = ("positive", "random", "hard")
+
+
+def calibration_groups(pools: Pools, queries: int = 200, *, seed: int = 0) -> tuple[list[Group], list[list[str]]]:
+    """Draw queries, each with its positive, a random negative and its hardest candidate.
+
+    The hardest candidate counts as a negative although some of them are right answers: a judge's figures on them are a
+    lower bound, and two judges are compared on the same sample.
+
+    Args:
+        pools: Mined pools.
+        queries: How many queries. Defaults to 200.
+        seed: Seed of the draw. Defaults to 0.
+
+    Returns:
+        tuple: Groups, and per group the kind of each candidate: "positive", "random" or "hard".
+
+    Raises:
+        ValueError: If there are fewer than two pools.
+    """
+    if len(pools) < 2:
+        raise ValueError(f"{pools.folder}: a sample needs at least 2 pools, found {len(pools)}")
+    rng = np.random.default_rng(seed)
+    groups, kinds = [], []
+    for index in rng.choice(len(pools), size=min(queries, len(pools)), replace=False):
+        pool = pools[int(index)]
+        known = {pool.positive, *pool.candidates, pool.query}
+        candidates, found = [pool.positive], ["positive"]
+        for other in rng.integers(len(pools), size=20):
+            drawn = pools[int(other)].positive
+            if drawn not in known and drawn.modality == pool.positive.modality:
+                candidates, found = [*candidates, drawn], [*found, "random"]
+                break
+        if pool.candidates:
+            candidates, found = [*candidates, pool.candidates[0]], [*found, "hard"]
+        groups.append(Group(pool.query, candidates))
+        kinds.append(found)
+    return groups, kinds
+
+
+def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed: int = 0) -> dict[str, Any]:
+    """Measure judges on one sample.
+
+    Args:
+        judges: Judges to compare.
+        pools: Mined pools to draw from.
+        queries: How many queries. Defaults to 200.
+        seed: Seed of the draw. Defaults to 0.
+
+    Returns:
+        dict: "sample": pairs of each kind; "judges": per name the AUC of positives against random, hard and all
+        negatives, the accuracy of P(Yes) > 0.5, the expected calibration error and the pairs set aside; with two or
+        more judges "agreement": per pair of names the rank correlation of scores and the share of equal decisions.
+
+    Example:
+        >>> from unime_st.judging.calibration import calibrate
+        >>> calibrate([judge], Pools("runs/pools"))["judges"]["unime-tiny"]["auc_random"]  # doctest: +SKIP
+        0.99
+    """
+    groups, nested = calibration_groups(pools, queries, seed=seed)
+    kinds = np.array([kind for row in nested for kind in row])
+    scores: dict[str, np.ndarray] = {}
+    for number, judge in enumerate(judges):
+        name = judge.name if judge.name not in scores else f"{judge.name} ({number + 1})"
+        scores[name] = np.concatenate(judge.score(groups, errors=[]))
+    result: dict[str, Any] = {
+        "sample": {kind: int((kinds == kind).sum()) for kind in _KINDS},
+        "judges": {name: _quality(found, kinds) for name, found in scores.items()},
+    }
+    names = list(scores)
+    pairs = [(left, right) for place, left in enumerate(names) for right in names[place + 1 :]]
+    if pairs:
+        result["agreement"] = {f"{a} / {b}": _agreement(scores[a], scores[b]) for a, b in pairs}
+    return result
+
+
+def _quality(logits: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
+    judged = np.isfinite(logits)
+    logits, kinds = logits[judged], kinds[judged]
+    positive = kinds == "positive"
+    probability = to_scores(logits)
+    return {
+        **{f"auc_{kind}": auc(logits[positive], logits[kinds == kind]) for kind in _KINDS[1:]},
+        "auc": auc(logits[positive], logits[~positive]),
+        "accuracy": float(((probability > 0.5) == positive).mean()) if len(logits) else None,
+        "ece": expected_calibration_error(probability, positive),
+        "set_aside": int((~judged).sum()),
+    }
+
+
+def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
+    """Chance that a positive scores above a negative, ties counting half.
+
+    Args:
+        positives: Scores of positives.
+        negatives: Scores of negatives.
+
+    Returns:
+        float | None: None where one of the two is empty.
+
+    Example:
+        >>> import numpy as np
+        >>> auc(np.array([1.0, 2.0]), np.array([0.0, 1.0]))
+        0.875
+    """
+    if not len(positives) or not len(negatives):
+        return None
+    ordered = np.sort(negatives)
+    below = np.searchsorted(ordered, positives, "left") + np.searchsorted(ordered, positives, "right")
+    return float(below.mean() / (2 * len(negatives)))
+
+
+def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, bins: int = 10) -> float | None:
+    """Mean distance of what a judge says from how often it is right (ECE), over bins of equal width.
+
+    Args:
+        probability: P(Yes) of each pair.
+        truth: Whether each pair is a match.
+        bins: Number of bins. Defaults to 10.
+
+    Returns:
+        float | None: In [0, 1]; None without pairs.
+
+    Example:
+        >>> import numpy as np
+        >>> expected_calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
+        0.25
+    """
+    if not len(probability):
+        return None
+    places = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = [abs((probability[places == place] - truth[places == place]).sum()) for place in range(bins)]
+    return float(sum(gaps) / len(probability))
+
+
+def _agreement(left: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
+    both = np.isfinite(left) & np.isfinite(right)
+    left, right = left[both], right[both]
+    if len(left) < 2:
+        return {"rank_correlation": None, "same_decision": None}
+    ranks = pd.DataFrame({"left": left, "right": right}).rank()
+    correlation = float(ranks["left"].corr(ranks["right"]))
+    return {
+        "rank_correlation": correlation if np.isfinite(correlation) else None,  # a judge that always says the same
+        "same_decision": float(((left > 0) == (right > 0)).mean()),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """What :func:`calibrate` found, for people.
+
+    Args:
+        result: Its result.
+
+    Returns:
+        str: A table, and which judge separates best.
+    """
+    columns = ("auc_random", "auc_hard", "auc", "accuracy", "ece", "set_aside")
+    lines = [json.dumps(result["sample"]), "| judge | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
+    for name, row in result["judges"].items():
+        cells = [
+            "-" if row[key] is None else f"{row[key]:.3f}" if key != "set_aside" else str(row[key]) for key in columns
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for names, row in result.get("agreement", {}).items():
+        lines.append(f"{names}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    best = max(result["judges"], key=lambda name: result["judges"][name]["auc"] or 0.0)
+    return "\n".join([*lines, f"Best at telling matches from the rest: {best}"])
