@@ -33,7 +33,6 @@ def _trained(arguments: OwnDataArguments, name: str, start: str, data: str, step
         "output": str(Path(arguments.output) / name),
         "max_steps": steps,
         "batch_size": arguments.batch_size,
-        "sub_batch_size": arguments.batch_size,  # one kind of query in a batch: its negatives are no giveaway
         "learning_rate": arguments.learning_rate,
         "lora_rank": arguments.lora_rank,
         "lora_dropout": 0.0,
@@ -48,6 +47,7 @@ def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
     warm = str(output / "warm")
     logger.info("warm: in-batch hard negatives, false ones filtered; every further model starts here.")
     common = _trained(arguments, "warm", arguments.model, records, arguments.warm_steps)
+    common |= {"sub_batch_size": arguments.batch_size}  # one kind of query in a batch: no negative is a giveaway
     stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=arguments.temperature))
     logger.info("mine and judge: the nearest candidates of every query, Yes or No to each.")
     pools = run_mine(
