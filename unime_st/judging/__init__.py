@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unime_st.judging.http import HttpJudge, ServerError
 from unime_st.judging.judge import Group, Judge, LocalJudge, PairError
 from unime_st.judging.prompts import (
     LIST_PROMPT,
@@ -18,9 +19,11 @@ __all__ = [
     "LIST_PROMPT",
     "PAIR_PROMPT",
     "Group",
+    "HttpJudge",
     "Judge",
     "LocalJudge",
     "PairError",
+    "ServerError",
     "answer_token_ids",
     "as_item",
     "check_template",

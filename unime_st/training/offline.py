@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data.manifest import begin_stage, finish_stage, is_complete
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.judging import Judge, LocalJudge, calibration
+from unime_st.judging import HttpJudge, Judge, LocalJudge, calibration
 from unime_st.judging.cost import estimate_cost
 from unime_st.judging.stage import judge_part, select_rows
 from unime_st.model import UniME
@@ -149,6 +149,8 @@ def run_judge(arguments: JudgeArguments) -> Path:
 
 
 def _judge(arguments: JudgeArguments) -> Judge:
+    if arguments.url:
+        return HttpJudge(arguments.url, arguments.model, concurrency=arguments.concurrency)
     return LocalJudge(
         arguments.model,
         template=arguments.template,
