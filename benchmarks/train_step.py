@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="our processes that decode ahead")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a process, after one that is not")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, in turn")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the table, the numbers and the plot")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -242,10 +243,10 @@ def main() -> None:
         measure(options)
         return
     result = run(options)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "train_step.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "train_step.md").write_text(table(result))
-    plot(result, RESULTS / "train_step.svg")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "train_step.json").write_text(json.dumps(result, indent=2) + "\n")
+    (options.output / "train_step.md").write_text(table(result))
+    plot(result, options.output / "train_step.svg")
     sys.stdout.write(table(result))
 
 

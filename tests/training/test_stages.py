@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import TrainerCallback
 
 import unime_st
 from unime_st.data.items import Item
@@ -27,6 +29,7 @@ from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.offline import run_judge, run_mine
 from unime_st.training.run import last_whole_checkpoint
+from unime_st.training.trainer import EmbedderTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"model": "unime-tiny", "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "lora_dropout": 0.0}
@@ -200,6 +203,37 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> 
         for name in ("whole", "cut")
     )
     assert len(whole) == 16 and cut == pytest.approx(whole, rel=1e-5)
+
+
+class _FullAfterTheFirstCheckpoint(TrainerCallback):
+    """From the first checkpoint on the system refuses to write files of the size of a checkpoint's."""
+
+    def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class _TrainerOnASmallDisk(EmbedderTrainer):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_FullAfterTheFirstCheckpoint())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "log_every": 1, "save_every": 1}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched:
+        patched.setattr("unime_st.training.run.EmbedderTrainer", _TrainerOnASmallDisk)
+        try:
+            with pytest.raises(OSError, match=r"checkpoint of step 2 .* GiB are free .* make room"):
+                stages.train_in_batch(options.InBatchArguments(**common))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-1")
+    folder = stages.train_in_batch(options.InBatchArguments(**common))
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2 and _changed(folder) > 1e-4
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
