@@ -1,4 +1,4 @@
-"""What a judge costs and how good it is, and the work cut in parts."""
+"""What a judge costs and how good it is, a cascade of two, and the work cut in parts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from word_judge import WordJudge
 
-from unime_st.data import RecordSet, StageConflictError
+from unime_st.data import Item, RecordSet, StageConflictError
 from unime_st.data.scenes import training_records
-from unime_st.judging import Group, LocalJudge
+from unime_st.judging import CascadeJudge, Group, LocalJudge, PairError
 from unime_st.judging.calibration import calibrate, report
 from unime_st.judging.cost import estimate_cost
 from unime_st.judging.stage import Scores, judge_part, judge_pools
@@ -67,6 +67,25 @@ def test_dry_run_and_calibration_leave_no_trace(pools: Pools, tmp_path: Path, ca
     run_judge(JudgeArguments(**common, dry_run=True))
     run_judge(JudgeArguments(**common, calibrate=8))
     assert "hours here" in caplog.text and "auc_hard" in caplog.text and not (tmp_path / "scores").exists()
+
+
+def test_cascade(judge: LocalJudge, pools: Pools):
+    strong = WordJudge()
+    groups = [Group(pool.query, [pool.positive, *pool.candidates]) for pool in pools]
+    cheap, expected = judge.score(groups), strong.score(groups)
+    cascade = CascadeJudge(judge, strong, band=(-1.5, 1.5))
+    found = cascade.score(groups)
+    inside = [np.abs(scores) <= 1.5 for scores in cheap]
+    assert 0 < sum(map(np.sum, inside)) < cascade.asked and cascade.passed_on == sum(map(np.sum, inside))
+    for got, low, high, where in zip(found, cheap, expected, inside):
+        assert np.array_equal(got[where], high[where]) and np.allclose(got[~where], low[~where], atol=1e-4)
+    assert cascade.prompt_hash != CascadeJudge(judge, strong).prompt_hash
+    errors: list[PairError] = []
+    broken = [Group("a", [Item(image=b"no image"), "b"])]
+    assert np.isnan(cascade.score(broken, errors=errors)[0]).tolist() == [True, False]
+    assert [(error.group, error.candidate) for error in errors] == [(0, 0)]
+    with pytest.raises(ValueError, match="low < high"):
+        CascadeJudge(judge, strong, band=(1.0, 1.0))
 
 
 def work(folder: Path, output: Path, part: int) -> None:

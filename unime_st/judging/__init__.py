@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unime_st.judging.cascade import CascadeJudge
 from unime_st.judging.http import HttpJudge, ServerError
 from unime_st.judging.judge import Group, Judge, LocalJudge, PairError
 from unime_st.judging.prompts import (
@@ -18,6 +19,7 @@ from unime_st.judging.prompts import (
 __all__ = [
     "LIST_PROMPT",
     "PAIR_PROMPT",
+    "CascadeJudge",
     "Group",
     "HttpJudge",
     "Judge",

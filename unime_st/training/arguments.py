@@ -199,6 +199,8 @@ class JudgeArguments:
     max_text_tokens: int = field(default=0, metadata={"help": "Texts are cut after so many tokens; 0: set aside."})
     url: str = field(default="", metadata={"help": "Ask `model` at this OpenAI-compatible server instead (.../v1)."})
     concurrency: int = field(default=32, metadata={"help": "Requests to the server at once."})
+    strong_model: str = field(default="", metadata={"help": "Second judge, for pairs the first is unsure about."})
+    strong_band: float = field(default=2.0, metadata={"help": "Unsure: log-odds from minus this to this."})
     shard: str = field(default="", metadata={"help": "i/n: only every n-th shard from the i-th on (0/4 ... 3/4)."})
     dry_run: bool = field(default=False, metadata={"help": "Print what it would cost, and stop."})
     calibrate: int = field(default=0, metadata={"help": "Measure the judges on so many queries, and stop."})

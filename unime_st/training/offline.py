@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data.manifest import begin_stage, finish_stage, is_complete
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.judging import HttpJudge, Judge, LocalJudge, calibration
+from unime_st.judging import CascadeJudge, HttpJudge, Judge, LocalJudge, calibration
 from unime_st.judging.cost import estimate_cost
 from unime_st.judging.stage import judge_part, select_rows
 from unime_st.model import UniME
@@ -116,10 +116,12 @@ def run_judge(arguments: JudgeArguments) -> Path:
         other processes are missing.
     """
     pools = Pools(_named(arguments.data, "data"))
-    judge = _judge(arguments)
+    judges = _judges(arguments)
     if arguments.calibrate:
-        logger.info("\n%s", calibration.report(calibration.calibrate([judge], pools, arguments.calibrate)))
+        logger.info("\n%s", calibration.report(calibration.calibrate(judges, pools, arguments.calibrate)))
         return Path(arguments.output)
+    band = (-arguments.strong_band, arguments.strong_band)
+    judge = judges[0] if len(judges) == 1 else CascadeJudge(*judges, band=band)
     finished = bool(arguments.scores) and is_complete(arguments.scores) and not arguments.overwrite
     if arguments.dry_run or not finished:
         logger.info("%s: %s", judge.name, estimate_cost(pools, judge, sample=16 if arguments.dry_run else 4))
@@ -148,17 +150,24 @@ def run_judge(arguments: JudgeArguments) -> Path:
     return rows.folder
 
 
-def _judge(arguments: JudgeArguments) -> Judge:
+def _judges(arguments: JudgeArguments) -> list[Judge]:
+    """The judge, and the strong one behind it if there is one."""
     if arguments.url:
-        return HttpJudge(arguments.url, arguments.model, concurrency=arguments.concurrency)
-    return LocalJudge(
-        arguments.model,
-        template=arguments.template,
-        batch_size=arguments.batch_size,
-        cache_bytes=arguments.cache_mb * 2**20,
-        max_text_tokens=arguments.max_text_tokens or None,
-        model_kwargs={} if arguments.dtype == "auto" else {"dtype": arguments.dtype},
-    )
+        if arguments.strong_model:
+            raise ValueError("strong_model needs both judges in this process: leave out url.")
+        return [HttpJudge(arguments.url, arguments.model, concurrency=arguments.concurrency)]
+    return [
+        LocalJudge(
+            name,
+            template=arguments.template,
+            batch_size=arguments.batch_size,
+            cache_bytes=arguments.cache_mb * 2**20,
+            max_text_tokens=arguments.max_text_tokens or None,
+            model_kwargs={} if arguments.dtype == "auto" else {"dtype": arguments.dtype},
+        )
+        for name in (arguments.model, arguments.strong_model)
+        if name
+    ]
 
 
 def part_of(shard: str) -> tuple[int, int]:

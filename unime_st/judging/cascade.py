@@ -1,0 +1,72 @@
+"""A cheap judge first, the strong one where the cheap one hesitates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from unime_st.judging.judge import Group, Judge, PairError, set_aside
+
+
+class CascadeJudge:
+    """Ask a cheap judge about every pair and a strong one about those in between.
+
+    Args:
+        cheap: Judge of all pairs.
+        strong: Judge of the pairs in the band, whose scores replace the cheap ones.
+        band: Log-odds of the cheap judge from and up to which a pair goes on. Defaults to (-2, 2), P(Yes) from 0.12 to
+            0.88.
+
+    Attributes:
+        asked, passed_on: Pairs seen by the cheap judge and by the strong one.
+
+    Raises:
+        ValueError: If the band is empty.
+
+    Example:
+        >>> from unime_st.judging import CascadeJudge, Group, LocalJudge
+        >>> judge = LocalJudge("unime-tiny", template="tiny")
+        >>> cascade = CascadeJudge(judge, judge, band=(-1.0, 1.0))
+        >>> len(cascade.score([Group("a red square", ["a red square", "a blue circle"])])[0])
+        2
+    """
+
+    def __init__(self, cheap: Judge, strong: Judge, *, band: tuple[float, float] = (-2.0, 2.0)) -> None:
+        if not band[0] < band[1]:
+            raise ValueError(f"band must be (low, high) with low < high, got {band}")
+        self.cheap, self.strong, self.band = cheap, strong, band
+        self.name = f"{cheap.name}, then {strong.name} from {band[0]:g} to {band[1]:g}"
+        self.revision = f"{cheap.revision}+{strong.revision}"
+        both = f"{cheap.prompt_hash} {strong.prompt_hash} {band}"
+        self.prompt_hash = hashlib.sha256(both.encode()).hexdigest()[:16]
+        self.asked = self.passed_on = 0
+
+    def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
+        """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`.
+
+        Args:
+            groups: Queries with their candidates.
+            errors: Where given, pairs that cannot be judged are appended here and scored NaN; else they raise.
+
+        Returns:
+            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order.
+
+        Raises:
+            ValueError: If one of the judges cannot judge a pair and ``errors`` is None.
+        """
+        scores = self.cheap.score(groups, errors=errors)
+        # NaN, a pair set aside, is in no band.
+        inside = [np.flatnonzero((found >= self.band[0]) & (found <= self.band[1])) for found in scores]
+        rows = [row for row, places in enumerate(inside) if len(places)]
+        again = [Group(groups[row].query, [groups[row].candidates[place] for place in inside[row]]) for row in rows]
+        late: list[PairError] = []  # their places are not the caller's
+        for row, found in zip(rows, self.strong.score(again, errors=late), strict=True):
+            scores[row][inside[row]] = found
+        for error in late:
+            row = rows[error.group]
+            set_aside(errors, row, int(inside[row][error.candidate]), ValueError(error.reason))
+        self.asked += sum(map(len, scores))
+        self.passed_on += sum(map(len, inside))
+        return scores
