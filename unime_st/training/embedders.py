@@ -67,8 +67,6 @@ class EmbedderSetup:
         datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
         rows = rows.remove_columns("dataset") if datasets else rows
         feed = Feed(self.records, model.preprocess, a.workers)
-        if a.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         budget = self._budget(model, feed, costs)
         mini_batches = MiniBatches(costs, a.mini_batch_size if self.in_batch else None, budget)
         row_costs = costs[places].sum(axis=1)

@@ -89,7 +89,6 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
         "max_grad_norm": arguments.max_grad_norm,
         "bf16": arguments.precision == "bf16",
         "fp16": arguments.precision == "fp16",
-        "gradient_checkpointing": arguments.gradient_checkpointing,
         "use_cpu": computes_on_cpu(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": arguments.workers,
@@ -151,6 +150,8 @@ def run_stage(
     torch.manual_seed(arguments.seed)
     model, rows = load(**load_options(arguments)), dataset()
     choose_trainable(model, arguments)
+    if arguments.gradient_checkpointing:  # here and not by the trainer: its option changes its name in version 6
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made = setup(model, rows)
     if made.plan is not None:
         logger.info("%s:\n%s", stage, made.plan)
