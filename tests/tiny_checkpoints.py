@@ -236,6 +236,18 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 
 
+FAMILY_OF = {
+    "unime-v2-2b": "qwen2-vl",
+    "unime-v2-7b": "qwen2-vl",
+    "unime-v2": "llava-onevision",
+    "unime-v1-llava-ov": "llava-onevision",
+    "unime-v1-llava1.6": "llava-1.6",
+    "unime-v1-phi3.5": "phi3.5-v",
+    "unime-v2-reranker": "qwen2.5-vl",
+}
+"""Family that a released recipe is for."""
+
+
 def drop_tensor(folder: Path, part: str) -> None:
     """Remove the first tensor whose name contains ``part``."""
     tensors = load_file(folder / "model.safetensors")

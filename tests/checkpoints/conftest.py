@@ -6,17 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import FAMILIES
+from tiny_checkpoints import FAMILIES, FAMILY_OF
 
 from unime_st.checkpoints import convert
-
-FAMILY_OF = {
-    "unime-v2-2b": "qwen2-vl",
-    "unime-v2": "llava-onevision",
-    "unime-v1-llava1.6": "llava-1.6",
-    "unime-v1-phi3.5": "phi3.5-v",
-    "unime-v2-reranker": "qwen2.5-vl",
-}
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tiny_checkpoints import FAMILY_OF
 
 from unime_st.checkpoints import verify
 from unime_st.checkpoints.verification import picture, table
@@ -39,10 +40,7 @@ def copy(native: Get, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["unime-v2", "unime-v2-2b", "unime-v1-llava1.6", "unime-v1-phi3.5", "unime-v2-reranker", "qwen3-vl", "internvl3"],
-)
+@pytest.mark.parametrize("name", [*FAMILY_OF, "qwen2.5-vl", "qwen3-vl", "internvl3", "smolvlm"])
 def test_green(native: Get, name: str) -> None:
     checks = {check.name: check for check in verify(str(native(name)))}
     assert [name for name, check in checks.items() if check.passed is False] == [], table(list(checks.values()))
