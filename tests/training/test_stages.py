@@ -187,22 +187,21 @@ def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, 
 
 
 def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), "--data", str(run / "records")]
-    script += ["--batch_size", "8", "--max_steps", "16", "--log_every", "1", "--save_every", "2"]
-    script += ["--learning_rate", "1e-3", "--lora_dropout", "0.1", "--model", "unime-tiny"]
-    subprocess.run([*script, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
-    with subprocess.Popen([*script, "--output", str(tmp_path / "cut")], stdout=-3, stderr=-3) as process:
-        deadline = time.monotonic() + 120
+    common = {**SMALL, "data": str(run / "records"), "max_steps": 16, "log_every": 1, "save_every": 2}
+    common |= {"lora_dropout": 0.1, "mini_batch_size": 6}
+    words = [str(word) for name, value in common.items() for word in (f"--{name}", value)]
+    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(tmp_path / "cut")]
+    with subprocess.Popen(script, stdout=-3, stderr=-3) as process:
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not list((tmp_path / "cut" / "checkpoints").glob("checkpoint-[4-9]*")):
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "cut" / "manifest.json").exists(), "the run ended before it could be killed"
-    subprocess.run([*script, "--output", str(tmp_path / "cut")], check=True, capture_output=True)
-    whole, cut = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("whole", "cut")
-    )
-    assert len(whole) == 16 and cut == pytest.approx(whole, rel=1e-5)
+    curves = []
+    for name in ("cut", "whole"):
+        folder = stages.train_in_batch(options.InBatchArguments(**common, output=str(tmp_path / name)))
+        curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+    assert len(curves[1]) == 16 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 class _FullAfterTheFirstCheckpoint(TrainerCallback):
