@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_embedder import tiny_embedder
+from tqdm import tqdm
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
 from unime_st.encoding import encode_items
@@ -124,6 +126,7 @@ def test_finished_pools_are_kept_and_other_options_refused(records: RecordSet, t
 
 
 def _mine_slowly(folder: Path, output: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # killed while it holds the shared lock, it would block the parent for ever
     torch.set_num_threads(1)  # the parent's thread pool does not survive the fork
     mining._CHUNK, encode = 4, mining.encode_items
 
