@@ -1,18 +1,22 @@
 """Reranking: ten candidates in one list against generating the answer, fifty pairs against `CrossEncoder.rank`.
 
-python benchmarks/rerank.py [--model FOLDER --template tiny --queries 4 --repeats 5]
+python benchmarks/rerank.py [--model FOLDER --template tiny --queries 2 --repeats 3]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import compare, table
 from sentence_transformers import CrossEncoder
 from torch.nn import Identity
+from workloads import pictures, random_qwen2_5_vl, sentences
 
 from unime_st import Item, UniMEReranker
 from unime_st.data.records import PairRecord
@@ -39,53 +43,66 @@ def _image_queries(count: int) -> list[tuple[Item, list[Item]]]:
     ]
 
 
-def main() -> None:
-    """Measure, check that the answers agree, and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="unime-tiny", help="alias or folder of a generative model")
-    parser.add_argument("--template", default="tiny", help="prompt template; none with a saved reranker")
-    parser.add_argument("--queries", type=int, default=4, help="queries per run")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each variant")
-    options = parser.parse_args()
+def lists(options: argparse.Namespace) -> None:
+    """Generation against one list, with the embedded default, whose answers mean something."""
     reranker = UniMEReranker(options.model, template=None if options.template == "none" else options.template)
     queries = _image_queries(options.queries)
     winners: dict[str, list[int | None]] = {}
-    scores: dict[str, np.ndarray] = {}
-
-    def forget() -> None:
-        reranker._engine().pairs.clear()  # so that every run sees its pictures anew
 
     def generated() -> None:
         winners["generated"] = [choose(reranker, query, texts[:10]).index for query, texts in queries]
 
     def listed() -> None:
-        forget()
+        reranker._engine().pairs.clear()  # so that every run sees its pictures anew
         winners["listed"] = [int(reranker.listwise_scores(query, texts[:10]).argmax()) for query, texts in queries]
 
-    def stock() -> None:
-        rankings = [
-            CrossEncoder.rank(reranker, query.to_input(), [text.text for text in texts], activation_fn=Identity())
-            for query, texts in queries
-        ]
-        scores["stock"] = np.concatenate([_scores(ranking) for ranking in rankings])
-
-    def shared() -> None:
-        forget()
-        rankings = [reranker.rank(query, texts, activation_fn=Identity()) for query, texts in queries]
-        scores["shared"] = np.concatenate([_scores(ranking) for ranking in rankings])
-
-    lists = {"generate up to 128 tokens (official)": generated, "one list of 10": listed}
-    sys.stdout.write(table(compare("rerank_listwise", lists, repeats=options.repeats)))
+    variants = {"generate up to 128 tokens (official)": generated, "one list of 10": listed}
+    sys.stdout.write(table(compare("rerank_listwise", variants, repeats=options.repeats)))
     agree = sum(left == right for left, right in zip(winners["generated"], winners["listed"], strict=True))
     named = sum(winner is not None for winner in winners["generated"])
     sys.stdout.write(f"\nsame winner: {agree} of {len(queries)} (generation named one of the ten in {named})\n\n")
-    pairs = {"CrossEncoder.rank": stock, "rank, beginning shared": shared}
-    sys.stdout.write(table(compare("rerank_pairwise", pairs, repeats=options.repeats)))
+    _costs(reranker, variants, len(queries))
+
+
+def pairs(options: argparse.Namespace, work: Path) -> None:
+    """Stock pair by pair against ours, with a random model of middle size and pictures of 300 to 400 pixels."""
+    reranker = UniMEReranker(str(random_qwen2_5_vl(work / "model", "mid", "cpu")), template="tiny")
+    shown, said = pictures(work, options.queries, shortest=300, longest=400), sentences(50, least=5, most=15)
+    scores: dict[str, np.ndarray] = {}
+
+    def stock() -> None:
+        rankings = [CrossEncoder.rank(reranker, {"image": path}, said, activation_fn=Identity()) for path in shown]
+        scores["stock"] = np.concatenate([_scores(ranking) for ranking in rankings])
+
+    def shared() -> None:
+        reranker._engine().pairs.clear()
+        rankings = [reranker.rank({"image": path}, said, activation_fn=Identity()) for path in shown]
+        scores["shared"] = np.concatenate([_scores(ranking) for ranking in rankings])
+
+    variants = {"CrossEncoder.rank": stock, "rank, beginning shared": shared}
+    sys.stdout.write(table(compare("rerank_pairwise", variants, repeats=options.repeats)))
     sys.stdout.write(f"\nlargest difference of a score: {np.abs(scores['stock'] - scores['shared']).max():.1e}\n")
-    for name, run in {**lists, **pairs}.items():
+    _costs(reranker, variants, len(shown))
+
+
+def _costs(reranker: UniMEReranker, variants: dict[str, Callable[[], None]], queries: int) -> None:
+    for name, run in variants.items():
         with measured(reranker) as cost:
             run()
-        sys.stdout.write(f"{name}: per query {cost.per_query(len(queries))}\n")
+        sys.stdout.write(f"{name}: per query {cost.per_query(queries)}\n")
+
+
+def main() -> None:
+    """Measure, check that the answers agree, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="unime-tiny", help="of the lists: alias or folder of a generative model")
+    parser.add_argument("--template", default="tiny", help="of the lists: prompt template; none with a saved reranker")
+    parser.add_argument("--queries", type=int, default=2, help="queries per run")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
+    options = parser.parse_args()
+    lists(options)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs(options, Path(folder))
 
 
 if __name__ == "__main__":

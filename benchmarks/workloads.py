@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLModel
+
+from unime_st import UniMEReranker
 
 SIZES = {
     "mid": {"hidden": 384, "layers": 8, "vision": 256, "depth": 6},
@@ -62,6 +64,45 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
     SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").save_pretrained(str(folder / "st"))
     return folder / "st"
+
+
+def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
+    """Write a random generative Qwen2.5-VL with the processor of the embedded default.
+
+    Args:
+        folder: Where to.
+        size: Row of the workloads' sizes.
+        device: Where weights are made; bfloat16 on CUDA.
+    """
+    tiny = UniMEReranker("unime-tiny", template="tiny", device="cpu")[0]
+    processor, pictured = tiny.processor, tiny.model.config.vision_config
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 400 * 400}
+    tokenizer, row = processor.tokenizer, SIZES[size]
+    heads = row.get("heads", row["hidden"] // 64)
+    inner, part = row.get("inner", row["hidden"] * 8 // 3), row["hidden"] // heads // 8
+    text = {"vocab_size": len(tokenizer), "hidden_size": row["hidden"], "intermediate_size": inner}
+    text |= {"num_hidden_layers": row["layers"], "num_attention_heads": heads, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [part, part, 2 * part], "rope_theta": 1e6}}
+    text |= {"bos_token_id": None, "eos_token_id": None}
+    vision = {"depth": row["depth"], "hidden_size": row["vision"], "out_hidden_size": row["hidden"]}
+    vision |= {"num_heads": row["vision"] // (64 if row["vision"] % 80 else 80)}
+    shape = ("patch_size", "spatial_merge_size", "temporal_patch_size", "in_channels")
+    vision |= {name: getattr(pictured, name) for name in shape}
+    vision |= {
+        "intermediate_size": row["vision"] * 8 // 3,
+        "window_size": 4 * pictured.patch_size * pictured.spatial_merge_size,
+    }
+    vision |= {"fullatt_block_indexes": list(range(row["depth"] // 4 - 1, row["depth"], max(1, row["depth"] // 4)))}
+    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **dict(zip(keys, ids, strict=True)))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def pictures(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600) -> list[str]:

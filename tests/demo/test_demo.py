@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from unime_st.demo.settings import GROUPS, MODELS, TASKS
+from unime_st.demo.settings import GROUPS
+from unime_st.report.demo_results import MODELS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {

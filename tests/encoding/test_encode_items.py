@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,30 @@ def test_stream_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wind
     half = encode_to_shards(model, items, tmp_path / "vectors", dtype="float16", overwrite=True)
     assert half.shards()[0].dtype == np.float16
     np.testing.assert_allclose(half[:], expected, atol=1e-3)
+
+
+def test_a_killed_stream_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where a later item repeats an earlier one, and where an earlier one has no vector."""
+    monkeypatch.setattr(engine, "WINDOW", 2)
+    model, items = tiny_embedder(), [Item(image=b"no picture"), *mixed()] * 2
+    expected, readable = encode_items(model, items, on_error="skip")
+
+    def killed(after: int) -> Iterator[Item]:
+        yield from items[:after]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_to_shards(model, killed(9), tmp_path / "vectors", on_error="skip")
+    kept = len(list((tmp_path / "vectors").glob("vectors-*.npy")))
+    assert 0 < kept < len(items) / 2
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "vectors").glob("vectors-*.npy"))]
+    encode_to_shards(model, iter(items), tmp_path / "vectors", on_error="skip")
+    after = [path.stat().st_mtime_ns for path in sorted((tmp_path / "vectors").glob("vectors-*.npy"))]
+    assert after[:kept] == before and len(after) == len(items) / 2
+    shards = encode_to_shards(model, iter([]), tmp_path / "vectors", on_error="skip")
+    np.testing.assert_allclose(shards[:], expected, atol=1e-6)
+    lines = (tmp_path / "vectors" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == np.flatnonzero(~readable).tolist()
 
 
 def test_shards_name_what_has_no_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,10 +1,11 @@
-"""A tiny random Qwen2-VL embedder: real classes, real processor, takes texts, pictures and both."""
+"""Tiny random models of real classes with real processors, which take texts, pictures and both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
+import tiny_reranker
 from sentence_transformers import SentenceTransformer
 from tiny_embedder import write_tiny_embedder
 
@@ -13,6 +14,12 @@ from tiny_embedder import write_tiny_embedder
 def embedder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of the native SentenceTransformer."""
     return write_tiny_embedder(tmp_path_factory.mktemp("embedder"), sides=(28, 56), vision_depth=1)
+
+
+@pytest.fixture(scope="session")
+def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny random reranker."""
+    return tiny_reranker.checkpoint(tmp_path_factory.mktemp("tiny-reranker"))
 
 
 @pytest.fixture(scope="session")

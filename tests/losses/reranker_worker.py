@@ -9,6 +9,7 @@ from typing import Any
 import tiny_reranker as tiny
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from unime_st import UniMEReranker
@@ -36,6 +37,11 @@ def scores(count: int, negatives: int = 3) -> torch.Tensor:
     return torch.rand(count, 1 + negatives, generator=torch.Generator().manual_seed(3))
 
 
+def summed(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The whole loss, as the trainer adds it up."""
+    return torch.stack(list(parts.values())).sum()
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all gradients."""
     return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
@@ -57,11 +63,12 @@ def train_on_half(rank: int, folder: str, output: str) -> None:
         torch.manual_seed(11 + rank)  # the first process draws for all
         half = slice(3 * rank, 3 * rank + 3)
         parts = loss([column[half] for column in rows(6)], scores(6)[half])
-        torch.stack(list(parts.values())).sum().backward()
+        summed(parts).backward()
         values = torch.stack([part.detach() for part in parts.values()])
         dist.all_reduce(values)
-        results[mode] = (values / 2, gradients(model))
+        results[f"{mode}/values"] = values / 2
+        results |= {f"{mode}/{name}": gradient.contiguous() for name, gradient in gradients(model).items()}
     if rank == 0:
-        torch.save(results, Path(output) / "results.pt")
+        save_file(results, Path(output) / "results.safetensors")
     dist.barrier()
     dist.destroy_process_group()

@@ -148,7 +148,7 @@ def test_killed_and_started_again(records: RecordSet, tmp_path: Path):
         time.sleep(0.01)
     process.kill()
     process.join()
-    done = json.loads((output / "vectors.json").read_text())["done"]
+    done = json.loads((output / "vectors.json").read_text())["done"][-1][1]
     assert 0 < done < len(records.items) and not is_complete(output)
     before = np.load(output / "vectors.npy", mmap_mode="r")[:done].copy()
     assert np.isfinite(before).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from mteb_tasks.run import evaluate
 from unime_st.data.importing import import_records
 from unime_st.data.manifest import write_json
 from unime_st.demo.settings import OwnDataArguments
+from unime_st.demo.side_by_side import Job, side_by_side
 from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.offline import run_judge, run_mine, unjudged_rows
+from unime_st.training.run import LOG
 
 logger = logging.getLogger(__name__)
 _MODELS = {
@@ -73,17 +76,23 @@ def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
         )
     )
     logger.info("in_batch and v2: the same number of further steps, without and with the judged negatives.")
-    common = _trained(arguments, "in_batch", warm, records, arguments.steps)
-    stages.train_in_batch(options.InBatchArguments(**common, temperature=arguments.temperature))
-    stages.train_soft_labels(
-        options.SoftLabelArguments(
-            **_trained(arguments, "v2", warm, str(rows), arguments.steps),
-            temperature=arguments.temperature,
-            label_temperature=arguments.label_temperature,
-            num_negatives=arguments.num_negatives,
-            in_batch_weight=arguments.in_batch_weight,
-        )
+    further = {"learning_rate": arguments.further_learning_rate, "sub_batch_size": arguments.batch_size}
+    control = options.InBatchArguments(
+        **_trained(arguments, "in_batch", warm, records, arguments.steps) | further, temperature=arguments.temperature
     )
+    v2 = options.SoftLabelArguments(
+        **_trained(arguments, "v2", warm, str(rows), arguments.steps) | further,
+        temperature=arguments.temperature,
+        label_temperature=arguments.label_temperature,
+        num_negatives=arguments.num_negatives,
+        in_batch_weight=arguments.in_batch_weight,
+    )
+    jobs = [
+        Job("v2", partial(stages.train_soft_labels, v2), arguments.steps, output / "v2" / LOG),
+        Job("in_batch", partial(stages.train_in_batch, control), arguments.steps, output / "in_batch" / LOG),
+    ]
+    for done in side_by_side(jobs, "training of 2 models"):
+        logger.info("%s took %.0f seconds.", done.name, done.seconds)
     return {"base": arguments.model, **{name: str(output / name) for name in ("warm", "in_batch", "v2")}}
 
 

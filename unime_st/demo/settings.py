@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# Column of the results -> task of mteb_tasks.
-TASKS = {
-    "short_t2i": "ScenesShortT2IRetrieval",
-    "short_i2t": "ScenesShortI2TRetrieval",
-    "long_t2i": "ScenesLongT2IRetrieval",
-    "long_i2t": "ScenesLongI2TRetrieval",
-    "vqa": "ScenesVQA",
-    "grounding": "ScenesGrounding",
-}
 COMPOSITIONAL = "ScenesCompositional"
 GROUPS = {
     "replace": ("replace_obj", "replace_att", "replace_rel"),
     "swap": ("swap_obj", "swap_att"),
     "add": ("add_obj", "add_att"),
 }
-# Models in the order of the table, with what the terminal says while each is made.
-MODELS = {
-    "base": "the untrained default",
+# What the terminal says while a model of the table is made.
+PURPOSE = {
     "stage1": "a text-embedding teacher's similarities are distilled into the language model (UniME stage 1)",
     "stage2": "in-batch hard negatives, false ones filtered (UniME stage 2); every later model starts here",
     "in_batch": "control: the same number of further steps of plain in-batch InfoNCE",
     "in_batch_compute": "control: in-batch InfoNCE with as many encoded items as UniME-V2",
     "v2": "similarities are aligned with the judge's scores over the mined negatives (UniME-V2)",
-    "v2_reranker": "UniME-V2's ten best, ordered by a reranker trained on the same rows",
+    "v2_reranker": "pairwise and listwise answers, learnt from the judged rows",
 }
 
 
@@ -44,13 +34,14 @@ class DemoArguments:
     batch_size: int = field(default=16, metadata={"help": "Queries per step."})
     distill_steps: int = field(default=20, metadata={"help": "Steps of stage 1."})
     warm_steps: int = field(default=400, metadata={"help": "Steps of stage 2."})
-    steps: int = field(default=150, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
+    steps: int = field(default=140, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
     reranker_steps: int = field(default=40, metadata={"help": "Steps of the reranker."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of the embedder's LoRA."})
-    num_candidates: int = field(default=15, metadata={"help": "Candidates mined and judged per query."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of stages 1 and 2."})
+    further_learning_rate: float = field(default=1e-3, metadata={"help": "The same of UniME-V2 and of the controls."})
+    num_candidates: int = field(default=24, metadata={"help": "Candidates mined and judged per query."})
     num_negatives: int = field(default=5, metadata={"help": "Judged negatives per query in training."})
     stride: int = field(
-        default=3, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."}
+        default=4, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."}
     )
     margin: float = field(default=0.01, metadata={"help": "Candidates judged above the positive less this go."})
     label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
@@ -80,7 +71,8 @@ class OwnDataArguments:
     judge_steps: int = field(default=0, metadata={"help": "Steps in which the judge learns the domain first."})
     judge_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the judge."})
     batch_size: int = field(default=48, metadata={"help": "Queries per step."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of the embedder."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of stage 2."})
+    further_learning_rate: float = field(default=1e-3, metadata={"help": "The same of UniME-V2 and of the control."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
     lora_targets: str = field(default="all-linear", metadata={"help": "Layers with adapters: all-linear or a regex."})
     num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})

@@ -6,18 +6,21 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from unime_st.data.manifest import is_complete, write_json
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.demo.settings import MODELS, DemoArguments
+from unime_st.demo.settings import PURPOSE, DemoArguments
+from unime_st.demo.side_by_side import Job, side_by_side
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.offline import run_judge, run_mine
+from unime_st.training.run import LOG
 
 logger = logging.getLogger(__name__)
 _SECONDS = "seconds.json"
@@ -54,7 +57,21 @@ class Seed:
         logger.info("[seed %d] %s: %s.", self.seed, name, why)
         started = time.perf_counter()
         yield True
-        self.seconds[name] = round(time.perf_counter() - started, 1)
+        self._keep(name, round(time.perf_counter() - started, 1))
+
+    def side_by_side(self, jobs: Sequence[Job], title: str) -> int:
+        """Do those of the jobs that are not done yet at the same time; gives their processes' peak memory in bytes."""
+        due = [job for job in jobs if job.name not in self.seconds]
+        for job in due:
+            logger.info("[seed %d] %s: %s.", self.seed, job.name, PURPOSE.get(job.name, "held-out scenes, with mteb"))
+        peaks = {}
+        for done in side_by_side(due, f"{title} of {len(due)} models") if due else ():
+            self._keep(done.name, done.seconds)
+            peaks[done.process] = done.peak_memory
+        return sum(peaks.values())
+
+    def _keep(self, name: str, seconds: float) -> None:
+        self.seconds[name] = seconds
         write_json(self.folder / _SECONDS, self.seconds)
 
     def common(self, name: str, start: str, data: str, steps: int) -> dict[str, Any]:
@@ -67,10 +84,15 @@ class Seed:
             "batch_size": self.arguments.batch_size,
             "learning_rate": self.arguments.learning_rate,
             "log_every": 5,
-            "save_every": 50,
+            "save_every": 100,
             "seed": self.seed,
             **_LORA,
         }
+
+    def further(self, name: str, data: str, steps: int) -> dict[str, Any]:
+        """The same for what starts from stage 2: at its rate, further training would first undo what it learnt."""
+        common = self.common(name, self.path("stage2"), data, steps)
+        return common | {"learning_rate": self.arguments.further_learning_rate}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,7 +123,6 @@ def _distill(run: Seed) -> None:
 
 def _hard_negatives(run: Seed) -> None:
     common = run.common("stage2", run.path("stage1"), "records", run.arguments.warm_steps)
-    common |= {"sub_batch_size": run.arguments.batch_size}  # one kind of query in a batch: no negative is a giveaway
     stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=run.arguments.temperature))
 
 
@@ -136,7 +157,7 @@ def _judge(run: Seed) -> None:
 
 
 def _in_batch(run: Seed, name: str, steps: int) -> None:
-    common = run.common(name, run.path("stage2"), "records", steps)
+    common = run.further(name, "records", steps)
     stages.train_in_batch(options.InBatchArguments(**common, temperature=run.arguments.temperature))
 
 
@@ -144,7 +165,7 @@ def _soft_labels(run: Seed) -> None:
     a = run.arguments
     stages.train_soft_labels(
         options.SoftLabelArguments(
-            **run.common("v2", run.path("stage2"), "rows", a.steps),
+            **run.further("v2", "rows", a.steps),
             temperature=a.temperature,
             label_temperature=a.label_temperature,
             num_negatives=a.num_negatives,
@@ -155,29 +176,41 @@ def _soft_labels(run: Seed) -> None:
 
 def _reranker(run: Seed) -> None:
     common = run.common("reranker", "unime-tiny", "rows", run.arguments.reranker_steps)
-    common |= {"batch_size": 8, "learning_rate": 1e-3}
+    common |= {"batch_size": 8, "sub_batch_size": None, "learning_rate": 5e-4}
     stages.train_reranker(options.RerankerArguments(**common, template="tiny", num_negatives=5))
 
 
-def train_everything(run: Seed) -> None:
-    """Make the data, every model and the judged rows of one seed; finished stages are kept."""
-    a = run.arguments
-    plan: tuple[tuple[str, str, Callable[[], None]], ...] = (
-        ("records", f"{a.records} training pairs about drawn scenes", lambda: _records(run)),
-        ("stage1", MODELS["stage1"], lambda: _distill(run)),
-        ("stage2", MODELS["stage2"], lambda: _hard_negatives(run)),
-        ("mine", f"every query's {a.num_candidates} nearest of all {a.records} pairs", lambda: _mine(run)),
-        ("judge", "the language model says Yes or No to every (query, candidate)", lambda: _judge(run)),
-        ("in_batch", MODELS["in_batch"], lambda: _in_batch(run, "in_batch", a.steps)),
-        ("v2", MODELS["v2"], lambda: _soft_labels(run)),
-        (
-            "in_batch_compute",
-            MODELS["in_batch_compute"],
-            lambda: _in_batch(run, "in_batch_compute", a.equal_compute_steps),
-        ),
-        ("v2_reranker", "pairwise and listwise answers, learnt from the judged rows", lambda: _reranker(run)),
+def prepare(arguments: DemoArguments, seed: int) -> None:
+    """Everything that the compared models have in common: data, stages 1 and 2, mined and judged rows."""
+    run, a = Seed(arguments, seed), arguments
+    plan: tuple[tuple[str, str, Callable[[Seed], None]], ...] = (
+        ("records", f"{a.records} training pairs about drawn scenes", _records),
+        ("stage1", PURPOSE["stage1"], _distill),
+        ("stage2", PURPOSE["stage2"], _hard_negatives),
+        ("mine", f"every query's {a.num_candidates} nearest of all {a.records} pairs", _mine),
+        ("judge", "the language model says Yes or No to every (query, candidate)", _judge),
     )
     for name, why, make in plan:
         with run.stage(name, why) as due:
             if due:
-                make()
+                make(run)
+
+
+_COMPARED: dict[str, Callable[[Seed], None]] = {
+    "in_batch_compute": lambda run: _in_batch(run, "in_batch_compute", run.arguments.equal_compute_steps),
+    "v2": _soft_labels,
+    "in_batch": lambda run: _in_batch(run, "in_batch", run.arguments.steps),
+    "v2_reranker": _reranker,
+}
+
+
+def _train(arguments: DemoArguments, seed: int, name: str) -> None:
+    _COMPARED[name](Seed(arguments, seed))
+
+
+def compared_models(run: Seed) -> list[Job]:
+    """Jobs that train the models to compare, the longest first; none depends on another."""
+    a = run.arguments
+    steps = dict(zip(_COMPARED, (a.equal_compute_steps, a.steps, a.steps, a.reranker_steps)))
+    folders = {name: run.folder / ("reranker" if name == "v2_reranker" else name) for name in _COMPARED}
+    return [Job(name, partial(_train, a, run.seed, name), steps[name], folders[name] / LOG) for name in _COMPARED]

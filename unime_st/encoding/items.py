@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -129,7 +130,7 @@ def encode_to_shards(
     show_progress_bar: bool = True,
     **how: Any,
 ) -> VectorShards:
-    """Embed a stream of any length straight to disk.
+    """Embed a stream of any length straight to disk. Killed and called again with the same stream, it goes on there.
 
     Memory holds a few batches, one stretch of 4096 items and, to know repeats, about 200 bytes for each distinct item.
 
@@ -167,11 +168,14 @@ def encode_to_shards(
         return VectorShards(folder)
     shards = Shards(folder, model.truncate_dim or model.get_embedding_dimension() or 0, np.dtype(dtype))
     with RejectedWriter(folder) as rejected:
-        failed = encode_into(
-            model, items, shards, on_error=on_error, progress=show_progress_bar, total=_length(items), **how
-        )
+        for row in shards.without_vector():
+            rejected.add("no vector, for a reason that the run before this one met", row=row)
+        length = _length(items)
+        total = None if length is None else max(0, length - shards.before)
+        rest = islice(items, shards.before, None)
+        failed = encode_into(model, rest, shards, on_error=on_error, progress=show_progress_bar, total=total, **how)
         for row, reason in sorted(failed.items()):
-            rejected.add(reason, row=row)
+            rejected.add(reason, row=row + shards.before)
     facts = {"dim": shards.dim, "rows": sum(shards.sizes), "shards": shards.sizes, "rejected": rejected.count}
     finish_stage(folder, facts)
     return VectorShards(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class InMemory:
 
 
 class Shards:
-    """Writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... as they come.
+    """Writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... as they come, after those that are there.
 
     Args:
         folder: Where to.
@@ -70,8 +71,11 @@ class Shards:
 
     def __init__(self, folder: Path, dim: int, dtype: Any = np.float32) -> None:
         self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)
-        self.sizes: list[int] = []
         folder.mkdir(parents=True, exist_ok=True)
+        there = (_shard(folder, number) for number in count())
+        self.sizes = [len(np.load(path, mmap_mode="r")) for path in takewhile(Path.is_file, there)]
+        self.before = sum(self.sizes)
+        """Rows that an earlier, killed run wrote."""
 
     def add(self, vectors: torch.Tensor | None, size: int) -> None:
         """Write the next rows as one shard."""
@@ -87,8 +91,17 @@ class Shards:
         self.sizes.append(size)
 
     def rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """Read rows written earlier."""
-        return torch.from_numpy(_read(self.folder, self.sizes, self.dim, np.asarray(rows)))
+        """Read rows written earlier in this run."""
+        return torch.from_numpy(_read(self.folder, self.sizes, self.dim, np.asarray(rows) + self.before))
+
+    def without_vector(self) -> list[int]:
+        """Rows that an earlier run left without a vector."""
+        rows = np.arange(self.before)
+        return [
+            int(row)
+            for part in np.array_split(rows, max(1, len(rows) // 4096))
+            for row in part[np.isnan(_read(self.folder, self.sizes, self.dim, part)[:, 0])]
+        ]
 
 
 class VectorShards:

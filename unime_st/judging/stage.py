@@ -105,37 +105,85 @@ def judge_part(
         >>> from unime_st.judging.stage import judge_part
         >>> judge_part("runs/pools", judge, "runs/scores", (0, 4))  # doctest: +SKIP
     """
-    pools = pools if isinstance(pools, Pools) else Pools(pools)
-    output = Path(output)
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}")
     if overwrite and part[1] > 1:
         raise ValueError("overwrite would throw away what the other parts have done: remove the folder instead")
-    identity = {"name": judge.name, "revision": judge.revision, "prompt_hash": judge.prompt_hash}
-    options = {"judge": identity, "shard_size": shard_size}
-    with alone_in(output):  # processes that a scheduler starts at once
-        if not begin_stage(output, "judge", inputs=[pools.folder], options=options, overwrite=overwrite):
-            return Scores(output)
-        link_items(pools.folder, output)
-    rows = _cut(pools.row_shards.column("query").to_pylist(), shard_size)
-    shards = ScoreShards(output, identity, len(rows))
-    mine = range(part[0], len(rows), part[1])
-    pending = sorted(set(mine).intersection(shards.missing()))
-    logger.info(
-        "judge: %d pairs of %d distinct items with %s; %d of %d shards to do here",
-        len(pools) + pools.manifest["candidates"],
-        len(pools.items),
-        judge.name,
-        len(pending),
-        len(mine),
-    )
-    total, left = (sum(len(rows[number]) for number in numbers) for numbers in (mine, pending))
-    with tqdm(total=total, initial=total - left, desc="judging", unit="row") as progress:
+    work = JudgeWork(pools, judge, output, shard_size=shard_size, overwrite=overwrite)
+    if work.finished:
+        return Scores(output)
+    mine = range(part[0], len(work.rows), part[1])
+    pending = work.pending(mine)
+    with work.progress(mine, pending) as progress:
         for number in pending:
-            _judge_shard(pools, judge, shards, number, [pools.row_shards.row(row) for row in rows[number]])
-            progress.update(len(rows[number]))
-    facts = {"image_root": pools.manifest.get("image_root"), "items": len(pools.items)}
-    return Scores(output) if shards.finish(facts) else None
+            progress.update(work.do(number))
+    return work.finish()
+
+
+class JudgeWork:
+    """The shards of a folder of scores, to be done one by one, by whatever process.
+
+    Args:
+        pools: Mined pools, or their folder.
+        judge: What scores pairs.
+        output: Folder to write.
+        shard_size: Rows per shard. Defaults to 256.
+        overwrite: Replace an output made with another judge or other options. Defaults to False.
+
+    Raises:
+        StageConflictError: If the output was begun with something else and ``overwrite`` is False.
+    """
+
+    def __init__(
+        self,
+        pools: Pools | str | Path,
+        judge: Judge,
+        output: str | Path,
+        *,
+        shard_size: int = 256,
+        overwrite: bool = False,
+    ) -> None:
+        self.pools = pools if isinstance(pools, Pools) else Pools(pools)
+        self.judge, self.output = judge, Path(output)
+        identity = {"name": judge.name, "revision": judge.revision, "prompt_hash": judge.prompt_hash}
+        options = {"judge": identity, "shard_size": shard_size}
+        with alone_in(self.output):  # processes that a scheduler starts at once
+            self.finished = not begin_stage(
+                self.output, "judge", inputs=[self.pools.folder], options=options, overwrite=overwrite
+            )
+            if not self.finished:
+                link_items(self.pools.folder, self.output)
+        self.rows = _cut(self.pools.row_shards.column("query").to_pylist(), shard_size)
+        self._shards = ScoreShards(self.output, identity, len(self.rows))
+
+    def pending(self, mine: Sequence[int]) -> list[int]:
+        """Which of some shards are still to do."""
+        pending = sorted(set(mine).intersection(self._shards.missing()))
+        logger.info(
+            "judge: %d pairs of %d distinct items with %s; %d of %d shards to do here",
+            len(self.pools) + self.pools.manifest["candidates"],
+            len(self.pools.items),
+            self.judge.name,
+            len(pending),
+            len(mine),
+        )
+        return pending
+
+    def progress(self, mine: Sequence[int], pending: Sequence[int]) -> tqdm[Any]:
+        """A bar over the rows of some shards."""
+        total, left = (sum(len(self.rows[number]) for number in numbers) for numbers in (mine, pending))
+        return tqdm(total=total, initial=total - left, desc="judging", unit="row")
+
+    def do(self, number: int) -> int:
+        """Judge and write a shard; gives its number of rows."""
+        rows = [self.pools.row_shards.row(row) for row in self.rows[number]]
+        _judge_shard(self.pools, self.judge, self._shards, number, rows)
+        return len(rows)
+
+    def finish(self) -> Scores | None:
+        """The scores if all shards are there."""
+        facts = {"image_root": self.pools.manifest.get("image_root"), "items": len(self.pools.items)}
+        return Scores(self.output) if self._shards.finish(facts) else None
 
 
 def _cut(queries: Sequence[str], shard_size: int) -> list[list[int]]:

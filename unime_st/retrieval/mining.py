@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +95,7 @@ def mine(
     max_similarity: Literal["positive"] | float | None = "positive",
     batch_size: int = 64,
     device: str | torch.device | None = None,
+    embed: ChunkEmbedder | None = None,
     overwrite: bool = False,
 ) -> Pools:
     """Find the hard candidates of every pair among the positives of all others (UniME-V2, global retrieval).
@@ -115,6 +116,8 @@ def mine(
             None sets no ceiling. A weak embedder under a strict ceiling leaves few candidates.
         batch_size: Items per forward pass. Defaults to 64.
         device: Where similarities are computed. Defaults to None, the CPU.
+        embed: Where the items are embedded, by the same model: see :class:`unime_st.cluster.Cluster`. Defaults to
+            None, this process.
         overwrite: Replace an output made with other options. Defaults to False.
 
     Returns:
@@ -152,7 +155,12 @@ def mine(
     if not begin_stage(output, "mine", inputs=[records.folder], options=options, overwrite=overwrite):
         return Pools(output)
     link_items(records.folder, output)
-    vectors = embed_once(records, model, output, batch_size=batch_size)
+    folder, dim = records, int(model.get_embedding_dimension() or 0)
+
+    def here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+        return ((chunk[0], embed_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
+
+    vectors = embed_once(records, dim, output, embed or here)
     rows = _Rows(records, vectors)
     facts = _search(rows, vectors, num_candidates, pool, max_similarity, device)
     facts |= _write(rows, output, num_candidates)
@@ -162,14 +170,55 @@ def mine(
     return Pools(output)
 
 
-def embed_once(records: ItemFolder, model: SentenceTransformer, folder: Path, *, batch_size: int = 64) -> np.ndarray:
-    """Embed all distinct items into a file, so that memory stays bounded and a kill costs one chunk.
+class ChunkEmbedder(Protocol):
+    """Embeds chunks of the items of a folder, here or elsewhere."""
+
+    def __call__(self, chunks: Sequence[tuple[int, int]]) -> Iterable[tuple[int, np.ndarray]]:
+        """Embed items.
+
+        Args:
+            chunks: Positions (start, stop) of the items of each, in stored order.
+
+        Returns:
+            Iterable[tuple[int, np.ndarray]]: Start and vectors of each chunk, in any order; NaN for items with
+            unreadable images.
+        """
+        ...
+
+
+def embed_chunk(
+    records: ItemFolder, model: SentenceTransformer, chunk: tuple[int, int], *, batch_size: int = 64
+) -> np.ndarray:
+    """Embed a chunk of the items of a folder.
 
     Args:
         records: Whose items.
         model: The embedder.
-        folder: Where ``vectors.npy`` is kept while the stage runs.
+        chunk: Positions (start, stop) of the items, in stored order.
         batch_size: Items per forward pass.
+
+    Returns:
+        np.ndarray: float32 of shape (items, dim); NaN for items with unreadable images.
+
+    Raises:
+        ValueError: If the model gives vectors that are not finite.
+    """
+    items = [records.item(item_id) for item_id in records.item_ids[slice(*chunk)]]
+    found, readable = encode_items(model, items, batch_size=batch_size, on_error="skip")
+    broken = np.flatnonzero(readable & ~np.isfinite(found).all(axis=1))
+    if len(broken):
+        raise ValueError(f"the model gives a vector that is not finite for {items[broken[0]]!r:.200}")
+    return np.asarray(found, dtype=np.float32)
+
+
+def embed_once(records: ItemFolder, dim: int, folder: Path, embed: ChunkEmbedder) -> np.ndarray:
+    """Embed all distinct items into a file, so that memory stays bounded and a kill costs the chunks in flight.
+
+    Args:
+        records: Whose items.
+        dim: Width of the vectors.
+        folder: Where ``vectors.npy`` is kept while the stage runs.
+        embed: What makes the vectors.
 
     Returns:
         np.ndarray: float32 memory map of shape (items, dim), in stored order; NaN for items with unreadable images.
@@ -177,28 +226,27 @@ def embed_once(records: ItemFolder, model: SentenceTransformer, folder: Path, *,
     Raises:
         ValueError: If the model gives vectors that are not finite.
     """
-    ids = records.item_ids
-    done = _done(folder)
+    total, done = len(records.item_ids), _done(folder)
     mode: Literal["r+", "w+"] = "r+" if done else "w+"
-    shape = None if done else (len(ids), int(model.get_embedding_dimension() or 0))
-    vectors = open_memmap(folder / _VECTORS, mode=mode, dtype=np.float32, shape=shape)
-    with tqdm(total=len(ids), initial=done, desc="embedding", unit="item") as progress:
-        for start in range(done, len(ids), _CHUNK):
-            items = [records.item(item_id) for item_id in ids[start : start + _CHUNK]]
-            found, readable = encode_items(model, items, batch_size=batch_size, on_error="skip")
-            broken = np.flatnonzero(readable & ~np.isfinite(found).all(axis=1))
-            if len(broken):
-                raise ValueError(f"the model gives a vector that is not finite for {items[broken[0]]!r:.200}")
-            vectors[start : start + len(items)] = found
+    vectors = open_memmap(folder / _VECTORS, mode=mode, dtype=np.float32, shape=None if done else (total, dim))
+    chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
+    with tqdm(total=total, desc="embedding", unit="item") as progress:
+        progress.update(sum(stop - start for start, stop in chunks if (start, stop) in done))
+        for start, found in embed([chunk for chunk in chunks if chunk not in done]):
+            vectors[start : start + len(found)] = found
             vectors.flush()
-            write_json(folder / _PROGRESS, {"done": start + len(items)})
-            progress.update(len(items))
+            done.add((start, start + len(found)))
+            write_json(folder / _PROGRESS, {"done": sorted(done)})
+            progress.update(len(found))
     return vectors
 
 
-def _done(folder: Path) -> int:
+def _done(folder: Path) -> set[tuple[int, int]]:
+    """The chunks that are done."""
     path = folder / _PROGRESS
-    return int(read_json(path)["done"]) if path.is_file() and (folder / _VECTORS).is_file() else 0
+    if not (path.is_file() and (folder / _VECTORS).is_file()):
+        return set()
+    return {(start, stop) for start, stop in read_json(path)["done"]}
 
 
 class _Rows:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-_RESCORE_BYTES = 64 << 20
+_RESCORE_BYTES = 2 << 20  # what stays in a core's cache
 
 
 def paired_similarity(left: Any, right: Any) -> np.ndarray:
@@ -29,7 +29,7 @@ def paired_similarity(left: Any, right: Any) -> np.ndarray:
         >>> paired_similarity([[1.0, 0.0]], [[0.6, 0.8]])
         array([0.6])
     """
-    return (np.asarray(left, dtype=np.float64) * np.asarray(right, dtype=np.float64)).sum(axis=-1)
+    return np.multiply(left, right, dtype=np.float64).sum(axis=-1)
 
 
 def top_k(
@@ -40,13 +40,13 @@ def top_k(
     max_similarity: float | Sequence[float] | np.ndarray | None = None,
     exclude: Sequence[Sequence[int]] | None = None,
     query_chunk: int = 1024,
-    corpus_chunk: int = 16384,
+    corpus_chunk: int = 8192,
     device: str | torch.device | None = None,
     show_progress_bar: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k most similar corpus vectors of each query, as a float64 brute force would.
 
-    A float32 matrix product proposes 2k candidates per query; these are compared in float64, equal similarities by
+    A float32 matrix product proposes a few more than k candidates per query; these are compared in float64, equal similarities by
     corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal vectors), the query
     is searched again in float64, on which the device must be able to compute. Memory is bounded by one block of ``query_chunk`` x ``corpus_chunk`` similarities.
 
@@ -58,7 +58,7 @@ def top_k(
             Infinity means no ceiling for that query. Defaults to None, no ceiling.
         exclude: Per query the corpus positions that do not count. Defaults to None.
         query_chunk: Queries per block. Defaults to 1024.
-        corpus_chunk: Corpus vectors per block. Defaults to 16384.
+        corpus_chunk: Corpus vectors per block. Defaults to 8192.
         device: Where the products are computed. Defaults to None, the CPU.
         show_progress_bar: Show progress over blocks. Defaults to False.
 
@@ -101,6 +101,7 @@ class _Search:
 
     def __init__(self, corpus: np.ndarray, k: int, chunk: int, device: str | torch.device | None) -> None:
         self.corpus, self.k, self.chunk, self.device = corpus, k, chunk, device
+        self.width = k + max(8, k // 4)  # proposals: float32 may put neighbours of rank k a few places lower
         self.starts = range(0, len(corpus), chunk)
         self.longest = max(
             (float(np.linalg.norm(self._block(start), axis=1).max()) for start in self.starts), default=0.0
@@ -129,10 +130,10 @@ class _Search:
         norms = np.linalg.norm(queries, axis=1).astype(np.float64)
         error = 4 * torch.finfo(dtype).eps * np.sqrt(queries.shape[1]) * norms * self.longest
         best, where = self._propose(queries, ceiling + error, exclude, dtype)
-        exact = self._rescore(queries, where)
+        exact = self._rescore(queries, where, _contenders(best, ceiling, error, self.k))
         result: list[tuple[np.ndarray, np.ndarray] | None] = []
         for row, (proposed, similarity, places) in enumerate(zip(best, exact, where)):
-            counts = np.isfinite(proposed) & (similarity < ceiling[row])
+            counts = similarity < ceiling[row]
             score, index = _ordered(similarity[counts], places[counts], self.k)
             everything = len(proposed) == len(self.corpus) or np.isneginf(proposed).any()
             enough = len(score) == self.k and score[-1] > proposed[-1] + error[row]
@@ -149,30 +150,54 @@ class _Search:
     def _propose(
         self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best 2k below the bound by similarity in a precision, best first, and where they are."""
+        """The best few more than k below the bound by similarity in a precision, best first, and where they are."""
         left = self._tensor(queries, dtype)
         upper = self._tensor(np.minimum(bound, np.finfo(np.float32).max), dtype)[:, None]
         rows, columns = _flatten(exclude)
         best = torch.empty((len(left), 0), dtype=dtype, device=self.device)
         where = torch.empty((len(left), 0), dtype=torch.int64, device=self.device)
-        for start in self.starts:
-            right = self._tensor(self._block(start), dtype)
-            similarity = left @ right.T
-            similarity.masked_fill_(similarity > upper, -torch.inf)
-            inside = (columns >= start) & (columns < start + len(right))
+        for start, stop in _growing(len(self.corpus), 4 * self.width, self.chunk):
+            similarity = left @ self._tensor(self.corpus[start:stop], dtype).T
+            inside = (columns >= start) & (columns < stop)
             similarity[rows[inside], columns[inside] - start] = -torch.inf
-            found, place = similarity.topk(min(2 * self.k, len(right)), dim=1)
+            found, place = self._better(similarity, upper, best)
             best, where = torch.cat([best, found], 1), torch.cat([where, place + start], 1)
-            best, kept = best.topk(min(2 * self.k, best.shape[1]), dim=1)
+            best, kept = best.topk(min(self.width, best.shape[1]), dim=1)
             where = where.gather(1, kept)
         return best.cpu().numpy().astype(np.float64), where.cpu().numpy()
 
-    def _rescore(self, queries: np.ndarray, where: np.ndarray) -> np.ndarray:
-        exact = np.empty(where.shape, dtype=np.float64)
-        step = max(1, _RESCORE_BYTES // (8 * max(1, where.shape[1]) * queries.shape[1]))
-        for start in range(0, len(queries), step):
-            rows = slice(start, start + step)
-            exact[rows] = paired_similarity(queries[rows, None, :], self.corpus[where[rows]])
+    def _better(
+        self, similarity: torch.Tensor, upper: torch.Tensor, best: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block adds to the best so far: similarities, padded with -inf, and columns.
+
+        After the first blocks few entries of a row do: to find them costs one comparison of each, a fraction of
+        ordering the row.
+        """
+        if best.shape[1] < self.width:
+            return similarity.masked_fill_(similarity > upper, -torch.inf).topk(
+                min(self.width, similarity.shape[1]), dim=1
+            )
+        row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)
+        value = similarity[row, column]
+        allowed = value <= upper[row, 0]
+        row, column, value = row[allowed], column[allowed], value[allowed]
+        counts = row.bincount(minlength=len(similarity))
+        position = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        width = int(counts.max()) if len(row) else 0
+        found = similarity.new_full((len(similarity), width), -torch.inf)
+        place = torch.zeros((len(similarity), width), dtype=torch.int64, device=row.device)
+        found[row, position], place[row, position] = value, column
+        return found, place
+
+    def _rescore(self, queries: np.ndarray, where: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Similarities in float64 of the chosen places; infinity elsewhere, which is below no ceiling."""
+        exact = np.full(where.shape, np.inf)
+        rows, columns = np.nonzero(chosen)
+        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        for start in range(0, len(rows), step):
+            row, column = rows[start : start + step], columns[start : start + step]
+            exact[row, column] = paired_similarity(queries[row], self.corpus[where[row, column]])
         return exact
 
     def _brute_force(self, query: np.ndarray, ceiling: float, exclude: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -197,6 +222,25 @@ def _matrix(values: Any, name: str) -> np.ndarray:
 def _ordered(similarity: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((index, -similarity))[:k]
     return similarity[order], index[order]
+
+
+def _growing(size: int, first: int, most: int) -> Iterator[tuple[int, int]]:
+    """Blocks of a corpus, each four times as long as the one before until they are ``most`` long."""
+    start, length = 0, min(first, most)
+    while start < size:
+        yield start, min(start + length, size)
+        start, length = start + length, min(4 * length, most)
+
+
+def _contenders(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
+    """Which proposals, best first, can be among the k best below the ceiling if each may be off by ``error``."""
+    if not proposed.size:
+        return np.zeros(proposed.shape, dtype=bool)
+    certain = proposed < (ceiling - error)[:, None]
+    enough = certain.cumsum(axis=1) >= k
+    kth = np.take_along_axis(proposed, enough.argmax(axis=1)[:, None], axis=1)
+    least = np.where(enough[:, -1:], kth - 2 * error[:, None], -np.inf)
+    return np.isfinite(proposed) & (proposed >= least)
 
 
 def _flatten(exclude: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,7 @@ import torch
 from transformers import Qwen2VLProcessor
 
 from unime_st.tiny.curriculum import Example
-
-_IGNORE = -100
+from unime_st.tiny.summaries import IGNORED, TURN, Summary, collate_answers
 
 
 def _positions(row: list[int], parts: list[int], image_id: int, sides: list[tuple[int, int]]) -> torch.Tensor:
@@ -63,12 +62,12 @@ def collate(examples: list[Example], processor: Qwen2VLProcessor) -> dict[str, A
                     prompt.append(token)
             answer = tokenizer.encode(f"{answered}<|im_end|>", add_special_tokens=False) if answered else []
             row += prompt + answer
-            labels += [_IGNORE] * len(prompt) + answer
+            labels += [IGNORED] * len(prompt) + answer
             parts += [part if example.beginning else 0] * (len(prompt) + len(answer))
         rows.append((row, labels, parts, _positions(row, parts, image_id, sides[first:used])))
     width = max(len(row) for row, *_ in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    batch = {"input_ids": ids, "labels": torch.full_like(ids, _IGNORE)}
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, IGNORED)}
     places = torch.zeros(3, len(rows), width, dtype=torch.long)
     part_of = torch.full_like(ids, -1)
     for index, (row, labels, parts, positions) in enumerate(rows):
@@ -80,3 +79,11 @@ def collate(examples: list[Example], processor: Qwen2VLProcessor) -> dict[str, A
     mask = (seen & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
     types = (ids == image_id).long()
     return {**batch, "attention_mask": mask, "position_ids": places, "mm_token_type_ids": types, **vision}
+
+
+def collate_summaries(examples: list[Summary], processor: Qwen2VLProcessor) -> dict[str, Any]:
+    """What :func:`~unime_st.tiny.summaries.summary_loss` takes: items, where each ends, and the answers about them."""
+    items = collate([Example(example.images, [(f"{example.said}{TURN}", "")]) for example in examples], processor)
+    del items["labels"]
+    ends = (items["input_ids"] != processor.tokenizer.pad_token_id).sum(dim=1) - 1
+    return {"items": items, "last": ends, "answers": collate_answers(examples, processor)}

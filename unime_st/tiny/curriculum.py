@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from unime_st.data.items import Item
 from unime_st.data.scenes.contrast import (
     INSTRUCTIONS,
     contrast,
@@ -20,19 +19,16 @@ from unime_st.data.scenes.contrast import (
     wrong_crop,
 )
 from unime_st.data.scenes.language import (
-    POSITIONS,
     all_answers,
     ask,
     edit,
-    full_pattern,
     long_caption,
-    noun_phrase,
     short_caption,
 )
 from unime_st.data.scenes.tasks import TRAINING_MIX
 from unime_st.data.scenes.world import Description, Scene, describe, sample_scene
+from unime_st.tiny.summaries import TURN, Summary, draw_summary, listed, written
 
-_TURN = "<|im_end|><|im_start|>"  # ends what the user says and opens the answer, as in the tiny chat templates
 # Name of a curriculum -> kind of lesson -> (share of the batches, examples per batch). It learns to see first.
 CURRICULA = {
     "seeing": {
@@ -85,6 +81,18 @@ CURRICULA = {
         "judge_long": (0.05, 32),
         "choose": (0.05, 24),
     },
+    "summing_up": {
+        "sum_up": (0.65, 64),
+        "describe": (0.01, 64),
+        "describe_long": (0.01, 24),
+        "answer": (0.03, 48),
+        "decide_texts": (0.13, 40),
+        "decide_pictures": (0.09, 32),
+        "decide_long_pictures": (0.02, 20),
+        "decide_edits": (0.03, 28),
+        "judge_long": (0.015, 32),
+        "choose": (0.015, 24),
+    },
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
 _SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
@@ -103,43 +111,32 @@ class Example:
     beginning: str = ""
 
 
-def _shown(item: Item, images: list[Image.Image]) -> str:
-    """The text of an item with its picture's placeholder before it; the picture goes to ``images``."""
-    text = item.text or ""
-    if item.image is None:
-        return text
-    images.append(item.image.open())
-    return "<|vision_start|><|image_pad|><|vision_end|>" + text
-
-
 def _list(rng: random.Random, counts: tuple[int, ...]) -> Example:
     """Every object in reading order: the densest lesson, from which seeing is learnt first."""
     scene = sample_scene(rng, "train", counts)
     images: list[Image.Image] = []
-    shown = _shown(picture(scene, rng), images)
-    things = sorted(scene.things, key=lambda thing: thing.cell)
-    words = [f"{POSITIONS[thing.cell]} {noun_phrase(full_pattern(thing), rng)}" for thing in things]
-    return Example(images, [(f"{shown}list.{_TURN}", f"{scene.background}, {', '.join(words)}")])
+    said = written(picture(scene, rng), images)
+    return Example(images, [(f"{said}list.{TURN}", listed(scene, rng))])
 
 
 def _describe(rng: random.Random, long: bool) -> Example:
     scene = scene_for("short", rng, "train")
     images: list[Image.Image] = []
-    shown = _shown(picture(scene, rng), images)
+    shown = written(picture(scene, rng), images)
     if long:
-        return Example(images, [(f"{shown}describe in detail.{_TURN}", long_caption(scene, rng))])
-    turns = [(f"{shown}describe.{_TURN}", short_caption(describe(scene, rng, 0.8), rng))]
+        return Example(images, [(f"{shown}describe in detail.{TURN}", long_caption(scene, rng))])
+    turns = [(f"{shown}describe.{TURN}", short_caption(describe(scene, rng, 0.8), rng))]
     return Example(images, turns)
 
 
 def _answer(rng: random.Random) -> Example:
     scene = scene_for("vqa", rng, "train")
     images: list[Image.Image] = []
-    shown = _shown(picture(scene, rng), images)
+    shown = written(picture(scene, rng), images)
     turns = []
     for _ in range(4):
         question, answer = ask(scene, rng)
-        turns.append((f"{shown}{INSTRUCTIONS['vqa'].format(question)}{_TURN}", answer))
+        turns.append((f"{shown}{INSTRUCTIONS['vqa'].format(question)}{TURN}", answer))
         shown = ""
     return Example(images, turns)
 
@@ -153,7 +150,7 @@ def _judge(rng: random.Random, mix: dict[str, float]) -> Example:
     if not right and rng.random() < 0.25:  # easy negatives too: the right answer to another question
         candidate = contrast(kind, scene_for(kind, rng, "train"), rng).negatives[0]
     images: list[Image.Image] = []
-    prompt = f"Query:{_shown(record.query, images)}Candidate:{_shown(candidate, images)}{_TURN}"
+    prompt = f"Query:{written(record.query, images)}Candidate:{written(candidate, images)}{TURN}"
     return Example(images, [(prompt, "Yes" if right else "No")])
 
 
@@ -174,12 +171,12 @@ def _judge_texts(rng: random.Random, mix: dict[str, float]) -> Example:
     scene = scene_for(kind, rng, "train")
     record = contrast(kind, scene, rng)
     images: list[Image.Image] = []
-    said, turns = f"Query:{_shown(record.query, images)}", []
+    said, turns = f"Query:{written(record.query, images)}", []
     for _ in range(5):
         draw = rng.random()
         candidate = record.positive if draw < 0.5 else record.negatives[0]
         text = _easy_text(kind, scene, record.positive.text or "", rng) if draw > 0.75 else candidate.text
-        turns.append((f"{said}Candidate:{text}{_TURN}", "Yes" if draw < 0.5 else "No"))
+        turns.append((f"{said}Candidate:{text}{TURN}", "Yes" if draw < 0.5 else "No"))
         said = ""
         if kind == "short_i2t":
             record = contrast(kind, scene, rng)
@@ -205,14 +202,14 @@ def _judge_pictures(rng: random.Random, counts: tuple[int, ...]) -> Example:
         query = with_instruction("grounding", words, picture(scene, rng))
     else:
         query = with_instruction("t2i", short_caption(description, rng))
-    said, turns = f"Query:{_shown(query, images)}", []
+    said, turns = f"Query:{written(query, images)}", []
     for _ in range(3):
         right = rng.random() < 0.5
         if grounding:
             candidate = crop(scene, thing, rng) if right else wrong_crop(scene, thing, rng)
         else:
             candidate = picture(scene if right else _false_scene(description, scene, rng), rng)
-        turns.append((f"{said}Candidate:{_shown(candidate, images)}{_TURN}", "Yes" if right else "No"))
+        turns.append((f"{said}Candidate:{written(candidate, images)}{TURN}", "Yes" if right else "No"))
         said = ""
     return Example(images, turns)
 
@@ -230,14 +227,14 @@ def _judge_scenes(rng: random.Random, progress: float, edits: bool) -> Example:
         query = with_instruction("composed", words, picture(before, rng))
     else:
         query = with_instruction("t2i", long_caption(wanted, rng))
-    said, turns = f"Query:{_shown(query, images)}", []
+    said, turns = f"Query:{written(query, images)}", []
     for _ in range(3):
         shown, right = wanted, rng.random() < 0.5
         while not right and shown == wanted:
             near = rng.random() < 0.2 + progress
             other = edit(wanted, rng)[1] if near else sample_scene(rng, "train", (len(wanted.things),))
             shown = before if edits and rng.random() < 0.4 else other
-        turns.append((f"{said}Candidate:{_shown(picture(shown, rng), images)}{_TURN}", "Yes" if right else "No"))
+        turns.append((f"{said}Candidate:{written(picture(shown, rng), images)}{TURN}", "Yes" if right else "No"))
         said = ""
     return Example(images, turns)
 
@@ -257,7 +254,7 @@ def _decide_texts(rng: random.Random) -> Example:
     single = rng.random() < 0.1
     scene = scene_for("classification" if single else "short", rng, "train")
     images: list[Image.Image] = []
-    beginning, turns = f"Query:{_shown(picture(scene, rng), images)}", []
+    beginning, turns = f"Query:{written(picture(scene, rng), images)}", []
     for _ in range(6):
         kinds = ("classification", "vqa") if single else ("short_i2t", "vqa")
         kind, draw = rng.choice(kinds), rng.random()
@@ -265,7 +262,7 @@ def _decide_texts(rng: random.Random) -> Example:
         text = (record.positive if draw < 0.5 else record.negatives[0]).text
         if draw > 0.85:
             text = _easy_text(kind, scene, record.positive.text or "", rng)
-        said = f"{record.query.text}Candidate:{text}{_TURN}"
+        said = f"{record.query.text}Candidate:{text}{TURN}"
         turns.append((said, "Yes" if draw < 0.5 else "No"))
     return Example(images, turns, beginning)
 
@@ -277,10 +274,10 @@ def _choose(rng: random.Random) -> Example:
     candidates = [record.positive, *record.negatives, *others]
     order = rng.sample(range(len(candidates)), len(candidates))
     images: list[Image.Image] = []
-    prompt = f"Query:{_shown(record.query, images)}Candidates:"
+    prompt = f"Query:{written(record.query, images)}Candidates:"
     for place, index in enumerate(order, start=1):
-        prompt += f"({place}) {_shown(candidates[index], images)}"
-    return Example(images, [(f"{prompt}{_TURN}Ans: (", f"{order.index(0) + 1})")])
+        prompt += f"({place}) {written(candidates[index], images)}"
+    return Example(images, [(f"{prompt}{TURN}Ans: (", f"{order.index(0) + 1})")])
 
 
 _MAKERS: dict[str, Callable[[random.Random], Example]] = {
@@ -299,7 +296,7 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
 }
 
 
-def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[str, list[Example]]:
+def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[str, list[Example] | list[Summary]]:
     """A batch of examples of one random kind of lesson.
 
     Args:
@@ -311,6 +308,8 @@ def draw_batch(rng: random.Random, curriculum: str, progress: float) -> tuple[st
     """
     lessons = CURRICULA[curriculum]
     (lesson,) = rng.choices(list(lessons), [share for share, _ in lessons.values()])
+    if lesson == "sum_up":
+        return lesson, [draw_summary(rng) for _ in range(lessons[lesson][1])]
     if curriculum == "seeing" and rng.random() < 1.2 - 4 * progress:
         lesson = "list"
     size = lessons[lesson][1]

@@ -18,8 +18,9 @@ license: apache-2.0
 # unime-tiny
 
 A Qwen2-VL of 1.4 million parameters, pre-trained from scratch on procedurally drawn scenes: describing, answering,
-judging pairs with Yes or No, choosing from a list. It is the embedded default of `unime-st`: backbone of the demo's
-embedders, its judge, and the start of its reranker. As an embedder it is untrained. It knows nothing of the real world.
+judging pairs with Yes or No, choosing from a list, and saying what an item was from the one vector at its end. It is the
+embedded default of `unime-st`: backbone of the demo's embedders, its judge, and the start of its reranker. No pairs were
+ever compared in training: as an embedder it is a start, not a retriever. It knows nothing of the real world.
 
 Made by these commands; loss and accuracy of every kind of lesson are in `pretraining.jsonl`:
 

@@ -7,7 +7,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from tqdm import trange
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from unime_st.tiny.build import build_model, build_processor, build_tokenizer
-from unime_st.tiny.collation import collate
+from unime_st.tiny.collation import collate, collate_summaries
 from unime_st.tiny.curriculum import CURRICULA, draw_batch
+from unime_st.tiny.summaries import summary_loss
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class _Lessons(IterableDataset):
         rng = random.Random(f"lessons-{chosen.curriculum}-{chosen.seed}")
         for step in range(chosen.steps):
             lesson, examples = draw_batch(rng, chosen.curriculum, step / chosen.steps)
-            yield lesson, collate(examples, self.processor)
+            together: Callable[..., dict[str, Any]] = collate_summaries if lesson == "sum_up" else collate
+            yield lesson, together(examples, self.processor)
 
 
 def _optimizers(model: torch.nn.Module, arguments: PretrainArguments) -> list[torch.optim.Optimizer]:
@@ -129,7 +131,7 @@ def pretrain(arguments: PretrainArguments) -> Path:
         for step, (lesson, batch) in zip(trange(last, desc="pretrain"), lessons):
             for optimizer, peak in zip(optimizers, peaks):
                 optimizer.param_groups[0]["lr"] = peak * _rate(step, arguments.steps)
-            loss, accuracy = answer_loss(model, batch)
+            loss, accuracy = summary_loss(model, batch) if lesson == "sum_up" else answer_loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:

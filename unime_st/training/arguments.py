@@ -181,6 +181,12 @@ class MineArguments:
         metadata={"help": "positive: only below the positive's similarity; none; or a margin above it."},
     )
     batch_size: int = field(default=64, metadata={"help": "Items per forward pass."})
+    engine: str = field(default="local", metadata={"help": "local, or ray: a Ray cluster (extra [ray])."})
+    workers: int = field(default=2, metadata={"help": "ray: actors at most."})
+    gpus_per_worker: float = field(default=0.0, metadata={"help": "ray: GPUs for each actor."})
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("local", "ray"))
 
 
 @dataclass
@@ -210,6 +216,12 @@ class JudgeArguments:
     num_negatives: int = field(default=10, metadata={"help": "Negatives per row."})
     score_divisor: float = field(default=1.0, metadata={"help": "Score = sigmoid(log-odds / this); released: 1.05."})
     seed: int = field(default=0, metadata={"help": "Seed of the draw where no candidate survives."})
+    engine: str = field(default="local", metadata={"help": "local, or ray: a Ray cluster (extra [ray])."})
+    workers: int = field(default=2, metadata={"help": "ray: actors at most."})
+    gpus_per_worker: float = field(default=0.0, metadata={"help": "ray: GPUs for each actor."})
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("local", "ray"))
 
 
 @dataclass

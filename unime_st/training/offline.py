@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tqdm.auto import tqdm
 
@@ -14,9 +15,13 @@ from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.judging import CascadeJudge, HttpJudge, Judge, LocalJudge, calibration
 from unime_st.judging.cost import estimate_cost
 from unime_st.judging.stage import judge_part, select_rows
+from unime_st.judging.store import Scores
 from unime_st.model import UniME
 from unime_st.retrieval.mining import Pools, mine
 from unime_st.training.arguments import JudgeArguments, MineArguments
+
+if TYPE_CHECKING:
+    from unime_st.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ def run_mine(arguments: MineArguments) -> Path:
         Folder of the candidate pools.
     """
     records = RecordSet.load(_named(arguments.data, "data"))
+    cluster = _cluster(arguments)
     pools = mine(
         records,
         UniME(arguments.model),
@@ -62,6 +68,7 @@ def run_mine(arguments: MineArguments) -> Path:
         pool=cast(Any, arguments.pool),
         max_similarity=ceiling(arguments.max_similarity),
         batch_size=arguments.batch_size,
+        embed=cluster.embedder(arguments.model, records, batch_size=arguments.batch_size) if cluster else None,
         overwrite=arguments.overwrite,
     )
     return pools.folder
@@ -116,25 +123,26 @@ def run_judge(arguments: JudgeArguments) -> Path:
         other processes are missing.
     """
     pools = Pools(_named(arguments.data, "data"))
+    cluster = _cluster(arguments)
+    if cluster and (arguments.shard or arguments.overwrite):
+        raise ValueError("engine ray deals out all shards of a folder of its own: leave out shard and overwrite.")
     judges = _judges(arguments)
     if arguments.calibrate:
         logger.info("\n%s", calibration.report(calibration.calibrate(judges, pools, arguments.calibrate)))
         return Path(arguments.output)
-    band = (-arguments.strong_band, arguments.strong_band)
-    judge = judges[0] if len(judges) == 1 else CascadeJudge(*judges, band=band)
+    judge = _one_judge(arguments, judges)
     finished = bool(arguments.scores) and is_complete(arguments.scores) and not arguments.overwrite
     if arguments.dry_run or not finished:
         logger.info("%s: %s", judge.name, estimate_cost(pools, judge, sample=16 if arguments.dry_run else 4))
     if arguments.dry_run:
         return Path(arguments.output)
-    scores = judge_part(
-        pools,
-        judge,
-        _named(arguments.scores, "scores"),
-        part_of(arguments.shard),
-        shard_size=arguments.shard_size,
-        overwrite=arguments.overwrite,
-    )
+    output, size = _named(arguments.scores, "scores"), arguments.shard_size
+    if cluster:
+        del judge, judges  # its place is in the actors
+        scores: Scores | None = cluster.judge(pools.folder, partial(_one_judge, arguments), output, shard_size=size)
+    else:
+        part, overwrite = part_of(arguments.shard), arguments.overwrite
+        scores = judge_part(pools, judge, output, part, shard_size=size, overwrite=overwrite)
     if scores is None:
         return Path(arguments.output)
     rows = select_rows(
@@ -148,6 +156,21 @@ def run_judge(arguments: JudgeArguments) -> Path:
         overwrite=arguments.overwrite,
     )
     return rows.folder
+
+
+def _cluster(arguments: MineArguments | JudgeArguments) -> Cluster | None:
+    if arguments.engine == "local":
+        return None
+    from unime_st.cluster import Cluster
+
+    return Cluster(arguments.workers, gpus_per_worker=arguments.gpus_per_worker)
+
+
+def _one_judge(arguments: JudgeArguments, judges: list[Judge] | None = None) -> Judge:
+    """The judge, or the cascade of both."""
+    judges = judges or _judges(arguments)
+    band = (-arguments.strong_band, arguments.strong_band)
+    return judges[0] if len(judges) == 1 else CascadeJudge(*judges, band=band)
 
 
 def _judges(arguments: JudgeArguments) -> list[Judge]:

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from torch import nn
+from transformers import TrainerCallback, TrainerState
 
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
@@ -105,6 +106,25 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
     }
 
 
+class _LossCurve(TrainerCallback):
+    """Writes the loss curve while it comes, so that a long run can be watched; a resumed run's begins anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._write("w", state.log_history)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._write("a", state.log_history[-1:])
+
+    def _write(self, mode: str, entries: list[dict[str, Any]]) -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries if "loss" in entry)
+
+
 def _begin(stage: str, arguments: TrainArguments, output: Path, inputs: tuple[str, ...]) -> bool:
     """Open the output folder, the first process before the others; say whether there is work to do."""
     state = processes()
@@ -160,6 +180,7 @@ def run_stage(
     trainer = _trainer(arguments, model, made, output)
     checkpoint = last_whole_checkpoint(output / CHECKPOINTS)
     logger.info("%s: %d rows%s.", stage, len(made.rows), f", going on from {checkpoint}" if checkpoint else "")
+    trainer.add_callback(_LossCurve(output / LOG))
     trainer.train(resume_from_checkpoint=checkpoint)
     _save(arguments, model, load, trainer, output)
     if trainer.is_world_process_zero():
@@ -212,5 +233,3 @@ def _save(
     elif arguments.lora_rank:
         merge_lora(model)
     model.save_pretrained(str(output))
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
-    (output / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")

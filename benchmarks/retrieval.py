@@ -1,0 +1,113 @@
+"""Exact search: faiss.IndexFlatIP and the bare matrix products against top_k, the same vectors and neighbours.
+
+python benchmarks/retrieval.py [--device cuda] [--queries 4096 --corpus 100000 --dim 896 --k 50]
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import faiss
+import harness
+import numpy as np
+import torch
+
+from unime_st.retrieval import top_k
+
+FAISS, PRODUCTS, OURS = "faiss.IndexFlatIP", "matrix products alone", "top_k"
+QUERY_CHUNK, CORPUS_CHUNK = 1024, 8192  # the defaults of top_k
+
+
+def vectors(count: int, dim: int, seed: int) -> np.ndarray:
+    """Random unit vectors in float32, made in blocks.
+
+    Args:
+        count: How many.
+        dim: Width.
+        seed: Of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    found = np.empty((count, dim), dtype=np.float32)
+    for start in range(0, count, CORPUS_CHUNK):
+        block = rng.standard_normal((min(CORPUS_CHUNK, count - start), dim), dtype=np.float32)
+        found[start : start + len(block)] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return found
+
+
+def products(queries: np.ndarray, corpus: np.ndarray, device: str) -> None:
+    """All similarities, block by block as top_k computes them, and nothing kept."""
+    for start in range(0, len(queries), QUERY_CHUNK):
+        left = torch.from_numpy(queries[start : start + QUERY_CHUNK]).to(device)
+        for begin in range(0, len(corpus), CORPUS_CHUNK):
+            left @ torch.from_numpy(corpus[begin : begin + CORPUS_CHUNK]).to(device).T
+
+
+def speed(chosen: Any) -> None:
+    """Compare times, and the neighbours."""
+    queries, corpus = vectors(chosen.queries, chosen.dim, 0), vectors(chosen.corpus, chosen.dim, 1)
+    found: dict[str, np.ndarray] = {}
+
+    def with_faiss() -> None:
+        index = faiss.IndexFlatIP(chosen.dim)
+        index.add(corpus)
+        found[FAISS] = index.search(queries, chosen.k)[1]
+
+    def ours() -> None:
+        found[OURS] = top_k(queries, corpus, chosen.k, device=chosen.device)[1]
+
+    variants = {FAISS: with_faiss, PRODUCTS: lambda: products(queries, corpus, chosen.device), OURS: ours}
+    shape = {"queries": chosen.queries, "corpus": chosen.corpus, "dim": chosen.dim, "k": chosen.k}
+    result = harness.compare("retrieval", variants, repeats=chosen.repeats, facts=shape)
+    result["same_neighbours"] = float((found[FAISS] == found[OURS]).mean())
+    result["times_the_products"] = round(result["median"][OURS] / result["median"][PRODUCTS], 2)
+    told = (
+        f"\n{shape}: top_k takes {result['times_the_products']:.2f} times the products; "
+        f"{result['same_neighbours']:.4%} of the places hold the neighbour that faiss names\n"
+    )
+    harness.save(result, harness.table(result) + told)
+    sys.stdout.write(harness.table(result) + told)
+
+
+def memory(chosen: Any) -> None:
+    """Peak memory above what the vectors take, against the number of queries; a process for each."""
+    lines = ["| queries | MB above the vectors |", "|---|---|"]
+    above = {}
+    for count in (chosen.queries // 4, chosen.queries // 2, chosen.queries):
+        command = [sys.executable, __file__, "--measure_memory", "--queries", str(count), "--device", chosen.device]
+        command += ["--corpus", str(chosen.corpus), "--dim", str(chosen.dim), "--k", str(chosen.k)]
+        above[str(count)] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        lines.append(f"| {count} | {above[str(count)]:.0f} |")
+    harness.save({"name": "retrieval_memory", "machine": harness.machine(), "mb": above}, "\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(["", *lines, ""]))
+
+
+def measure_memory(chosen: Any) -> None:
+    """Print by how much a search raises this process's peak memory."""
+    queries, corpus = vectors(chosen.queries, chosen.dim, 0), vectors(chosen.corpus, chosen.dim, 1)
+    top_k(queries[:8], corpus[:256], chosen.k, device=chosen.device)  # what libraries allocate once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    top_k(queries, corpus, chosen.k, device=chosen.device)
+    sys.stdout.write(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.1f}\n")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = harness.options(__doc__, repeats=3)
+    parser.add_argument("--queries", type=int, default=4096, help="query vectors")
+    parser.add_argument("--corpus", type=int, default=100_000, help="corpus vectors")
+    parser.add_argument("--dim", type=int, default=896, help="width of the vectors")
+    parser.add_argument("--k", type=int, default=50, help="neighbours of each query")
+    parser.add_argument("--measure_memory", action="store_true", help="one process of the memory measurement")
+    chosen = parser.parse_args()
+    if chosen.measure_memory:
+        measure_memory(chosen)
+        return
+    speed(chosen)
+    memory(chosen)
+
+
+if __name__ == "__main__":
+    main()
