@@ -16,8 +16,6 @@ from unime_st.judging.stage import JudgeWork
 from unime_st.judging.store import Scores
 from unime_st.retrieval.mining import ChunkEmbedder, embed_chunk
 
-logger = logging.getLogger(__name__)
-
 
 class _Embeds:
     """Embeds chunks in an actor."""
@@ -28,11 +26,9 @@ class _Embeds:
         self.model, self.records, self.batch_size = UniME(model), RecordSet.load(folder), batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        ((start, stop),) = batch["work"].tolist()
-        return {
-            "start": [start],
-            "vectors": [embed_chunk(self.records, self.model, (start, stop), batch_size=self.batch_size)],
-        }
+        (chunk,) = batch["work"].tolist()
+        vectors = embed_chunk(self.records, self.model, tuple(chunk), batch_size=self.batch_size)
+        return {"start": chunk[:1], "vectors": [vectors]}
 
 
 class _Judges:
@@ -42,9 +38,10 @@ class _Judges:
         self.work = JudgeWork(pools, make_judge(), output, shard_size=shard_size)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        ((number, _),) = batch["work"].tolist()
-        done = self.work.pending([number])  # an actor that died may have written it already
-        return {"rows": [sum(map(self.work.do, done)) if done else len(self.work.rows[number])]}
+        (number,) = batch["work"].tolist()
+        for due in self.work.pending([number]):  # an actor that died may have written it already
+            self.work.do(due)
+        return {"rows": [len(self.work.rows[number])]}
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,14 @@ class Cluster:
     Example:
         ::
 
+            from functools import partial
+
             from unime_st.cluster import Cluster
             from unime_st.judging import LocalJudge
 
+            make_judge = partial(LocalJudge, "Qwen/Qwen2.5-VL-7B-Instruct")
             cluster = Cluster(workers=8, gpus_per_worker=1)
-            scores = cluster.judge("runs/pools", lambda: LocalJudge("Qwen/Qwen2.5-VL-7B-Instruct"), "runs/scores")
+            scores = cluster.judge("runs/pools", make_judge(), make_judge, "runs/scores")
     """
 
     workers: int = 2
@@ -90,19 +90,26 @@ class Cluster:
         arguments = {"model": model, "folder": str(Path(records.folder).resolve()), "batch_size": batch_size}
 
         def embed(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
-            for batch in self._over(chunks, _Embeds, arguments):
+            for batch in self._over(list(map(list, chunks)), _Embeds, arguments):
                 yield int(batch["start"][0]), np.stack(batch["vectors"][0])
 
         return embed
 
     def judge(
-        self, pools: str | Path, make_judge: Callable[[], Judge], output: str | Path, *, shard_size: int = 256
+        self,
+        pools: str | Path,
+        judge: Judge,
+        make_judge: Callable[[], Judge],
+        output: str | Path,
+        *,
+        shard_size: int = 256,
     ) -> Scores:
         """:func:`unime_st.judging.stage.judge_pools` on the cluster, with the same output.
 
         Args:
             pools: Folder of mined pools.
-            make_judge: Makes the judge, in every actor and once here, to name it.
+            judge: Names the scores; it judges nothing itself.
+            make_judge: Makes the same judge in every actor.
             output: Folder to write.
             shard_size: Rows per shard. Defaults to 256.
 
@@ -113,22 +120,20 @@ class Cluster:
             StageConflictError: If the output was begun with another judge, prompt or input.
         """
         pools, output = Path(pools).resolve(), Path(output).resolve()
-        work = JudgeWork(pools, make_judge(), output, shard_size=shard_size)
+        work = JudgeWork(pools, judge, output, shard_size=shard_size)
         if work.finished:
             return Scores(output)
         everything = range(len(work.rows))
         pending = work.pending(everything)
         arguments = {"pools": str(pools), "make_judge": make_judge, "output": str(output), "shard_size": shard_size}
         with work.progress(everything, pending) as progress:
-            for batch in self._over([(number, 0) for number in pending], _Judges, arguments):
+            for batch in self._over(pending, _Judges, arguments):
                 progress.update(int(batch["rows"][0]))
         scores = work.finish()
         assert scores is not None  # every shard was asked for
         return scores
 
-    def _over(
-        self, work: Sequence[tuple[int, int]], actor: type, arguments: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
+    def _over(self, work: Sequence[Any], actor: type, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Results of the actors for each piece of work, as they come."""
         if not work:
             return
@@ -138,9 +143,9 @@ class Cluster:
         except ImportError as error:
             raise ImportError("engine ray needs Ray: pip install 'unime-st[ray]'") from error
         if not ray.is_initialized():
-            ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
+            ray.init(logging_level=logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        pieces = ray.data.from_items([{"work": list(piece)} for piece in work], override_num_blocks=len(work))
+        pieces = ray.data.from_items([{"work": piece} for piece in work], override_num_blocks=len(work))
         results = pieces.map_batches(
             actor,
             fn_constructor_kwargs=arguments,

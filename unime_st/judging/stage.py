@@ -158,7 +158,10 @@ class JudgeWork:
 
     def pending(self, mine: Sequence[int]) -> list[int]:
         """Which of some shards are still to do."""
-        pending = sorted(set(mine).intersection(self._shards.missing()))
+        return self._shards.missing(mine)
+
+    def progress(self, mine: Sequence[int], pending: Sequence[int]) -> tqdm[Any]:
+        """Say what there is to do; gives a bar over the rows of some shards."""
         logger.info(
             "judge: %d pairs of %d distinct items with %s; %d of %d shards to do here",
             len(self.pools) + self.pools.manifest["candidates"],
@@ -167,10 +170,6 @@ class JudgeWork:
             len(pending),
             len(mine),
         )
-        return pending
-
-    def progress(self, mine: Sequence[int], pending: Sequence[int]) -> tqdm[Any]:
-        """A bar over the rows of some shards."""
         total, left = (sum(len(self.rows[number]) for number in numbers) for numbers in (mine, pending))
         return tqdm(total=total, initial=total - left, desc="judging", unit="row")
 

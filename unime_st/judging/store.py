@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,18 @@ class ScoreShards:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from unime_st.judging.store import ScoreShards
-        >>> ScoreShards(Path(tempfile.mkdtemp()), {"name": "a judge"}, 3).missing()
+        >>> ScoreShards(Path(tempfile.mkdtemp()), {"name": "a judge"}, 3).missing(range(3))
         [0, 1, 2]
     """
 
     def __init__(self, folder: Path, identity: dict[str, str], count: int) -> None:
         self.folder, self.identity, self.count = folder, identity, count
 
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are still to do.
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Which of some shards are still to do.
+
+        Args:
+            numbers: Numbers of the shards to look at.
 
         Returns:
             list[int]: In order.
@@ -99,7 +102,7 @@ class ScoreShards:
             StageConflictError: If a shard that is there holds scores of another judge.
         """
         wanted = []
-        for number in range(self.count):
+        for number in sorted(numbers):
             path = self._path(number)
             if not path.is_file():
                 wanted.append(number)
@@ -156,7 +159,7 @@ class ScoreShards:
         """
         with alone_in(self.folder) as lock:
             if not is_complete(self.folder):
-                if missing := self.missing():
+                if missing := self.missing(range(self.count)):
                     logger.info("judge: this part is done; %d shards of other parts are missing", len(missing))
                     return False
                 finish_stage(self.folder, {**self._gather(), "judge": self.identity, **facts})

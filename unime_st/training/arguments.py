@@ -167,7 +167,19 @@ class RerankerArguments(TrainArguments):
 
 
 @dataclass
-class MineArguments:
+class EngineArguments:
+    """Where a stage between the trainings runs."""
+
+    engine: str = field(default="local", metadata={"help": "local, or ray: a Ray cluster (extra [ray])."})
+    workers: int = field(default=2, metadata={"help": "ray: actors at most."})
+    gpus_per_worker: float = field(default=0.0, metadata={"help": "ray: GPUs for each actor."})
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("local", "ray"))
+
+
+@dataclass
+class MineArguments(EngineArguments):
     """Global retrieval: the hard candidates of every pair."""
 
     data: str = field(default="", metadata={"help": "Folder of pair records."})
@@ -181,16 +193,10 @@ class MineArguments:
         metadata={"help": "positive: only below the positive's similarity; none; or a margin above it."},
     )
     batch_size: int = field(default=64, metadata={"help": "Items per forward pass."})
-    engine: str = field(default="local", metadata={"help": "local, or ray: a Ray cluster (extra [ray])."})
-    workers: int = field(default=2, metadata={"help": "ray: actors at most."})
-    gpus_per_worker: float = field(default=0.0, metadata={"help": "ray: GPUs for each actor."})
-
-    def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ("local", "ray"))
 
 
 @dataclass
-class JudgeArguments:
+class JudgeArguments(EngineArguments):
     """MLLM-as-a-judge, and the choice of negatives by its scores."""
 
     data: str = field(default="", metadata={"help": "Folder of candidate pools, written by mine."})
@@ -216,12 +222,6 @@ class JudgeArguments:
     num_negatives: int = field(default=10, metadata={"help": "Negatives per row."})
     score_divisor: float = field(default=1.0, metadata={"help": "Score = sigmoid(log-odds / this); released: 1.05."})
     seed: int = field(default=0, metadata={"help": "Seed of the draw where no candidate survives."})
-    engine: str = field(default="local", metadata={"help": "local, or ray: a Ray cluster (extra [ray])."})
-    workers: int = field(default=2, metadata={"help": "ray: actors at most."})
-    gpus_per_worker: float = field(default=0.0, metadata={"help": "ray: GPUs for each actor."})
-
-    def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ("local", "ray"))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from unime_st.judging.stage import judge_part, select_rows
 from unime_st.judging.store import Scores
 from unime_st.model import UniME
 from unime_st.retrieval.mining import Pools, mine
-from unime_st.training.arguments import JudgeArguments, MineArguments
+from unime_st.training.arguments import EngineArguments, JudgeArguments, MineArguments
 
 if TYPE_CHECKING:
     from unime_st.cluster import Cluster
@@ -138,8 +138,8 @@ def run_judge(arguments: JudgeArguments) -> Path:
         return Path(arguments.output)
     output, size = _named(arguments.scores, "scores"), arguments.shard_size
     if cluster:
-        del judge, judges  # its place is in the actors
-        scores: Scores | None = cluster.judge(pools.folder, partial(_one_judge, arguments), output, shard_size=size)
+        make_judge = partial(_one_judge, arguments)
+        scores: Scores | None = cluster.judge(pools.folder, judge, make_judge, output, shard_size=size)
     else:
         part, overwrite = part_of(arguments.shard), arguments.overwrite
         scores = judge_part(pools, judge, output, part, shard_size=size, overwrite=overwrite)
@@ -158,7 +158,7 @@ def run_judge(arguments: JudgeArguments) -> Path:
     return rows.folder
 
 
-def _cluster(arguments: MineArguments | JudgeArguments) -> Cluster | None:
+def _cluster(arguments: EngineArguments) -> Cluster | None:
     if arguments.engine == "local":
         return None
     from unime_st.cluster import Cluster
