@@ -5,12 +5,10 @@ python train_scripts/demo.py [CONFIG.yaml] [--seeds 3 --output runs/demo ...]
 
 from __future__ import annotations
 
+from unime_st.demo.run import run_demo
 from unime_st.demo.settings import DemoArguments
 from unime_st.training.arguments import parse, set_up_logging
 
 if __name__ == "__main__":
     set_up_logging()
-    arguments = parse(DemoArguments, __doc__)
-    from unime_st.demo.run import run_demo  # after --help: this imports torch
-
-    run_demo(arguments)
+    run_demo(parse(DemoArguments, __doc__))

@@ -5,12 +5,10 @@ python train_scripts/own_data.py train_scripts/configs/own_data.yaml --data TRAI
 
 from __future__ import annotations
 
+from unime_st.demo.own_data import run_own_data
 from unime_st.demo.settings import OwnDataArguments
 from unime_st.training.arguments import parse, set_up_logging
 
 if __name__ == "__main__":
     set_up_logging()
-    arguments = parse(OwnDataArguments, __doc__)
-    from unime_st.demo.own_data import run_own_data  # after --help: this imports torch
-
-    run_own_data(arguments)
+    run_own_data(parse(OwnDataArguments, __doc__))

@@ -1,4 +1,7 @@
-"""Pairs of one's own: import, warm up, mine, judge, soft labels, evaluate beside the controls."""
+"""Pairs of one's own: import, warm up, mine, judge, soft labels, evaluate beside the controls.
+
+As in the demo, this process only says what happens; whatever needs torch is done in others.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,11 @@ import logging
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mteb_tasks.records import RecordsRetrieval
-from mteb_tasks.run import evaluate
-from unime_st.data.importing import import_records
-from unime_st.data.manifest import write_json
+from unime_st.data.manifest import read_json, write_json
 from unime_st.demo.settings import OwnDataArguments
-from unime_st.demo.side_by_side import Job, side_by_side
-from unime_st.model import UniME
-from unime_st.training import arguments as options
-from unime_st.training import stages
-from unime_st.training.offline import run_judge, run_mine, unjudged_rows
-from unime_st.training.run import LOG
+from unime_st.demo.side_by_side import Job, alone, side_by_side
+from unime_st.training.arguments import LOG
 
 logger = logging.getLogger(__name__)
 _MODELS = {
@@ -29,85 +24,27 @@ _MODELS = {
 }
 
 
-def _trained(arguments: OwnDataArguments, name: str, start: str, data: str, steps: int) -> dict[str, Any]:
-    return {
-        "model": start,
-        "data": data,
-        "output": str(Path(arguments.output) / name),
-        "max_steps": steps,
-        "batch_size": arguments.batch_size,
-        "learning_rate": arguments.learning_rate,
-        "lora_rank": arguments.lora_rank,
-        "lora_dropout": 0.0,
-        "lora_targets": arguments.lora_targets,
-        "seed": arguments.seed,
-    }
+def _prepare(arguments: OwnDataArguments) -> None:
+    from unime_st.demo.own_stages import prepare
+
+    prepare(arguments)
 
 
-def _train(arguments: OwnDataArguments, records: str) -> dict[str, str]:
-    """Train every model of the table; finished ones are kept. Returns their folders."""
-    output = Path(arguments.output)
-    warm = str(output / "warm")
-    logger.info("warm: in-batch hard negatives, false ones filtered; every further model starts here.")
-    common = _trained(arguments, "warm", arguments.model, records, arguments.warm_steps)
-    common |= {"sub_batch_size": arguments.batch_size}  # one kind of query in a batch: no negative is a giveaway
-    stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=arguments.temperature))
-    logger.info("mine and judge: the nearest candidates of every query, Yes or No to each.")
-    pools = run_mine(
-        options.MineArguments(
-            data=records,
-            model=warm,
-            output=str(output / "pools"),
-            num_candidates=arguments.num_candidates,
-            pool="dataset",
-            max_similarity="none",
-        )
-    )
-    rows = run_judge(
-        options.JudgeArguments(
-            data=str(pools),
-            model=_judge(arguments, pools),
-            template=arguments.template,
-            scores=str(output / "scores"),
-            output=str(output / "rows"),
-            stride=arguments.stride,
-            num_negatives=arguments.num_negatives,
-            seed=arguments.seed,
-        )
-    )
-    logger.info("in_batch and v2: the same number of further steps, without and with the judged negatives.")
-    further = {"learning_rate": arguments.further_learning_rate, "sub_batch_size": arguments.batch_size}
-    control = options.InBatchArguments(
-        **_trained(arguments, "in_batch", warm, records, arguments.steps) | further, temperature=arguments.temperature
-    )
-    v2 = options.SoftLabelArguments(
-        **_trained(arguments, "v2", warm, str(rows), arguments.steps) | further,
-        temperature=arguments.temperature,
-        label_temperature=arguments.label_temperature,
-        num_negatives=arguments.num_negatives,
-        in_batch_weight=arguments.in_batch_weight,
-    )
-    jobs = [
-        Job("v2", partial(stages.train_soft_labels, v2), arguments.steps, output / "v2" / LOG),
-        Job("in_batch", partial(stages.train_in_batch, control), arguments.steps, output / "in_batch" / LOG),
-    ]
-    for done in side_by_side(jobs, "training of 2 models"):
+def _train(arguments: OwnDataArguments, name: str) -> None:
+    from unime_st.demo.own_stages import train
+
+    train(arguments, name)
+
+
+def _evaluate(arguments: OwnDataArguments, name: str, results: Path) -> None:
+    from unime_st.demo.own_stages import evaluate
+
+    evaluate(arguments, name, results)
+
+
+def _do(jobs: list[Job], title: str) -> None:
+    for done in side_by_side(jobs, f"{title} of {len(jobs)} models"):
         logger.info("%s took %.0f seconds.", done.name, done.seconds)
-    return {"base": arguments.model, **{name: str(output / name) for name in ("warm", "in_batch", "v2")}}
-
-
-def _judge(arguments: OwnDataArguments, pools: Path) -> str:
-    """The judge: the model itself, or, with ``judge_steps``, the model made familiar with the domain."""
-    if not arguments.judge_steps:
-        return arguments.model
-    logger.info("judge: it learns the domain from unjudged pairs, half of them mined and half random.")
-    rows = unjudged_rows(pools, Path(arguments.output) / "unjudged", seed=arguments.seed)
-    common = _trained(arguments, "judge", arguments.model, str(rows.folder), arguments.judge_steps)
-    common |= {"learning_rate": arguments.judge_learning_rate}
-    folder = stages.train_reranker(
-        options.RerankerArguments(**common, template=arguments.template, num_negatives=1, listwise_weight=0.0)
-    )
-    return str(folder)
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
@@ -130,18 +67,16 @@ def run_own_data(arguments: OwnDataArguments) -> dict[str, dict[str, float]]:
     if not arguments.data or not arguments.test:
         raise ValueError("name the training and the held-out pairs: --data TRAIN --test TEST.")
     output = Path(arguments.output)
-    folders = {}
-    for split, source in (("records", arguments.data), ("test", arguments.test)):
-        records = import_records(
-            source, output / split, pairs=arguments.pairs, image_root=arguments.image_root, embed_images=True
-        )
-        folders[split] = str(records.folder)
-    task = RecordsRetrieval(folders["test"])
-    results = {}
-    for name, model in _train(arguments, folders["records"]).items():
-        (subsets,) = evaluate(UniME(model), [task], output / "eval" / name).values()
-        scores = {subset: numbers["hit_rate_at_1"] for subset, numbers in subsets.items()}
-        results[name] = {**scores, "mean": sum(scores.values()) / len(scores)}
+    alone(partial(_prepare, arguments))
+    logger.info("v2 and in_batch: the same number of further steps, with and without the judged negatives.")
+    trainings = [
+        Job(name, partial(_train, arguments, name), arguments.steps, output / name / LOG)
+        for name in ("v2", "in_batch")
+    ]
+    _do(trainings, "training")
+    files = {name: output / "eval" / name / "results.json" for name in _MODELS}
+    _do([Job(f"evaluate {name}", partial(_evaluate, arguments, name, files[name])) for name in files], "evaluation")
+    results = {name: read_json(file) for name, file in files.items()}
     write_json(output / "results.json", {"results": results, "settings": asdict(arguments)})
     logger.info("\n%s", _table(results))
     return results

@@ -10,6 +10,7 @@ GROUPS = {
     "swap": ("swap_obj", "swap_att"),
     "add": ("add_obj", "add_att"),
 }
+RERANKED = 10  # documents that the second stage gets, as in the paper
 # What the terminal says while a model of the table is made.
 PURPOSE = {
     "stage1": "a text-embedding teacher's similarities are distilled into the language model (UniME stage 1)",

@@ -68,6 +68,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+_PROCESSES = 2  # at once, however many cores there are: torch and its friends take a gigabyte in each
+
+
 def _start(quiet: bool) -> None:
     """Make a process ready: alone with all cores and visible bars, or one of several with one thread each."""
     if quiet:
@@ -111,7 +114,7 @@ def alone(work: Callable[[], object]) -> Done:
 
 
 def side_by_side(jobs: Sequence[Job], title: str) -> Iterator[Done]:
-    """Run jobs in as many processes as there are cores, the first of the list first.
+    """Run jobs in two processes, or in one if there is one core, the first of the list first.
 
     Args:
         jobs: What to do.
@@ -123,7 +126,7 @@ def side_by_side(jobs: Sequence[Job], title: str) -> Iterator[Done]:
     Raises:
         Exception: What a job raised; jobs that have not begun are dropped then.
     """
-    workers = min(len(jobs), os.cpu_count() or 1)
+    workers = min(len(jobs), os.cpu_count() or 1, _PROCESSES)
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"  # for the processes: one bar tells it all
     bar = tqdm(total=sum(job.size for job in jobs), desc=title, unit="step", disable=False)

@@ -12,7 +12,7 @@ from typing import Any
 from unime_st.data.manifest import publish, read_json
 from unime_st.report.charts import dot_chart, line_chart
 from unime_st.report.demo_judging import judged_gallery, selection_statistics
-from unime_st.report.demo_results import COLUMNS, CONTROLS, MEAN, MODELS, DemoResults, Summary, render_table
+from unime_st.report.demo_results import COLUMNS, CONTROLS, MEAN, MODELS, REPORT, DemoResults, Summary, render_table
 from unime_st.report.demo_retrieval import compare, gallery, outcome_table
 from unime_st.report.html import Content, Html, element, facts, join, page, table
 
@@ -85,8 +85,8 @@ def write_demo_report(run: str | Path) -> Path:
         *_compositional(results),
         *_setting(results),
     ]
-    output = run / "report.html"
-    temporary = run / f"report.html.{os.getpid()}.tmp"
+    output = run / REPORT
+    temporary = run / f"{REPORT}.{os.getpid()}.tmp"
     temporary.write_text(page("UniME-V2 on a laptop: demo report", *parts), encoding="utf-8")
     publish(temporary, output)
     return output

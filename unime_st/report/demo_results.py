@@ -21,6 +21,9 @@ MODELS = {
 }
 """Names of the models that the demo compares, in the order in which they are shown."""
 
+REPORT = "report.html"
+"""Name of the page in the folder of a run."""
+
 CONTROLS = ("in_batch", "in_batch_compute")
 
 TASKS = {

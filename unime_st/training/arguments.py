@@ -20,6 +20,9 @@ LANGUAGE_MODEL_LAYERS = (
     r"^(?!.*(visual|vision|image)).*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
 )
 
+LOG = "log.jsonl"
+"""Name of the loss curve in a trained model's folder."""
+
 _DTYPES = ("fp32", "bf16", "fp16")
 
 

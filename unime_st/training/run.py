@@ -20,14 +20,13 @@ from transformers import TrainerCallback, TrainerState
 
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
-from unime_st.training.arguments import TrainArguments
+from unime_st.training.arguments import LOG, TrainArguments
 from unime_st.training.planning import Plan
 from unime_st.training.processes import computes_on_cpu, processes
 from unime_st.training.trainer import EmbedderTrainer, RerankerTrainer
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
-LOG = "log.jsonl"
 
 
 @dataclass
