@@ -7,10 +7,17 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from unime_st.training.arguments import HardNegativeArguments, InBatchArguments, SoftLabelArguments, parse
+from unime_st.training.arguments import (
+    HardNegativeArguments,
+    InBatchArguments,
+    RerankerArguments,
+    SoftLabelArguments,
+    parse,
+)
 from unime_st.training.offline import ceiling
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +77,12 @@ def test_ceiling(text: str, value: object) -> None:
 def test_a_strange_ceiling_is_refused() -> None:
     with pytest.raises(ValueError, match="positive, none or a number"):
         ceiling("high")
+
+
+@pytest.mark.parametrize("option", [{"token_budget": "200"}, {"sub_batch_size": 4}, {"dataset_temperature": 2.0}])
+def test_what_the_reranker_would_ignore_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} .* leave it out"):
+        RerankerArguments(**option)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "train_scripts").glob("*.py")))

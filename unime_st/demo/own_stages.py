@@ -27,7 +27,7 @@ def prepare(arguments: OwnDataArguments) -> None:
             source, output / split, pairs=arguments.pairs, image_root=arguments.image_root, embed_images=True
         )
     logger.info("warm: in-batch hard negatives, false ones filtered; every further model starts here.")
-    common = _trained(arguments, "warm", arguments.model, "records", arguments.warm_steps)
+    common = _trained(arguments, "warm", arguments.model, "records", arguments.warm_steps) | _one_kind(arguments)
     stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=arguments.temperature))
     logger.info("mine and judge: the nearest candidates of every query, Yes or No to each.")
     pools = run_mine(
@@ -56,7 +56,8 @@ def prepare(arguments: OwnDataArguments) -> None:
 
 def train(arguments: OwnDataArguments, name: str) -> None:
     """Train one of the models that are compared, from where stage 2 ended."""
-    warm, further = str(Path(arguments.output) / "warm"), {"learning_rate": arguments.further_learning_rate}
+    warm = str(Path(arguments.output) / "warm")
+    further = {"learning_rate": arguments.further_learning_rate, **_one_kind(arguments)}
     if name == "in_batch":
         common = _trained(arguments, name, warm, "records", arguments.steps) | further
         stages.train_in_batch(options.InBatchArguments(**common, temperature=arguments.temperature))
@@ -88,13 +89,17 @@ def _trained(arguments: OwnDataArguments, name: str, start: str, data: str, step
         "output": str(Path(arguments.output) / name),
         "max_steps": steps,
         "batch_size": arguments.batch_size,
-        "sub_batch_size": arguments.batch_size,  # one kind of query in a batch: no in-batch negative is a giveaway
         "learning_rate": arguments.learning_rate,
         "lora_rank": arguments.lora_rank,
         "lora_dropout": 0.0,
         "lora_targets": arguments.lora_targets,
         "seed": arguments.seed,
     }
+
+
+def _one_kind(arguments: OwnDataArguments) -> dict[str, int]:
+    """Every batch holds one kind of query: no in-batch negative is a giveaway."""
+    return {"sub_batch_size": arguments.batch_size}
 
 
 def _judge(arguments: OwnDataArguments, pools: Path) -> str:

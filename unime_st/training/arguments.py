@@ -168,6 +168,14 @@ class RerankerArguments(TrainArguments):
         default=None, metadata={"help": "The list's target is softmax(score / this); none: the positive alone."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, default in (("token_budget", None), ("sub_batch_size", None), ("dataset_temperature", 1.0)):
+            if getattr(self, option) != default:
+                raise ValueError(
+                    f"{option} plans batches of items and says nothing about the reranker's: leave it out."
+                )
+
 
 @dataclass
 class EngineArguments:
