@@ -18,7 +18,7 @@ from unime_st.training.arguments import LOG
 logger = logging.getLogger(__name__)
 _MODELS = {
     "base": "untrained",
-    "warm": "stage 2 (hard negatives)",
+    "warm": "warmed up (in-batch InfoNCE)",
     "in_batch": "control: in-batch InfoNCE, equal steps",
     "v2": "UniME-V2 (mined + judged + soft labels)",
 }

@@ -26,9 +26,10 @@ def prepare(arguments: OwnDataArguments) -> None:
         import_records(
             source, output / split, pairs=arguments.pairs, image_root=arguments.image_root, embed_images=True
         )
-    logger.info("warm: in-batch hard negatives, false ones filtered; every further model starts here.")
+    # Plain InfoNCE: on a domain that the model does not know yet, the hardest negatives of a batch teach it nothing.
+    logger.info("warm: in-batch InfoNCE makes the model familiar with the data; every further model starts here.")
     common = _trained(arguments, "warm", arguments.model, "records", arguments.warm_steps) | _one_kind(arguments)
-    stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=arguments.temperature))
+    stages.train_in_batch(options.InBatchArguments(**common, temperature=arguments.temperature))
     logger.info("mine and judge: the nearest candidates of every query, Yes or No to each.")
     pools = run_mine(
         options.MineArguments(

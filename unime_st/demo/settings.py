@@ -10,7 +10,7 @@ GROUPS = {
     "swap": ("swap_obj", "swap_att"),
     "add": ("add_obj", "add_att"),
 }
-RERANKED = 10  # documents that the second stage gets, as in the paper
+RERANKED = 4  # documents that the second stage gets; of ten, a reranker this small puts too many wrong ones first
 # What the terminal says while a model of the table is made.
 PURPOSE = {
     "stage1": "a text-embedding teacher's similarities are distilled into the language model (UniME stage 1)",
@@ -36,7 +36,7 @@ class DemoArguments:
     distill_steps: int = field(default=20, metadata={"help": "Steps of stage 1."})
     warm_steps: int = field(default=400, metadata={"help": "Steps of stage 2."})
     steps: int = field(default=140, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
-    reranker_steps: int = field(default=40, metadata={"help": "Steps of the reranker."})
+    reranker_steps: int = field(default=120, metadata={"help": "Steps of the reranker."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of stages 1 and 2."})
     further_learning_rate: float = field(default=1e-3, metadata={"help": "The same of UniME-V2 and of the controls."})
     num_candidates: int = field(default=24, metadata={"help": "Candidates mined and judged per query."})
@@ -67,12 +67,12 @@ class OwnDataArguments:
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     model: str = field(default="unime-tiny", metadata={"help": "Model to start from, and the judge."})
     template: str = field(default="tiny", metadata={"help": "The judge's prompt template: official, tiny or a file."})
-    warm_steps: int = field(default=300, metadata={"help": "Steps of stage 2, where every arm starts."})
+    warm_steps: int = field(default=900, metadata={"help": "Steps of the warm-up, where every arm starts."})
     steps: int = field(default=150, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
-    judge_steps: int = field(default=0, metadata={"help": "Steps in which the judge learns the domain first."})
+    judge_steps: int = field(default=300, metadata={"help": "Steps in which the judge learns the domain first."})
     judge_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the judge."})
     batch_size: int = field(default=48, metadata={"help": "Queries per step."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of stage 2."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the warm-up."})
     further_learning_rate: float = field(default=1e-3, metadata={"help": "The same of UniME-V2 and of the control."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
     lora_targets: str = field(default="all-linear", metadata={"help": "Layers with adapters: all-linear or a regex."})
