@@ -57,7 +57,8 @@ def test_two_processes_train_as_one(data: str, tmp_path: Path, script: str) -> N
     common = {"data": data, "learning_rate": 1e-3, "lora_dropout": 0.0, "log_every": 1, "drop_last": False, **own}
     outputs = [tmp_path / "one", tmp_path / "two"]
     train(kind(output=str(outputs[0]), batch_size=8, **common))
-    command = _command(script, 2, output=outputs[1], batch_size=4, **common)
+    cache = tmp_path / "cache"  # which both fill, and which changes nothing
+    command = _command(script, 2, output=outputs[1], batch_size=4, vision_cache=cache, **common)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     curves = [

@@ -7,11 +7,12 @@ import hashlib
 import torch
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
+def weights_fingerprint(model: torch.nn.Module, leave_out: str | None = None) -> str:
     """Tell models of one architecture apart by a few numbers of every tensor.
 
     Args:
         model: Any module.
+        leave_out: Name of a part whose weights do not count.
 
     Returns:
         str: 16 hexadecimal digits.
@@ -24,6 +25,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if leave_out is not None and name.startswith(f"{leave_out}."):
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         digest.update(flat[:: max(1, flat.numel() // 16)].double().cpu().numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
     Returns:
         SentenceTransformer: Of the same class.
     """
+    return with_processor(model, _taking_turns)
+
+
+def with_processor(model: SentenceTransformer, changed: Callable[[Any], Any]) -> SentenceTransformer:
+    """Return a model with the same weights and another processor.
+
+    Args:
+        model: Any Sentence Transformers model; it stays as it is.
+        changed: Gets a shallow copy of the processor, and returns what takes its place.
+
+    Returns:
+        SentenceTransformer: Of the same class.
+    """
     twin = copy.copy(model)
     twin.__dict__["_modules"] = modules = dict(model._modules)
     name = next(iter(modules))
@@ -31,17 +45,16 @@ def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
     if getattr(first, "processor", None) is None:
         return twin
     modules[name] = first
-    first.processor = _taking_turns(first.processor)
+    first.processor = changed(copy.copy(first.processor))
     if getattr(first, "input_formatter", None) is not None:
         first.input_formatter = copy.copy(first.input_formatter)
         first.input_formatter.processor = first.processor
     return twin
 
 
-def _taking_turns(processor: Any) -> Any:
-    twin = copy.copy(processor)
+def _taking_turns(twin: Any) -> Any:
     if getattr(twin, "tokenizer", None) is not None:
-        twin.tokenizer = _taking_turns(twin.tokenizer)
+        twin.tokenizer = _taking_turns(copy.copy(twin.tokenizer))
     elif hasattr(twin, "encode") and callable(twin):
         twin.__class__ = _locked(type(twin))
     return twin

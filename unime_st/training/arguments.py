@@ -90,6 +90,10 @@ class TrainArguments:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     gather_across_devices: bool = field(default=True, metadata={"help": "In-batch negatives from all devices."})
     workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead of the model."})
+    vision_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the pictures' visual tokens; for a frozen vision tower and projector."},
+    )
     save_every: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run resumes there."})
     log_every: int = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
     report_to: str = field(default="none", metadata={"help": "Where the curves go: none, tensorboard, wandb, ..."})
@@ -112,7 +116,8 @@ class TrainArguments:
 
     def plan(self) -> dict[str, Any]:
         """The options that decide the result; a folder made with other ones is not continued."""
-        irrelevant = ("output", "overwrite", "workers", "save_every", "log_every", "report_to", "dry_run", "resume")
+        where_and_how = ("output", "overwrite", "workers", "vision_cache", "report_to", "dry_run", "resume")
+        irrelevant = (*where_and_how, "save_every", "log_every")
         return {name: value for name, value in asdict(self).items() if name not in irrelevant}
 
 
@@ -175,6 +180,8 @@ class RerankerArguments(TrainArguments):
                 raise ValueError(
                     f"{option} plans batches of items and says nothing about the reranker's: leave it out."
                 )
+        if self.vision_cache is not None:
+            raise ValueError("vision_cache feeds embedders and not the reranker: leave it out.")
 
 
 @dataclass

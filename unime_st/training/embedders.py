@@ -16,6 +16,7 @@ from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.data.checking import RejectedWriter
+from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
@@ -35,9 +36,11 @@ from unime_st.training.planning import (
 )
 from unime_st.training.processes import processes
 from unime_st.training.run import Setup
+from unime_st.training.vision import VisionCache, check_frozen, most_bytes, picture_keys
 
 logger = logging.getLogger(__name__)
 COSTS = "costs.npy"
+PICTURES = "pictures.npy"
 
 
 @dataclass
@@ -62,11 +65,17 @@ class EmbedderSetup:
     def __call__(self, model: BaseModel, rows: Dataset) -> Setup:
         """Count tokens, set rows aside that cannot be used, find the mini-batch and rehearse it."""
         a = self.arguments
+        if a.vision_cache is not None:
+            check_frozen(model)
         costs = self._costs(model)
         rows, places, aside = self._usable(rows, costs)
         datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
         rows = rows.remove_columns("dataset") if datasets else rows
-        feed = Feed(self.records, model.preprocess, a.workers)
+        dtype = computation_dtype(a)
+        vision = self._vision(model, costs, places, dtype)
+        reader: Any = vision or model
+        open_item = vision.open_item if vision else Item.to_input
+        feed = Feed(self.records, reader.preprocess, a.workers, open_item)
         budget = self._budget(model, feed, costs)
         mini_batches = MiniBatches(costs, a.mini_batch_size if self.in_batch else None, budget)
         row_costs = costs[places].sum(axis=1)
@@ -74,16 +83,18 @@ class EmbedderSetup:
         lazy = self.in_batch and (budget or a.mini_batch_size) is not None
         state = processes()
         balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
-        dtype = computation_dtype(a)
         operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
         rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype) if budget or a.dry_run else []
         words = self._words(lazy, per_pass, budget)
+        kept = str(vision) if vision else self._expected(model, costs, places)
         loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims)
         gathers = bool(getattr(loss.loss, "gather_across_devices", False))
         return Setup(
             rows=rows,
             loss=loss,
-            collator=ItemCollator(model.preprocess, records=self.records, mini_batches=mini_batches, lazy=lazy),
+            collator=ItemCollator(
+                reader.preprocess, records=self.records, mini_batches=mini_batches, lazy=lazy, open_item=open_item
+            ),
             make_batches=sampler(
                 world_size=state.num_processes,
                 datasets=datasets,
@@ -98,7 +109,7 @@ class EmbedderSetup:
             ),
             batch_size=per_pass,
             accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
-            plan=self._plan(model, len(rows), aside, row_costs, operations, rehearsals, words, lazy, costs),
+            plan=self._plan(model, len(rows), aside, row_costs, operations, rehearsals, words, lazy, costs, kept),
             operations_per_token=operations,
             matrix_rate=matrix_rate(model.device, dtype),
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
@@ -110,6 +121,23 @@ class EmbedderSetup:
             return item_costs(self.records, model)
         with processes().main_process_first():  # which leaves the counts to the others
             return item_costs(self.records, model, Path(self.arguments.output) / COSTS)
+
+    def _vision(
+        self, model: BaseModel, costs: np.ndarray, places: np.ndarray, dtype: torch.dtype
+    ) -> VisionCache | None:
+        a = self.arguments
+        if a.vision_cache is None or a.dry_run:
+            return None
+        with processes().main_process_first():  # which leaves the keys to the others
+            keys = picture_keys(self.records, places, Path(a.output) / PICTURES)
+        vision = VisionCache(model, self.records, keys, a.vision_cache, dtype)
+        vision.fill(model, Feed(self.records, model.preprocess, a.workers), costs)
+        return vision
+
+    def _expected(self, model: BaseModel, costs: np.ndarray, places: np.ndarray) -> str | None:
+        if self.arguments.vision_cache is None:
+            return None
+        return f"at most {most_bytes(model, self.records, places, costs) / 2**30:.2f} GiB"
 
     def _usable(self, rows: Dataset, costs: np.ndarray) -> tuple[Dataset, np.ndarray, int]:
         """Rows without unreadable images, the positions of their items of shape (rows, columns), and how many fell."""
@@ -201,6 +229,7 @@ class EmbedderSetup:
         words: str,
         lazy: bool,
         costs: np.ndarray,
+        kept: str | None,
     ) -> Plan:
         a, world = self.arguments, processes().num_processes
         per_step = a.batch_size * a.gradient_accumulation_steps * world
@@ -228,4 +257,5 @@ class EmbedderSetup:
             hours=hours,
             peak_gib=peak,
             device=str(model.device),
+            vision_cache=kept,
         )

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from unime_st.data.images import BadImageError
+from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 
 Features = dict[str, Any]
@@ -19,15 +20,17 @@ _AHEAD = 2  # mini-batches that every worker keeps ready
 class _Processed(Dataset):
     """Features of a mini-batch by the positions of its items."""
 
-    def __init__(self, records: ItemFolder, preprocess: Callable[[list[Any]], Features]) -> None:
-        self.records, self.preprocess = records, preprocess
+    def __init__(
+        self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], open_item: Callable[[Item], Any]
+    ) -> None:
+        self.records, self.preprocess, self.open_item = records, preprocess, open_item
 
     def __getitems__(self, positions: list[int]) -> Features:
         inputs = []
         for position in positions:
             item = self.records.items.at(position)
             try:
-                inputs.append(item.to_input())
+                inputs.append(self.open_item(item))
             except BadImageError as error:
                 raise BadImageError(
                     f"{self.records.folder}, item {item.id} (stored as {position}): {error}"
@@ -39,6 +42,12 @@ def _unchanged(features: Any) -> Features:
     return features
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
 class Feed:
     """Hands out the mini-batches of a batch one after the other; only a few of them exist at any time.
 
@@ -46,6 +55,7 @@ class Feed:
         records: Where the items are.
         preprocess: ``model.preprocess``.
         workers: Processes that decode ahead of the model. 0 decodes when asked.
+        open_item: Makes of an item what ``preprocess`` takes. Defaults to decoding it.
 
     Example:
         >>> import tempfile
@@ -59,8 +69,14 @@ class Feed:
         [2, 1]
     """
 
-    def __init__(self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], workers: int = 0) -> None:
-        self._dataset = _Processed(records, preprocess)
+    def __init__(
+        self,
+        records: ItemFolder,
+        preprocess: Callable[[list[Any]], Features],
+        workers: int = 0,
+        open_item: Callable[[Item], Any] = Item.to_input,
+    ) -> None:
+        self._dataset = _Processed(records, preprocess, open_item)
         self._mini_batches: list[list[int]] = []
         self._workers = workers
         self._loader: DataLoader | None = None
@@ -79,10 +95,7 @@ class Feed:
         if self._loader is None:
             self._loader = self._make_loader(device)
         for features in self._loader:
-            yield {
-                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in features.items()
-            }
+            yield {name: _moved(value, device) for name, value in features.items()}
 
     def _make_loader(self, device: torch.device) -> DataLoader:
         options: dict[str, Any] = {}

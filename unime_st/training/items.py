@@ -58,11 +58,13 @@ class ItemCollator(SentenceTransformerDataCollator):
         lazy: Hand on positions only; :class:`DistinctItemsLoss` has its feed decode mini-batch after mini-batch, so
             that memory does not grow with the batch. False decodes here, in the data loader's workers if there are
             any: right for small batches that are embedded in one pass.
+        open_item: Makes of an item what ``preprocess_fn`` takes. Defaults to decoding it.
     """
 
     records: RecordSet | None = None
     mini_batches: MiniBatches = field(default_factory=lambda: MiniBatches(np.empty(0)))
     lazy: bool = False
+    open_item: Callable[[Item], Any] = Item.to_input
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows with columns ``query, positive, negative_1, ...`` of ids and an optional ``label``."""
@@ -85,7 +87,7 @@ class ItemCollator(SentenceTransformerDataCollator):
         batch: dict[str, Any] = {}
         for number, group in enumerate(groups):
             items = [self.records.items.at(int(position)) for position in positions[group]]  # type: ignore[union-attr]
-            inputs = self.preprocess_fn([item.to_input() for item in items])
+            inputs = self.preprocess_fn([self.open_item(item) for item in items])
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
         return batch
 

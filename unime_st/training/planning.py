@@ -209,6 +209,7 @@ class Plan:
         hours: Estimated from the rehearsal; None where there was none.
         peak_gib: Highest memory in the rehearsal, of the device or (CPU) the process.
         device: What it was measured on.
+        vision_cache: What is kept of pictures, in words; None: nothing.
     """
 
     rows: int
@@ -225,6 +226,7 @@ class Plan:
     hours: float | None
     peak_gib: float | None
     device: str
+    vision_cache: str | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -235,6 +237,8 @@ class Plan:
             f"weights        {self.trained:,} of {self.weights:,} are trained",
             f"operations     {self.flops:.2e} (language model)",
         ]
+        if self.vision_cache is not None:
+            lines.append(f"vision cache   {self.vision_cache}")
         if self.hours is not None:
             lines.append(f"time           about {self.hours:.2g} hours on this device ({self.device})")
         if self.peak_gib is not None:

@@ -1,0 +1,128 @@
+"""Tensors of pictures on disk: safetensors shards that appear whole or not at all, shared by any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from unime_st.data.manifest import publish
+
+_SHARD_BYTES = 128 << 20
+
+
+class FeatureStore:
+    """A few tensors for each key. Shards are only ever added, so writers need no lock; a killed one loses its last.
+
+    Args:
+        folder: Where the shards are; made if it is missing.
+
+    Raises:
+        ValueError: If a shard is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> store = FeatureStore(Path(tempfile.mkdtemp()))
+        >>> store.add("a", {"tokens": torch.ones(2, 3)})
+        >>> store.flush()
+        >>> store.refresh()
+        >>> store.read("a")["tokens"].shape, store.missing(np.array([b"a", b"b"])).tolist()
+        (torch.Size([2, 3]), [False, True])
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._held = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look what is in the folder."""
+        self._paths = [str(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        found = [np.array(sorted({name.partition("/")[0] for name in _opened(path)[1]}), "S") for path in self._paths]
+        keys = np.concatenate([np.array([], dtype="S1"), *found])
+        shards = np.repeat(np.arange(len(found)), [len(part) for part in found])
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._shards = keys[order], shards[order]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(os.path.getsize(path) for path in self._paths)
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Say of every key (bytes) whether it had no tensors when the folder was last looked at."""
+        return np.isin(keys, self._keys, invert=True)
+
+    def add(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under a new key; they are on disk after :meth:`flush`, or when a shard is full,
+        and can be read after :meth:`refresh`.
+
+        Args:
+            key: Letters and digits.
+            tensors: The same names for every key.
+
+        Raises:
+            OSError: If a shard cannot be written.
+        """
+        self._waiting[key] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._held += sum(tensor.nbytes for tensor in tensors.values())
+        if self._held >= _SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard.
+
+        Raises:
+            OSError: If the shard cannot be written; those before it are whole.
+        """
+        if self._waiting:
+            # Named by what is in it: two processes that made the same write the same file.
+            final = self.folder / f"{hashlib.sha256(' '.join(self._waiting).encode()).hexdigest()[:32]}.safetensors"
+            temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+            named = {
+                f"{key}/{name}": t.contiguous() for key, some in self._waiting.items() for name, t in some.items()
+            }
+            try:
+                save_file(named, temporary)
+                publish(temporary, final)
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"{final} could not be written ({error}); the shards before it are whole.") from error
+            finally:
+                temporary.unlink(missing_ok=True)
+        self._waiting, self._held = {}, 0
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a key, mapped from the file: copy what is to be changed.
+
+        Args:
+            key: Its key.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        place = int(np.searchsorted(self._keys, key.encode()))
+        if place == len(self._keys) or self._keys[place] != key.encode():
+            raise KeyError(f"{key} is not in {self.folder}")
+        shard, names = _opened(self._paths[self._shards[place]])
+        kinds = {name.partition("/")[2] for name in names}
+        return {kind: shard.get_tensor(f"{key}/{kind}") for kind in kinds}
+
+
+@lru_cache(maxsize=256)
+def _opened(path: str) -> tuple[Any, list[str]]:
+    """A shard, mapped, and the names of its tensors."""
+    try:
+        shard = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and what it held is computed again.") from error
+    return shard, list(shard.keys())
