@@ -76,8 +76,11 @@ def soft_label_distillation(
             m = [(a + b) / 2 for a, b in zip(p, q)]
             row = (kl(p, m) + kl(q, m)) / 2
         if in_batch_weight:
-            positives = softmax([cosine(query, other) for other in documents[0]], temperature)
-            row = row - in_batch_weight * torch.log(positives[i])
+            own = documents[0][i]
+            others = [column[j] for column in documents for j in range(len(queries)) if j != i]
+            others = [other for other in others if not torch.equal(other, own)]
+            pool = softmax([cosine(query, other) for other in [own, *others]], temperature)
+            row = row - in_batch_weight * torch.log(pool[0])
         rows.append(row)
     return sum(rows) / len(rows)
 

@@ -155,6 +155,20 @@ def test_soft_label_distillation(
     assert_same(run(loss, columns, scores), wanted)
 
 
+@CACHED
+def test_a_positive_that_is_mined_elsewhere_is_no_negative(model: SentenceTransformer, cached: int | None) -> None:
+    columns = [rows(seed, 5, 6) for seed in range(4)]
+    columns[2][0] = columns[1][3]  # row 3's positive is mined by row 0, and row 1's by row 4
+    columns[3][4] = columns[1][1]
+    scores = torch.rand(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = SoftLabelDistillationLoss(model, 0.05, in_batch_weight=0.5, mini_batch_size=cached)
+    wanted = expect(
+        columns,
+        lambda c: reference.soft_label_distillation(c, scores, 0.05, "symmetric_kl", 0.05, in_batch_weight=0.5),
+    )
+    assert_same(run(loss, columns, scores), wanted)
+
+
 def gap(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Positives at cosine -0.6, negatives at 0.9 and 0.5: at temperature 0.01 the positive's probability is e-150."""
     query = torch.tensor([[1.0, 0.0]] * 3, dtype=dtype)

@@ -16,6 +16,8 @@ from unime_st.losses.citations import UNIME_V2_CITATION
 
 Divergence = Literal["symmetric_kl", "js", "kl"]
 
+_SAME = 1e-5  # cosines this close to 1 are of one item, embedded twice
+
 
 class SoftLabelDistillationLoss(CachedEmbeddingLoss):
     def __init__(
@@ -52,14 +54,15 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
                 - ``"js"``: the Jensen-Shannon divergence proper, bounded by ln 2; learning rates do not carry over.
                 - ``"kl"``: KL(Q || P) alone, from the judge to the model.
             label_temperature: Divides the judge's scores. None (default) takes ``temperature``, as in the paper.
-            in_batch_weight: Weight of an additional InfoNCE of each query against the positives of all queries in the
-                (gathered) batch, at ``temperature``. Mined negatives stay out of it: they may be false negatives, which
-                is what the soft labels are for. 0 (default) is the paper's loss.
+            in_batch_weight: Weight of an additional InfoNCE of each query against the positives and mined negatives of
+                all queries in the (gathered) batch, at ``temperature``. Its own mined negatives stay out: they may be
+                false negatives, which is what the soft labels are for. So does whatever has its positive's embedding,
+                as when another query's negative is this one's positive. 0 (default) is the paper's loss.
             mini_batch_size: Number of inputs embedded at a time with gradient caching, which bounds memory by the
                 mini-batch instead of the batch. None (default) embeds the batch in one ordinary forward pass.
             mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
                 ``mini_batch_size`` inputs; turns gradient caching on as well.
-            gather_across_devices: Let the in-batch term see the positives of all processes.
+            gather_across_devices: Let the in-batch term see the candidates of all processes.
             show_progress_bar: Show the progress over mini-batches.
 
         References:
@@ -146,11 +149,11 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             )
 
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
-        """Arrange queries, their own candidates and, for the in-batch term, all positives."""
+        """Arrange queries, their own candidates and, for the in-batch term, everybody's."""
         assert labels is not None  # check_inputs has run
         queries, *documents = columns
         log_judge = (labels.detach().to(queries) / self.label_temperature).log_softmax(dim=1)
-        in_batch = [shards.gather(documents[0])] if self.in_batch_weight > 0 else []
+        in_batch = [torch.cat([shards.gather(column) for column in documents])] if self.in_batch_weight > 0 else []
 
         def losses(chunk: slice, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
             query, candidates = rows
@@ -160,9 +163,9 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             log_model = (similarities / self.temperature).log_softmax(dim=1)
             loss = _divergence(self.divergence, log_model, log_judge[chunk])
             if shared:
-                targets = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
-                logits = query @ shared[0].T / self.temperature
-                loss = loss + self.in_batch_weight * F.cross_entropy(logits, targets, reduction="none")
+                places = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
+                logits = _against_others(query, candidates[:, 0], shared[0], places, len(documents)) / self.temperature
+                loss = loss + self.in_batch_weight * F.cross_entropy(logits, places, reduction="none")
             return loss
 
         return RowwiseLoss(rows=[queries, torch.stack(documents, dim=1)], shared=in_batch, losses=losses)
@@ -181,6 +184,18 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
     def citation(self) -> str:
         """BibTeX entry of the UniME-V2 paper."""
         return UNIME_V2_CITATION
+
+
+def _against_others(query: Tensor, positive: Tensor, pool: Tensor, places: Tensor, columns: int) -> Tensor:
+    """Similarities ``(rows, pool)`` of queries to the positives, then the negatives, of all rows: -inf, but for the
+    own positive, where a candidate is the own row's or the positive once more.
+    """
+    out = positive.detach() @ pool.detach().T > 1 - _SAME
+    total = len(pool) // columns
+    for column in range(1, columns):
+        out[torch.arange(len(places)), places + column * total] = True
+    out[torch.arange(len(places)), places] = False
+    return (query @ pool.T).masked_fill(out, -math.inf)
 
 
 def _divergence(name: Divergence, log_model: Tensor, log_judge: Tensor) -> Tensor:
