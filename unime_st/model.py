@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from unime_st.backbones.pickling import remove_output_hooks, restore_output_registry
+from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.encoding.lists import distinct_inputs, embed_list
 
 
-class UniME(SentenceTransformer):
+class UniME(ShardedByLayer, SentenceTransformer):
     """Universal multimodal embedding model: texts, images and image+text go in, unit vectors come out.
 
     A thin :class:`~sentence_transformers.SentenceTransformer`: what it saves loads in the plain class and the reverse.

@@ -47,6 +47,7 @@ def _gradients(model: UniME, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_cached_equals_plain(records: RecordSet, tmp_path: Path, family: str) -> None:
     folder = convert(FAMILIES[family](tmp_path / "bare"), family, output=tmp_path / "native")
     model = UniME(folder, device="cpu")
+    assert len(model._no_split_modules) == 1, "FSDP2 shards the layers of the language model, and no others"
     items = [[record.query for record in records], [record.positive for record in records]]
     inputs = [[item.to_input() for item in column] for column in items]
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: the same curve and weights as one, and an end when one of them dies."""
+"""Two processes, with whole or sharded weights: the same curve and weights as one, and an end when one of them dies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.training.arguments import HardNegativeArguments, SoftLabelArguments
-from unime_st.training.stages import train_hard_negatives, train_soft_labels
+from unime_st.training.arguments import HardNegativeArguments, InBatchArguments, SoftLabelArguments
+from unime_st.training.stages import train_hard_negatives, train_in_batch, train_soft_labels
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -38,10 +39,57 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(RecordSet.write(tmp_path_factory.mktemp("data") / "rows", rows, {}).folder)
 
 
+def _words(script: str, options: dict[str, object]) -> list[str]:
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    return [str(ROOT / "train_scripts" / f"{script}.py"), *words]
+
+
 def _command(script: str, processes: int, **options: object) -> list[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    return [sys.executable, *start, str(ROOT / "train_scripts" / f"{script}.py"), *words]
+    return [sys.executable, *start, *_words(script, options)]
+
+
+def _sharded_command(script: str, processes: int, **options: object) -> list[str]:
+    """The same under FSDP2, started by accelerate from our configuration."""
+    config = ["--config_file", str(ROOT / "train_scripts" / "accelerate" / "fsdp2.yaml")]
+    config += ["--num_processes", str(processes), "--main_process_port", "0"]  # 0: a free one
+    start = ["-m", "accelerate.commands.launch", *config, str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+    return [sys.executable, *start, *_words(script, options)]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def _kill_a_rank(command: list[str], checkpoints: Path) -> None:
+    """Wait for the first checkpoint, kill the second process, and see to it that the run ends with an error."""
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=-3, stderr=-3, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while time.monotonic() < deadline and not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+                time.sleep(0.1)
+            ranks = psutil.Process(process.pid).children()
+            assert len(ranks) == 2, "the run did not begin"
+            ranks[1].send_signal(signal.SIGKILL)
+            assert process.wait(timeout=120) != 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not (checkpoints.parent / "manifest.json").exists()
+
+
+def _assert_same(outputs: list[Path], steps: int) -> None:
+    curves = [
+        [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()] for output in outputs
+    ]
+    weights = [load_file(output / "model.safetensors") for output in outputs]
+    assert len(curves[0]) == steps
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert weights[1].keys() == weights[0].keys()
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).abs().max() < 1e-5, name
 
 
 STAGES: dict[str, tuple[Callable, type, dict[str, int]]] = {
@@ -58,33 +106,55 @@ def test_two_processes_train_as_one(data: str, tmp_path: Path, script: str) -> N
     outputs = [tmp_path / "one", tmp_path / "two"]
     train(kind(output=str(outputs[0]), batch_size=8, **common))
     cache = tmp_path / "cache"  # which both fill, and which changes nothing
-    command = _command(script, 2, output=outputs[1], batch_size=4, vision_cache=cache, **common)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    curves = [
-        [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()] for output in outputs
-    ]
-    weights = [load_file(output / "model.safetensors") for output in outputs]
-    assert len(curves[0]) == 3
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    for name, weight in weights[0].items():
-        assert (weights[1][name] - weight).abs().max() < 1e-5, name
+    _run(_command(script, 2, output=outputs[1], batch_size=4, vision_cache=cache, **common))
+    _assert_same(outputs, steps=3)
 
 
 def test_a_dead_process_ends_the_run(data: str, tmp_path: Path) -> None:
     options = {"data": data, "output": tmp_path / "out", "batch_size": 4, "max_steps": 5000}
     options |= {"drop_last": False, "save_every": 4}  # after the uneven end of the first pass, which must not hang
-    command = _command("in_batch", 2, **options)
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=-3, stderr=-3, start_new_session=True) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while time.monotonic() < deadline and not list((tmp_path / "out" / "checkpoints").glob("checkpoint-*")):
-                time.sleep(0.1)
-            ranks = psutil.Process(process.pid).children()
-            assert len(ranks) == 2, "the run did not begin"
-            ranks[1].send_signal(signal.SIGKILL)
-            assert process.wait(timeout=120) != 0
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    _kill_a_rank(_command("in_batch", 2, **options), tmp_path / "out" / "checkpoints")
+
+
+# With full fine-tuning some weights hardly have a gradient (biases of keys), of which Adam makes steps nevertheless; at a
+# small learning rate those stay below the tolerance.
+SHARDED: dict[str, tuple[Callable, type, dict[str, Any]]] = {
+    # All weights, accumulated; by tokens, so that the forward passes of the two processes differ in number.
+    "soft_labels": (
+        train_soft_labels,
+        SoftLabelArguments,
+        {"token_budget": "120", "num_negatives": 2, "lora_rank": 0, "learning_rate": 1e-4, "drop_last": False},
+    ),
+    # An adapter over frozen weights, gradients cached. The stock loss takes as many rows from every process.
+    "in_batch": (train_in_batch, InBatchArguments, {"mini_batch_size": 3, "learning_rate": 1e-3, "epochs": 2.0}),
+}
+
+
+@pytest.mark.parametrize("script", SHARDED)
+def test_two_sharded_processes_train_as_one(data: str, tmp_path: Path, script: str) -> None:
+    train, kind, own = SHARDED[script]
+    common = {"data": data, "lora_dropout": 0.0, "log_every": 1, **own}
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    train(kind(output=str(outputs[0]), batch_size=8, **common))
+    _run(_sharded_command(script, 2, output=outputs[1], batch_size=4, **common))
+    _assert_same(outputs, steps=3 if script == "soft_labels" else 4)
+
+
+def test_a_sharded_run_goes_on_after_a_process_died(data: str, tmp_path: Path) -> None:
+    common = {"data": data, "learning_rate": 1e-4, "log_every": 1, "lora_rank": 0, "max_steps": 12}
+    common |= {"mini_batch_size": 3, "num_negatives": 4, "drop_last": False}
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    train_hard_negatives(HardNegativeArguments(output=str(outputs[0]), batch_size=8, **common))  # type: ignore[arg-type]
+    command = _sharded_command("hard_negatives", 2, output=outputs[1], batch_size=4, save_every=2, **common)
+    _kill_a_rank(command, outputs[1] / "checkpoints")
+    assert list(outputs[1].glob("checkpoints/checkpoint-*/pytorch_model_fsdp_0")), "nothing was sharded"
+    assert "going on from" in _run(command)
+    _assert_same(outputs, steps=12)
+
+
+def test_sharded_rerankers_are_refused(data: str, tmp_path: Path) -> None:
+    options = {"data": data, "output": tmp_path / "out", "template": "tiny", "batch_size": 4, "num_negatives": 2}
+    command = _sharded_command("reranker", 1, **options)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode != 0
+    assert "A reranker's weights cannot be sharded" in done.stderr

@@ -148,7 +148,12 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._used = len(buckets)
         for bucket in buckets:
             self._count(bucket)
-        return self.calculate_loss([[self.model(bucket)["sentence_embedding"] for bucket in buckets]], labels)
+        buckets += buckets[-1:] * (self._most_of_any_process(len(buckets)) - len(buckets))
+        parts = [self.model(dict(bucket))["sentence_embedding"] for bucket in buckets]
+        loss = self.calculate_loss([parts], labels)
+        for repeated in parts[self._used :]:
+            loss = loss + repeated[:0].sum()  # nothing, but its backward pass takes place
+        return loss
 
     def _forward_lazy(self, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         if self.feed is None:

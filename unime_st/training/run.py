@@ -201,7 +201,7 @@ def _trainer(arguments: TrainArguments, model: BaseModel, made: Setup, output: P
     batch = arguments.batch_size * trainer_options.world_size
     if len(made.rows) < batch:
         raise ValueError(f"{len(made.rows)} rows do not fill a batch of {batch}; lower batch_size, or add data.")
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=trainer_options,
         train_dataset=made.rows,
@@ -213,6 +213,12 @@ def _trainer(arguments: TrainArguments, model: BaseModel, made: Setup, output: P
         matrix_rate=made.matrix_rate,
         mean_over_rows=made.mean_over_rows,
     )
+    if trainer.is_fsdp_enabled and not is_embedder:
+        raise ValueError(
+            "A reranker's weights cannot be sharded (FSDP): its processes need different numbers of forward passes, and "
+            "would wait for each other. Start it with torchrun (DDP)."
+        )
+    return trainer
 
 
 def _save(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from unime_st.training.items import COLUMNS
 
@@ -27,6 +27,21 @@ class _TellsTheEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.batches.set_epoch(int(state.epoch or 0))
+
+
+class _ReducesAllGradients(TrainerCallback):
+    """Under FSDP2 a device whose mini-batch has no picture has no gradients for the vision tower; they count as zero."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if not hasattr(model, "set_requires_gradient_sync"):  # not sharded
+            return
+        if not hasattr(model, "set_reduce_scatter_unused_params"):
+            raise RuntimeError(
+                "This torch cannot shard a model of which devices use different weights, as pictures and texts do: "
+                "update torch, or use DDP."
+            )
+        model.set_reduce_scatter_unused_params(True)
 
 
 class ReportingMixin:
@@ -56,6 +71,7 @@ class ReportingMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(_ReducesAllGradients())  # type: ignore[attr-defined]
         self._make_batches = make_batches
         self._mean_over_rows = mean_over_rows
         self._shares: list[float] = []
@@ -86,6 +102,13 @@ class ReportingMixin:
                 f"The checkpoint of step {step} could not be written to {folder} ({free:.1f} GiB are free there): "
                 f"{error}. The one before it is intact: make room and run the same command again."
             ) from error
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        """Sentence Transformers reads whole checkpoints only; a sharded one is left to transformers, as is its writing."""
+        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            Trainer._load_from_checkpoint(self, checkpoint_path, model)  # type: ignore[arg-type]
+        else:
+            super()._load_from_checkpoint(checkpoint_path)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the batches of a step, and find out how much each of them counts."""
