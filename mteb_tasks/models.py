@@ -62,7 +62,12 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
 
     embedder = load_embedder(name.removesuffix("+reranker"), revision, **dict(kwargs))
     source = os.environ.get(RERANKER_VARIABLE) or RERANKER
-    return TwoStage(embedder, UniMEReranker(str(resolve(source)), device=kwargs.get("device")), name=name)
+    reranker: Any = UniMEReranker(str(resolve(source)), device=kwargs.get("device"))
+    side = getattr(embedder.model.processor, "image_side", None)
+    theirs = reranker.processor
+    if side is not None and getattr(theirs, "image_size", None) == "official":
+        theirs.set_image_rule(theirs.image_rule, side, theirs.image_backend)
+    return TwoStage(embedder, reranker, name=name)
 
 
 def cache_folder(folder: Path, dtype: str, settings: dict[str, Any]) -> Path | None:

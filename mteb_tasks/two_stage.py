@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -87,6 +87,11 @@ class TwoStage:
         )
         self._corpus: Dataset | None = None
 
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        """The embedder's prompts: officially both stages read the same text beside a picture."""
+        return self.embedder.model.prompts
+
     def index(self, corpus: Dataset, **kwargs: Any) -> None:
         """Take the corpus of the next `search`.
 
@@ -148,11 +153,11 @@ class TwoStage:
         """Put the best of each query in the reranker's order, in place."""
         rows = {document: row for row, document in enumerate(corpus["id"])}
         query_ids = iter(queries["id"])
-        for part in iter_items(queries, WINDOW):
+        for part in iter_items(queries, WINDOW, self.prompts):
             names, groups = [], []
             for query, query_id in zip(part, query_ids):
                 best = sorted(found[query_id], key=found[query_id].__getitem__, reverse=True)[: self.top_k]
-                chosen = iter_items(corpus.select([rows[name] for name in best]))
+                chosen = iter_items(corpus.select([rows[name] for name in best]), prompts=self.prompts)
                 names.append((query_id, best))
                 groups.append(Group(query, [item for items in chosen for item in items]))
             for (query_id, best), scores in zip(names, self._scores(groups)):
