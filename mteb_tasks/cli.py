@@ -16,6 +16,7 @@ from mteb.results import TaskResult
 from mteb_tasks import register
 from mteb_tasks.mmeb.subsets import BENCHMARK
 from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
+from mteb_tasks.models import check_variables
 from mteb_tasks.registration import registered_tasks
 from mteb_tasks.scores import Scores, score_table
 
@@ -53,6 +54,7 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
 
     @functools.wraps(run)
     def run_and_show(args: argparse.Namespace) -> None:
+        check_variables(args.model)
         if args.prediction_folder is None and not args.save_predictions and _is_about_us(args):
             args.prediction_folder = _prediction_folder(args)
         run(args)

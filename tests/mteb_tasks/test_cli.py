@@ -66,6 +66,18 @@ def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
         assert name in listed.stdout
 
 
+@pytest.mark.parametrize(
+    "model, variables",
+    [("unime-local", "UNIME_MODEL"), ("unime/unime-local+reranker", "UNIME_MODEL and UNIME_RERANKER")],
+)
+def test_a_model_without_its_variables_says_which_to_set(monkeypatch, model, variables):
+    monkeypatch.delenv("UNIME_MODEL", raising=False)
+    monkeypatch.delenv("UNIME_RERANKER", raising=False)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(ValueError, match=f"set {variables}$"):
+        main(["run", "-m", model, "-t", "ScenesVQA"])
+
+
 def test_published_scores_stand_beside_a_complete_mmeb_only():
     scores = {f"MMEB-{subset.name}": {"default": {"main_score": 0.712}} for subset in SUBSETS}
     table = score_table(scores, "unime-v2")
