@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import mteb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mteb_tasks import evaluate, wrap
 from mteb_tasks.description import model_meta
-from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb import location
+from mteb_tasks.mmeb.location import MMEBDataError, fingerprint
 from mteb_tasks.mmeb.reading import read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
@@ -262,6 +265,37 @@ def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch
         stale.tasks[0].load_data()
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_picture_of_the_same_size_in_bytes_is_other_data(tmp_path, monkeypatch, zipped):
+    root = write_synthetic_mmeb(
+        tmp_path, subsets=[subset_named("CIRR"), subset_named("OVEN")], queries=2, candidates=2
+    )
+    picture = root / "images" / "CIRR" / "deep" / "a.bmp"
+    picture.parent.mkdir()
+
+    def found():
+        if zipped:
+            shutil.make_archive(str(root / "images"), "zip", root, "images")
+            (root / "images").rename(root / "aside")
+        try:
+            return [fingerprint(root, name) for name in ("CIRR", "OVEN")]
+        finally:
+            if zipped:
+                (root / "aside").rename(root / "images")
+
+    def paint(color):
+        Image.new("RGB", (8, 8), color).save(picture)
+
+    paint("red")
+    first = found()
+    assert found() == first
+    paint("blue")
+    second = found()
+    assert second[0] != first[0] and second[1] == first[1]
+    monkeypatch.setattr(location, "_hash", lambda file: pytest.fail(f"{file} was read again"))
+    assert found() == second
+
+
 def test_the_first_unime_reads_mmeb_in_its_own_style_and_other_sets_in_one_word(one, tmp_path_factory):
     from sentence_transformers import SentenceTransformer
     from tiny_checkpoints import llava_next
@@ -297,8 +331,6 @@ def _loader_of(table):
 
 
 def test_pictures_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):
-    import shutil
-
     root = write_synthetic_mmeb(tmp_path, subsets=[subset_named("CIRR")], queries=2, candidates=2, documents=3)
     shutil.make_archive(str(root / "images"), "zip", root / "images")
     shutil.rmtree(root / "images")
