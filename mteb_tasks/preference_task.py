@@ -166,7 +166,7 @@ def _embedded(
     """Cosine of each picture with caption and foil: float32 ``(num_pairs, 2)``."""
     pictures, captions, foils = _items(data)
     context = {**context, **encode_kwargs}
-    prompt_name = data[0].get(PROMPT_NAME)
+    prompt_name = data[PROMPT_NAME][0] if PROMPT_NAME in data.column_names else None
     picture_of = _unit_vectors(model, pictures, "image", prompt_name, prompt_type=PromptType.query, **context)
     text_of = _unit_vectors(model, captions + foils, "text", None, prompt_type=PromptType.document, **context)
     left = np.stack([picture_of[item.id] for item in pictures])

@@ -58,6 +58,16 @@ def test_a_run_ends_with_the_score_table_and_the_next_one_repeats_it(command, tm
     assert command("-t", "MMEB", "--allow-missing") == table
 
 
+def test_single_subsets_are_checked_together_and_left_out_where_allowed(command, monkeypatch, caplog):
+    with monkeypatch.context() as patched:
+        patched.setattr(UniMELoader, "embed", lambda *args, **kwargs: pytest.fail("encoded before all was checked"))
+        with pytest.raises(MMEBDataError, match=r"1 MMEB subset cannot .* \(set MMEB_ALLOW_MISSING=1.*\n.*GQA"):
+            command("-t", "MMEB-OK-VQA", "MMEB-GQA")
+    table = command("-t", "MMEB-OK-VQA", "MMEB-GQA", "--allow-missing")
+    assert "MMEB-OK-VQA" in table and "MMEB-GQA" not in table
+    assert "no data of them: MMEB-GQA" in caplog.text
+
+
 def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
     code = "from mteb_tasks.cli import main; main()"
     arguments = ["available-tasks", "-t", "MMEB-GQA", "Urban1KT2IRetrieval", "SugarCrepeByCategory", "MMEB"]

@@ -22,6 +22,7 @@ from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, mean_scores, mmeb_tasks
 from mteb_tasks.ranking import rank_candidates, tie_order
+from unime_st.data.images import BadImageError
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,14 @@ def _rewrite(root, change, name="OVEN"):
         (lambda rows: rows[0]["tgt_text"].pop(), "row 0 has not as many candidate texts"),
         (lambda rows: rows[0]["tgt_text"].__setitem__(1, "plain"), "row 0: the target text 'plain'"),
         (lambda rows: rows[0].update(tgt_text=["x"] * 1001, tgt_img_path=["y"] * 1001), "row 0 has 1001 candidates"),
-        (lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"), "picture OVEN/gone.png of query 0 is missing"),
+        (
+            lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"),
+            "row 0: picture OVEN/gone.png of the query is missing",
+        ),
+        (
+            lambda rows: rows[2]["tgt_img_path"].__setitem__(1, "OVEN/gone.png"),
+            "row 2: picture OVEN/gone.png of the candidate is missing",
+        ),
         (lambda rows: rows[0].update(qry_img_path="../OVEN/q0.png"), "is missing"),
     ],
 )
@@ -240,8 +248,27 @@ def test_truncated_files_are_found(one):
     assert "q0.png" in str(caught.value) and "CIRR/test-00000-of-00001.parquet cannot be read" in str(caught.value)
 
 
+def _damage(picture):
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
+    picture.write_bytes(content)
+
+
+def test_damage_in_the_middle_of_a_picture_is_found_before_and_named_after_the_start(one, tiny):
+    picture = one / "images" / "CIRR" / "t1.png"
+    task = next(task for task in mmeb_tasks() if task.subset.name == "CIRR")
+    task.checked_with = ()
+    task.load_data()
+    _damage(picture)
+    with pytest.raises(BadImageError, match=r"MMEB-CIRR, document \w+ of query q\d: .*t1.png: cannot be decoded"):
+        evaluate(tiny, [task])
+    with pytest.raises(MMEBDataError, match=r"row \d: picture CIRR/t1.png of the candidate is broken") as caught:
+        next(task for task in MMEB_TASKS if task.subset.name == "CIRR")().load_data()
+    assert "MMEB_ALLOW_MISSING" not in str(caught.value)
+
+
 def test_missing_subsets_stop_the_run_or_are_listed_in_the_result(one, monkeypatch):
-    with pytest.raises(MMEBDataError, match="34 MMEB subsets cannot be evaluated"):
+    with pytest.raises(MMEBDataError, match=r"34 MMEB subsets cannot be evaluated \(set MMEB_ALLOW_MISSING=1"):
         mteb.evaluate(Noisy(), MMEB(), cache=None)
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
     (scores,) = mteb.evaluate(Noisy(), MMEB(), cache=None)[0].scores["test"]
