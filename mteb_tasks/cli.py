@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """Wrap mteb's ``run`` command so that it ends with a table of our tasks' scores.
+    """Wrap mteb's ``run`` command so that it ends with a table of our tasks' scores and what reranking took.
 
     Unless ``--prediction-folder`` says otherwise, what our tasks found for each query is kept in ``predictions/`` beside
     mteb's ``results/``, where ``unime report`` looks for it.
@@ -65,9 +65,16 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
             run(args)
         table = score_table(_scores_of_run(args), args.model)
         if table:
-            sys.stdout.write(table + "\n")
+            sys.stdout.write(table + "\n" + _costs())
 
     return run_and_show
+
+
+def _costs() -> str:
+    """What the second stage took in this process; nothing where all results were there already."""
+    module = sys.modules.get("mteb_tasks.two_stage")  # it imports torch: only a run with two stages has it
+    costs = module.COSTS.items() if module else ()
+    return "".join(f"{task}: reranking took, per query, {cost}\n" for task, cost in costs)
 
 
 def _without_missing(names: list[str] | None) -> list[str] | None:

@@ -15,7 +15,7 @@ from mteb_tasks.columns import iter_items
 from mteb_tasks.loader import WINDOW, UniMELoader
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.losses.list_answers import longest_list
-from unime_st.reranking.cost import measured
+from unime_st.reranking.cost import Cost, measured
 from unime_st.reranking.model import UniMEReranker
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mteb.types import RetrievalOutputType
 
 logger = logging.getLogger(__name__)
+
+COSTS: dict[str, Cost] = {}
+"""What reranking took per query in each retrieval task of this process, for the end of ``mteb run``."""
 
 
 class TwoStage:
@@ -146,7 +149,8 @@ class TwoStage:
         with measured(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
             self._rerank(queries, corpus, found)
         if cost is not None:
-            logger.info("%s: reranking took, per query, %s", task_metadata.name, cost.per_query(len(queries)))
+            COSTS[task_metadata.name] = cost.per_query(len(queries))
+            logger.info("%s: reranking took, per query, %s", task_metadata.name, COSTS[task_metadata.name])
         return found
 
     def _rerank(self, queries: Dataset, corpus: Dataset, found: RetrievalOutputType) -> None:

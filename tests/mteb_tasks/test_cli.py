@@ -10,13 +10,14 @@ import sys
 import pytest
 from mteb.models.model_implementations import MODEL_REGISTRY
 
-from mteb_tasks import register
+from mteb_tasks import register, two_stage
 from mteb_tasks.cli import main, score_table
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subsets import SUBSETS, subset_named
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.models import metas
+from unime_st import UniMEReranker
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,11 @@ def command(mini, tiny_folder, tmp_path, monkeypatch, capsys):
     for name, meta in metas().items():  # the variables were not set when this process registered
         monkeypatch.setitem(MODEL_REGISTRY, name, meta)
 
-    def run(*arguments):
+    def run(*arguments, model="unime-local"):
         monkeypatch.setattr(sys, "argv", [])
-        main(["run", "-m", "unime-local", *arguments, "--output-folder", str(tmp_path / "out")])
+        main(["run", "-m", model, *arguments, "--output-folder", str(tmp_path / "out")])
         shown = capsys.readouterr().out
-        return shown[shown.index("unime-local ") :]
+        return shown[shown.index(f"{model} ") :]
 
     return run
 
@@ -66,6 +67,17 @@ def test_single_subsets_are_checked_together_and_left_out_where_allowed(command,
     table = command("-t", "MMEB-OK-VQA", "MMEB-GQA", "--allow-missing")
     assert "MMEB-OK-VQA" in table and "MMEB-GQA" not in table
     assert "no data of them: MMEB-GQA" in caplog.text
+
+
+def test_two_stages_end_with_what_reranking_took(command, tmp_path, monkeypatch):
+    reranker = tmp_path / "reranker"
+    UniMEReranker("unime-tiny", template="tiny").save_pretrained(str(reranker))
+    monkeypatch.setenv("UNIME_RERANKER", str(reranker))
+    monkeypatch.setattr(two_stage, "COSTS", {})
+    name = "unime-tiny+reranker"
+    monkeypatch.setitem(MODEL_REGISTRY, name, metas()[name])
+    took = r"^MMEB-OK-VQA: reranking took, per query, [\d.]+ forwards, \d+ tokens, \d+ image patches$"
+    assert re.search(took, command("-t", "MMEB-OK-VQA", model=name), re.MULTILINE)
 
 
 def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
