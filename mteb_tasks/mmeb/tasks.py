@@ -106,7 +106,7 @@ class MMEBTask(ItemRetrievalTask):
             self.metadata = self.metadata.model_copy(
                 update={"dataset": {**self.metadata.dataset, "revision": root.name}}
             )
-        _preflight_once(root, together)
+        _preflight_once(root, self.subset, together)
         table = read_subset(root, self.subset)
         files = check_images(self.subset, table, ImageFolders(root))
         names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
@@ -132,14 +132,18 @@ class MMEBTask(ItemRetrievalTask):
         )
 
 
-_checked: set[tuple[str, tuple[str, ...]]] = set()
+_checked: set[tuple[str, ...]] = set()
 
 
-def _preflight_once(root: Path, subsets: tuple[Subset, ...]) -> None:
-    key = (str(root), tuple(f"{subset.name}@{fingerprint(root, subset.name)}" for subset in subsets))
-    if key not in _checked:
-        preflight(root, subsets)
-        _checked.add(key)
+def _preflight_once(root: Path, own: Subset, together: tuple[Subset, ...]) -> None:
+    names = [subset.name for subset in together]
+
+    def key(subset: Subset) -> tuple[str, ...]:
+        return str(root), subset.name, fingerprint(root, subset.name), *names
+
+    if key(own) not in _checked:  # a subset that changes later is noticed when its own task is loaded
+        preflight(root, together)
+        _checked.update(map(key, together))
 
 
 def _body(subset: Subset, side: str, text: str) -> str:
