@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -15,15 +16,18 @@ from mteb.results import TaskResult
 
 from mteb_tasks import register
 from mteb_tasks.mmeb.subsets import BENCHMARK
-from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
+from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE, MMEB_TASKS, checked_together, wanted
+from mteb_tasks.models import check_variables
 from mteb_tasks.registration import registered_tasks
 from mteb_tasks.scores import Scores, score_table
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run mteb's command line with our tasks and models registered.
 
-    ``--allow-missing`` evaluates the MMEB subsets that are there and lists the others in the result.
+    ``--allow-missing`` evaluates the MMEB subsets that are there; the result of ``MMEB`` lists the others.
 
     Args:
         arguments: Command line; None takes the one of the process.
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """Wrap mteb's ``run`` command so that it ends with a table of our tasks' scores.
+    """Wrap mteb's ``run`` command so that it ends with a table of our tasks' scores and what reranking took.
 
     Unless ``--prediction-folder`` says otherwise, what our tasks found for each query is kept in ``predictions/`` beside
     mteb's ``results/``, where ``unime report`` looks for it.
@@ -53,14 +57,34 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
 
     @functools.wraps(run)
     def run_and_show(args: argparse.Namespace) -> None:
+        check_variables(args.model)
         if args.prediction_folder is None and not args.save_predictions and _is_about_us(args):
             args.prediction_folder = _prediction_folder(args)
-        run(args)
+        args.tasks = _without_missing(args.tasks)
+        with checked_together(args.tasks or ()):
+            run(args)
         table = score_table(_scores_of_run(args), args.model)
         if table:
-            sys.stdout.write(table + "\n")
+            sys.stdout.write(table + "\n" + _costs())
 
     return run_and_show
+
+
+def _costs() -> str:
+    """What the second stage took in this process; nothing where all results were there already."""
+    module = sys.modules.get("mteb_tasks.two_stage")  # it imports torch: only a run with two stages has it
+    costs = module.COSTS.items() if module else ()
+    return "".join(f"{task}: reranking took, per query, {cost}\n" for task, cost in costs)
+
+
+def _without_missing(names: list[str] | None) -> list[str] | None:
+    """Tasks of a run without the MMEB subsets that are missing, where that is allowed."""
+    asked = [task for task in MMEB_TASKS if task.metadata.name in (names or ())]
+    left_out = {task.metadata.name for task in asked} - {task.metadata.name for task in wanted(asked)}
+    if names is None or not left_out:
+        return names
+    logger.warning("left out, because there are no data of them: %s", ", ".join(sorted(left_out)))
+    return [name for name in names if name not in left_out]
 
 
 def _is_about_us(args: argparse.Namespace) -> bool:

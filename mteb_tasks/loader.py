@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from datasets import Image
 from mteb.models.search_wrappers import SearchEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
@@ -17,6 +18,7 @@ from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_STYLE, has_encoded_items, i
 from mteb_tasks.description import model_meta
 from mteb_tasks.ranking import rank_candidates, tie_order
 from mteb_tasks.store import EmbeddingStore
+from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.encoding import encode_items
 from unime_st.judging.prompts import clean_text
@@ -150,7 +152,7 @@ class UniMELoader:
         return self.store.take(order)
 
     def _embed_table(self, table: Dataset, **kwargs: Any) -> np.ndarray:
-        style = table[0].get(PROMPT_STYLE) if PROMPT_STYLE in table.column_names and len(table) else None
+        style = table[PROMPT_STYLE][0] if PROMPT_STYLE in table.column_names and len(table) else None
         return self.embed(iter_items(table, WINDOW, self.model.prompts), style=style, **kwargs)
 
     @contextmanager
@@ -248,9 +250,15 @@ class UniMELoader:
             stock.index(corpus, **common)
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = list(queries["id"]), list(corpus["id"])
+        try:
+            asked, offered = (self._embed_table(table, **encode_kwargs) for table in (queries, corpus))
+        except BadImageError as error:
+            # It names an item by its place among the new ones of a window, which nobody can look up.
+            where = _place_of(error, queries, corpus, top_ranked)
+            raise BadImageError(f"{task_metadata.name}, {where}: {error}") from error
         ranked = rank_candidates(
-            self._embed_table(queries, **encode_kwargs),
-            self._embed_table(corpus, **encode_kwargs),
+            asked,
+            offered,
             _candidate_rows(query_ids, document_ids, top_ranked),
             tie_order(document_ids),
             top_k,
@@ -282,6 +290,18 @@ def wrap(
     loader = UniMELoader(name, revision, model=model)
     loader.mteb_model_meta = model_meta(name, revision, **fields)
     return loader
+
+
+def _place_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None) -> str:
+    """Which query or document has the picture that an error is about; our tasks name queries by their rows."""
+    for kind, table in (("query", queries), ("document", corpus)):
+        pictures = table.cast_column("image", Image(decode=False))["image"] if "image" in table.column_names else []
+        for name, picture in zip(table["id"], pictures):
+            if picture and picture["path"] and f"image {picture['path']}:" in str(error):
+                listed = top_ranked or {} if kind == "document" else {}
+                query = next((query for query, documents in listed.items() if name in documents), None)
+                return f"{kind} {name}" + (f" of query {query}" if query else "")
+    return "a picture"
 
 
 def _store_key(item: Item, style: str | None) -> str:

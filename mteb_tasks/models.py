@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mteb_tasks.description import model_meta
 from unime_st.recipes import RELEASED
-from unime_st.registry import home, known_aliases, local_folder, resolve
+from unime_st.registry import PACKAGED, TINY, home, is_alias, known_aliases, local_folder, resolve
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
@@ -62,7 +62,12 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
 
     embedder = load_embedder(name.removesuffix("+reranker"), revision, **dict(kwargs))
     source = os.environ.get(RERANKER_VARIABLE) or RERANKER
-    return TwoStage(embedder, UniMEReranker(str(resolve(source)), device=kwargs.get("device")), name=name)
+    reranker: Any = UniMEReranker(str(resolve(source)), device=kwargs.get("device"))
+    side = getattr(embedder.model.processor, "image_side", None)
+    theirs = reranker.processor
+    if side is not None and getattr(theirs, "image_size", None) == "official":
+        theirs.set_image_rule(theirs.image_rule, side, theirs.image_backend)
+    return TwoStage(embedder, reranker, name=name)
 
 
 def cache_folder(folder: Path, dtype: str, settings: dict[str, Any]) -> Path | None:
@@ -109,18 +114,42 @@ def metas() -> dict[str, ModelMeta]:
 
     Returns:
         Name for ``mteb run -m`` to description. The revision of a model on this machine is the digest of its folder,
-        so that results of another model under the same alias are never taken for its own.
+        of two stages that of both folders, so that results of another model under the same name are never taken for
+        its own.
     """
     embedders = [alias for alias in known_aliases() if alias not in RELEASED or RELEASED[alias].task == "embedding"]
     if os.environ.get(FOLDER_VARIABLE):
         embedders.append(LOCAL)
+    second = os.environ.get(RERANKER_VARIABLE)
+    second_revision = _revision(second or RERANKER)
     found: dict[str, ModelMeta] = {}
     for alias in embedders:
-        found[alias] = model_meta(f"unime/{alias}", _revision(alias), loader=load_embedder, **_facts(alias))
-        if alias.startswith("unime-v2") or (alias == LOCAL and os.environ.get(RERANKER_VARIABLE)):
-            name = f"unime/{alias}+reranker"
-            found[f"{alias}+reranker"] = model_meta(name, _revision(alias), loader=load_two_stage, **_facts(alias))
+        revision = _revision(os.environ[FOLDER_VARIABLE] if alias == LOCAL else alias)
+        found[alias] = model_meta(f"unime/{alias}", revision, loader=load_embedder, **_facts(alias))
+        if alias.startswith("unime-v2") or (alias in (LOCAL, TINY) and second):
+            name, both = f"{alias}+reranker", hashlib.sha256(f"{revision} {second_revision}".encode()).hexdigest()[:16]
+            found[name] = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
     return found
+
+
+def check_variables(name: str) -> None:
+    """Refuse a model whose environment variables are not set: mteb would only say that it does not know the name.
+
+    Args:
+        name: What was passed to ``mteb run -m``.
+
+    Raises:
+        ValueError: Names the variables to set.
+
+    Example:
+        >>> check_variables("unime-v2+reranker")
+    """
+    alias, two_stages, _ = name.removeprefix("unime/").partition("+reranker")
+    needed = [FOLDER_VARIABLE] if alias == LOCAL else []
+    needed += [RERANKER_VARIABLE] if two_stages and alias in (LOCAL, TINY) else []
+    unset = [variable for variable in needed if not os.environ.get(variable)]
+    if unset:
+        raise ValueError(f"{name} takes its folders from {' and '.join(needed)}: set {' and '.join(unset)}")
 
 
 def _facts(alias: str) -> dict[str, Any]:
@@ -140,14 +169,13 @@ def _folder(alias: str) -> Path:
     return resolve(named)
 
 
-def _revision(alias: str) -> str:
-    if alias == LOCAL:
-        folder = Path(os.environ[FOLDER_VARIABLE]).expanduser()
-    elif alias == "unime-tiny" and not local_folder(alias).is_dir():
-        return "packaged"
-    else:
-        folder = local_folder(alias)
-    if folder.is_dir():
-        return folder_revision(folder)
-    recipe = RELEASED.get(alias)
+def _revision(name: str) -> str:
+    """Digest of the folder that an alias or a path stands for; the pinned commit of a model that is not here yet."""
+    places = [Path(name).expanduser()]
+    places += [local_folder(name)] if is_alias(name) else []
+    places += [PACKAGED] if name == TINY else []
+    for folder in places:
+        if folder.is_dir():
+            return folder_revision(folder)
+    recipe = RELEASED.get(name)
     return (recipe.revision if recipe else None) or "main"

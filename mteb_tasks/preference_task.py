@@ -6,7 +6,7 @@ Tasks are registered whenever mteb is imported, so torch is imported only where 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -32,7 +32,14 @@ GROUPS = ("replace", "swap", "add")
 
 @runtime_checkable
 class PairScorer(Protocol):
-    """A model that judges a picture and a text together (a reranker)."""
+    """A model that judges a picture and a text together (a reranker).
+
+    Args:
+        prompts: The model's own prompts by name.
+    """
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]: ...
 
     def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """Score the candidates of each group; higher is a better match."""
@@ -138,8 +145,10 @@ def _pair_table(foils: Sequence[Foil], prompt_name: str | None) -> Dataset:
     return pictures
 
 
-def _items(data: Dataset) -> tuple[list[Item], list[Item], list[Item]]:
-    pictures = [item for window in iter_items(data) for item in window]
+def _items(
+    data: Dataset, prompts: Mapping[str, str | None] | None = None
+) -> tuple[list[Item], list[Item], list[Item]]:
+    pictures = [item for window in iter_items(data, prompts=prompts) for item in window]
     captions, foils = ([Item(text=text) for text in data[name]] for name in ("caption", "negative_caption"))
     return pictures, captions, foils
 
@@ -147,7 +156,8 @@ def _items(data: Dataset) -> tuple[list[Item], list[Item], list[Item]]:
 def _judged(model: PairScorer, data: Dataset) -> np.ndarray:
     from unime_st.judging import Group
 
-    return np.stack(model.score_groups([Group(picture, list(texts)) for picture, *texts in zip(*_items(data))]))
+    rows = zip(*_items(data, model.prompts))
+    return np.stack(model.score_groups([Group(picture, list(texts)) for picture, *texts in rows]))
 
 
 def _embedded(
@@ -156,7 +166,7 @@ def _embedded(
     """Cosine of each picture with caption and foil: float32 ``(num_pairs, 2)``."""
     pictures, captions, foils = _items(data)
     context = {**context, **encode_kwargs}
-    prompt_name = data[0].get(PROMPT_NAME)
+    prompt_name = data[PROMPT_NAME][0] if PROMPT_NAME in data.column_names else None
     picture_of = _unit_vectors(model, pictures, "image", prompt_name, prompt_type=PromptType.query, **context)
     text_of = _unit_vectors(model, captions + foils, "text", None, prompt_type=PromptType.document, **context)
     left = np.stack([picture_of[item.id] for item in pictures])

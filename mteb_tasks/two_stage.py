@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,7 +15,7 @@ from mteb_tasks.columns import iter_items
 from mteb_tasks.loader import WINDOW, UniMELoader
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.losses.list_answers import longest_list
-from unime_st.reranking.cost import measured
+from unime_st.reranking.cost import Cost, measured
 from unime_st.reranking.model import UniMEReranker
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mteb.types import RetrievalOutputType
 
 logger = logging.getLogger(__name__)
+
+COSTS: dict[str, Cost] = {}
+"""What reranking took per query in each retrieval task of this process, for the end of ``mteb run``."""
 
 
 class TwoStage:
@@ -87,6 +90,11 @@ class TwoStage:
         )
         self._corpus: Dataset | None = None
 
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        """The embedder's prompts: officially both stages read the same text beside a picture."""
+        return self.embedder.model.prompts
+
     def index(self, corpus: Dataset, **kwargs: Any) -> None:
         """Take the corpus of the next `search`.
 
@@ -141,18 +149,19 @@ class TwoStage:
         with measured(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
             self._rerank(queries, corpus, found)
         if cost is not None:
-            logger.info("%s: reranking took, per query, %s", task_metadata.name, cost.per_query(len(queries)))
+            COSTS[task_metadata.name] = cost.per_query(len(queries))
+            logger.info("%s: reranking took, per query, %s", task_metadata.name, COSTS[task_metadata.name])
         return found
 
     def _rerank(self, queries: Dataset, corpus: Dataset, found: RetrievalOutputType) -> None:
         """Put the best of each query in the reranker's order, in place."""
         rows = {document: row for row, document in enumerate(corpus["id"])}
         query_ids = iter(queries["id"])
-        for part in iter_items(queries, WINDOW):
+        for part in iter_items(queries, WINDOW, self.prompts):
             names, groups = [], []
             for query, query_id in zip(part, query_ids):
                 best = sorted(found[query_id], key=found[query_id].__getitem__, reverse=True)[: self.top_k]
-                chosen = iter_items(corpus.select([rows[name] for name in best]))
+                chosen = iter_items(corpus.select([rows[name] for name in best]), prompts=self.prompts)
                 names.append((query_id, best))
                 groups.append(Group(query, [item for items in chosen for item in items]))
             for (query_id, best), scores in zip(names, self._scores(groups)):

@@ -18,6 +18,8 @@ from typing import Any
 from unime_st._after_import import AfterImport, run
 
 TINY = "unime-tiny"
+PACKAGED = Path(__file__).parent / "tiny" / "model"
+"""Folder of ``unime-tiny`` inside this package."""
 RESERVED_PREFIX = "unime-"
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _done: set[str] = set()
@@ -139,7 +141,7 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
     if folder.is_dir():
         return _checked(folder, name)
     if name == TINY:
-        return _checked(Path(__file__).parent / "tiny" / "model", name)
+        return _checked(PACKAGED, name)
 
     from unime_st.recipes import RELEASED
 

@@ -151,36 +151,75 @@ def _unpacked(archive: Path) -> Path | None:
 
 
 def fingerprint(root: Path, subset: str) -> str:
-    """Short digest of a subset's table, to tell a changed local data set from the one that was scored.
+    """Short digest of a subset's data, to tell a changed local data set from the one that was scored.
 
     Args:
         root: Folder of the evaluation data.
         subset: Official name.
 
     Returns:
-        12 hexadecimal digits over the bytes of the table and over name and size of the files in the picture folders
-        that carry its name; ``"missing"`` when there is no table.
+        12 hexadecimal digits over the bytes of the table and of the files in the picture folders that carry its name,
+        and over the checksums in ``images.zip``; ``"missing"`` when there is no table.
     """
     files = parquet_files(root, subset)
     if not files:
         return "missing"
-    folders = [base / subset for place in (root, root.parent) for base in (place / name for name in _IMAGE_FOLDERS)]
-    pictures = tuple(
-        (entry.name, entry.stat().st_size)
-        for folder in folders
-        if folder.is_dir()
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if not entry.name.endswith(".parquet")
-    )
-    digest = hashlib.sha256(repr(pictures).encode())
+    digest = hashlib.sha256()
     for file in files:
         digest.update(_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
+    places = [root, root.parent] if root.name == "MMEB-eval" else [root]
+    for folder in (place / name / subset for place in places for name in _IMAGE_FOLDERS):
+        digest.update(_picture_digest(folder))
+    archive = root / "images.zip"
+    if archive.is_file():
+        members = _checksums(archive, archive.stat().st_size, archive.stat().st_mtime_ns)
+        digest.update(repr(members.get(subset)).encode())
     return digest.hexdigest()[:12]
+
+
+def _picture_digest(folder: Path) -> bytes:
+    """Hash of the files of a folder other than tables; kept on disk, because each process asks for it."""
+    from unime_st.registry import home
+
+    files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    states = [(file, os.stat(file)) for file in files if not file.endswith(".parquet")]
+    if not states:
+        return b""
+    known = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+    kept = home() / "mmeb" / "digests" / hashlib.sha256(known.encode()).hexdigest()
+    if kept.is_file():
+        return kept.read_bytes()
+    digest = hashlib.sha256()
+    for name, _ in states:
+        digest.update(os.path.relpath(name, folder).encode() + _hash(Path(name)))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as opened:
+        opened.write(digest.digest())
+    os.replace(opened.name, kept)
+    return digest.digest()
+
+
+@lru_cache(maxsize=4)
+def _checksums(archive: Path, size: int, modified: int) -> dict[str, list[tuple[str, int]]]:
+    """Names and checksums of an archive's files by the folder they are in; nothing is unpacked."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for member in opened.infolist():
+                for folder in Path(member.filename).parts[:-1]:
+                    found.setdefault(folder, []).append((member.filename, member.CRC))
+    except zipfile.BadZipFile:
+        pass  # said aloud when it is unpacked
+    return found
 
 
 @lru_cache(maxsize=256)
 def _digest(file: Path, size: int, modified: int) -> bytes:
     """Hash of a file; size and time of change are part of the key so that a changed file is read again."""
+    return _hash(file)
+
+
+def _hash(file: Path) -> bytes:
     digest = hashlib.sha256()
     with file.open("rb") as opened:  # hashlib.file_digest needs Python 3.11
         while block := opened.read(1 << 20):

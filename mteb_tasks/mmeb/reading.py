@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, Subset
@@ -85,7 +86,7 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
 
 
 def check_images(subset: Subset, table: SubsetTable, folders: ImageFolders) -> dict[str, Path]:
-    """Locate every picture of a subset and look at it as far as its header and end.
+    """Locate every picture of a subset and look at it as far as its header and end, and the checksums of PNG.
 
     Args:
         subset: Which subset.
@@ -98,26 +99,36 @@ def check_images(subset: Subset, table: SubsetTable, folders: ImageFolders) -> d
     Raises:
         MMEBDataError: If a picture is missing, not a picture, or cut off; the message names the row.
     """
-    from unime_st.data.images import BadImageError, ImageRef
-
     located: dict[str, Path] = {}
     for side, images in (("query", table.query_images), ("candidate", table.document_images)):
-        for row, image in enumerate(images):
+        for number, image in enumerate(images):
             if not image or image in located:
                 continue
             file = folders.find(image)
-            where = f"{table.file}: picture {image} of {side} {row if side == 'query' else 'list'}"
-            if file is None:
-                raise MMEBDataError(f"{where} is missing")
-            reference = ImageRef(path=str(file))
-            try:
-                reference.size()
-                if not _ends_properly(file):
-                    reference.open()  # unusual, but perhaps whole: decoding decides
-            except BadImageError as error:
-                raise MMEBDataError(f"{where} is broken: {error}") from error
+            fault = "is missing" if file is None else _fault(file)
+            if file is None or fault is not None:
+                row = number
+                if side == "candidate":
+                    row = next(row for row, listed in enumerate(table.candidates) if number in listed)
+                raise MMEBDataError(f"{table.file}: row {row}: picture {image} of the {side} {fault}")
             located[image] = file
     return located
+
+
+def _fault(file: Path) -> str | None:
+    """What is wrong with a picture as far as its header, its end and, of PNG, its checksums tell."""
+    from unime_st.data.images import BadImageError, ImageRef
+
+    reference = ImageRef(path=str(file))
+    try:
+        reference.size()
+        if not _ends_properly(file):
+            reference.open()  # unusual, but perhaps whole: decoding decides
+        with Image.open(file) as opened:
+            opened.verify()
+    except (BadImageError, OSError, SyntaxError, ValueError) as error:
+        return f"is broken: {error}"
+    return None
 
 
 def _ends_properly(file: Path) -> bool:

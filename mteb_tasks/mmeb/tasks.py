@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,15 +65,18 @@ def preflight(root: Path, subsets: Iterable[Subset]) -> None:
     Raises:
         MMEBDataError: Lists the first fault of each faulty subset.
     """
-    folders, faults = ImageFolders(root), []
+    folders, faults, missing = ImageFolders(root), [], 0
+    subsets = list(subsets)
     for subset in subsets:
+        missing += not parquet_files(root, subset.name)
         try:
             check_images(subset, read_subset(root, subset), folders)
         except MMEBDataError as error:
             faults.append(str(error))
     if faults:
-        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing subsets out)" if len(faults) > 1 else ""
-        raise MMEBDataError(f"{len(faults)} MMEB subsets cannot be evaluated{hint}:\n" + "\n".join(faults))
+        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing subsets out)" if 0 < missing < len(subsets) else ""
+        count = "1 MMEB subset" if len(faults) == 1 else f"{len(faults)} MMEB subsets"
+        raise MMEBDataError(f"{count} cannot be evaluated{hint}:\n" + "\n".join(faults))
 
 
 class MMEBTask(ItemRetrievalTask):
@@ -102,7 +106,7 @@ class MMEBTask(ItemRetrievalTask):
             self.metadata = self.metadata.model_copy(
                 update={"dataset": {**self.metadata.dataset, "revision": root.name}}
             )
-        _preflight_once(root, together)
+        _preflight_once(root, self.subset, together)
         table = read_subset(root, self.subset)
         files = check_images(self.subset, table, ImageFolders(root))
         names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
@@ -128,14 +132,18 @@ class MMEBTask(ItemRetrievalTask):
         )
 
 
-_checked: set[tuple[str, tuple[str, ...]]] = set()
+_checked: set[tuple[str, ...]] = set()
 
 
-def _preflight_once(root: Path, subsets: tuple[Subset, ...]) -> None:
-    key = (str(root), tuple(f"{subset.name}@{fingerprint(root, subset.name)}" for subset in subsets))
-    if key not in _checked:
-        preflight(root, subsets)
-        _checked.add(key)
+def _preflight_once(root: Path, own: Subset, together: tuple[Subset, ...]) -> None:
+    names = [subset.name for subset in together]
+
+    def key(subset: Subset) -> tuple[str, ...]:
+        return str(root), subset.name, fingerprint(root, subset.name), *names
+
+    if key(own) not in _checked:  # a subset that changes later is noticed when its own task is loaded
+        preflight(root, together)
+        _checked.update(map(key, together))
 
 
 def _body(subset: Subset, side: str, text: str) -> str:
@@ -179,24 +187,49 @@ MMEB_TASKS: tuple[type[MMEBTask], ...] = tuple(_task_class(subset) for subset in
 """One class for each subset, in the order of `SUBSETS`."""
 
 
+def wanted(tasks: Sequence[type[MMEBTask]]) -> Sequence[type[MMEBTask]]:
+    """Leave out the subsets that are missing, where that is allowed.
+
+    Args:
+        tasks: Task classes.
+
+    Returns:
+        All of them, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there. With nothing
+        there all of them: the run shall say so.
+    """
+    root = local_root()
+    if root is None or os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() not in ("1", "true", "yes"):
+        return tasks
+    return [task for task in tasks if parquet_files(root, task.subset.name)] or tasks
+
+
+@contextmanager
+def checked_together(names: Iterable[str]) -> Iterator[None]:
+    """Let the first task that reads its data check those of all tasks of a run.
+
+    Args:
+        names: Names of the tasks; ``"MMEB"`` stands for its parts.
+    """
+    named = set(names)
+    whole = wanted(MMEB_TASKS) if MMEB.metadata.name in named else ()
+    before = MMEBTask.checked_with
+    MMEBTask.checked_with = tuple(task.subset for task in MMEB_TASKS if task.metadata.name in named or task in whole)
+    try:
+        yield
+    finally:
+        MMEBTask.checked_with = before
+
+
 def mmeb_tasks() -> list[MMEBTask]:
     """Make one task object for each subset that shall be evaluated.
 
     Returns:
         All 36, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there.
     """
-    root = local_root()
-    wanted = [
-        task for task in MMEB_TASKS if root is None or not _missing_allowed() or parquet_files(root, task.subset.name)
-    ]
-    tasks = [task() for task in wanted or MMEB_TASKS]  # with nothing there the run shall say so
+    tasks = [task() for task in wanted(MMEB_TASKS)]
     for task in tasks:
         task.checked_with = tuple(found.subset for found in tasks)
     return tasks
-
-
-def _missing_allowed() -> bool:
-    return os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
 def mean_scores(score_of: Mapping[str, float]) -> dict[str, float]:

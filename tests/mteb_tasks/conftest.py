@@ -11,6 +11,12 @@ from tiny_embedder import write_tiny_embedder
 KEPT = Path(__file__).parents[1] / "data" / "golden"
 
 
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's caches out of the tests."""
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a native SentenceTransformer with random weights that takes texts, pictures and both."""

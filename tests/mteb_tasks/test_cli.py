@@ -10,13 +10,14 @@ import sys
 import pytest
 from mteb.models.model_implementations import MODEL_REGISTRY
 
-from mteb_tasks import register
+from mteb_tasks import register, two_stage
 from mteb_tasks.cli import main, score_table
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subsets import SUBSETS, subset_named
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.models import metas
+from unime_st import UniMEReranker
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,11 @@ def command(mini, tiny_folder, tmp_path, monkeypatch, capsys):
     for name, meta in metas().items():  # the variables were not set when this process registered
         monkeypatch.setitem(MODEL_REGISTRY, name, meta)
 
-    def run(*arguments):
+    def run(*arguments, model="unime-local"):
         monkeypatch.setattr(sys, "argv", [])
-        main(["run", "-m", "unime-local", *arguments, "--output-folder", str(tmp_path / "out")])
+        main(["run", "-m", model, *arguments, "--output-folder", str(tmp_path / "out")])
         shown = capsys.readouterr().out
-        return shown[shown.index("unime-local ") :]
+        return shown[shown.index(f"{model} ") :]
 
     return run
 
@@ -58,12 +59,45 @@ def test_a_run_ends_with_the_score_table_and_the_next_one_repeats_it(command, tm
     assert command("-t", "MMEB", "--allow-missing") == table
 
 
+def test_single_subsets_are_checked_together_and_left_out_where_allowed(command, monkeypatch, caplog):
+    with monkeypatch.context() as patched:
+        patched.setattr(UniMELoader, "embed", lambda *args, **kwargs: pytest.fail("encoded before all was checked"))
+        with pytest.raises(MMEBDataError, match=r"1 MMEB subset cannot .* \(set MMEB_ALLOW_MISSING=1.*\n.*GQA"):
+            command("-t", "MMEB-OK-VQA", "MMEB-GQA")
+    table = command("-t", "MMEB-OK-VQA", "MMEB-GQA", "--allow-missing")
+    assert "MMEB-OK-VQA" in table and "MMEB-GQA" not in table
+    assert "no data of them: MMEB-GQA" in caplog.text
+
+
+def test_two_stages_end_with_what_reranking_took(command, tmp_path, monkeypatch):
+    reranker = tmp_path / "reranker"
+    UniMEReranker("unime-tiny", template="tiny").save_pretrained(str(reranker))
+    monkeypatch.setenv("UNIME_RERANKER", str(reranker))
+    monkeypatch.setattr(two_stage, "COSTS", {})
+    name = "unime-tiny+reranker"
+    monkeypatch.setitem(MODEL_REGISTRY, name, metas()[name])
+    took = r"^MMEB-OK-VQA: reranking took, per query, [\d.]+ forwards, \d+ tokens, \d+ image patches$"
+    assert re.search(took, command("-t", "MMEB-OK-VQA", model=name), re.MULTILINE)
+
+
 def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
     code = "from mteb_tasks.cli import main; main()"
     arguments = ["available-tasks", "-t", "MMEB-GQA", "Urban1KT2IRetrieval", "SugarCrepeByCategory", "MMEB"]
     listed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     for name in (*arguments[2:], "Any2AnyRetrieval"):
         assert name in listed.stdout
+
+
+@pytest.mark.parametrize(
+    "model, variables",
+    [("unime-local", "UNIME_MODEL"), ("unime/unime-local+reranker", "UNIME_MODEL and UNIME_RERANKER")],
+)
+def test_a_model_without_its_variables_says_which_to_set(monkeypatch, model, variables):
+    monkeypatch.delenv("UNIME_MODEL", raising=False)
+    monkeypatch.delenv("UNIME_RERANKER", raising=False)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(ValueError, match=f"set {variables}$"):
+        main(["run", "-m", model, "-t", "ScenesVQA"])
 
 
 def test_published_scores_stand_beside_a_complete_mmeb_only():

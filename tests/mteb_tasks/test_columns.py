@@ -44,7 +44,7 @@ def test_ranking_equals_a_full_sort(chunk):
         similar = queries[row] @ documents[lists[row]].T
         expected = lists[row][np.argsort(-similar)][:6]
         assert best.tolist() == expected.tolist()
-        np.testing.assert_allclose(scores, np.sort(similar)[::-1][:6], rtol=1e-6)
+        np.testing.assert_allclose(scores, np.sort(similar)[::-1][:6], rtol=1e-6, atol=1e-6)
 
 
 def test_ties_are_broken_by_name_and_not_by_position():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import mteb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mteb_tasks import evaluate, wrap
 from mteb_tasks.description import model_meta
-from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb import location
+from mteb_tasks.mmeb.location import MMEBDataError, fingerprint
 from mteb_tasks.mmeb.reading import read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, mean_scores, mmeb_tasks
 from mteb_tasks.ranking import rank_candidates, tie_order
+from unime_st.data.images import BadImageError
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +216,14 @@ def _rewrite(root, change, name="OVEN"):
         (lambda rows: rows[0]["tgt_text"].pop(), "row 0 has not as many candidate texts"),
         (lambda rows: rows[0]["tgt_text"].__setitem__(1, "plain"), "row 0: the target text 'plain'"),
         (lambda rows: rows[0].update(tgt_text=["x"] * 1001, tgt_img_path=["y"] * 1001), "row 0 has 1001 candidates"),
-        (lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"), "picture OVEN/gone.png of query 0 is missing"),
+        (
+            lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"),
+            "row 0: picture OVEN/gone.png of the query is missing",
+        ),
+        (
+            lambda rows: rows[2]["tgt_img_path"].__setitem__(1, "OVEN/gone.png"),
+            "row 2: picture OVEN/gone.png of the candidate is missing",
+        ),
         (lambda rows: rows[0].update(qry_img_path="../OVEN/q0.png"), "is missing"),
     ],
 )
@@ -237,8 +248,27 @@ def test_truncated_files_are_found(one):
     assert "q0.png" in str(caught.value) and "CIRR/test-00000-of-00001.parquet cannot be read" in str(caught.value)
 
 
+def _damage(picture):
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
+    picture.write_bytes(content)
+
+
+def test_damage_in_the_middle_of_a_picture_is_found_before_and_named_after_the_start(one, tiny):
+    picture = one / "images" / "CIRR" / "t1.png"
+    task = next(task for task in mmeb_tasks() if task.subset.name == "CIRR")
+    task.checked_with = ()
+    task.load_data()
+    _damage(picture)
+    with pytest.raises(BadImageError, match=r"MMEB-CIRR, document \w+ of query q\d: .*t1.png: cannot be decoded"):
+        evaluate(tiny, [task])
+    with pytest.raises(MMEBDataError, match=r"row \d: picture CIRR/t1.png of the candidate is broken") as caught:
+        next(task for task in MMEB_TASKS if task.subset.name == "CIRR")().load_data()
+    assert "MMEB_ALLOW_MISSING" not in str(caught.value)
+
+
 def test_missing_subsets_stop_the_run_or_are_listed_in_the_result(one, monkeypatch):
-    with pytest.raises(MMEBDataError, match="34 MMEB subsets cannot be evaluated"):
+    with pytest.raises(MMEBDataError, match=r"34 MMEB subsets cannot be evaluated \(set MMEB_ALLOW_MISSING=1"):
         mteb.evaluate(Noisy(), MMEB(), cache=None)
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
     (scores,) = mteb.evaluate(Noisy(), MMEB(), cache=None)[0].scores["test"]
@@ -260,6 +290,37 @@ def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch
     assert changed["hf_subset"] != first["hf_subset"]
     with pytest.raises(MMEBDataError, match="has changed"):
         stale.tasks[0].load_data()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_picture_of_the_same_size_in_bytes_is_other_data(tmp_path, monkeypatch, zipped):
+    root = write_synthetic_mmeb(
+        tmp_path, subsets=[subset_named("CIRR"), subset_named("OVEN")], queries=2, candidates=2
+    )
+    picture = root / "images" / "CIRR" / "deep" / "a.bmp"
+    picture.parent.mkdir()
+
+    def found():
+        if zipped:
+            shutil.make_archive(str(root / "images"), "zip", root, "images")
+            (root / "images").rename(root / "aside")
+        try:
+            return [fingerprint(root, name) for name in ("CIRR", "OVEN")]
+        finally:
+            if zipped:
+                (root / "aside").rename(root / "images")
+
+    def paint(color):
+        Image.new("RGB", (8, 8), color).save(picture)
+
+    paint("red")
+    first = found()
+    assert found() == first
+    paint("blue")
+    second = found()
+    assert second[0] != first[0] and second[1] == first[1]
+    monkeypatch.setattr(location, "_hash", lambda file: pytest.fail(f"{file} was read again"))
+    assert found() == second
 
 
 def test_the_first_unime_reads_mmeb_in_its_own_style_and_other_sets_in_one_word(one, tmp_path_factory):
@@ -297,8 +358,6 @@ def _loader_of(table):
 
 
 def test_pictures_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):
-    import shutil
-
     root = write_synthetic_mmeb(tmp_path, subsets=[subset_named("CIRR")], queries=2, candidates=2, documents=3)
     shutil.make_archive(str(root / "images"), "zip", root / "images")
     shutil.rmtree(root / "images")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from mteb_tasks.loader import UniMELoader
-from mteb_tasks.models import cache_folder, folder_revision
+from mteb_tasks.models import cache_folder, folder_revision, metas
 from mteb_tasks.store import EmbeddingStore
 from unime_st.data.items import Item
+from unime_st.registry import PACKAGED
 
 NAMES = [f"{number:032x}" for number in range(6)]
 
@@ -88,3 +89,22 @@ def test_another_model_or_setting_is_another_folder(tiny_folder, tmp_path, monke
     assert cache_folder(copy, "torch.float32", {}) != same
     monkeypatch.setenv("UNIME_EMBEDDING_CACHE", "0")
     assert cache_folder(copy, "torch.float32", {}) is None
+
+
+def test_two_stages_are_known_by_both_folders(tmp_path, monkeypatch):
+    for name in ("embedder", "reranker"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"one")
+        monkeypatch.setenv("UNIME_MODEL" if name == "embedder" else "UNIME_RERANKER", str(tmp_path / name))
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    before = {name: meta.revision for name, meta in metas().items()}
+    (tmp_path / "reranker" / "model.safetensors").write_bytes(b"two")
+    after = {name: meta.revision for name, meta in metas().items()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.endswith("+reranker")} > {"unime-tiny+reranker"}
+    (tmp_path / "embedder" / "model.safetensors").write_bytes(b"two")
+    assert metas()["unime-local+reranker"].revision not in (
+        before["unime-local+reranker"],
+        after["unime-local+reranker"],
+    )
+    assert before["unime-tiny"] == folder_revision(PACKAGED)

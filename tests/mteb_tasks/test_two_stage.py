@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import logging
 
+import mteb
 import numpy as np
 import pytest
 
 from mteb_tasks import TwoStage, evaluate, wrap
+from mteb_tasks.models import load_two_stage
 from mteb_tasks.scenes import ScenesCompositional, ScenesShortT2IRetrieval, ScenesVQA
+from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
 
 class Oracle:
@@ -97,3 +101,58 @@ def test_two_stages_are_filed_under_a_name_of_their_own(tiny):
     model = TwoStage(wrap(tiny, "unime/x"), Oracle(ScenesVQA(size=2)))
     assert model.mteb_model_meta.name == "unime/x+reranker"
     assert ScenesShortT2IRetrieval.metadata.main_score == "hit_rate_at_1"
+
+
+class Recorder:
+    """A judge that keeps what it is asked about."""
+
+    name, revision, prompt_hash = "recorder", "1", ""
+
+    def __init__(self):
+        self.items = []
+
+    def listwise_scores(self, query, documents):
+        self.items += [query, *documents]
+        return np.zeros(len(documents), np.float32)
+
+    def score(self, groups):
+        return [self.listwise_scores(group.query, group.candidates) for group in groups]
+
+
+@pytest.mark.parametrize("name", ["Flickr30k1kI2TRetrieval", "Flickr30k1kT2IRetrieval", "SugarCrepeByCategory"])
+def test_the_reranker_reads_the_embedder_s_prompt_beside_a_picture(released, official, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(official / "eval"))
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path))
+    recorder = Recorder()
+    evaluate(TwoStage(wrap(released), recorder), [type(mteb.get_task(name))()])
+    texts = {item.text for item in recorder.items if item.image is not None}
+    assert texts == {" Find an image caption describing the given image."}
+
+
+def test_both_stages_give_the_authors_scores(released, golden, tmp_path, monkeypatch):
+    if golden is None:
+        pytest.skip("needs the authors' reranker")
+    from unime_st.checkpoints import convert
+
+    reranker = convert(
+        golden / "checkpoints" / "tiny-reranker-qwen25vl", "unime-v2-reranker", output=tmp_path / "reranker"
+    )
+    embedder = tmp_path / "embedder"
+    released.save_pretrained(str(embedder))
+    for variable, value in {
+        "MODEL": embedder,
+        "RERANKER": reranker,
+        "EVAL_DIR": golden / "eval",
+        "HOME": tmp_path,
+    }.items():
+        monkeypatch.setenv(f"UNIME_{variable}", str(value))
+    model = load_two_stage("unime/unime-local+reranker", device="cpu")
+    scores = evaluate(model, [SugarCrepeByCategory()], tmp_path / "out")["SugarCrepeByCategory"]
+    saved = json.loads((tmp_path / "out" / "SugarCrepeByCategory_predictions.json").read_text())
+    authors = json.loads((golden / "eval/official_results/rerank_sugarcrepe.json").read_text())["subsets"]
+    assert len(scores) == len(authors)
+    for subset in scores:
+        found = [pair[name] for pair in saved[subset]["test"].values() for name in ("caption", "negative_caption")]
+        expected = authors[subset.split("-")[0]]["pos_neg_interleaved_scores"]
+        # The authors' scores passed through generate's repetition penalty, which divides positive logits by 1.05.
+        np.testing.assert_allclose(1 / (1 + np.exp(-np.array(found) / 1.05)), expected, atol=1e-5)
