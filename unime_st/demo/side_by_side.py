@@ -72,11 +72,11 @@ _PROCESSES = 2  # at once, however many cores there are: torch and its friends t
 
 
 def _start(quiet: bool) -> None:
-    """Make a process ready: alone with all cores and visible bars, or one of several with one thread each."""
-    if quiet:
-        import torch
+    """Make a process ready, with visible bars if it is alone."""
+    import torch
 
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a second one brings a tenth, and on a busy machine makes it several times slower
+    if quiet:
         sys.stdout = open(os.devnull, "w")  # where the trainer prints its log if it may not show a bar
         logging.getLogger().setLevel(logging.WARNING)
     else:
