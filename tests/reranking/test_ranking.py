@@ -51,7 +51,6 @@ def test_pairs_that_share_their_beginning_score_as_alone(reranker: UniMEReranker
 def test_other_options_go_to_sentence_transformers(reranker: UniMEReranker):
     expected = reranker.predict([(QUERY, text) for text in TEXTS], prompt="Mind the colour.")
     assert np.abs(by_place(reranker.rank(QUERY, TEXTS, prompt="Mind the colour.")) - expected).max() < 1e-6
-    assert len(reranker.rank("a", ["", "b"])) == 2  # an empty text is no item
 
 
 def list_by_hand(model: UniMEReranker, documents: list[str], given: str = "") -> torch.Tensor:
@@ -184,6 +183,43 @@ def test_an_unreadable_document_comes_last_and_is_reported(
     assert np.abs(by_place(ranking)[1:4] - expected).max() < 1e-6
     raw = reranker.rank(QUERY, documents, activation_fn=RAW)
     assert np.isfinite([entry["score"] for entry in raw]).all()
+
+
+def test_the_batch_size_holds_for_one_call(reranker: UniMEReranker):
+    """Of lists, too: three orders of twelve texts are three prompts, or one after the other."""
+    passes = []
+    for size in (32, 1, 32):
+        with measured(reranker) as cost:
+            reranker.rank(QUERY, TEXTS[:4], method="listwise", permutations=3, batch_size=size)
+        passes.append(cost.forwards)
+    assert passes[0] == passes[2] < passes[1]
+    assert reranker._engine().pairs.batch_size == 32
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_empty_texts_are_ranked(reranker: UniMEReranker, method: Any):
+    documents = ["a red square", "", {"text": "  ", "image": None}, {"text": ""}]
+    scores = by_place(reranker.rank(QUERY, documents, method=method))
+    assert scores[1] == scores[3] != scores[2]
+    if method == "pairwise":
+        assert (
+            np.abs(scores - reranker.predict([(QUERY, text) for text in ("a red square", "", "  ", "")])).max() < 1e-6
+        )
+    if method == "listwise":
+        prompt = reranker.preprocess_lists([QUERY], [["a red square", "", "  "]], share=False)
+        with torch.inference_mode():
+            logits = reranker[0](prompt)["causal_logits"][0, -1]
+        expected = logits[[answer[0] for answer in index_answers(reranker.tokenizer, 3)]].softmax(0)
+        assert np.abs(scores[:3] - expected.numpy()).max() < 1e-5
+    assert len(reranker.rank("", documents, method=method)) == 4
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_a_document_that_is_too_long_is_named(reranker: UniMEReranker, method: Any):
+    documents = [TEXTS[0], "red " * 2000, TEXTS[1]]
+    hint = r", or ask about fewer documents at once \(a smaller window\)" if method == "listwise" else ""
+    with pytest.raises(ValueError, match=r"document 1.*: the prompt has \d+ tokens.*shorten the text" + hint):
+        reranker.rank(QUERY, documents, method=method)
 
 
 @pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])

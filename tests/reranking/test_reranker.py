@@ -250,6 +250,10 @@ def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
         reranker.rank("a", ["b"], method="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="window >= 2"):
         reranker.rank("a", ["b"], method="listwise", window=1)
+    for options in ({"batch_size": 0}, {"batch_size": -1}, {"top_k": -1}):
+        for method in ("pairwise", "listwise", "hybrid"):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                reranker.rank("a", ["b", "c"], method=method, **options)
     with pytest.raises(TypeError, match="takes no prompt"):
         reranker.rank("a", ["b"], method="listwise", prompt="c")
     calls = [
