@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder
 from sentence_transformers.util import batch_to_device
+from transformers import BertConfig
 
 from unime_st import Item, UniMEReranker
 from unime_st.data import BadImageError
@@ -241,6 +242,16 @@ def test_folders_load_in_both_classes(reranker: UniMEReranker, tmp_path: Path):
 def test_a_prompt_replaces_the_system_turn(reranker: UniMEReranker):
     text = reranker.tokenizer.decode(reranker.preprocess([("a", "b")], prompt="Mind the colour.")["input_ids"][0])
     assert "system\nMind the colour.<|im_end|>" in text and "helpful" not in text
+
+
+@pytest.mark.parametrize("kind", ["an embedding model", "a model without a language-model head"])
+def test_what_is_no_reranker(kind: str, tmp_path: Path):
+    BertConfig().save_pretrained(tmp_path)
+    if kind == "an embedding model":
+        (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds {kind}.* expected a saved reranker") as caught:
+        UniMEReranker(tmp_path)
+    assert len(str(caught.value)) < 400
 
 
 def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
