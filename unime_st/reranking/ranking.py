@@ -39,13 +39,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     Args:
         model: What is used.
     """
-    training = model.training
-    model.eval()
+    # Switching all of a small model twice would cost a tenth of a list.
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 class Ranker:
