@@ -52,7 +52,8 @@ def _teach(reranker: UniMEReranker, steps: int) -> None:
     tokenizer: Any = reranker.tokenizer
     pairs = [pair for pair in training_records(4000) if pair.query.image is not None and pair.positive.image is None]
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
     for _ in range(steps):
         place = draw.randrange(10)  # the same in the whole batch, so that all answers are as long
@@ -71,6 +72,7 @@ def _teach(reranker: UniMEReranker, steps: int) -> None:
         torch.nn.functional.cross_entropy(logits.float(), answer).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
     model.eval()
 
@@ -136,7 +138,7 @@ def main() -> None:
     parser.add_argument("--model", default="unime-tiny", help="of the lists: alias or folder of a generative model")
     parser.add_argument("--template", default="tiny", help="of the lists: prompt template; none with a saved reranker")
     parser.add_argument(
-        "--teach-steps", type=int, default=60, help="of the lists: steps that teach the official answers; 0: it knows"
+        "--teach-steps", type=int, default=150, help="of the lists: steps that teach the official answers; 0: it knows"
     )
     parser.add_argument("--queries", type=int, default=4, help="queries per run")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
