@@ -52,8 +52,7 @@ def _teach(reranker: UniMEReranker, steps: int) -> None:
     tokenizer: Any = reranker.tokenizer
     pairs = [pair for pair in training_records(4000) if pair.query.image is not None and pair.positive.image is None]
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(steps):
         place = draw.randrange(10)  # the same in the whole batch, so that all answers are as long
@@ -72,7 +71,6 @@ def _teach(reranker: UniMEReranker, steps: int) -> None:
         torch.nn.functional.cross_entropy(logits.float(), answer).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
         optimizer.zero_grad()
     model.eval()
 
