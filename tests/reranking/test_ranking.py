@@ -15,6 +15,7 @@ from PIL import Image
 from sentence_transformers import CrossEncoder
 
 from unime_st import Item, UniMEReranker
+from unime_st.data import BadImageError
 from unime_st.losses.list_answers import index_answers, longest_list
 from unime_st.reranking.cost import measured
 from unime_st.reranking.features import PLACES, like_lengths
@@ -50,7 +51,6 @@ def test_pairs_that_share_their_beginning_score_as_alone(reranker: UniMEReranker
 def test_other_options_go_to_sentence_transformers(reranker: UniMEReranker):
     expected = reranker.predict([(QUERY, text) for text in TEXTS], prompt="Mind the colour.")
     assert np.abs(by_place(reranker.rank(QUERY, TEXTS, prompt="Mind the colour.")) - expected).max() < 1e-6
-    assert len(reranker.rank("a", ["", "b"])) == 2  # an empty text is no item
 
 
 def list_by_hand(model: UniMEReranker, documents: list[str], given: str = "") -> torch.Tensor:
@@ -183,6 +183,94 @@ def test_an_unreadable_document_comes_last_and_is_reported(
     assert np.abs(by_place(ranking)[1:4] - expected).max() < 1e-6
     raw = reranker.rank(QUERY, documents, activation_fn=RAW)
     assert np.isfinite([entry["score"] for entry in raw]).all()
+
+
+def test_the_batch_size_holds_for_one_call(reranker: UniMEReranker):
+    """Of lists, too: three orders of twelve texts are three prompts, or one after the other."""
+    passes = []
+    for size in (32, 1, 32):
+        with measured(reranker) as cost:
+            reranker.rank(QUERY, TEXTS[:4], method="listwise", permutations=3, batch_size=size)
+        passes.append(cost.forwards)
+    assert passes[0] == passes[2] < passes[1]
+    assert reranker._engine().pairs.batch_size == 32
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_empty_texts_are_ranked(reranker: UniMEReranker, method: Any):
+    documents = ["a red square", "", {"text": "  ", "image": None}, {"text": ""}]
+    scores = by_place(reranker.rank(QUERY, documents, method=method))
+    assert scores[1] == scores[3] != scores[2]
+    if method == "pairwise":
+        assert (
+            np.abs(scores - reranker.predict([(QUERY, text) for text in ("a red square", "", "  ", "")])).max() < 1e-6
+        )
+    if method == "listwise":
+        prompt = reranker.preprocess_lists([QUERY], [["a red square", "", "  "]], share=False)
+        with torch.inference_mode():
+            logits = reranker[0](prompt)["causal_logits"][0, -1]
+        expected = logits[[answer[0] for answer in index_answers(reranker.tokenizer, 3)]].softmax(0)
+        assert np.abs(scores[:3] - expected.numpy()).max() < 1e-5
+    assert len(reranker.rank("", documents, method=method)) == 4
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_a_document_that_is_too_long_is_named(reranker: UniMEReranker, method: Any):
+    documents = [TEXTS[0], "red " * 2000, TEXTS[1]]
+    hint = r", or ask about fewer documents at once \(a smaller window\)" if method == "listwise" else ""
+    with pytest.raises(ValueError, match=r"document 1.*: the prompt has \d+ tokens.*shorten the text" + hint):
+        reranker.rank(QUERY, documents, method=method)
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_every_way_to_be_unreadable(reranker: UniMEReranker, method: Any, tmp_path: Path):
+    cut, thin = tmp_path / "cut.png", tmp_path / "thin.png"
+    cut.write_bytes(tiny.png(1)[:-60])
+    Image.new("RGB", (2, 500)).save(thin)
+    bad = [{"image": str(tmp_path / "none.png")}, Image.open(cut), {"image": thin}, {"image": str(tmp_path)}]
+    words = ["none.png", "cut.png", "longer than 200 times", "not a regular file"]
+    ranking = reranker.rank(QUERY, [TEXTS[0], *bad, TEXTS[1]], method=method)
+    errors = {entry["corpus_id"]: entry["error"] for entry in ranking[2:]}
+    assert all(word in errors[place] for place, word in enumerate(words, start=1))
+    expected = by_place(reranker.rank(QUERY, TEXTS[:2], method=method))
+    assert np.abs(by_place(ranking)[[0, 5]] - expected).max() < 1e-6
+    for query in (*bad[:3], Item(image=cut)):
+        with pytest.raises(BadImageError):
+            reranker.rank(query, TEXTS[:2], method=method)
+
+
+def test_unreadable_documents_come_last_where_nothing_is_shared(reranker: UniMEReranker, tmp_path: Path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    documents = [{"image": str(tmp_path / "bad.png")}, TEXTS[0], {"image": str(tmp_path / "none.png")}, TEXTS[1]]
+    for activation in (torch.nn.Sigmoid(), RAW):
+        options: dict[str, Any] = {"prompt": "Mind the colour.", "activation_fn": activation}
+        ranking = reranker.rank(QUERY, documents, return_documents=True, **options)
+        assert [entry["corpus_id"] for entry in ranking[2:]] == [0, 2] and "bad.png" in ranking[2]["error"]
+        expected = reranker.predict([(QUERY, text) for text in TEXTS[:2]], **options)
+        assert np.abs(by_place(ranking)[[1, 3]] - expected).max() < 1e-6
+        assert all(entry["text"] is documents[entry["corpus_id"]] for entry in ranking)
+
+
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_other_forms_of_an_image(reranker: UniMEReranker, method: Any, tmp_path: Path):
+    """As an array, a path, in a list, in memory: the same picture, so one score."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(tiny.png(5))
+    picture = Image.open(path).convert("RGB")
+    forms = [picture, np.asarray(picture), path, [str(path)], path.read_bytes()]
+    scores = by_place(reranker.rank(QUERY, [TEXTS[0], *({"image": form} for form in forms)], method=method))
+    if method == "pairwise":
+        assert np.ptp(scores[1:]) < 1e-5
+        assert scores[1] == pytest.approx(reranker.predict((QUERY, {"image": picture})), abs=1e-5)
+    else:
+        assert scores[1] == scores[2] and scores[3] == scores[4] == scores[5]
+
+
+@pytest.mark.parametrize("method", ["listwise", "hybrid"])
+def test_what_is_no_item_is_named(reranker: UniMEReranker, method: Any):
+    for value, reason in ((3, "got int"), ({"image": "https://example.com/a.png"}, "fetched"), ({}, "needs a text")):
+        with pytest.raises((TypeError, ValueError), match=f"document 1: .*{reason}"):
+            reranker.rank("a", ["b", value], method=method)
 
 
 def test_each_picture_is_seen_once_and_the_query_passes_once(reranker: UniMEReranker):

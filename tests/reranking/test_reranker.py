@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder
 from sentence_transformers.util import batch_to_device
+from transformers import BertConfig
 
 from unime_st import Item, UniMEReranker
 from unime_st.data import BadImageError
@@ -243,6 +244,16 @@ def test_a_prompt_replaces_the_system_turn(reranker: UniMEReranker):
     assert "system\nMind the colour.<|im_end|>" in text and "helpful" not in text
 
 
+@pytest.mark.parametrize("kind", ["an embedding model", "a model without a language-model head"])
+def test_what_is_no_reranker(kind: str, tmp_path: Path):
+    BertConfig().save_pretrained(tmp_path)
+    if kind == "an embedding model":
+        (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds {kind}.* expected a saved reranker") as caught:
+        UniMEReranker(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
 def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
     with pytest.raises(ValueError, match="At most 99 can"):
         reranker.listwise_scores("a", ["b"] * 100)
@@ -250,6 +261,10 @@ def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
         reranker.rank("a", ["b"], method="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="window >= 2"):
         reranker.rank("a", ["b"], method="listwise", window=1)
+    for options in ({"batch_size": 0}, {"batch_size": -1}, {"top_k": -1}):
+        for method in ("pairwise", "listwise", "hybrid"):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                reranker.rank("a", ["b", "c"], method=method, **options)
     with pytest.raises(TypeError, match="takes no prompt"):
         reranker.rank("a", ["b"], method="listwise", prompt="c")
     calls = [

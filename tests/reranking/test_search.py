@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_reranker as tiny
+from PIL import Image
+from sentence_transformers import CrossEncoder
 from tiny_embedder import tiny_embedder
 
 from unime_st import Item, UniMEReranker
@@ -65,8 +68,51 @@ def test_small_and_repetitive_corpora(reranker: UniMEReranker):
     assert search(["a"], [], tiny_embedder(), reranker) == [[]]
 
 
+@pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
+def test_unreadable_documents_are_set_aside(
+    reranker: UniMEReranker, method: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Without a vector a document is never found; without an answer it comes last."""
+    cut, thin = tmp_path / "cut.png", tmp_path / "thin.png"
+    cut.write_bytes(tiny.png(1)[:-60])
+    Image.new("RGB", (2, 500)).save(thin)
+    corpus = [*CORPUS[:2], Item(image=tmp_path / "none.png"), Image.open(cut), str(thin)]
+    found = search(QUERIES, corpus, tiny_embedder(), reranker, top_k=5, method=method)
+    assert [sorted(entry["corpus_id"] for entry in row) for row in found] == [[0, 1, 4]] * 3
+    assert all(row[-1]["corpus_id"] == 4 and "longer than 200" in row[-1]["error"] for row in found)
+    assert "corpus[2] is left out" in caplog.text and "corpus[3] is left out" in caplog.text
+    judged = search(QUERIES, corpus, tiny_embedder(), LocalJudge(reranker), top_k=5)
+    assert all(row[-1]["corpus_id"] == 4 and "longer than 200" in row[-1]["error"] for row in judged)
+    with pytest.raises(BadImageError, match=r"queries\[1\]: .*none.png"):
+        search(["a", Item(image=tmp_path / "none.png")], corpus, tiny_embedder(), reranker, method=method)
+
+
+def test_a_text_that_names_an_image_is_the_image(reranker: UniMEReranker, tmp_path: Path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(tiny.png(2))
+    found = search([str(path)], ["a", str(path), Item(image=path)], tiny_embedder(), reranker)[0]
+    same = {entry["corpus_id"]: entry for entry in found}
+    assert same[1]["similarity"] == same[2]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert same[1]["score"] == same[2]["score"]
+
+
+def test_the_cost_is_that_of_the_answers(folder: str, caplog: pytest.LogCaptureFixture):
+    """Of a model's first search and of the next: what trying the model takes is not counted."""
+    model = UniMEReranker(folder, device="cpu")
+    with caplog.at_level(logging.INFO, "unime_st"):
+        for other in (model, model, CrossEncoder(modules=list(model), num_labels=1, device="cpu")):
+            search(["a", "b"], CORPUS[:4], tiny_embedder(), other, top_k=2)
+    costs = [record.getMessage() for record in caplog.records if "per query" in record.getMessage()]
+    assert len(costs) == 3 and len(set(costs)) == 1
+
+
 def test_bad_arguments(reranker: UniMEReranker):
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         search(["a"], ["b"], tiny_embedder(), reranker, top_k=0)
-    with pytest.raises(BadImageError):
-        search(["a"], [Item(image=b"no image")], tiny_embedder(), reranker)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        search(["a"], ["b"], tiny_embedder(), reranker, batch_size=0)
+    with pytest.raises(TypeError, match=r"corpus\[1\]: .*got int"):
+        search(["a"], ["b", 3], tiny_embedder(), reranker)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"queries\[0\]: an empty text"):
+        search([""], ["b"], tiny_embedder(), reranker)
+    assert search(["a"], [Item(image=b"no image")], tiny_embedder(), reranker) == [[]]

@@ -101,10 +101,10 @@ def test_distinct_items_equal_columns(
 
 
 def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 negatives, 5 are needed"):
+    with pytest.raises(ValueError, match="2 negatives are stored, 5 are needed"):
         judged_rows(records, 5)
     plain = RecordSet.write(tmp_path / "plain", training_records(3), {})
-    with pytest.raises(ValueError, match="0 negatives, 1 are needed"):
+    with pytest.raises(ValueError, match="0 negatives are stored, 1 are needed"):
         judged_rows(plain, 1)
     with pytest.raises(ValueError, match="no judge's scores"):
         judged_rows(plain, 0)

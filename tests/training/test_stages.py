@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.stage import Scores
 from unime_st.model import UniME
+from unime_st.reranking import UniMEReranker
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.offline import run_judge, run_mine
@@ -102,6 +104,16 @@ def test_the_reranker_loads_in_the_plain_class(run: Path, tmp_path: Path) -> Non
     documents = [item.to_input() for item in (record.positive, *record.negatives[:2])]
     ranked = CrossEncoder(str(folder), device="cpu").rank(record.query.to_input(), documents)
     assert sorted(entry["corpus_id"] for entry in ranked) == [0, 1, 2]
+
+
+def test_lists_are_trained_as_long_as_they_are_ranked(run: Path, tmp_path: Path) -> None:
+    window = inspect.signature(UniMEReranker.rank).parameters["window"].default
+    defaults = options.RerankerArguments(
+        **SMALL, template="tiny", data=str(run / "rows"), output=str(tmp_path / "few")
+    )
+    assert (defaults.min_list_length, 1 + defaults.num_negatives) == (2, window)
+    with pytest.raises(ValueError, match="5 negatives are stored, 9 are needed.*lower num_negatives"):
+        stages.train_reranker(defaults)
 
 
 def test_full_fine_tuning_needs_no_adapter(run: Path, tmp_path: Path) -> None:

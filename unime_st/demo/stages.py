@@ -93,7 +93,7 @@ def _soft_labels(run: Seed) -> None:
 def _reranker(run: Seed) -> None:
     common = run.common("reranker", "unime-tiny", "rows", run.arguments.reranker_steps)
     common |= {"batch_size": 8, "learning_rate": 5e-4}
-    stages.train_reranker(options.RerankerArguments(**common, template="tiny", num_negatives=5))
+    stages.train_reranker(options.RerankerArguments(**common, template="tiny", num_negatives=5, min_list_length=2))
 
 
 def prepare(arguments: DemoArguments, seed: int) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.data import BadImageError, ImageRef, Item
+from unime_st.data.images import MAX_ASPECT
 from unime_st.judging.prefix import Bundle, ImageFeatures, Prompt
 from unime_st.judging.prompts import clean_text, conversation, message, query_comes_first
 
@@ -83,7 +84,10 @@ class ImageBank:
                 found[key] = self._cache[key]
                 continue
             try:
-                missing.append((key, key[0].open()))
+                image = key[0].open()
+                if self._joins:
+                    check_aspect(image, key[0].label)
+                missing.append((key, image))
             except BadImageError as error:
                 found[key] = error
             if len(missing) == _IMAGES_AT_ONCE:
@@ -372,6 +376,10 @@ class ProcessorEncoder:
         return features
 
 
+class PromptTooLongError(ValueError):
+    """A prompt would have to be cut to fit the model."""
+
+
 def check_length(transformer: Transformer, tokens: int) -> None:
     """Refuse a prompt that would have to be cut: its end is where the answer is read.
 
@@ -380,8 +388,25 @@ def check_length(transformer: Transformer, tokens: int) -> None:
         tokens: Length of the longest prompt.
 
     Raises:
-        ValueError: If the model takes fewer.
+        PromptTooLongError: If the model takes fewer.
     """
     limit = transformer.max_seq_length
     if limit is not None and tokens > limit:
-        raise ValueError(f"the prompt has {tokens} tokens, the model takes at most {limit}: shorten the text")
+        raise PromptTooLongError(f"the prompt has {tokens} tokens, the model takes at most {limit}: shorten the text")
+
+
+def check_aspect(image: Image.Image, label: str) -> None:
+    """Refuse a picture that image processors of the Qwen-VL family refuse, together with all others of its batch.
+
+    Args:
+        image: The picture.
+        label: What to call it.
+
+    Raises:
+        BadImageError: If it is more than 200 times as long as wide.
+    """
+    long, short = max(image.size), min(image.size)
+    if long > MAX_ASPECT * short:
+        raise BadImageError(
+            f"image {label}: {image.width} x {image.height} is longer than {MAX_ASPECT} times its width"
+        )

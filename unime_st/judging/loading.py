@@ -179,15 +179,27 @@ def generative_modules(
         >>> modules = generative_modules("Qwen/Qwen2.5-VL-7B-Instruct")  # doctest: +SKIP
         >>> CrossEncoder(modules=modules, num_labels=1).save_pretrained("judge")  # doctest: +SKIP
     """
-    transformer = Transformer(
-        folder,
-        transformer_task="any-to-any",
-        unpad_inputs=False,
-        model_kwargs=dict(model_kwargs or {}),
-        # Given at once, so that the module finds that the model takes messages even if it came without a template.
-        processor_kwargs={**(processor_kwargs or {}), "chat_template": load_template(template)},
-        config_kwargs=dict(config_kwargs or {}),
-    )
+    try:
+        transformer = Transformer(
+            folder,
+            transformer_task="any-to-any",
+            unpad_inputs=False,
+            model_kwargs=dict(model_kwargs or {}),
+            # Given at once, so that the module finds that the model takes messages even if it came without a template.
+            processor_kwargs={**(processor_kwargs or {}), "chat_template": load_template(template)},
+            config_kwargs=dict(config_kwargs or {}),
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        # transformers goes on with the names of all its models.
+        kind = (
+            "an embedding model" if load_file_path(folder, "modules.json") else "a model without a language-model head"
+        )
+        raise ValueError(
+            f"{folder} holds {kind}, which cannot answer Yes or No: expected a saved reranker or a generative "
+            "vision-language model, such as the one it came from."
+        ) from error
     architectures = transformer.config.architectures or []
     tied = getattr(transformer.config.get_text_config(), "tie_word_embeddings", False)
     # from_pretrained would fill a missing head with random numbers and only log it.

@@ -116,20 +116,30 @@ class PrefixEngine:
             list[torch.Tensor]: Per bundle float32 of shape (suffixes, tokens), on the CPU.
         """
         found = [torch.empty(len(bundle.suffixes), len(token_ids)) for bundle in bundles]
-        # A beginning of which only one prompt goes on is no saving.
-        alone = [place for place, bundle in enumerate(bundles) if len(bundle.suffixes) == 1 or not len(bundle.prefix)]
-        shared = sorted(set(range(len(bundles))) - set(alone), key=lambda place: len(bundles[place].prefix))
-        rows = [
-            (bundles[place].prefix + suffix, place, column)
-            for place in alone
-            for column, suffix in enumerate(bundles[place].suffixes)
+        # A beginning of which only one prompt goes on is no saving. Where a second only goes on from the first, as from a
+        # list to the first digit of its answer, it passes the end of both.
+        passing = [place for place, bundle in enumerate(bundles) if _goes_on(bundle)]
+        alone = [
+            place
+            for place, bundle in enumerate(bundles)
+            if place not in passing and (len(bundle.suffixes) == 1 or not len(bundle.prefix))
         ]
+        shared = sorted(set(range(len(bundles))) - {*alone, *passing}, key=lambda place: len(bundles[place].prefix))
+        rows: list[_Row] = []
+        for place in alone:
+            prompts = [bundles[place].prefix + suffix for suffix in bundles[place].suffixes]
+            rows += [(prompt, place, [(column, len(prompt))]) for column, prompt in enumerate(prompts)]
+        for place in passing:
+            start, (short, long) = len(bundles[place].prefix), bundles[place].suffixes
+            rows.append((bundles[place].prefix + long, place, [(0, start + len(short)), (1, start + len(long))]))
         self._answer(rows, token_ids, batch_size, found, None)
         for start in range(0, len(shared), batch_size):
             chunk = shared[start : start + batch_size]
             beginning = self._begin([bundles[place].prefix for place in chunk])
             rows = [
-                (suffix, place, column) for place in chunk for column, suffix in enumerate(bundles[place].suffixes)
+                (suffix, place, [(column, len(suffix))])
+                for place in chunk
+                for column, suffix in enumerate(bundles[place].suffixes)
             ]
             self._answer(
                 rows, token_ids, batch_size, found, beginning, {place: row for row, place in enumerate(chunk)}
@@ -138,7 +148,7 @@ class PrefixEngine:
 
     def _answer(
         self,
-        rows: list[tuple[Prompt, int, int]],
+        rows: list[_Row],
         token_ids: Sequence[int],
         batch_size: int,
         found: list[torch.Tensor],
@@ -157,8 +167,10 @@ class PrefixEngine:
             if beginning is not None and row_of is not None:
                 before = beginning.rows(torch.tensor([row_of[place] for _, place, _ in batch]))
             hidden, _ = self._forward([prompt for prompt, _, _ in batch], before)
-            answers = nn.functional.linear(hidden.float(), weight, bias).cpu()
-            for (_, place, column), answer in zip(batch, answers, strict=True):
+            reads = [(row, place, *read) for row, (_, place, own) in enumerate(batch) for read in own]
+            ends = torch.tensor([[row, length - 1] for row, _, _, length in reads], device=hidden.device)
+            answers = nn.functional.linear(hidden[ends[:, 0], ends[:, 1]].float(), weight, bias).cpu()
+            for (_, place, column, _), answer in zip(reads, answers, strict=True):
                 found[place][column] = answer
 
     def _begin(self, prompts: list[Prompt]) -> _Beginning:
@@ -167,7 +179,7 @@ class PrefixEngine:
         return beginning
 
     def _forward(self, prompts: list[Prompt], before: _Beginning | None) -> tuple[torch.Tensor, _Beginning]:
-        """Hidden states of the last positions, and what a continuation needs."""
+        """Hidden states of all positions, and what a continuation needs."""
         device = self.decoder.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
@@ -197,8 +209,19 @@ class PrefixEngine:
             use_cache=cache is not None,
             **extra,
         )
-        last = out.last_hidden_state[torch.arange(len(prompts), device=device), (lengths - 1).to(device)]
-        return last, _Beginning(cache, whole, ends)
+        return out.last_hidden_state, _Beginning(cache, whole, ends)
+
+
+_Row = tuple[Prompt, int, list[tuple[int, int]]]
+"""A prompt, the number of its bundle, and which answers it gives: their column, and behind how many of its tokens."""
+
+
+def _goes_on(bundle: Bundle) -> bool:
+    """Whether there are two prompts, of which the second begins with all of the first."""
+    if len(bundle.suffixes) != 2 or any(suffix.images for suffix in bundle.suffixes):
+        return False
+    short, long = (suffix.token_ids for suffix in bundle.suffixes)
+    return len(short) < len(long) and long[: len(short)] == short
 
 
 @dataclass(frozen=True)

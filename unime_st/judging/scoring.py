@@ -120,41 +120,43 @@ class PairScorer:
         return ends + sum(length for length, _ in begins), ends + sum(length * times for length, times in begins)
 
     @torch.inference_mode()
-    def score(self, queries: Sequence[Query]) -> Iterator[tuple[Pair, Outcome]]:
+    def score(self, queries: Sequence[Query], batch_size: int | None = None) -> Iterator[tuple[Pair, Outcome]]:
         """Score pairs in any order.
 
         Args:
             queries: Queries, each with its distinct candidates.
+            batch_size: Pairs per forward pass. Defaults to None: that of the scorer.
 
         Yields:
             tuple: A pair, and float32 logits of shape (tokens,) or the error that keeps it from being scored.
         """
+        batch_size = batch_size or self.batch_size
         if self.obstacle is None:
-            yield from self._shared(queries)
+            yield from self._shared(queries, batch_size)
             return
         pairs = [(query, candidate) for query, candidates in queries for candidate in candidates]
-        window = _BATCHES_SORTED_TOGETHER * self.batch_size
+        window = _BATCHES_SORTED_TOGETHER * batch_size
         for start in range(0, len(pairs), window):
             part = sorted(pairs[start : start + window], key=_size, reverse=True)
-            for first in range(0, len(part), self.batch_size):
-                yield from self._alone(part[first : first + self.batch_size])
+            for first in range(0, len(part), batch_size):
+                yield from self._alone(part[first : first + batch_size])
 
-    def _shared(self, queries: Sequence[Query]) -> Iterator[tuple[Pair, Outcome]]:
+    def _shared(self, queries: Sequence[Query], batch_size: int) -> Iterator[tuple[Pair, Outcome]]:
         assert self.parts is not None
         window: list[tuple[Bundle, list[Pair]]] = []
-        for part in _portions(queries, _BATCHES_PREPARED_TOGETHER * self.batch_size):
+        for part in _portions(queries, _BATCHES_PREPARED_TOGETHER * batch_size):
             bundles, failed = self.parts.encode(part)
             yield from failed
             window += bundles
             prompts = sum(len(pairs) for _, pairs in window)
-            if len(window) >= self.batch_size or prompts >= _BATCHES_SORTED_TOGETHER * self.batch_size:
-                yield from self._run(window)
+            if len(window) >= batch_size or prompts >= _BATCHES_SORTED_TOGETHER * batch_size:
+                yield from self._run(window, batch_size)
                 window = []
-        yield from self._run(window)
+        yield from self._run(window, batch_size)
 
-    def _run(self, window: list[tuple[Bundle, list[Pair]]]) -> Iterator[tuple[Pair, torch.Tensor]]:
+    def _run(self, window: list[tuple[Bundle, list[Pair]]], batch_size: int) -> Iterator[tuple[Pair, torch.Tensor]]:
         assert self.engine is not None
-        answers = self.engine.logits([bundle for bundle, _ in window], self.token_ids, batch_size=self.batch_size)
+        answers = self.engine.logits([bundle for bundle, _ in window], self.token_ids, batch_size=batch_size)
         for (_, pairs), found in zip(window, answers, strict=True):
             yield from zip(pairs, found, strict=True)
 

@@ -61,12 +61,13 @@ class ListScorer:
         self.transformer = transformer
         self.scorer = scorer
 
-    def __call__(self, query: Item, lists: Sequence[Sequence[Item]]) -> list[np.ndarray]:
+    def __call__(self, query: Item, lists: Sequence[Sequence[Item]], batch_size: int = 32) -> list[np.ndarray]:
         """Score the candidates of lists for one query.
 
         Args:
             query: What is asked.
             lists: Candidates in the order in which they are numbered.
+            batch_size: Prompts per forward pass. Defaults to 32.
 
         Returns:
             list[np.ndarray]: Per list float32 logits, see :func:`list_logits`.
@@ -83,7 +84,7 @@ class ListScorer:
         for number, listed in enumerate(answers):
             begun = dict.fromkeys(answer[0] for answer in listed if len(answer) > 1)
             prompts += [(number, token) for token in (None, *begun)]
-        found = dict(zip(prompts, self._logits(query, lists, prompts, token_ids), strict=True))
+        found = dict(zip(prompts, self._logits(query, lists, prompts, token_ids, batch_size), strict=True))
         scores = []
         for number, listed in enumerate(answers):
             first = found[number, None][[column[answer[0]] for answer in listed]]
@@ -94,7 +95,12 @@ class ListScorer:
         return scores
 
     def _logits(
-        self, query: Item, lists: Sequence[Sequence[Item]], prompts: list[tuple[int, int | None]], token_ids: list[int]
+        self,
+        query: Item,
+        lists: Sequence[Sequence[Item]],
+        prompts: list[tuple[int, int | None]],
+        token_ids: list[int],
+        batch_size: int,
     ) -> list[torch.Tensor]:
         """Logits of some tokens behind each list, or behind a list and the first token of an answer."""
         parts, engine = self.scorer.parts, self.scorer.engine
@@ -127,7 +133,7 @@ class ListScorer:
         answers = engine.logits(
             [parts.bundle([members[place] for place in places]) for places in bundles.values()],
             token_ids,
-            batch_size=self.scorer.batch_size,
+            batch_size=batch_size,
         )
         ordered = {
             place: row

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
 
-from unime_st.data import BadImageError, ImageRef, Item
+from unime_st.data import ImageRef, Item
 from unime_st.data.images import to_rgb
 from unime_st.judging.features import check_length
 from unime_st.judging.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
 from unime_st.judging.prompts import check_template
 from unime_st.reranking.cost import measured
 from unime_st.reranking.features import PLACES, ChatEncoder, is_plain, like_lengths, run_in_parts
-from unime_st.reranking.ranking import Ranker, hybrid, ranked, to_item
+from unime_st.reranking.inputs import Offer, check_query, foreign, refuse_foreign, to_item, to_offers, unreadable
+from unime_st.reranking.ranking import UNREADABLE, Method, Ranker, Scored, ranked
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class UniMEReranker(CrossEncoder):
         top_k: int | None = None,
         return_documents: bool = False,
         *,
-        method: Literal["pairwise", "listwise", "hybrid"] = "pairwise",
+        method: Method = "pairwise",
         window: int = 10,
         permutations: int = 1,
         batch_size: int = 32,
@@ -253,14 +254,15 @@ class UniMEReranker(CrossEncoder):
     ) -> list[dict[str, Any]]:
         """Rank documents for a query.
 
-        Equal documents are asked about once and get equal scores. A document whose image cannot be read comes last,
-        with score 0 and the reason under "error". What it cost is logged (level INFO).
+        Equal documents are asked about once and get equal scores. A document whose image is missing, corrupt or more
+        than 200 times as long as wide comes last, with score 0 and the reason under "error". What it cost is logged
+        (level INFO).
 
         Args:
             query: Item, text, image or dict.
-            documents: Candidates of the same kinds. Unlike an item, a str that names an existing image file is
-                opened, as in sentence-transformers.
-            top_k: How many to return. Defaults to all.
+            documents: Candidates of the same kinds, also empty texts. Unlike an item, a str that names an existing
+                image file is opened, as in sentence-transformers.
+            top_k: How many to return at most. Defaults to all.
             return_documents: Whether to add each document under "text". Defaults to False.
             method: "pairwise" asks Yes or No about each document; "listwise" asks for the best of all, in windows that
                 slide from the back to the front where there are more than ``window``, so it is best given documents in
@@ -279,7 +281,7 @@ class UniMEReranker(CrossEncoder):
         Raises:
             BadImageError: If the query's image cannot be read.
             ValueError: If an option is wrong, the tokenizer cannot number a list, or a prompt is longer than the model
-                takes.
+                takes; the message names the document.
 
         Example:
             >>> reranker.rank("a red square", ["a circle", "a red box"], method="listwise", top_k=1)  # doctest: +SKIP
@@ -289,41 +291,59 @@ class UniMEReranker(CrossEncoder):
             raise ValueError(f"method={method!r}: expected 'pairwise', 'listwise' or 'hybrid'")
         if window < 2 or permutations < 1:
             raise ValueError(f"expected window >= 2 and permutations >= 1, got {window} and {permutations}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {top_k}")
         if method != "pairwise" and kwargs:
             raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
         if not len(documents):
             return []
         activation = kwargs.pop("activation_fn", None) or self.activation_fn
-        items = self._items(query, documents) if not kwargs else None
-        if items is None and method == "pairwise":
-            kwargs |= {"activation_fn": activation, "batch_size": batch_size}
-            return super().rank(query, documents, top_k, return_documents, **kwargs)  # type: ignore[return-value]
-        asked, offered = items or (to_item(query), [to_item(document) for document in documents])
+        asked, *offered = to_offers([query, *documents])
+        apart = method == "pairwise" and (kwargs or not self._shares() or foreign([asked, *offered]) is not None)
+        if not apart:
+            refuse_foreign(asked, offered)
+            engine = self._engine()  # made before the cost is counted: it tries the model once
+        if method != "pairwise":
+            self._check_lists()
         with measured(self) as cost:
-            if method == "pairwise":
-                log_odds, reasons = self._engine().pairwise(asked, offered, batch_size)
-                scores = cast(torch.nn.Module, activation)(torch.from_numpy(log_odds)).numpy()
+            if apart:
+                options = {"activation_fn": activation, "batch_size": batch_size, **kwargs}
+                scores, reasons = self._rank_apart(query, documents, [asked, *offered], options)
             else:
-                self._check_lists()
-                if method == "listwise":
-                    scores, reasons = self._engine().in_windows(asked, offered, window, permutations)
-                else:
-                    scores, reasons = hybrid(self._engine(), asked, offered, window, permutations, batch_size)
+                scores, reasons = engine.rank(
+                    cast(Item, asked), offered, method, window=window, permutations=permutations, batch_size=batch_size
+                )
+                if method == "pairwise":
+                    scores = cast(torch.nn.Module, activation)(torch.from_numpy(scores)).numpy()
         logger.info("ranked %d documents, %s: %s", len(documents), method, cost)
         ranking = ranked(scores, reasons)[:top_k]
         for entry in ranking if return_documents else ():
             entry["text"] = documents[entry["corpus_id"]]
         return ranking
 
-    def _items(self, query: Any, documents: Sequence[Any]) -> tuple[Item, list[Item]] | None:
-        """The inputs as items, or None where they are something else or the model gives other scores than Yes or No."""
+    def _shares(self) -> bool:
+        """Whether this model says Yes or No, so that the engine can share what its pairs have in common."""
         try:
             self._engine()
-            return to_item(query), [to_item(document) for document in documents]
-        except BadImageError:
-            raise
         except (TypeError, ValueError, AttributeError):
-            return None
+            return False
+        return True
+
+    def _rank_apart(
+        self, query: Any, documents: Sequence[Any], offers: list[Offer], options: dict[str, Any]
+    ) -> Scored:
+        """Score each pair on its own, as sentence-transformers does; what cannot be read is left out."""
+        check_query(offers[0])
+        reasons = unreadable(offers[1:], decode=True)
+        readable = [place for place, reason in enumerate(reasons) if reason is None]
+        lowest = cast(torch.nn.Module, options["activation_fn"])(torch.tensor([UNREADABLE]))
+        scores = np.full(len(documents), float(lowest))
+        if readable:
+            found = super().rank(query, [documents[place] for place in readable], **options)
+            scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]  # type: ignore[index]
+        return scores, reasons
 
 
 def _is_pair(row: Any) -> bool:

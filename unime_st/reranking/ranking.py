@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import CrossEncoder
-from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
+from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
-from unime_st.judging.prompts import as_item
+from unime_st.judging.features import PromptTooLongError
 from unime_st.judging.scoring import PairScorer
 from unime_st.losses.list_answers import longest_list
+from unime_st.reranking.inputs import Offer, check_query, unreadable
 from unime_st.reranking.lists import ListScorer, rotations, slide
 
 logger = logging.getLogger(__name__)
@@ -28,43 +27,9 @@ UNREADABLE = -1e4
 """Log-odds of a document whose image cannot be read: below all others, and a number."""
 
 Ranking = list[dict[str, Any]]
-
-
-def to_item(value: Any) -> Item:
-    """Turn an input of ``rank`` into an item; a text that names an existing image file is that image.
-
-    Args:
-        value: Item, text, Pillow image or dict of them.
-
-    Returns:
-        Item: The same content.
-
-    Raises:
-        TypeError: If the value is something else.
-        ValueError: If nothing is in it.
-
-    Example:
-        >>> from unime_st.reranking.ranking import to_item
-        >>> to_item("a red square").modality
-        'text'
-    """
-    if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
-        return Item(image=value)
-    if isinstance(value, Image.Image):
-        return Item(image=_as_it_is(value))
-    if isinstance(value, dict) and isinstance(value.get("image"), Image.Image):
-        value = {**value, "image": _as_it_is(value["image"])}
-    if isinstance(value, dict) and isinstance(value.get("image"), str) and not os.path.isfile(value["image"]):
-        raise TypeError("an image that is fetched is no item")
-    return as_item(value)
-
-
-def _as_it_is(image: Image.Image) -> Image.Image:
-    """An opened RGB image without what its file says about orientation: ``predict`` and the authors take its pixels."""
-    if image.mode == "RGB":
-        image = image.copy()
-        image.info = {}
-    return image
+Method = Literal["pairwise", "listwise", "hybrid"]
+Scored = tuple[np.ndarray, list[ValueError | None]]
+"""Score of each document, and why it has none: its image cannot be read, or its prompt is too long."""
 
 
 @contextmanager
@@ -74,13 +39,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     Args:
         model: What is used.
     """
-    training = model.training
-    model.eval()
+    # Switching all of a small model twice would cost a tenth of a list.
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 class Ranker:
@@ -119,47 +87,127 @@ class Ranker:
             transformer.model,
         )
 
-    def pairwise(
-        self, query: Item, documents: Sequence[Item], batch_size: int = 32
-    ) -> tuple[np.ndarray, list[str | None]]:
-        """Ask Yes or No about each document.
+    def rank(
+        self,
+        query: Item,
+        documents: Sequence[Offer],
+        method: Method,
+        *,
+        window: int = 10,
+        permutations: int = 1,
+        batch_size: int = 32,
+        names: Sequence[str] | None = None,
+    ) -> Scored:
+        """Score the documents of one query.
 
         Args:
             query: What is asked.
             documents: What might meet it; equal ones are asked about once.
+            method: "pairwise", "listwise" or "hybrid", which lists the ``window`` documents that did best pairwise.
+            window: Most candidates of a list. Defaults to 10.
+            permutations: Orders in which each list is asked about, see :meth:`listwise`. Defaults to 1.
             batch_size: Prompts per forward pass. Defaults to 32.
+            names: What messages call the documents. Defaults to "document 0", ...
 
         Returns:
-            tuple: float32 log-odds of shape (documents,), :data:`UNREADABLE` where an image cannot be read, and per
-            document why, else None.
+            tuple: Scores, and per document why its image cannot be read. Pairwise the scores are float32 log-odds,
+            :data:`UNREADABLE` where there is a reason; listwise probabilities to be the best, 0 where there is a reason;
+            hybrid 1 + P(best of the list) for documents of the list and P(Yes) for the others.
 
         Raises:
             BadImageError: If the query's image cannot be read.
             ValueError: If a prompt is longer than the model takes.
             FloatingPointError: If a logit is not finite.
         """
-        reasons = _unreadable(query, documents, decode=False)
-        places = _places(documents, reasons)
-        scores = np.full(len(documents), UNREADABLE, dtype=np.float32)
-        self.pairs.batch_size = batch_size
-        with evaluating(self.model):
-            for (_, document), outcome in self.pairs.score([(query, list(places))]):
-                if isinstance(outcome, BadImageError):
-                    for place in places[document]:
-                        reasons[place] = str(outcome)
-                    continue
-                if isinstance(outcome, ValueError):
-                    raise outcome
-                scores[places[document]] = _finite(outcome[0] - outcome[1], self.model)
+        names = names or [f"document {place}" for place in range(len(documents))]
+        check_query(query)
+        if method == "listwise":
+            return self._in_windows(
+                query, documents, unreadable(documents, decode=True), window, permutations, batch_size, names
+            )
+        ((log_odds, reasons),) = self.pairwise([(query, documents)], batch_size)
+        for name, reason in zip(names, reasons, strict=True):
+            if reason is not None and not isinstance(reason, BadImageError):
+                raise type(reason)(f"{name}: {reason}") from reason
+        if method == "pairwise":
+            return log_odds, reasons
+        scores = torch.from_numpy(log_odds).double().sigmoid().numpy()
+        readable = [place for place in range(len(documents)) if reasons[place] is None]
+        best = sorted(readable, key=lambda place: -log_odds[place])[:window]
+        if len(best) > 1:
+            listed, _ = self._in_windows(
+                query,
+                [documents[place] for place in best],
+                [None] * len(best),
+                window,
+                permutations,
+                batch_size,
+                [names[place] for place in best],
+            )
+            scores[best] = 1.0 + listed
         return scores, reasons
 
-    def listwise(self, query: Item, documents: Sequence[Item], permutations: int = 1) -> np.ndarray:
+    def pairwise(
+        self, groups: Sequence[tuple[Item, Sequence[Offer]]], batch_size: int = 32, *, show_progress_bar: bool = False
+    ) -> list[Scored]:
+        """Ask Yes or No about each document of each query; equal pairs are asked about once.
+
+        Args:
+            groups: Queries with their documents.
+            batch_size: Prompts per forward pass. Defaults to 32.
+            show_progress_bar: Whether to show progress in pairs. Defaults to False.
+
+        Returns:
+            list[tuple]: Per query float32 log-odds of shape (documents,), :data:`UNREADABLE` where a pair cannot be
+            scored, and per document why, else None.
+
+        Raises:
+            FloatingPointError: If a logit is not finite.
+        """
+        # Where pairs are computed on their own, a picture that fails would take its batch along.
+        decode = self.pairs.obstacle is not None
+        found: list[Scored] = [
+            (np.full(len(documents), UNREADABLE, dtype=np.float32), unreadable(documents, decode=decode))
+            for _, documents in groups
+        ]
+        places: dict[Item, dict[Item, list[tuple[int, int]]]] = {}
+        for row, (query, documents) in enumerate(groups):
+            for document, columns in _places(documents, found[row][1]).items():
+                cells = places.setdefault(query, {}).setdefault(document, [])
+                cells += [(row, column) for column in columns]
+        total = sum(map(len, places.values()))
+        with (
+            evaluating(self.model),
+            tqdm(total=total, desc="Reranking", unit="pair", disable=not show_progress_bar) as progress,
+        ):
+            asked = [(query, list(documents)) for query, documents in places.items()]
+            for (query, document), outcome in self.pairs.score(asked, batch_size):
+                failure = outcome if isinstance(outcome, ValueError) else None
+                log_odds = (
+                    UNREADABLE if isinstance(outcome, ValueError) else _finite(outcome[0] - outcome[1], self.model)
+                )
+                for row, column in places[query][document]:
+                    scores, reasons = found[row]
+                    scores[column], reasons[column] = log_odds, failure
+                progress.update()
+        return found
+
+    def listwise(
+        self,
+        query: Item,
+        documents: Sequence[Item],
+        permutations: int = 1,
+        batch_size: int = 32,
+        names: Sequence[str] | None = None,
+    ) -> np.ndarray:
         """Ask for the best of all documents in one list.
 
         Args:
             query: What is asked.
             documents: Candidates in the order in which they are numbered.
             permutations: Orders to ask in, each a shift of the given one; the log-probabilities are averaged.
+            batch_size: Prompts per forward pass. Defaults to 32.
+            names: What messages call the documents. Defaults to "document 0", ...
 
         Returns:
             np.ndarray: float32 logits of shape (documents,).
@@ -171,7 +219,15 @@ class Ranker:
         """
         orders = rotations(len(documents), permutations)
         with evaluating(self.model):
-            found = self.lists(query, [[documents[place] for place in order] for order in orders])
+            try:
+                found = self.lists(query, [[documents[place] for place in order] for order in orders], batch_size)
+            except PromptTooLongError as error:
+                names = names or [f"document {place}" for place in range(len(documents))]
+                longest = max(range(len(documents)), key=lambda place: len(documents[place].text or ""))
+                raise PromptTooLongError(
+                    f"a list of {len(documents)}, in which {names[longest]} has the longest text: {error}, or ask about "
+                    "fewer documents at once (a smaller window)"
+                ) from error
         _finite(torch.from_numpy(np.concatenate(found)), self.model)
         if len(orders) == 1:
             return found[0]
@@ -180,21 +236,17 @@ class Ranker:
             scores[order] += torch.from_numpy(logits).log_softmax(0).numpy() / len(orders)
         return scores
 
-    def in_windows(
-        self, query: Item, documents: Sequence[Item], window: int, permutations: int = 1
-    ) -> tuple[np.ndarray, list[str | None]]:
-        """Rank any number of documents by lists of at most ``window``.
-
-        Args:
-            query: What is asked.
-            documents: Candidates, the most promising first; equal ones stand in the lists once.
-            window: Most candidates of a list; fewer where the tokenizer cannot number so many.
-            permutations: See :meth:`listwise`.
-
-        Returns:
-            tuple: Probability of each document to be the best, 0 where an image cannot be read, and per document why.
-        """
-        reasons = _unreadable(query, documents, decode=True)
+    def _in_windows(
+        self,
+        query: Item,
+        documents: Sequence[Offer],
+        reasons: list[ValueError | None],
+        window: int,
+        permutations: int,
+        batch_size: int,
+        names: Sequence[str],
+    ) -> Scored:
+        """Probability of each document to be the best, from lists of at most ``window`` or what can be numbered."""
         places = _places(documents, reasons)
         distinct = list(places)
         scores = np.zeros(len(documents), dtype=np.float64)
@@ -207,7 +259,8 @@ class Ranker:
             )
 
         def score(members: list[int]) -> np.ndarray:
-            return self.listwise(query, [distinct[member] for member in members], permutations)
+            called = [names[places[distinct[member]][0]] for member in members]
+            return self.listwise(query, [distinct[member] for member in members], permutations, batch_size, called)
 
         _, logits = slide(len(distinct), max(most, 1), score)
         for document, probability in zip(distinct, torch.from_numpy(logits).softmax(0).tolist(), strict=True):
@@ -215,7 +268,7 @@ class Ranker:
         return scores, reasons
 
 
-def ranked(scores: np.ndarray, reasons: Sequence[str | None]) -> Ranking:
+def ranked(scores: np.ndarray, reasons: Sequence[ValueError | None]) -> Ranking:
     """Sort documents by their scores; what cannot be read comes last, with its reason under "error".
 
     Args:
@@ -236,59 +289,16 @@ def ranked(scores: np.ndarray, reasons: Sequence[str | None]) -> Ranking:
         entry: dict[str, Any] = {"corpus_id": place, "score": float(scores[place])}
         if reasons[place] is not None:
             logger.warning("document %d is ranked last: %s", place, reasons[place])
-            entry["error"] = reasons[place]
+            entry["error"] = str(reasons[place])
         ranking.append(entry)
     return ranking
 
 
-def hybrid(
-    ranker: Ranker, query: Item, documents: Sequence[Item], window: int, permutations: int, batch_size: int
-) -> tuple[np.ndarray, list[str | None]]:
-    """Ask about each document, then for the best of those that did best.
-
-    Args:
-        ranker: What answers.
-        query: What is asked.
-        documents: Candidates.
-        window: How many go into the list.
-        permutations: See :meth:`Ranker.listwise`.
-        batch_size: Prompts per forward pass.
-
-    Returns:
-        tuple: Scores, 1 + P(best of the list) for documents of the list and P(Yes) for the others, and per document
-        why it cannot be read.
-    """
-    log_odds, reasons = ranker.pairwise(query, documents, batch_size)
-    scores = torch.from_numpy(log_odds).double().sigmoid().numpy()
-    readable = [place for place in range(len(documents)) if reasons[place] is None]
-    best = sorted(readable, key=lambda place: -log_odds[place])[:window]
-    if len(best) > 1:
-        listed, _ = ranker.in_windows(query, [documents[place] for place in best], window, permutations)
-        scores[best] = 1.0 + listed
-    return scores, reasons
-
-
-def _unreadable(query: Item, documents: Sequence[Item], *, decode: bool) -> list[str | None]:
-    """Why documents cannot be read, as far as that shows before a model runs; the query must be readable."""
-    if query.image is not None:
-        query.image.open()
-    reasons: list[str | None] = []
-    for document in documents:
-        try:
-            if decode and document.image is not None:
-                document.image.open()
-            hash(document)  # of the content, which is read for it
-            reasons.append(None)
-        except BadImageError as error:
-            reasons.append(str(error))
-    return reasons
-
-
-def _places(documents: Sequence[Item], reasons: Sequence[str | None]) -> dict[Item, list[int]]:
+def _places(documents: Sequence[Offer], reasons: Sequence[ValueError | None]) -> dict[Item, list[int]]:
     """Where each distinct readable document stands."""
     places: dict[Item, list[int]] = {}
     for place, document in enumerate(documents):
-        if reasons[place] is None:
+        if reasons[place] is None and isinstance(document, Item):
             places.setdefault(document, []).append(place)
     return places
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tqdm.auto import tqdm
 
+from unime_st.data import BadImageError, Item
 from unime_st.encoding import encode_items
-from unime_st.judging import Group, Judge, LocalJudge, as_item
+from unime_st.judging import Group, Judge, LocalJudge, PairError
 from unime_st.judging.prompts import ItemLike
 from unime_st.reranking.cost import measured
+from unime_st.reranking.inputs import Offer, foreign, to_offers
 from unime_st.reranking.model import UniMEReranker
+from unime_st.reranking.ranking import UNREADABLE, Method, Scored
 from unime_st.retrieval import top_k as nearest
 
 logger = logging.getLogger(__name__)
+
+Groups = Sequence[tuple[Item, Sequence[Offer]]]
 
 
 def search(
@@ -29,17 +34,19 @@ def search(
     reranker: CrossEncoder | Judge,
     top_k: int = 10,
     *,
-    method: Literal["pairwise", "listwise", "hybrid"] = "pairwise",
+    method: Method = "pairwise",
     batch_size: int = 32,
     show_progress_bar: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Retrieve by embedding, then rerank the nearest.
 
     Distinct items are embedded once, distinct pairs judged once, and every image is processed once per model. What
-    reranking cost per query is logged (level INFO).
+    reranking cost per query is logged (level INFO). A document that cannot be embedded is never found; one that is
+    found but cannot be reranked comes last in its row, with the reason under "error". Both are logged (level WARNING).
 
     Args:
-        queries: Items, texts, images or dicts of them.
+        queries: Items, texts, images or dicts of them; as in :meth:`UniMEReranker.rank`, a str that names an existing
+            image file is opened.
         corpus: The same, what is searched.
         embedder: Any embedding model that takes the inputs.
         reranker: A :class:`~unime_st.UniMEReranker` or other generative ``CrossEncoder``, or a judge.
@@ -54,8 +61,8 @@ def search(
         place in ``corpus``, the reranker's score (pairwise the probability of Yes) and the cosine similarity.
 
     Raises:
-        BadImageError: If an image cannot be read.
-        ValueError: If ``top_k`` is below 1, or the reranker cannot rank lists and the method needs it.
+        BadImageError: If a query's image cannot be read.
+        ValueError: If ``top_k`` or ``batch_size`` is below 1, or the reranker cannot rank lists and the method needs it.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker", inference.
@@ -68,40 +75,119 @@ def search(
         >>> sorted(entry["corpus_id"] for entry in found[0])
         [0, 1]
     """
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    asked, offered = [as_item(query) for query in queries], [as_item(document) for document in corpus]
-    if not asked or not offered:
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    asked, offered = _items("queries", queries), _items("corpus", corpus)
+    vectors, mask, reasons = _embedded(embedder, [*asked, *offered], batch_size, show_progress_bar)
+    for place, reason in sorted(reasons.items()):
+        if place < len(asked):
+            raise BadImageError(f"queries[{place}]: {reason}")
+        logger.warning("corpus[%d] is left out: %s", place - len(asked), reason)
+    readable = np.flatnonzero(mask[len(asked) :])
+    if not asked or not len(readable):
         return [[] for _ in asked]
-    vectors = encode_items(embedder, [*asked, *offered], batch_size=batch_size, show_progress_bar=show_progress_bar)
-    similarities, found = nearest(vectors[: len(asked)], vectors[len(asked) :], min(top_k, len(offered)))
-    groups = [Group(query, [offered[place] for place in row]) for query, row in zip(asked, found, strict=True)]
-    scores: list[np.ndarray]
-    with measured(reranker) if isinstance(reranker, CrossEncoder) else nullcontext() as cost:
-        if method == "pairwise":
-            judge = cast(Judge, reranker)
-            if isinstance(reranker, CrossEncoder):
-                judge = LocalJudge(reranker, batch_size=batch_size, show_progress_bar=show_progress_bar)
-            scores = [torch.from_numpy(log_odds).sigmoid().numpy() for log_odds in judge.score(groups)]
-        elif isinstance(reranker, UniMEReranker):
-            options: dict[str, Any] = {"method": method, "window": max(top_k, 2), "batch_size": batch_size}
-            waiting = tqdm(groups, desc="Reranking", unit="query", disable=not show_progress_bar)
-            scores = [_by_place(reranker.rank(group.query, group.candidates, **options)) for group in waiting]
-        else:
-            raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
+    similarities, found = nearest(vectors[: len(asked)], vectors[len(asked) :][readable], min(top_k, len(readable)))
+    found = readable[found]
+    groups = [(query, [cast(Item, offered[place]) for place in row]) for query, row in zip(asked, found, strict=True)]
+    rerank = _reranking(reranker, method, max(top_k, 2), batch_size, show_progress_bar)
+    counted = getattr(reranker, "model", None) if isinstance(reranker, LocalJudge) else reranker
+    with measured(counted) if isinstance(counted, CrossEncoder) else nullcontext() as cost:
+        scored = rerank(cast(Any, groups), found)
     if cost is not None:
         logger.info("reranked %d queries %s; per query %s", len(groups), method, cost.per_query(len(groups)))
-    return [_ranked(row, similarity, own) for row, similarity, own in zip(found, similarities, scores, strict=True)]
+    return [_ranked(row, similarity, *own) for row, similarity, own in zip(found, similarities, scored, strict=True)]
 
 
-def _by_place(ranking: list[dict[str, Any]]) -> np.ndarray:
-    """Scores in the order of the documents."""
-    return np.array([entry["score"] for entry in sorted(ranking, key=lambda entry: entry["corpus_id"])])
+def _items(side: str, values: Sequence[Any]) -> list[Offer]:
+    """Inputs as items; what is none is named."""
+    offers = to_offers(values)
+    place = foreign(offers)
+    if place is not None:
+        raise TypeError(f"{side}[{place}]: {offers[place]}")
+    for place, offer in enumerate(offers):
+        if isinstance(offer, Item) and offer.image is None and not (offer.text or "").strip():
+            raise ValueError(f"{side}[{place}]: an empty text cannot be embedded")
+    return offers
 
 
-def _ranked(row: np.ndarray, similarity: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
+def _embedded(
+    embedder: SentenceTransformer, offers: Sequence[Offer], batch_size: int, show_progress_bar: bool
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Vectors, which offers have one, and why the others have none."""
+    places = [place for place, offer in enumerate(offers) if isinstance(offer, Item)]
+    failed: dict[int, str] = {}
+    vectors, made = encode_items(
+        embedder, [cast(Item, offers[place]) for place in places], batch_size=batch_size,
+        show_progress_bar=show_progress_bar, on_error="skip", reasons=failed,
+    )  # fmt: skip
+    reasons = {place: str(offer) for place, offer in enumerate(offers) if not isinstance(offer, Item)}
+    reasons |= {places[row]: reason for row, reason in failed.items()}
+    mask = np.zeros(len(offers), dtype=bool)
+    mask[places] = made
+    spread = np.full((len(offers), vectors.shape[1]), np.nan, dtype=np.float32)
+    spread[places] = vectors
+    return spread, mask, reasons
+
+
+def _reranking(
+    reranker: CrossEncoder | Judge, method: Method, window: int, batch_size: int, show_progress_bar: bool
+) -> Callable[[Groups, np.ndarray], list[Scored]]:
+    """What scores groups; it is made before the cost is counted, because making it tries the model once."""
+    if isinstance(reranker, UniMEReranker):
+        engine = reranker._engine()
+        if method == "pairwise":
+            return lambda groups, found: [
+                (_probabilities(log_odds), reasons)
+                for log_odds, reasons in engine.pairwise(groups, batch_size, show_progress_bar=show_progress_bar)
+            ]
+        reranker._check_lists()
+
+        def ranked(groups: Groups, found: np.ndarray) -> list[Scored]:
+            waiting = tqdm(groups, desc="Reranking", unit="query", disable=not show_progress_bar)
+            return [
+                engine.rank(
+                    query, documents, method, window=window, batch_size=batch_size,
+                    names=[f"corpus[{place}]" for place in row],
+                )
+                for (query, documents), row in zip(waiting, found, strict=True)
+            ]  # fmt: skip
+
+        return ranked
+    if method != "pairwise":
+        raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
+    judge = reranker
+    if isinstance(reranker, CrossEncoder):
+        judge = LocalJudge(reranker, batch_size=batch_size, show_progress_bar=show_progress_bar)
+    return lambda groups, found: _judged(cast(Judge, judge), groups)
+
+
+def _judged(judge: Judge, groups: Groups) -> list[Scored]:
+    errors: list[PairError] = []
+    rows = judge.score([Group(query, cast(Any, documents)) for query, documents in groups], errors=errors)
+    reasons: list[list[ValueError | None]] = [[None] * len(documents) for _, documents in groups]
+    for error in errors:
+        reasons[error.group][error.candidate] = ValueError(error.reason)
+    return [(_probabilities(np.nan_to_num(row, nan=UNREADABLE)), own) for row, own in zip(rows, reasons, strict=True)]
+
+
+def _probabilities(log_odds: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(log_odds).sigmoid().numpy()
+
+
+def _ranked(
+    row: np.ndarray, similarity: np.ndarray, scores: np.ndarray, reasons: Sequence[ValueError | None]
+) -> list[dict[str, Any]]:
     """Sort the candidates of one query; equal scores keep the order of the embedder."""
-    return [
-        {"corpus_id": int(row[place]), "score": float(scores[place]), "similarity": float(similarity[place])}
-        for place in np.argsort(-scores, kind="stable")
-    ]
+    entries: list[dict[str, Any]] = []
+    for place in sorted(range(len(row)), key=lambda place: (reasons[place] is not None, -scores[place])):
+        entry: dict[str, Any] = {
+            "corpus_id": int(row[place]),
+            "score": float(scores[place]),
+            "similarity": float(similarity[place]),
+        }
+        if reasons[place] is not None:
+            logger.warning("corpus[%d] is ranked last: %s", row[place], reasons[place])
+            entry["error"] = str(reasons[place])
+        entries.append(entry)
+    return entries

@@ -163,11 +163,11 @@ class RerankerArguments(TrainArguments):
     """UniME-V2-Reranker: pairwise and listwise answers from the judged rows."""
 
     template: str = field(default="official", metadata={"help": "Prompt template: official, tiny or a file."})
-    num_negatives: int = field(default=5, metadata={"help": "Negatives in the list, of those that are stored."})
+    num_negatives: int = field(default=9, metadata={"help": "Negatives in the list, of those that are stored."})
     pairwise_weight: float = field(default=1.0, metadata={"help": "Weight of the Yes/No term."})
     listwise_weight: float = field(default=1.0, metadata={"help": "Weight of the list term."})
-    min_list_length: int | None = field(
-        default=None, metadata={"help": "Lists of random length from this up to 1 + num_negatives; none: all as long."}
+    min_list_length: int | None = field(  # ranking is in lists of up to ten, and the last one may be short
+        default=2, metadata={"help": "Lists of random length from this up to 1 + num_negatives; none: all as long."}
     )
     target_temperature: float | None = field(
         default=None, metadata={"help": "The list's target is softmax(score / this); none: the positive alone."}

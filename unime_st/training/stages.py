@@ -64,8 +64,8 @@ def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
     stored = pc.list_value_length(table["negatives"]).to_numpy()
     if len(short := np.flatnonzero(stored < num_negatives)):
         raise ValueError(
-            f"{records.folder}, row {short[0]}: {stored[short[0]]} negatives, {num_negatives} are needed. "
-            "Mine and judge first (train_scripts/judge.py), or lower num_negatives."
+            f"{records.folder}, row {short[0]}: {stored[short[0]]} negatives are stored, {num_negatives} are needed. "
+            "Mine and judge so many (train_scripts/judge.py), or lower num_negatives."
         )
     columns = {name: table[name] for name in ("query", "positive")}
     columns |= {f"negative_{n + 1}": pc.list_element(table["negatives"], n) for n in range(num_negatives)}
