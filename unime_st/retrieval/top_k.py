@@ -46,9 +46,10 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k most similar corpus vectors of each query, as a float64 brute force would.
 
-    A float32 matrix product proposes a few more than k candidates per query; these are compared in float64, equal similarities by
-    corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal vectors), the query
-    is searched again in float64, on which the device must be able to compute. Memory is bounded by one block of ``query_chunk`` x ``corpus_chunk`` similarities.
+    A float32 matrix product proposes a few more than k candidates per query; these are compared in float64, equal
+    similarities by corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal
+    vectors), the query is searched again in float64, on which the device must be able to compute. Memory is bounded by
+    one block of ``query_chunk`` x ``corpus_chunk`` similarities.
 
     Args:
         queries: Array or tensor of shape (n, dim).
