@@ -58,6 +58,17 @@ class CostModel:
             tokens by which a template treats pictures differently from texts; a picture that cannot be read counts
             nothing.
         """
+        return self.tokens_and_pixels(inputs)[0]
+
+    def tokens_and_pixels(self, inputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Count the tokens of inputs, and the pixels that decoding them makes.
+
+        Args:
+            inputs: Items, or whatever ``SentenceTransformer.encode`` takes.
+
+        Returns:
+            tuple[np.ndarray, np.ndarray]: int64 of shape (len(inputs),) each.
+        """
         texts: list[str] = []
         sizes: list[Size] = []
         owner_of_text, owner_of_size = [], []
@@ -72,7 +83,9 @@ class CostModel:
             np.add.at(costs, owner_of_text, [len(ids) for ids in self._tokens(texts)])
         if sizes:
             np.add.at(costs, owner_of_size, self.picture_tokens(sizes))
-        return costs
+        pixels = np.zeros(len(inputs), dtype=np.int64)
+        np.add.at(pixels, owner_of_size, [width * height for width, height in sizes])
+        return costs, pixels
 
     def picture_tokens(self, sizes: Sequence[Size]) -> list[int]:
         """Count the tokens of pictures.

@@ -137,7 +137,8 @@ class Engine:
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
             places = pack([job.cost for job in jobs], self.forward.budget)
-            window.batches += [[jobs[place] for place in batch] for batch in places]
+            for batch in places:
+                window.batches += _light([jobs[place] for place in batch], self.forward.pixels)
         window.batches.sort(key=lambda batch: -batch[0].cost)
         window.waiting = len(window.batches)
 
@@ -157,8 +158,9 @@ class Engine:
             return
         if self._cost is None:
             self._cost = CostModel(self.forward.model, **self.forward.prompting)
-        for job, cost in zip(jobs, self._cost([job.value for job in jobs]).tolist()):
-            job.cost = cost
+        costs, pixels = self._cost.tokens_and_pixels([job.value for job in jobs])
+        for job, cost, count in zip(jobs, costs.tolist(), pixels.tolist()):
+            job.cost, job.pixels = cost, count
 
     def _take(
         self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[Any]
@@ -196,6 +198,19 @@ class Engine:
                 window.vectors[rows] = window.vectors[sources]
             results.add(window.vectors, window.size)
             bar.update(window.size - len(window.jobs))
+
+
+def _light(batch: list[Job], pixels: int) -> list[list[Job]]:
+    """Cut a batch where its pictures, decoded, would take too much memory."""
+    parts: list[list[Job]] = [[]]
+    held = 0
+    for job in batch:
+        if parts[-1] and held + job.pixels > pixels:
+            parts.append([])
+            held = 0
+        parts[-1].append(job)
+        held += job.pixels
+    return parts
 
 
 def _ahead(windows: Iterator[_Window]) -> Generator[_Window, None, None]:

@@ -30,6 +30,9 @@ TOKENS_PER_ROW = 256
 _CPU_BUDGET = 2048
 """Tokens after which a larger batch gains nothing on a CPU, and only takes memory."""
 
+_CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
+"""Pixels of a batch's pictures as they are stored: decoded, they are what takes the memory, however few tokens remain."""
+
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
 
@@ -41,6 +44,7 @@ class Job:
         row: Its place in the stream.
         value: The input.
         cost: Tokens it will become.
+        pixels: Pixels of its pictures as they are stored.
         tokens: The tokens themselves, where the input is a plain text.
         error: Why there is no vector.
     """
@@ -48,6 +52,7 @@ class Job:
     row: int
     value: Any
     cost: int = 0
+    pixels: int = 0
     tokens: np.ndarray | None = None
     error: Exception | None = None
 
@@ -99,6 +104,7 @@ class Forward:
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
+        self.pixels = _CPU_PIXELS if on_cpu else _DEVICE_PIXELS
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options
