@@ -75,14 +75,14 @@ def test_unreadable_documents_are_set_aside(
     """Without a vector a document is never found; without an answer it comes last."""
     cut, thin = tmp_path / "cut.png", tmp_path / "thin.png"
     cut.write_bytes(tiny.png(1)[:-60])
-    Image.new("RGB", (2, 500)).save(thin)
+    Image.new("RGB", (2, 500)).save(thin)  # longer than image processors take: it gets margins and is found
     corpus = [*CORPUS[:2], Item(image=tmp_path / "none.png"), Image.open(cut), str(thin)]
     found = search(QUERIES, corpus, tiny_embedder(), reranker, top_k=5, method=method)
     assert [sorted(entry["corpus_id"] for entry in row) for row in found] == [[0, 1, 4]] * 3
-    assert all(row[-1]["corpus_id"] == 4 and "longer than 200" in row[-1]["error"] for row in found)
+    assert not any("error" in entry for row in found for entry in row)
     assert "corpus[2] is left out" in caplog.text and "corpus[3] is left out" in caplog.text
     judged = search(QUERIES, corpus, tiny_embedder(), LocalJudge(reranker), top_k=5)
-    assert all(row[-1]["corpus_id"] == 4 and "longer than 200" in row[-1]["error"] for row in judged)
+    assert [sorted(entry["corpus_id"] for entry in row) for row in judged] == [[0, 1, 4]] * 3
     with pytest.raises(BadImageError, match=r"queries\[1\]: .*none.png"):
         search(["a", Item(image=tmp_path / "none.png")], corpus, tiny_embedder(), reranker, method=method)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.data import BadImageError, ImageRef, Item
-from unime_st.data.images import MAX_ASPECT
+from unime_st.data.images import padded_to_aspect
 from unime_st.judging.prefix import Bundle, ImageFeatures, Prompt
 from unime_st.judging.prompts import clean_text, conversation, message, query_comes_first
 
@@ -21,7 +21,7 @@ Seen = tuple[ImageRef, int]
 """An image and how many images its prompt has in all, where that changes what is made of it (else 1)."""
 
 _PIXELS, _GRID, _TOGETHER = "pixel_values", "image_grid_thw", "batch_num_images"
-_IMAGES_AT_ONCE = 64
+_PIXELS_AT_ONCE = 8_000_000  # decoded, whatever the processor leaves of them
 _PATCHES_AT_ONCE = 1 << 14
 
 
@@ -78,21 +78,21 @@ class ImageBank:
         self._forget_if_trained()
         found: dict[Seen, ImageFeatures | BadImageError] = {}
         missing: list[tuple[Seen, Image.Image]] = []
+        pixels = 0
         for key in dict.fromkeys(wanted):
             if key in self._cache:
                 self._cache.move_to_end(key)
                 found[key] = self._cache[key]
                 continue
             try:
-                image = key[0].open()
-                if self._joins:
-                    check_aspect(image, key[0].label)
-                missing.append((key, image))
+                missing.append((key, padded_to_aspect(key[0].open())))
             except BadImageError as error:
                 found[key] = error
-            if len(missing) == _IMAGES_AT_ONCE:
+                continue
+            pixels += missing[-1][1].width * missing[-1][1].height
+            if pixels > _PIXELS_AT_ONCE:
                 found |= self._compute(missing)
-                missing = []
+                missing, pixels = [], 0
         return found | self._compute(missing)
 
     def _forget_if_trained(self) -> None:
@@ -393,20 +393,3 @@ def check_length(transformer: Transformer, tokens: int) -> None:
     limit = transformer.max_seq_length
     if limit is not None and tokens > limit:
         raise PromptTooLongError(f"the prompt has {tokens} tokens, the model takes at most {limit}: shorten the text")
-
-
-def check_aspect(image: Image.Image, label: str) -> None:
-    """Refuse a picture that image processors of the Qwen-VL family refuse, together with all others of its batch.
-
-    Args:
-        image: The picture.
-        label: What to call it.
-
-    Raises:
-        BadImageError: If it is more than 200 times as long as wide.
-    """
-    long, short = max(image.size), min(image.size)
-    if long > MAX_ASPECT * short:
-        raise BadImageError(
-            f"image {label}: {image.width} x {image.height} is longer than {MAX_ASPECT} times its width"
-        )

@@ -13,7 +13,6 @@ from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.images import to_rgb
-from unime_st.judging.features import check_aspect
 from unime_st.judging.prompts import as_item
 
 Offer = Item | Exception
@@ -105,7 +104,7 @@ def unreadable(offers: Sequence[Offer], *, decode: bool) -> list[ValueError | No
                 raise offer
             if isinstance(offer, Item):
                 if decode and offer.image is not None:
-                    check_aspect(offer.image.open(), offer.image.label)
+                    offer.image.open()
                 hash(offer)  # of the content, which is read for it
             reasons.append(None)
         except BadImageError as error:

@@ -16,7 +16,7 @@ from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.data import ImageRef, Item
-from unime_st.data.images import to_rgb
+from unime_st.data.images import padded_to_aspect, to_rgb
 from unime_st.judging.features import check_length
 from unime_st.judging.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
 from unime_st.judging.prompts import check_template
@@ -254,9 +254,8 @@ class UniMEReranker(CrossEncoder):
     ) -> list[dict[str, Any]]:
         """Rank documents for a query.
 
-        Equal documents are asked about once and get equal scores. A document whose image is missing, corrupt or more
-        than 200 times as long as wide comes last, with score 0 and the reason under "error". What it cost is logged
-        (level INFO).
+        Equal documents are asked about once and get equal scores. A document whose image is missing or corrupt comes
+        last, with score 0 and the reason under "error". What it cost is logged (level INFO).
 
         Args:
             query: Item, text, image or dict.
@@ -359,13 +358,13 @@ def _plain(value: Any, opened: dict[Any, Any]) -> Any:
         picture = {} if value.image is None else {"image": opened[value.image]}
         return picture if value.text is None else {**picture, "text": value.text}
     if isinstance(value, Image.Image):
-        if value.mode != "RGB":
+        if id(value) not in opened:
             # Kept with its original, whose id no other image can get meanwhile.
-            return opened.setdefault(id(value), (value, to_rgb(value)))[1]
-        return value
+            opened[id(value)] = value, padded_to_aspect(value if value.mode == "RGB" else to_rgb(value))
+        return opened[id(value)][1]
     if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
         if value not in opened:
-            opened[value] = ImageRef(path=value).open()
+            opened[value] = padded_to_aspect(ImageRef(path=value).open())
         return opened[value]
     if isinstance(value, dict) and "role" not in value:
         parts = {key: part if key == "text" else _plain(part, opened) for key, part in value.items()}
