@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +284,28 @@ def test_other_forms_of_an_image(reranker: UniMEReranker, method: Any, tmp_path:
         assert scores[1] == scores[2] and scores[3] == scores[4] == scores[5]
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": name} for name in ("pairwise", "listwise", "hybrid")] + [{"prompt": ""}]
+)
+def test_urls_are_fetched_and_one_that_fails_comes_last(
+    reranker: UniMEReranker, options: dict[str, Any], tmp_path: Path
+):
+    (tmp_path / "good.png").write_bytes(tiny.png(5))
+    serve = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        site = f"http://127.0.0.1:{server.server_port}"
+        documents = [TEXTS[0], {"image": f"{site}/none.png"}, f"{site}/good.png", {"image": f"{site}/good.png"}]
+        ranking = reranker.rank(QUERY, documents, **options)
+        server.shutdown()
+    assert ranking[-1]["corpus_id"] == 1 and "none.png: cannot be fetched" in ranking[-1]["error"]
+    expected = by_place(reranker.rank(QUERY, [TEXTS[0], *[Item(image=tmp_path / "good.png")] * 2], **options))
+    assert np.abs(by_place(ranking)[[0, 2, 3]] - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize("method", ["listwise", "hybrid"])
 def test_what_is_no_item_is_named(reranker: UniMEReranker, method: Any):
-    for value, reason in ((3, "got int"), ({"image": "https://example.com/a.png"}, "fetched"), ({}, "needs a text")):
+    for value, reason in ((3, "got int"), ({"image": "data:image/png;base64,AA"}, "as text"), ({}, "needs a text")):
         with pytest.raises((TypeError, ValueError), match=f"document 1: .*{reason}"):
             reranker.rank("a", ["b", value], method=method)
 

@@ -196,6 +196,25 @@ def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
     Raises:
         BadImageError: If there is none in time, or it is larger than :data:`~unime_st.data.images.MAX_BYTES`.
     """
+    try:
+        return Image.open(io.BytesIO(fetch_bytes(url, seconds=seconds)))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"image {url}: cannot be decoded ({error})") from error
+
+
+def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
+    """Fetch the file of a picture, within a time limit for the whole of it.
+
+    Args:
+        url: ``http`` or ``https`` address.
+        seconds: Time after which it is given up, also when the server sends bytes, but slowly.
+
+    Returns:
+        bytes: The file as it is.
+
+    Raises:
+        BadImageError: If it is not there in time, or larger than :data:`~unime_st.data.images.MAX_BYTES`.
+    """
     deadline = time.monotonic() + seconds
     content = bytearray()
     try:
@@ -207,8 +226,8 @@ def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
                     raise BadImageError(f"image {url}: more than the {MAX_BYTES} bytes that an image may have")
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not here after {seconds:g} seconds")
-        return Image.open(io.BytesIO(content))
-    except (OSError, HTTPException, Image.DecompressionBombError) as error:
+        return bytes(content)
+    except (OSError, HTTPException) as error:
         raise BadImageError(f"image {url}: cannot be fetched ({error})") from error
 
 

@@ -13,6 +13,7 @@ from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.images import to_rgb
+from unime_st.encoding.inputs import fetch_bytes
 from unime_st.judging.prompts import as_item
 
 Offer = Item | Exception
@@ -31,17 +32,17 @@ class _Blank(Item):
 
 
 def to_item(value: Any) -> Item:
-    """Turn an input of ``rank`` into an item; a text that names an existing image file is that image.
+    """Turn an input of ``rank`` into an item; a text that is an image's URL or existing path is that image.
 
     Args:
         value: Item, text (also an empty one), Pillow image or dict of them. The image of a dict may also be a path,
-            encoded bytes, an array of 8-bit RGB, RGBA or grey pixels, or a list of one of these.
+            a URL (fetched here), encoded bytes, an array of 8-bit RGB, RGBA or grey pixels, or a list of one of these.
 
     Returns:
         Item: The same content.
 
     Raises:
-        BadImageError: If an image in memory cannot be decoded. A file is not read before it is used.
+        BadImageError: If an image in memory cannot be decoded or a URL not fetched. A file is read when it is used.
         TypeError: If the value is something else.
         ValueError: If nothing is in it.
 
@@ -50,8 +51,8 @@ def to_item(value: Any) -> Item:
         >>> to_item("a red square").modality
         'text'
     """
-    if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
-        return Item(image=value)
+    if isinstance(value, str) and is_image_url_or_path(value) and (_is_url(value) or os.path.isfile(value)):
+        value = {"image": value}
     if isinstance(value, (str, Image.Image)):
         value = {"text" if isinstance(value, str) else "image": value}
     if not isinstance(value, dict):
@@ -161,10 +162,16 @@ def _image(value: Any) -> Any:
         value = _from_array(value)
     if isinstance(value, Image.Image):
         return ImageRef(data=_pixels(value))
+    if isinstance(value, str) and _is_url(value):
+        return fetch_bytes(value)
     # What is longer than any path is base64 text.
-    if isinstance(value, str) and (value.startswith(("http://", "https://", "data:")) or len(value) > _LONGEST_PATH):
-        raise TypeError("an image that is fetched or written as text is no item: save it and give its path")
+    if isinstance(value, str) and (value.startswith("data:") or len(value) > _LONGEST_PATH):
+        raise TypeError("an image that is written as text is no item: save it and give its path")
     return value
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

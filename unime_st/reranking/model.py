@@ -309,7 +309,7 @@ class UniMEReranker(CrossEncoder):
         with measured(self) as cost:
             if apart:
                 options = {"activation_fn": activation, "batch_size": batch_size, **kwargs}
-                scores, reasons = self._rank_apart(query, documents, [asked, *offered], options)
+                scores, reasons = self._rank_apart([query, *documents], [asked, *offered], options)
             else:
                 scores, reasons = engine.rank(
                     cast(Item, asked), offered, method, window=window, permutations=permutations, batch_size=batch_size
@@ -330,11 +330,14 @@ class UniMEReranker(CrossEncoder):
             return False
         return True
 
-    def _rank_apart(
-        self, query: Any, documents: Sequence[Any], offers: list[Offer], options: dict[str, Any]
-    ) -> Scored:
+    def _rank_apart(self, given: list[Any], offers: list[Offer], options: dict[str, Any]) -> Scored:
         """Score each pair on its own, as sentence-transformers does; what cannot be read is left out."""
         check_query(offers[0])
+        # With its image the item is shown, for which a URL has been fetched; else what was given, in its own form.
+        query, *documents = (
+            offer if isinstance(offer, Item) and offer.image is not None else value
+            for value, offer in zip(given, offers, strict=True)
+        )
         reasons = unreadable(offers[1:], decode=True)
         readable = [place for place, reason in enumerate(reasons) if reason is None]
         lowest = cast(torch.nn.Module, options["activation_fn"])(torch.tensor([UNREADABLE]))
