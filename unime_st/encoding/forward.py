@@ -20,6 +20,7 @@ from sentence_transformers.util import truncate_embeddings
 from unime_st.data.images import BadImageError
 from unime_st.encoding.cost import pack
 from unime_st.encoding.inputs import load
+from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Forward:
         truncate_dim: Leading dimensions to keep.
         normalize_embeddings: Scale vectors to unit length.
         output_device: Where vectors are put; None leaves them where they are made.
+        packed: Run a batch as one row without padding. Defaults to None: where the model has flash attention.
         **options: Passed on to ``preprocess`` and ``forward`` of the model.
     """
 
@@ -92,6 +94,7 @@ class Forward:
         truncate_dim: int | None = None,
         normalize_embeddings: bool = False,
         output_device: str | torch.device | None = "cpu",
+        packed: bool | None = None,
         **options: Any,
     ) -> None:
         model.eval()
@@ -110,6 +113,9 @@ class Forward:
         self.output_device, self.options = output_device, options
         self.text_features: Callable[[list[np.ndarray]], dict[str, Any]] | None = None
         copies = on_devices(model, devices) if len(devices) > 1 else [model]
+        self.packed = has_packed_attention(model) if packed is None else packed
+        if self.packed:
+            copies = [without_padding(copy) for copy in copies]
         self.model = shared_by_threads(copies[0])
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
         for copy, place in zip(copies, devices):
