@@ -1,7 +1,7 @@
 """Embedding: SentenceTransformer.encode against the engine of this package, the same model and the same vectors.
 
 python benchmarks/encode.py [--inputs 60 --throughput_images 24 --memory_images 5000 --texts 20000]
-python benchmarks/encode.py --device cuda --size 2b --inputs 1500 --throughput_images 2048 --memory_images 0 --texts 0
+python benchmarks/encode.py --device cuda --size 2b --inputs 600 --throughput_images 1024 --no_scaling --memory_images 0 --texts 0
 """
 
 from __future__ import annotations

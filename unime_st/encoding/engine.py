@@ -13,15 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from unime_st.data.images import BadImageError
-from unime_st.data.items import Item
 from unime_st.encoding.cost import CostModel, pack
 from unime_st.encoding.forward import Forward, Job, named_error
-from unime_st.encoding.inputs import content_key, is_chat
+from unime_st.encoding.inputs import content_key, is_chat, refuse_single
 from unime_st.encoding.results import Results
 from unime_st.encoding.texts import TextPath, plain_text
 
@@ -84,8 +82,7 @@ class Engine:
             BadImageError: If a picture cannot be read and ``on_error`` is "raise"; the message names its item. Other
                 inputs that the processor refuses raise ValueError in the same way.
         """
-        if isinstance(inputs, (str, bytes, dict, Item, Image.Image)):
-            raise TypeError(f"expected a list or an iterator of inputs, got a single {type(inputs).__name__}: [it]")
+        refuse_single(inputs)
         open_windows: deque[_Window] = deque()
         pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)

@@ -245,3 +245,18 @@ def is_media(text: str) -> bool:
 def is_chat(value: Any) -> bool:
     """Whether an input is a chat: a message, or a list of them."""
     return is_message_dict(value[0] if isinstance(value, (list, tuple)) and value else value)
+
+
+def refuse_single(inputs: Any) -> None:
+    """Raise for one input in place of many: its letters or its keys would pass for a list of texts.
+
+    Args:
+        inputs: What should be a list or an iterator.
+
+    Raises:
+        TypeError: If it is a text, bytes, a dict, an item or a picture.
+    """
+    if isinstance(inputs, (str, bytes, dict, Item, Image.Image)):
+        raise TypeError(
+            f"expected a list or an iterator of inputs, got a single {type(inputs).__name__}; put it in a list"
+        )
