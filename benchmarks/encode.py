@@ -7,7 +7,6 @@ python benchmarks/encode.py --device cuda --size 2b --inputs 600 --throughput_im
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -75,9 +74,9 @@ def _measure_memory(name: str, folder: Path) -> None:
     model = _pair("unime-tiny", "cpu")[name]
     paths = sorted(map(str, folder.glob("*.jpg")))
     model.encode(paths[:1])
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    loaded = harness.peak_mb()
     model.encode(paths)
-    _say(f"{loaded:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
+    _say(f"{loaded:.1f} {harness.peak_mb():.1f}\n")
 
 
 def _overhead(count: int) -> None:
