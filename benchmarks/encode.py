@@ -1,12 +1,12 @@
 """Embedding: SentenceTransformer.encode against the engine of this package, the same model and the same vectors.
 
-python benchmarks/encode.py [--device cuda --size 2b] [--inputs 60 --memory_images 5000 --texts 20000]
+python benchmarks/encode.py [--inputs 60 --throughput_images 24 --memory_images 5000 --texts 20000]
+python benchmarks/encode.py --device cuda --size 2b --inputs 600 --throughput_images 1024 --no_scaling --memory_images 0 --texts 0
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ import harness
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from throughput import throughput
 from workloads import SIZES, mixed, pictures, random_qwen2_vl, sentences
 
 from unime_st import UniME
@@ -29,9 +30,8 @@ STOCK, ENGINE = "SentenceTransformer.encode", "UniME.encode"
 
 def _pair(folder: Path | str, device: str) -> dict[str, SentenceTransformer]:
     kind: dict[str, Any] = {"model_kwargs": {"dtype": torch.bfloat16}} if device == "cuda" else {}
-    return {
-        name: cls(str(folder), device=device, **kind) for name, cls in ((STOCK, SentenceTransformer), (ENGINE, UniME))
-    }
+    stock = SentenceTransformer(str(folder), device=device, **kind)
+    return {STOCK: stock, ENGINE: UniME(modules=list(stock.children()), prompts=stock.prompts, device=device)}
 
 
 def _speed(models: dict[str, SentenceTransformer], work: Path, chosen: Any) -> None:
@@ -58,7 +58,8 @@ def _memory(work: Path, count: int) -> None:
         told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
         loaded, peak = map(float, told.split()[-2:])
         found[name] = {"loaded_mb": loaded, "peak_mb": peak, "above_mb": round(peak - loaded, 1)}
-    ratio = {key: round(found[ENGINE][key] / found[STOCK][key], 2) for key in ("peak_mb", "above_mb")}
+    # A few pictures may fit into what loading left behind.
+    ratio = {key: round(found[ENGINE][key] / max(found[STOCK][key], 1.0), 2) for key in ("peak_mb", "above_mb")}
     result = {"name": "encode_memory", "machine": harness.machine(), "images": count, "found": found, "ratio": ratio}
     lines = [f"{count} JPEG files given by path, unime-tiny", "", "| variant | loaded MB | peak MB | above MB |"]
     lines += ["|---|---|---|---|"]
@@ -73,9 +74,9 @@ def _measure_memory(name: str, folder: Path) -> None:
     model = _pair("unime-tiny", "cpu")[name]
     paths = sorted(map(str, folder.glob("*.jpg")))
     model.encode(paths[:1])
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    loaded = harness.peak_mb()
     model.encode(paths)
-    _say(f"{loaded:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
+    _say(f"{loaded:.1f} {harness.peak_mb():.1f}\n")
 
 
 def _overhead(count: int) -> None:
@@ -142,6 +143,8 @@ def main() -> None:
     parser = harness.options(__doc__, repeats=3)
     parser.add_argument("--size", choices=tuple(SIZES), default="mid", help="of the random Qwen2-VL")
     parser.add_argument("--inputs", type=int, default=60, help="inputs of the mixed workload")
+    parser.add_argument("--throughput_images", type=int, default=24, help="pictures of the throughput, 0: none")
+    parser.add_argument("--batch_tokens", type=int, help="tokens of its batches; by default 2048, 16384 on a GPU")
     parser.add_argument("--memory_images", type=int, default=5000, help="pictures of the memory measurement, 0: none")
     parser.add_argument("--texts", type=int, default=20_000, help="short texts of the overhead measurement, 0: none")
     parser.add_argument("--no_scaling", action="store_true", help="leave out the scaling plot")
@@ -156,6 +159,10 @@ def main() -> None:
         work = Path(folder)
         models = _pair(random_qwen2_vl(work / "model", chosen.size, device=chosen.device), chosen.device)
         _speed(models, work, chosen)
+        if chosen.throughput_images:
+            budget = chosen.batch_tokens or (16384 if chosen.device == "cuda" else 2048)
+            sizes = {"count": chosen.throughput_images, "repeats": chosen.repeats, "budget": budget}
+            _say(throughput(models[ENGINE], work / "throughput", **sizes))
         if not chosen.no_scaling:
             _scaling(models, work)
         if chosen.memory_images:

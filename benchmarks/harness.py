@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
+"""Where measurements go: `benchmarks/results`, which holds those of record, or what BENCH_RESULTS names."""
 
 
 def options(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
@@ -28,7 +30,7 @@ def options(description: str | None, *, repeats: int) -> argparse.ArgumentParser
 
 
 def machine() -> dict[str, Any]:
-    """What ran the measurement."""
+    """What ran the measurement, and when."""
     processor = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -36,6 +38,7 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     packages = ("torch", "transformers", "sentence-transformers", "unime-st")
     return {
+        "date": date.today().isoformat(),
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -47,6 +50,12 @@ def machine() -> dict[str, Any]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def peak_mb() -> float:
+    """Highest resident memory of this process in MiB; ru_maxrss would start at that of the process it came from."""
+    found = [line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
+    return float(found[0]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def compare(
@@ -76,7 +85,6 @@ def compare(
     baseline = next(iter(medians.values()))
     result = {
         "name": name,
-        "date": date.today().isoformat(),
         "machine": machine(),
         "seconds": seconds,
         "median": medians,
@@ -90,7 +98,7 @@ def compare(
 
 def save(result: dict[str, Any], markdown: str) -> None:
     """Write a measurement as JSON and Markdown under its name."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
     (RESULTS / f"{result['name']}.md").write_text(markdown)
 
@@ -130,7 +138,7 @@ def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], 
                 run()
                 spent = round(time.perf_counter() - started, 4)
                 seconds.setdefault(axis.split(":")[0], {}).setdefault(label, {})[str(point)] = spent
-    result = {"name": name, "date": date.today().isoformat(), "machine": machine(), "seconds": seconds}
+    result = {"name": name, "machine": machine(), "seconds": seconds}
     save(result, _scaling_table(result))
     axes, figure = _axes(result, len(seconds))
     for place, (axis, lines) in zip(axes if len(seconds) > 1 else [axes], seconds.items()):
@@ -144,7 +152,7 @@ def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], 
 
 
 def _scaling_table(result: dict[str, Any]) -> str:
-    lines = [_where(result), "", "| against | variant | seconds at each point |", "|---|---|---|"]
+    lines = [where(result), "", "| against | variant | seconds at each point |", "|---|---|---|"]
     for axis, variants in result["seconds"].items():
         for label, found in variants.items():
             lines.append(f"| {axis} | {label} | {', '.join(f'{x}: {y:.2f}' for x, y in found.items())} |")
@@ -158,20 +166,23 @@ def _axes(result: dict[str, Any], count: int = 1) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
-    figure.suptitle(f"{result['name']}, {result['date']}, {result['machine']['processor']}", fontsize=9)
+    info = result["machine"]
+    figure.suptitle(f"{result['name']}, {info['date']}, {info['processor']}", fontsize=9)
     return axes, figure
 
 
-def _where(result: dict[str, Any]) -> str:
+def where(result: dict[str, Any]) -> str:
+    """Date, device, machine and version in a line."""
     info = result["machine"]
     device = "" if info["accelerator"] == "none" else f" {info['accelerator']},"
-    return f"{result['date']},{device} {info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}"
+    machine = f"{info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}"
+    return f"{info['date']},{device} {machine}"
 
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as Markdown."""
     lines = [
-        _where(result),
+        where(result),
         "",
         "| variant | median s | min - max s | times faster |",
         "|---|---|---|---|",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """Compute embeddings, see :meth:`SentenceTransformer.encode`.
 
         Args:
-            inputs: One input or a list: text, image (PIL, path, URL, array), ``{"image": ..., "text": ...}``, chat,
+            inputs: One input, a list or an iterator, which is read to its end: text, image (PIL, path, URL, array), ``{"image": ..., "text": ...}``, chat,
                 :class:`~unime_st.Item`.
             *args: Passed on.
             **kwargs: Passed on. ``batch_size`` counts rows of 256 tokens, so that batches of long inputs hold fewer
@@ -116,6 +116,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """
         if kwargs.get("truncate_dim") is not None or self.truncate_dim is not None:
             kwargs.setdefault("normalize_embeddings", True)
+        inputs = list(inputs) if isinstance(inputs, Iterator) else inputs
         return super().encode(inputs, *args, **kwargs)
 
     def _inference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import io
 import threading
@@ -77,6 +78,58 @@ def test_an_input_that_the_processor_refuses_is_found_in_its_batch():
     with pytest.raises(ValueError, match="both are missing or empty"):
         Item("")
     assert np.isfinite(encode_items(tiny_embedder(), ["", "a"])).all()
+
+
+def test_hostile_pictures_that_the_processor_opens(tmp_path: Path):
+    """Given by path or as a Pillow image, where the decoder of another library meets them."""
+    (tmp_path / "truncated.jpg").write_bytes(encoded(noise(600, 400), "JPEG")[:9000])
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    uri = "data:image/png;base64," + base64.b64encode(encoded(Image.new("1", (12_000, 8_000)))).decode()
+    names = [str(tmp_path / name) for name in ("truncated.jpg", "bomb.png")]
+    bad = [{"image": names[0]}, names[1], {"image": uri, "text": "x"}, Image.new("RGB", (0, 0))]
+    rows = [noise(), *bad, "fine", bad[0], Image.open(names[0])]
+    reasons: dict[int, str] = {}
+    vectors, mask = encode_items(tiny_embedder(), rows, on_error="skip", reasons=reasons)
+    assert mask.tolist() == [True, False, False, False, False, True, False, False]
+    assert np.isfinite(vectors[mask]).all() and sorted(reasons) == [1, 2, 3, 4, 6, 7]
+    assert "bomb.png" in reasons[2] and "12000 x 8000 is more than" in reasons[3]
+    for row in bad:
+        with pytest.raises(ValueError, match="item 1: "):
+            encode_items(tiny_embedder(), ["fine", row, "too"])
+
+
+def test_texts_that_are_no_unicode():
+    rows = ["fine", "half \ud800", {"text": "\udfff"}, {"image": noise(), "text": "half \ud800"}, "half \ud800", "too"]
+    vectors, mask = encode_items(tiny_embedder(), rows * 30, on_error="skip")
+    assert mask.tolist() == [True, False, False, False, False, True] * 30 and np.isfinite(vectors[mask]).all()
+    with pytest.raises(ValueError, match="item 1: "):
+        encode_items(tiny_embedder(), rows)
+
+
+def test_one_picture_in_every_form(tmp_path: Path):
+    noise().save(tmp_path / "a.png")
+    path, array = str(tmp_path / "a.png"), np.asarray(noise())
+    forms = [noise(), path, {"image": path}, Item(image=path), Item(image=noise()), array, np.moveaxis(array, -1, 0)]
+    forms += [{"image": torch.tensor(array)}, {"image": [noise()]}, Item(image=encoded(noise()))]
+    vectors = encode_items(tiny_embedder(), iter(forms))
+    np.testing.assert_allclose(vectors, np.tile(vectors[:1], (len(forms), 1)), atol=1e-5)
+
+
+def test_what_is_no_stream_and_no_number():
+    for single in ("a text", {"text": "a text"}, Item("a text"), noise(), b"a text"):
+        with pytest.raises(TypeError, match="a list or an iterator of inputs, got a single"):
+            encode_items(tiny_embedder(), single)
+    options: list[dict[str, Any]] = [{"batch_size": 0}, {"token_budget": 0}, {"workers": -1}, {"device": []}]
+    for option in options:
+        with pytest.raises(ValueError, match=next(iter(option))):
+            encode_items(tiny_embedder(), ["a"], **option)
+
+    def broken() -> Iterator[Item]:
+        yield Item("a")
+        raise OSError("the source broke")
+
+    with pytest.raises(OSError, match="the source broke"):
+        encode_items(tiny_embedder(), broken(), on_error="skip")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from tiny_embedder import tiny_embedder
+from tiny_embedder import tiny_embedder, write_tiny_embedder
 
+from unime_st import UniME
 from unime_st.data import BadImageError, Item, PairRecord, RecordSet
 from unime_st.data.manifest import StageConflictError
 from unime_st.encoding import encode_items, encode_to_shards, engine
@@ -98,6 +100,38 @@ def test_a_killed_stream_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(shards[:], expected, atol=1e-6)
     lines = (tmp_path / "vectors" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == np.flatnonzero(~readable).tolist()
+
+
+def test_leading_dimensions(tmp_path: Path):
+    items, whole = mixed(), tiny_embedder()
+    model = UniME(modules=list(whole.children()), device="cpu", truncate_dim=8)
+    expected = whole.encode([item.to_input() for item in items])[:, :8]
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(model.encode(iter(items)), expected, atol=1e-5)
+    np.testing.assert_allclose(encode_items(model, items), expected, atol=1e-5)
+    np.testing.assert_allclose(encode_items(whole, items, truncate_dim=8), expected, atol=1e-5)
+    shards = encode_to_shards(model, items, tmp_path / "vectors")
+    assert shards.dim == 8
+    np.testing.assert_allclose(shards[:], expected, atol=1e-5)
+    assert encode_to_shards(whole, items, tmp_path / "vectors", truncate_dim=8)[:].shape == expected.shape
+    with pytest.raises(StageConflictError, match="dim: 8 there, 32 now"):
+        encode_to_shards(whole, items, tmp_path / "vectors")
+    absent = Item(image=tmp_path / "absent.png")
+    assert encode_items(model, [absent], on_error="skip")[0].shape == (1, 8)
+    assert encode_to_shards(model, [absent], tmp_path / "none", on_error="skip")[:].shape == (1, 8)
+
+
+def test_half_precision(tmp_path: Path):
+    folder, items = write_tiny_embedder(tmp_path / "model"), mixed()
+    model = UniME(folder, device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    vectors = encode_items(model, items)
+    assert vectors.dtype == np.float32 and model.encode(["a"], convert_to_tensor=True).dtype == torch.bfloat16
+    assert (vectors * encode_items(tiny_embedder(), items)).sum(1).min() > 0.99
+    shards = encode_to_shards(model, items, tmp_path / "vectors", dtype="float16", truncate_dim=16)
+    assert shards.shards()[0].dtype == np.float16
+    cut = vectors[:, :16] / np.linalg.norm(vectors[:, :16], axis=1, keepdims=True)
+    np.testing.assert_allclose(shards[:], cut, atol=0.01)
+    assert np.abs(model.encode(["a", "b"], precision="int8", truncate_dim=16)).max() > 1
 
 
 def test_shards_name_what_has_no_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from unime_st.data.images import BadImageError
 from unime_st.encoding.cost import CostModel, pack
 from unime_st.encoding.forward import Forward, Job, named_error
-from unime_st.encoding.inputs import content_key, is_chat
+from unime_st.encoding.inputs import content_key, is_chat, refuse_single
 from unime_st.encoding.results import Results
 from unime_st.encoding.texts import TextPath, plain_text
 
@@ -78,9 +78,11 @@ class Engine:
             progress: Show one.
 
         Raises:
+            TypeError: If ``inputs`` is a single input.
             BadImageError: If a picture cannot be read and ``on_error`` is "raise"; the message names its item. Other
                 inputs that the processor refuses raise ValueError in the same way.
         """
+        refuse_single(inputs)
         open_windows: deque[_Window] = deque()
         pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
@@ -128,8 +130,11 @@ class Engine:
     def _plan(self, window: _Window) -> None:
         """Count the tokens of every job and pack those of like kind and length."""
         if len(window.jobs) > 1:
-            self._tokenise(window.jobs)
-            self._count([job for job in window.jobs if job.tokens is None])
+            try:
+                self._measure(window.jobs)
+            except (ValueError, TypeError):  # one of them, such as a text that is no valid Unicode; find it
+                window.jobs = [job for job in window.jobs if self._is_measurable(job)]
+                self._measure(window.jobs)
         kinds: dict[str, list[Job]] = {}
         for job in window.jobs:
             # Sentence Transformers wraps a chat once more when it shares a batch with other inputs.
@@ -141,6 +146,20 @@ class Engine:
                 window.batches += _light([jobs[place] for place in batch], self.forward.pixels)
         window.batches.sort(key=lambda batch: -batch[0].cost)
         window.waiting = len(window.batches)
+
+    def _measure(self, jobs: list[Job]) -> None:
+        self._tokenise(jobs)
+        self._count([job for job in jobs if job.tokens is None])
+
+    def _is_measurable(self, job: Job) -> bool:
+        try:
+            self._measure([job])
+        except (ValueError, TypeError) as error:
+            if self.on_error == "raise":
+                raise named_error(job.row, error) from error
+            self.failed[job.row] = str(error)
+            return False
+        return True
 
     def _tokenise(self, jobs: list[Job]) -> None:
         texts = [(job, text) for job in jobs if (text := plain_text(job.value)) is not None]

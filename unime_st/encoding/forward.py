@@ -20,6 +20,7 @@ from sentence_transformers.util import truncate_embeddings
 from unime_st.data.images import BadImageError
 from unime_st.encoding.cost import pack
 from unime_st.encoding.inputs import load
+from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,11 @@ class Forward:
         truncate_dim: Leading dimensions to keep.
         normalize_embeddings: Scale vectors to unit length.
         output_device: Where vectors are put; None leaves them where they are made.
+        packed: Run a batch as one row without padding. Defaults to None: where the model has flash attention.
         **options: Passed on to ``preprocess`` and ``forward`` of the model.
+
+    Raises:
+        ValueError: If a number is below one, or there is no device.
     """
 
     def __init__(
@@ -92,10 +97,16 @@ class Forward:
         truncate_dim: int | None = None,
         normalize_embeddings: bool = False,
         output_device: str | torch.device | None = "cpu",
+        packed: bool | None = None,
         **options: Any,
     ) -> None:
         model.eval()
+        for name, value in (("batch_size", batch_size), ("token_budget", token_budget), ("workers", workers)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         several: list[Any] = list(device) if isinstance(device, (list, tuple)) else [device]
+        if not several:
+            raise ValueError("device is an empty list: name at least one device, or None for where the model is")
         devices = [model._resolve_inference_device(several[0]), *map(torch.device, several[1:])]
         on_cpu = all(place.type == "cpu" for place in devices)
         cores = torch.get_num_threads()
@@ -110,6 +121,9 @@ class Forward:
         self.output_device, self.options = output_device, options
         self.text_features: Callable[[list[np.ndarray]], dict[str, Any]] | None = None
         copies = on_devices(model, devices) if len(devices) > 1 else [model]
+        self.packed = has_packed_attention(model) if packed is None else packed
+        if self.packed:
+            copies = [without_padding(copy) for copy in copies]
         self.model = shared_by_threads(copies[0])
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
         for copy, place in zip(copies, devices):
@@ -144,7 +158,7 @@ class Forward:
         try:
             return self._embed_at_once(jobs)
         except (RuntimeError, MemoryError) as error:
-            if len(jobs) == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            if len(jobs) == 1 or not _out_of_memory(error):
                 raise
         clear_device_cache(garbage_collection=True)  # outside the except block, which holds on to its tensors
         with self._shrinking:
@@ -192,14 +206,18 @@ class Forward:
             return [], {}
         try:
             return good, self._features(inputs)
-        except (ValueError, TypeError, OSError, SyntaxError) as error:
+        except Exception as error:  # decoders raise nearly any type on hostile bytes
+            if _out_of_memory(error):
+                raise
             if len(good) == 1:
                 jobs[good[0]].error = error
                 return [], {}
         for place, value in zip(good, inputs):  # one of them; find it
             try:
                 self._features([value])
-            except (ValueError, TypeError, OSError, SyntaxError) as error:
+            except Exception as error:
+                if _out_of_memory(error):
+                    raise
                 jobs[place].error = error
         kept = [(place, value) for place, value in zip(good, inputs) if jobs[place].error is None]
         if len(kept) == len(good):
@@ -217,6 +235,10 @@ class Forward:
         return torch.nn.functional.normalize(vectors, p=2, dim=1) if self.normalize else vectors
 
 
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
 def _to_device(value: Any, device: torch.device) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -226,9 +248,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def named_error(row: int, error: Exception) -> Exception:
-    """Return an error of the same kind that says which item it is about."""
-    if not isinstance(error, ValueError):
-        return error
+    """Return a ValueError, or a BadImageError for one, that says which item it is about."""
     named = (BadImageError if isinstance(error, BadImageError) else ValueError)(f"item {row}: {error}")
     named.__cause__ = error
     return named

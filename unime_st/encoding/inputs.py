@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import time
@@ -22,7 +21,7 @@ from sentence_transformers.base.modality import (
     is_video_url_or_path,
 )
 
-from unime_st.data.images import MAX_BYTES, BadImageError
+from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError
 from unime_st.data.items import Item
 
 _UNKNOWN_SIZE = (512, 512)
@@ -93,11 +92,15 @@ def _size_of_source(source: str) -> list[tuple[int, int]]:
     if source.startswith(("http://", "https://")):
         return [_UNKNOWN_SIZE]
     try:
-        encoded = io.BytesIO(base64.b64decode(source.split(",", 1)[1])) if source.startswith("data:") else source
-        with Image.open(encoded) as image:
+        with Image.open(_opened(source)) as image:
             return [image.size]
-    except (OSError, ValueError, SyntaxError, IndexError, binascii.Error, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError):
         return []  # reported when it is decoded
+
+
+def _opened(source: str) -> str | io.BytesIO:
+    """What Pillow opens: the path, or the bytes of a data URI."""
+    return io.BytesIO(base64.b64decode(source.split(",", 1)[1])) if source.startswith("data:") else source
 
 
 def content_key(value: Any) -> Hashable:
@@ -152,7 +155,7 @@ def content_key(value: Any) -> Hashable:
 
 
 def load(value: Any) -> Any:
-    """Make an input ready for the processor: items are decoded, pictures behind URLs are fetched.
+    """Make an input ready for the processor: items are decoded, pictures behind URLs are fetched, bombs are refused.
 
     Args:
         value: As for :func:`texts_and_sizes`.
@@ -171,7 +174,11 @@ def _fetched(value: Any, kind: str | None) -> Any:
         url = value.startswith(("http://", "https://")) and (
             kind == "image" or (kind is None and is_image_url_or_path(value))
         )
-        return fetch(value) if url else value
+        if url:
+            return fetch(value)
+        if kind == "image" or (kind is None and is_image_url_or_path(value)):
+            _refuse_bomb(value)
+        return value
     if isinstance(value, dict):
         known = {name: name for name in ("text", "image")}
         return {
@@ -181,6 +188,20 @@ def _fetched(value: Any, kind: str | None) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_fetched(part, kind if kind in ("text", "image") else None) for part in value)
     return value
+
+
+def _refuse_bomb(source: str) -> None:
+    """Raise for a picture of too many pixels; whatever else is wrong with it, the processor will say."""
+    label = source if len(source) <= 200 else source[:60] + "..."
+    try:
+        with Image.open(_opened(source)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"image {label}: {error}") from error
+    except (OSError, ValueError, SyntaxError, IndexError):
+        return
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"image {label}: {width} x {height} is more than {MAX_PIXELS} pixels; make it smaller")
 
 
 def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
@@ -243,3 +264,18 @@ def is_media(text: str) -> bool:
 def is_chat(value: Any) -> bool:
     """Whether an input is a chat: a message, or a list of them."""
     return is_message_dict(value[0] if isinstance(value, (list, tuple)) and value else value)
+
+
+def refuse_single(inputs: Any) -> None:
+    """Raise for one input in place of many: its letters or its keys would pass for a list of texts.
+
+    Args:
+        inputs: What should be a list or an iterator.
+
+    Raises:
+        TypeError: If it is a text, bytes, a dict, an item or a picture.
+    """
+    if isinstance(inputs, (str, bytes, dict, Item, Image.Image)):
+        raise TypeError(
+            f"expected a list or an iterator of inputs, got a single {type(inputs).__name__}; put it in a list"
+        )

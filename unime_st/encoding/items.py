@@ -31,6 +31,7 @@ def encode_items(
     workers: int | None = ...,
     device: Device = ...,
     prompt: str | None = ...,
+    truncate_dim: int | None = ...,
     show_progress_bar: bool = ...,
     on_error: Literal["raise"] = ...,
     reasons: dict[int, str] | None = ...,
@@ -47,6 +48,7 @@ def encode_items(
     workers: int | None = ...,
     device: Device = ...,
     prompt: str | None = ...,
+    truncate_dim: int | None = ...,
     show_progress_bar: bool = ...,
     on_error: Literal["skip"],
     reasons: dict[int, str] | None = ...,
@@ -62,6 +64,7 @@ def encode_items(
     workers: int | None = None,
     device: Device = None,
     prompt: str | None = None,
+    truncate_dim: int | None = None,
     show_progress_bar: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     reasons: dict[int, str] | None = None,
@@ -77,6 +80,7 @@ def encode_items(
         workers: Threads that decode pictures ahead of the device. Defaults to None: by the number of cores.
         device: Where to run; a list runs a copy of the model on each. Defaults to None, where the model is.
         prompt: Instruction that goes with every item. Defaults to None.
+        truncate_dim: Leading dimensions to keep, scaled to unit length again. Defaults to None: those of the model.
         show_progress_bar: Show progress over items. Defaults to False.
         on_error: "raise" (default) stops at the first item that cannot be read; "skip" leaves its row NaN and says so
             in the returned mask.
@@ -88,6 +92,7 @@ def encode_items(
 
     Raises:
         BadImageError: If an image cannot be decoded and ``on_error`` is "raise"; the message names the item.
+        TypeError: If ``items`` is a single item.
 
     Example:
         ::
@@ -104,12 +109,13 @@ def encode_items(
     failed = encode_into(
         model, items, results, on_error=on_error, batch_size=batch_size, token_budget=token_budget, workers=workers,
         device=device, prompt=prompt, progress=show_progress_bar, total=_length(items),
+        **_truncation(model, truncate_dim),
     )  # fmt: skip
     if reasons is not None:
         reasons.update(failed)
     made = results.tensor()
     if made is None:
-        vectors = np.full((results.size, model.get_embedding_dimension() or 0), np.nan, dtype=np.float32)
+        vectors = np.full((results.size, _width(model, truncate_dim)), np.nan, dtype=np.float32)
     else:
         vectors = made.float().cpu().numpy()
     if on_error == "raise":
@@ -127,8 +133,13 @@ def encode_to_shards(
     dtype: Literal["float32", "float16"] = "float32",
     on_error: Literal["raise", "skip"] = "raise",
     overwrite: bool = False,
+    batch_size: int = 64,
+    token_budget: int | None = None,
+    workers: int | None = None,
+    device: Device = None,
+    prompt: str | None = None,
+    truncate_dim: int | None = None,
     show_progress_bar: bool = True,
-    **how: Any,
 ) -> VectorShards:
     """Embed a stream of any length straight to disk. Killed and called again with the same stream, it goes on there.
 
@@ -141,8 +152,13 @@ def encode_to_shards(
         dtype: Type in the files. Defaults to "float32".
         on_error: As for :func:`encode_items`; rows without a vector are NaN.
         overwrite: Replace what another call wrote. Defaults to False.
+        batch_size: As for :func:`encode_items`, and so are the options up to ``truncate_dim``.
+        token_budget: Most tokens of a forward pass.
+        workers: Threads that decode pictures.
+        device: Where to run.
+        prompt: Instruction that goes with every item.
+        truncate_dim: Leading dimensions to keep.
         show_progress_bar: Show progress over items. Defaults to True.
-        **how: Further options of :func:`encode_items`.
 
     Returns:
         VectorShards: The vectors, on disk. A folder that was finished with the same model is returned as it is: the
@@ -163,17 +179,21 @@ def encode_to_shards(
             print(len(vectors), vectors[0].shape)
     """
     folder = Path(folder)
-    options = {"model": weights_fingerprint(model), "dtype": dtype, "prompt": how.get("prompt")}
+    dim = _width(model, truncate_dim)
+    options = {"model": weights_fingerprint(model), "dtype": dtype, "prompt": prompt, "dim": dim}
     if not begin_stage(folder, "encode", inputs=[], options=options, overwrite=overwrite):
         return VectorShards(folder)
-    shards = Shards(folder, model.truncate_dim or model.get_embedding_dimension() or 0, np.dtype(dtype))
+    shards = Shards(folder, dim, np.dtype(dtype))
     with RejectedWriter(folder) as rejected:
         for row in shards.without_vector():
             rejected.add("no vector, for a reason that the run before this one met", row=row)
         length = _length(items)
         total = None if length is None else max(0, length - shards.before)
         rest = islice(items, shards.before, None)
-        failed = encode_into(model, rest, shards, on_error=on_error, progress=show_progress_bar, total=total, **how)
+        failed = encode_into(
+            model, rest, shards, on_error=on_error, batch_size=batch_size, token_budget=token_budget, workers=workers,
+            device=device, prompt=prompt, progress=show_progress_bar, total=total, **_truncation(model, truncate_dim),
+        )  # fmt: skip
         for row, reason in sorted(failed.items()):
             rejected.add(reason, row=row + shards.before)
     facts = {"dim": shards.dim, "rows": sum(shards.sizes), "shards": shards.sizes, "rejected": rejected.count}
@@ -183,3 +203,13 @@ def encode_to_shards(
 
 def _length(items: Iterable[Item]) -> int | None:
     return len(items) if isinstance(items, Sized) else None
+
+
+def _width(model: SentenceTransformer, truncate_dim: int | None) -> int:
+    full = model.get_embedding_dimension() or 0
+    return full if truncate_dim is None else min(full, truncate_dim)
+
+
+def _truncation(model: SentenceTransformer, truncate_dim: int | None) -> dict[str, Any]:
+    kept = model.truncate_dim if truncate_dim is None else truncate_dim
+    return {} if kept is None else {"truncate_dim": kept, "normalize_embeddings": True}

@@ -1,0 +1,88 @@
+"""A batch as one long row without padding, for attention that takes sequences of any length one after another."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers.utils.generic import is_flash_attention_requested
+
+
+def has_packed_attention(model: SentenceTransformer) -> bool:
+    """Whether the language model runs on flash attention, for which padding is wasted work and a mask is a burden.
+
+    Args:
+        model: The embedder.
+
+    Example:
+        >>> from unime_st import UniME
+        >>> from unime_st.encoding.packed import has_packed_attention
+        >>> has_packed_attention(UniME("unime-tiny"))  # sdpa
+        False
+    """
+    first: Any = model[0]
+    config = getattr(getattr(first, "model", None), "config", None)
+    return (
+        isinstance(first, Transformer)
+        and isinstance(model[1], Pooling)
+        and config is not None
+        and is_flash_attention_requested(config.get_text_config())
+    )
+
+
+def without_padding(model: SentenceTransformer) -> SentenceTransformer:
+    """Return a model with the same weights whose language model gets a batch as one row.
+
+    Where rows meet is told by positions that start again at nought, as transformers has it: flash attention then runs
+    on the rows by themselves, and sdpa, which serves to check this, masks them from one another.
+
+    Args:
+        model: An embedder of a :class:`~sentence_transformers.base.modules.Transformer` and a pooling; it stays as it
+            is.
+
+    Returns:
+        SentenceTransformer: Of the same class.
+
+    Example:
+        >>> from unime_st import UniME
+        >>> from unime_st.encoding.packed import without_padding
+        >>> without_padding(UniME("unime-tiny")).encode(["a red circle", "a star"]).shape
+        (2, 128)
+    """
+    twin = copy.copy(model)
+    twin.__dict__["_modules"] = modules = dict(model._modules)
+    modules[next(iter(modules))] = first = _PackedRows.__new__(_PackedRows)
+    first.__dict__.update(model[0].__dict__)
+    return twin
+
+
+class _PackedRows(Transformer):
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        mask = features["attention_mask"].bool()
+        lengths = mask.sum(dim=1)
+        packed = {
+            name: value[mask][None] if torch.is_tensor(value) and value.shape == mask.shape else value
+            for name, value in features.items()
+            if name != "attention_mask"
+        }
+        packed["position_ids"] = self._positions(features)[..., mask].unsqueeze(-2)
+        found = super().forward(packed, **kwargs)
+        # Only now: the vision tower would take these for the lengths of its own sequences.
+        found["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return found
+
+    def _positions(self, features: dict[str, Any]) -> torch.Tensor:
+        """Positions of shape (batch, length), or (4, batch, length) for rotary positions in three directions."""
+        counted = (features["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
+        backbone: Any = self.model
+        if not hasattr(backbone, "get_rope_index"):
+            return counted
+        rotary = counted.expand(3, -1, -1)
+        if "image_grid_thw" in features:
+            names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+            rotary = backbone.get_rope_index(**{name: features[name] for name in names})[0]
+        return torch.cat([counted[None], rotary])
