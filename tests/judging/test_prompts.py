@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,11 @@ def test_a_pair_template_is_no_list_template(processor: Qwen2VLProcessor):
 def test_unknown_template():
     with pytest.raises(ValueError, match="'offical': expected one of"):
         load_template("offical")
+
+
+def test_a_template_in_a_file(tmp_path: Path):
+    (tmp_path / "Prüfung.jinja").write_text("{{ messages[0].content[0].text }} ü", encoding="utf-8")
+    assert load_template(str(tmp_path / "Prüfung.jinja")) == "{{ messages[0].content[0].text }} ü"
 
 
 def test_as_item():

@@ -60,6 +60,20 @@ def test_no_pair_is_judged_twice(pools: Pools, tmp_path: Path):
     assert len(judge.seen) == len(set(judge.seen)) > 0
 
 
+def test_two_runs_at_once_share_what_is_left(pools: Pools, tmp_path: Path):
+    class Slow(WordJudge):
+        def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
+            if not self.seen:  # the other run does everything while this one judges its first shard
+                judge_pools(pools, WordJudge(), tmp_path / "scores", shard_size=1)
+            return super().score(groups, errors=errors)
+
+    slow = Slow()
+    found = judge_pools(pools, slow, tmp_path / "scores", shard_size=1)
+    assert {query for query, _ in slow.seen} == {found[0].query.id} and len(found) == len(pools)
+    alone = judge_pools(pools, WordJudge(), tmp_path / "alone", shard_size=1)
+    assert [row.logits for row in found] == [row.logits for row in alone]
+
+
 def test_another_judge_is_refused(pools: Pools, tmp_path: Path):
     judge_pools(pools, WordJudge(), tmp_path / "scores")
     for name, value in (("name", "other"), ("revision", "2"), ("prompt_hash", "else")):
@@ -213,7 +227,8 @@ def test_low_positive_and_divisor(tmp_path: Path):
     assert pick(divided).negative_logits == (-5.5,)
 
 
-def test_statistics(tmp_path: Path):
+def test_statistics(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "unime_st")
     scores = scored(tmp_path, [(2.0, [3.0, -3.0, -4.0]), (0.0, [1.0, 1.0])])
     only = [row for row in scores if row.query.text.startswith("query")]
     assert len(only) == 2
@@ -226,6 +241,10 @@ def test_statistics(tmp_path: Path):
     assert facts["false_negatives_filtered"] == filtered >= 3
     assert facts["none_left"] >= 1 and facts["rows_with_filtered"] >= 2
     assert records.manifest["judge"] == scores.manifest["judge"]
+    printed = caplog.text
+    assert f"{filtered} of {facts['candidates']} candidates filtered" in printed and "ranks of the chosen" in printed
+    low = sum(facts["score_histograms"]["candidates"][:2]) / facts["candidates"]
+    assert f"scores of candidates by tenths from 0 to 1: {low:.0%} " in printed
     with pytest.raises(StageConflictError, match="margin"):
         select_rows(scores, tmp_path / "rows", num_negatives=2, margin=0.5)
 

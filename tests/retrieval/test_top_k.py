@@ -30,7 +30,7 @@ def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
 def check(found, expected) -> None:
     assert found[0].dtype == np.float32 and found[1].dtype == np.int64
     np.testing.assert_array_equal(found[1], expected[1])
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("query_chunk, corpus_chunk", [(1024, 16384), (7, 13), (1, 31)])
@@ -56,6 +56,27 @@ def test_ties_ceilings_and_exclusions(seed: int, k: int, size: int, chunk: int):
         queries, corpus, k, max_similarity=ceiling, exclude=exclude, query_chunk=chunk, corpus_chunk=chunk + 1
     )
     check(found, brute_force(queries, corpus, k, ceiling, exclude))
+
+
+@pytest.mark.parametrize("ceiling", [None, 0.3, -0.01, -0.95])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_more_blocks_than_one_with_duplicates(kind: type, ceiling: float | None):
+    rng = np.random.default_rng(4)
+    queries, corpus = unit(rng, 9, 16).astype(kind), unit(rng, 5000, 16).astype(kind)
+    corpus[rng.integers(0, 5000, 900)] = corpus[7]
+    corpus[4000:4040] = queries[0]
+    exclude = [rng.integers(0, 5000, 40).tolist() for _ in queries]
+    limits = None if ceiling is None else np.full(9, ceiling)
+    found = top_k(queries, corpus, 12, max_similarity=limits, exclude=exclude, query_chunk=4, corpus_chunk=2500)
+    check(found, brute_force(queries, corpus, 12, limits, exclude))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e15, 1e21])
+def test_what_float32_cannot_hold(scale: float):
+    rng = np.random.default_rng(5)
+    queries, corpus = unit(rng, 5, 8) * np.float64(scale), unit(rng, 300, 8) * np.float64(scale)
+    _, indices = top_k(queries, corpus, 4, corpus_chunk=90)
+    np.testing.assert_array_equal(indices, brute_force(queries, corpus, 4)[1])
 
 
 def test_many_duplicates_of_the_positive_are_below_no_ceiling():
@@ -103,3 +124,4 @@ def test_memory_maps(tmp_path):
     corpus = unit(rng, 50, 8)
     np.save(tmp_path / "corpus.npy", corpus)
     check(top_k(corpus, np.load(tmp_path / "corpus.npy", mmap_mode="r"), 3), brute_force(corpus, corpus, 3))
+    check(top_k(corpus[:, ::2], np.asfortranarray(corpus[:, ::2]), 3), brute_force(corpus[:, ::2], corpus[:, ::2], 3))

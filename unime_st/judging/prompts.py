@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -49,8 +50,8 @@ def load_template(name: str) -> str:
 
     Args:
         name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for the embedded default), or
-            the text of a Jinja template of one's own that renders messages with the roles "query" and "document" and,
-            where ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
+            the text or the file of a Jinja template of one's own that renders messages with the roles "query" and
+            "document" and, where ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
 
     Returns:
         str: Jinja source.
@@ -66,7 +67,12 @@ def load_template(name: str) -> str:
     if "{{" in name or "{%" in name:
         return name
     if name not in TEMPLATES:
-        raise ValueError(f"unknown template {name!r}: expected one of {sorted(TEMPLATES)} or the text of a template")
+        if Path(name).is_file():
+            return Path(name).read_text(encoding="utf-8")
+        raise ValueError(
+            f"unknown template {name!r}: expected one of {sorted(TEMPLATES)}, or the text or an existing file of a "
+            "Jinja template"
+        )
     return (resources.files("unime_st.recipes") / "templates" / TEMPLATES[name]).read_text(encoding="utf-8")
 
 

@@ -116,7 +116,8 @@ def judge_part(
     pending = work.pending(mine)
     with work.progress(mine, pending) as progress:
         for number in pending:
-            progress.update(work.do(number))
+            for due in work.pending([number]):  # the same command, started twice, may have written it meanwhile
+                progress.update(work.do(due))
     return work.finish()
 
 
@@ -354,7 +355,15 @@ class _Statistics:
         return {**self.counts, "score_histograms": histograms, "rank_histogram": self.ranks.tolist()}
 
     def __str__(self) -> str:
-        return (
+        told = (
             "{rows} rows; {false_negatives_filtered} of {candidates} candidates filtered as false negatives, in "
             "{rows_with_filtered} rows; {short} rows had fewer than enough left, {none_left} none"
         ).format(**self.counts)
+        tenths = {name: counts.reshape(10, -1).sum(1) for name, counts in self.histograms.items()}
+        lines = [f"scores of {name} by tenths from 0 to 1: {_shares(counts)}" for name, counts in tenths.items()]
+        steps = np.add.reduceat(self.ranks, range(0, len(self.ranks), 5)) if len(self.ranks) else self.ranks
+        return "\n".join([told, *lines, f"ranks of the chosen by fives from the most similar: {_shares(steps)}"])
+
+
+def _shares(counts: np.ndarray) -> str:
+    return " ".join(f"{count / max(1, counts.sum()):.0%}" for count in counts)

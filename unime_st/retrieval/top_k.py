@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-_RESCORE_BYTES = 2 << 20  # what stays in a core's cache
+_RESCORE_BYTES = 1 << 20  # what stays in a core's cache
+_PART = 32  # neighbouring similarities that are looked at one by one only if the best of them counts
 
 
 def paired_similarity(left: Any, right: Any) -> np.ndarray:
@@ -46,10 +49,13 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k most similar corpus vectors of each query, as a float64 brute force would.
 
-    A float32 matrix product proposes a few more than k candidates per query; these are compared in float64, equal
-    similarities by corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal
-    vectors), the query is searched again in float64, on which the device must be able to compute. Memory is bounded by
-    one block of ``query_chunk`` x ``corpus_chunk`` similarities.
+    A float32 matrix product proposes a few more than k candidates per query. Those that are too close to each other or
+    to the ceiling for float32 to order are compared in float64, equal similarities by corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal
+    vectors), the query is searched again in float64, on which the device must be able to compute.
+
+    Memory is bounded by a few blocks of ``query_chunk`` x ``corpus_chunk`` similarities, 32 MiB each with the defaults;
+    a memory-mapped corpus is read where it lies. A GPU also holds the corpus in float32, where half of its free memory
+    suffices for that.
 
     Args:
         queries: Array or tensor of shape (n, dim).
@@ -60,7 +66,7 @@ def top_k(
         exclude: Per query the corpus positions that do not count. Defaults to None.
         query_chunk: Queries per block. Defaults to 1024.
         corpus_chunk: Corpus vectors per block. Defaults to 8192.
-        device: Where the products are computed. Defaults to None, the CPU.
+        device: Where the products are computed. Defaults to None, the CPU, with NumPy's BLAS.
         show_progress_bar: Show progress over blocks. Defaults to False.
 
     Returns:
@@ -68,7 +74,7 @@ def top_k(
         (n, k). Where fewer than k neighbours count, the rest is filled with -inf and -1.
 
     Raises:
-        ValueError: If shapes do not fit, k < 1, or a vector is not finite.
+        ValueError: If shapes do not fit, k < 1, a vector is not finite, or the options make no sense.
 
     Example:
         >>> from unime_st.retrieval import top_k
@@ -85,152 +91,211 @@ def top_k(
     ceiling = np.broadcast_to(ceiling, (len(left),))
     if exclude is not None and len(exclude) != len(left):
         raise ValueError(f"exclude has {len(exclude)} lists for {len(left)} queries")
+    lengths, longest = _lengths(left, "queries"), _lengths(right, "corpus").max(initial=0.0)
     scores = np.full((len(left), k), -np.inf, dtype=np.float32)
     indices = np.full((len(left), k), -1, dtype=np.int64)
-    search = _Search(right, k, corpus_chunk, device)
+    # Float32 may put a neighbour of rank k some places lower, more of them where a ceiling lies among the many.
+    spare = max(8 if np.isposinf(ceiling).all() else 64, k // 4)
+    search = _Search(right, float(longest), k, spare, corpus_chunk, torch.device(device or "cpu"))
     starts = range(0, len(left), query_chunk)
     for start in tqdm(starts, desc="searching", unit="block", disable=not show_progress_bar):
         block = slice(start, start + query_chunk)
         hidden = [()] * len(left[block]) if exclude is None else exclude[block]
-        for row, (score, index) in enumerate(search.answers(left[block], ceiling[block], hidden), start=start):
-            scores[row, : len(score)], indices[row, : len(index)] = score, index
+        scores[block], indices[block] = search.answers(left[block], lengths[block], ceiling[block], hidden)
     return scores, indices
 
 
 class _Search:
     """Searches one corpus for blocks of queries."""
 
-    def __init__(self, corpus: np.ndarray, k: int, chunk: int, device: str | torch.device | None) -> None:
-        self.corpus, self.k, self.chunk, self.device = corpus, k, chunk, device
-        self.width = k + max(8, k // 4)  # proposals: float32 may put neighbours of rank k a few places lower
-        self.starts = range(0, len(corpus), chunk)
-        self.longest = max(
-            (float(np.linalg.norm(self._block(start), axis=1).max()) for start in self.starts), default=0.0
-        )
+    def __init__(
+        self, corpus: np.ndarray, longest: float, k: int, spare: int, chunk: int, device: torch.device
+    ) -> None:
+        self.corpus, self.longest, self.k, self.chunk, self.device = corpus, longest, k, chunk, device
+        self.width = k + spare
+        self._crowded = False
+        self._out = np.empty(0, dtype=np.float32)
+        self._resident = self._on_the_device()
 
     def answers(
-        self, queries: np.ndarray, ceiling: np.ndarray, exclude: Sequence[Sequence[int]]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        self, queries: np.ndarray, lengths: np.ndarray, ceiling: np.ndarray, exclude: Sequence[Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Search in float32; again in float64 what that cannot decide; one by one what is tied exactly."""
-        answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        scores = np.full((len(queries), self.k), -np.inf)
+        places = np.full((len(queries), self.k), -1, dtype=np.int64)
+        rows = np.arange(len(queries))
         for dtype in (torch.float32, torch.float64):
-            rows = [row for row in range(len(queries)) if row not in answers]
-            if not rows:
-                break
-            found = self._attempt(queries[rows], ceiling[rows], [exclude[row] for row in rows], dtype)
-            answers.update((row, answer) for row, answer in zip(rows, found) if answer is not None)
-        for row in set(range(len(queries))) - set(answers):
-            answers[row] = self._brute_force(queries[row], ceiling[row], exclude[row])
-        return [answers[row] for row in range(len(queries))]
+            if len(rows):
+                hidden = [exclude[row] for row in rows.tolist()]
+                score, place, certain = self._attempt(queries[rows], lengths[rows], ceiling[rows], hidden, dtype)
+                scores[rows[certain], : score.shape[1]] = score[certain]
+                places[rows[certain], : score.shape[1]] = place[certain]
+                rows = rows[~certain]
+        for row in rows.tolist():
+            score, place = self._brute_force(queries[row], ceiling[row], exclude[row])
+            scores[row, : len(score)], places[row, : len(score)] = score, place
+        return scores, places
 
     def _attempt(
-        self, queries: np.ndarray, ceiling: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Order proposals in float64; None where a neighbour may be missing from them."""
-        # Blocked sums of d products stray by about sqrt(d) roundings; eight times that is a safe margin.
-        norms = np.linalg.norm(queries, axis=1).astype(np.float64)
-        error = 4 * torch.finfo(dtype).eps * np.sqrt(queries.shape[1]) * norms * self.longest
-        best, where = self._propose(queries, ceiling + error, exclude, dtype)
-        exact = self._rescore(queries, where, _contenders(best, ceiling, error, self.k))
-        result: list[tuple[np.ndarray, np.ndarray] | None] = []
-        for row, (proposed, similarity, places) in enumerate(zip(best, exact, where)):
-            counts = similarity < ceiling[row]
-            score, index = _ordered(similarity[counts], places[counts], self.k)
-            everything = len(proposed) == len(self.corpus) or np.isneginf(proposed).any()
-            enough = len(score) == self.k and score[-1] > proposed[-1] + error[row]
-            result.append((score, index) if everything or enough else None)
-        return result
-
-    def _block(self, start: int) -> np.ndarray:
-        return self.corpus[start : start + self.chunk]
-
-    def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        # A copy, because PyTorch cannot share memory that is read-only.
-        return torch.tensor(np.asarray(values), dtype=dtype, device=self.device)
+        self,
+        queries: np.ndarray,
+        lengths: np.ndarray,
+        ceiling: np.ndarray,
+        exclude: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best of the proposals by float64, where they are, and of which queries these are surely the best."""
+        limits = torch.finfo(dtype)
+        # Blocked sums of d products stray by about sqrt(d) roundings; eight times that is a safe margin. What is too
+        # small to be normal may count as nothing.
+        size, width = lengths * self.longest, queries.shape[1]
+        error = 4 * limits.eps * np.sqrt(width) * size + width * limits.tiny
+        proposed, where = self._propose(queries, ceiling + error, exclude, dtype)
+        contenders = _contenders(proposed, ceiling, error, self.k)
+        similarity = np.where(contenders, proposed, -np.inf)
+        self._rescore(queries, where, contenders & _unclear(proposed, ceiling, error), similarity)
+        similarity[similarity >= ceiling[:, None]] = -np.inf
+        order = np.lexsort((where, -similarity), axis=1)[:, : self.k]
+        score, place = np.take_along_axis(similarity, order, 1), np.take_along_axis(where, order, 1)
+        place[np.isneginf(score)] = -1
+        certain = size < limits.max  # else the proposals may have overflowed
+        if proposed.shape[1] < len(self.corpus):
+            least = proposed[:, -1]  # nothing that was not proposed is above it
+            certain &= np.isneginf(least) | (score[:, -1] > least + error)
+        return score, place, certain
 
     def _propose(
         self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best few more than k below the bound by similarity in a precision, best first, and where they are."""
-        left = self._tensor(queries, dtype)
-        upper = self._tensor(np.minimum(bound, np.finfo(np.float32).max), dtype)[:, None]
+        left = torch.tensor(queries, dtype=dtype, device=self.device)
+        upper = torch.tensor(np.minimum(bound, torch.finfo(dtype).max), dtype=dtype, device=self.device)[:, None]
         rows, columns = _flatten(exclude)
-        best = torch.empty((len(left), 0), dtype=dtype, device=self.device)
-        where = torch.empty((len(left), 0), dtype=torch.int64, device=self.device)
-        for start, stop in _growing(len(self.corpus), 4 * self.width, self.chunk):
-            similarity = left @ self._tensor(self.corpus[start:stop], dtype).T
+        best = torch.empty((len(queries), 0), dtype=dtype, device=self.device)
+        where = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
+        for start in range(0, len(self.corpus), self.chunk):
+            stop = min(start + self.chunk, len(self.corpus))
+            similarity = self._similarity(left, start, stop)
             inside = (columns >= start) & (columns < stop)
             similarity[rows[inside], columns[inside] - start] = -torch.inf
             found, place = self._better(similarity, upper, best)
             best, where = torch.cat([best, found], 1), torch.cat([where, place + start], 1)
-            best, kept = best.topk(min(self.width, best.shape[1]), dim=1)
+            best, kept = best.topk(min(self.width, best.shape[1]), dim=1, sorted=False)
             where = where.gather(1, kept)
-        return best.cpu().numpy().astype(np.float64), where.cpu().numpy()
+        best, order = best.sort(dim=1, descending=True)
+        return best.cpu().numpy().astype(np.float64), where.gather(1, order).cpu().numpy()
+
+    def _similarity(self, left: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Similarities to a block of the corpus, in memory that the next block takes over."""
+        if self._resident is not None and left.dtype == torch.float32:
+            return left @ self._resident[start:stop].T
+        if self.device.type != "cpu":
+            return left @ self._moved(start, stop, left.dtype).T
+        # NumPy's BLAS takes read-only memory as it is, and is faster than PyTorch's on some processors.
+        factor = left.numpy()
+        block = np.asarray(self.corpus[start:stop], dtype=factor.dtype)
+        size = len(factor) * len(block)
+        if self._out.dtype != factor.dtype or self._out.size < size:
+            self._out = np.empty(size, dtype=factor.dtype)
+        out = self._out[:size].reshape(len(factor), len(block))
+        with np.errstate(over="ignore", invalid="ignore"):  # found out by the lengths
+            return torch.from_numpy(np.matmul(factor, block.T, out=out))
+
+    def _on_the_device(self) -> torch.Tensor | None:
+        """The whole corpus where a GPU has room for it: to move it for every block of queries takes longer than they do."""
+        if self.device.type != "cuda" or 4 * self.corpus.size > torch.cuda.mem_get_info(self.device)[0] / 2:
+            return None
+        resident = torch.empty(self.corpus.shape, dtype=torch.float32, device=self.device)
+        for start in range(0, len(self.corpus), self.chunk):
+            stop = min(start + self.chunk, len(self.corpus))
+            resident[start:stop] = self._moved(start, stop, torch.float32)
+        return resident
+
+    def _moved(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        # A copy, because PyTorch cannot share memory that is read-only.
+        return torch.tensor(np.asarray(self.corpus[start:stop]), dtype=dtype, device=self.device)
 
     def _better(
         self, similarity: torch.Tensor, upper: torch.Tensor, best: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a block adds to the best so far: similarities, padded with -inf, and columns.
 
-        After the first blocks few entries of a row do: to find them costs one comparison of each, a fraction of
-        ordering the row.
+        Few entries of a row do. Only where the best of a part does, its entries are looked at one by one, so that
+        finding them costs a fraction of ordering the row.
         """
-        if best.shape[1] < self.width:
-            return similarity.masked_fill_(similarity > upper, -torch.inf).topk(
-                min(self.width, similarity.shape[1]), dim=1
-            )
-        row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)
-        value = similarity[row, column]
-        allowed = value <= upper[row, 0]
-        row, column, value = row[allowed], column[allowed], value[allowed]
-        counts = row.bincount(minlength=len(similarity))
+        full = best.shape[1] == self.width
+        if not full or self._crowded:
+            above = similarity > upper
+            self._crowded = bool(above.count_nonzero() > above.numel() / _PART)  # nearly every part has one
+            similarity.masked_fill_(above, -torch.inf)
+        if not full and similarity.shape[1] < self.width * _PART:
+            return similarity.topk(min(self.width, similarity.shape[1]), dim=1, sorted=False)
+        if rest := -similarity.shape[1] % _PART:
+            similarity = nn.functional.pad(similarity, (0, rest), value=-torch.inf)
+        parts = similarity.view(-1, _PART)
+        tops = parts.amax(1).view(len(best), -1)
+        if full:
+            least = best.amin(1)
+        else:  # as many entries as there are parts with a better one
+            least = tops.topk(self.width, dim=1)[0][:, -1].nextafter(best.new_tensor(-torch.inf))
+        row, part = (tops > least[:, None]).nonzero(as_tuple=True)
+        entries = parts.index_select(0, row * tops.shape[1] + part)
+        hits = ((entries > least[row, None]) & (entries <= upper[row])).view(-1).nonzero()[:, 0]
+        value, row, column = entries.view(-1)[hits], row[hits // _PART], part[hits // _PART] * _PART + hits % _PART
+        counts = row.bincount(minlength=len(best))
         position = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-        width = int(counts.max()) if len(row) else 0
-        found = similarity.new_full((len(similarity), width), -torch.inf)
-        place = torch.zeros((len(similarity), width), dtype=torch.int64, device=row.device)
+        most = max(int(counts.max()), 0 if full else self.width)
+        found = best.new_full((len(best), most), -torch.inf)
+        place = torch.zeros((len(best), most), dtype=torch.int64, device=row.device)
         found[row, position], place[row, position] = value, column
         return found, place
 
-    def _rescore(self, queries: np.ndarray, where: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Similarities in float64 of the chosen places; infinity elsewhere, which is below no ceiling."""
-        exact = np.full(where.shape, np.inf)
-        rows, columns = np.nonzero(chosen)
+    def _rescore(self, queries: np.ndarray, where: np.ndarray, chosen: np.ndarray, similarity: np.ndarray) -> None:
+        """Put the similarities in float64 in the chosen places."""
         step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
-        for start in range(0, len(rows), step):
-            row, column = rows[start : start + step], columns[start : start + step]
-            exact[row, column] = paired_similarity(queries[row], self.corpus[where[row, column]])
-        return exact
+
+        def rescore(rows: range) -> None:
+            for row in rows:
+                query, (columns,) = queries[row].astype(np.float64), chosen[row].nonzero()
+                for start in range(0, len(columns), step):
+                    part = columns[start : start + step]
+                    # In float64 beforehand: twice as fast as to let NumPy convert while it multiplies.
+                    found = self.corpus[where[row, part]].astype(np.float64)
+                    similarity[row, part] = paired_similarity(query, found)
+
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(rescore, [range(first, len(queries), threads) for first in range(threads)]))
 
     def _brute_force(self, query: np.ndarray, ceiling: float, exclude: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        similarity = np.concatenate([paired_similarity(query[None, :], self._block(start)) for start in self.starts])
+        starts = range(0, len(self.corpus), self.chunk)
+        blocks = (self.corpus[start : start + self.chunk] for start in starts)
+        similarity = np.concatenate([paired_similarity(query[None, :], block) for block in blocks])
         counts = similarity < ceiling
         counts[list(exclude)] = False
-        return _ordered(similarity[counts], np.flatnonzero(counts), self.k)
+        index = np.flatnonzero(counts)
+        order = np.lexsort((index, -similarity[index]))[: self.k]
+        return similarity[index[order]], index[order]
 
 
 def _matrix(values: Any, name: str) -> np.ndarray:
+    """Vectors in their own precision, not copied where they are an array."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-    matrix = np.asanyarray(values, dtype=None if getattr(values, "dtype", None) == np.float64 else np.float32)
+        values = values.detach().cpu()
+        values = (values if values.dtype == torch.float64 else values.float()).numpy()
+    kept = getattr(values, "dtype", None) in (np.float16, np.float32, np.float64)
+    matrix = np.asanyarray(values, dtype=None if kept else np.float32)
     if matrix.ndim != 2:
         raise ValueError(f"{name} must have shape (n, dim), got {matrix.shape}")
-    bad = np.flatnonzero(~np.isfinite(matrix.sum(axis=1, dtype=np.float64)))
-    if len(bad):
-        raise ValueError(f"{name}: {len(bad)} vectors are not finite, the first at position {bad[0]}")
     return matrix
 
 
-def _ordered(similarity: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.lexsort((index, -similarity))[:k]
-    return similarity[order], index[order]
-
-
-def _growing(size: int, first: int, most: int) -> Iterator[tuple[int, int]]:
-    """Blocks of a corpus, each four times as long as the one before until they are ``most`` long."""
-    start, length = 0, min(first, most)
-    while start < size:
-        yield start, min(start + length, size)
-        start, length = start + length, min(4 * length, most)
+def _lengths(matrix: np.ndarray, name: str) -> np.ndarray:
+    lengths = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64))
+    bad = np.flatnonzero(~np.isfinite(lengths))
+    if len(bad):
+        raise ValueError(f"{name}: {len(bad)} vectors are not finite, the first at position {bad[0]}")
+    return lengths
 
 
 def _contenders(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
@@ -242,6 +307,16 @@ def _contenders(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray, k:
     kth = np.take_along_axis(proposed, enough.argmax(axis=1)[:, None], axis=1)
     least = np.where(enough[:, -1:], kth - 2 * error[:, None], -np.inf)
     return np.isfinite(proposed) & (proposed >= least)
+
+
+def _unclear(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Which proposals, best first, may change places with the next or with the ceiling if each may be off by ``error``."""
+    unclear = np.abs(proposed - ceiling[:, None]) <= error[:, None]
+    with np.errstate(invalid="ignore"):  # -inf less -inf
+        close = proposed[:, :-1] - proposed[:, 1:] <= 2 * error[:, None]
+    unclear[:, :-1] |= close
+    unclear[:, 1:] |= close
+    return unclear
 
 
 def _flatten(exclude: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
