@@ -120,6 +120,7 @@ class EmbedderSetup:
             matrix_rate=matrix_rate(model.device, dtype),
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
             mean_over_rows=not gathers and not a.drop_last,
+            cached=lazy,
         )
 
     def _costs(self, model: BaseModel) -> tuple[np.ndarray, np.ndarray]:
