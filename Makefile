@@ -23,4 +23,5 @@ test: lint
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/encode.py
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/train_step.py speed
+	$(BIN)/python benchmarks/train_step.py memory

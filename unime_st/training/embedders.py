@@ -115,7 +115,9 @@ class EmbedderSetup:
             ),
             batch_size=per_pass,
             accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
-            plan=self._plan(model, len(rows), aside, row_costs, operations, rehearsals, words, lazy, costs, kept),
+            plan=self._plan(
+                model, aside, row_costs, int(costs[places].max()), operations, rehearsals, words, lazy, kept
+            ),
             operations_per_token=operations,
             matrix_rate=matrix_rate(model.device, dtype),
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
@@ -239,17 +241,16 @@ class EmbedderSetup:
     def _plan(
         self,
         model: BaseModel,
-        rows: int,
         aside: int,
         row_costs: np.ndarray,
+        largest: int,
         operations: float,
         rehearsals: list[Rehearsal],
         words: str,
         lazy: bool,
-        costs: np.ndarray,
         kept: str | None,
     ) -> Plan:
-        a, world = self.arguments, processes().num_processes
+        a, world, rows = self.arguments, processes().num_processes, len(row_costs)
         per_step = a.batch_size * a.gradient_accumulation_steps * world
         steps = a.max_steps if a.max_steps > 0 else math.ceil(self._steps_of_a_pass(rows, per_step) * a.epochs)
         tokens = int(row_costs.mean() * steps * per_step)
@@ -267,7 +268,7 @@ class EmbedderSetup:
             rows_per_step=per_step,
             passes=steps * per_step / rows,
             tokens=tokens,
-            largest_item=int(costs.max()),
+            largest_item=largest,
             mini_batch=words,
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             weights=sum(p.numel() for p in parameters),

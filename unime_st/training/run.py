@@ -182,6 +182,8 @@ def run_stage(
         )
     if made.plan is not None:
         logger.info("%s:\n%s", stage, made.plan)
+    elif arguments.dry_run:
+        logger.info("%s: %d rows; time and memory are estimated for embedders only.", stage, len(made.rows))
     if arguments.dry_run:
         return output
     trainer = _trainer(arguments, model, made, output)
