@@ -173,7 +173,7 @@ def memory(options: argparse.Namespace, work: Path) -> None:
     path, facts = harness.RESULTS / "train_step_memory.json", settings(options)
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     found: dict[str, dict[str, dict[str, float]]] = {STOCK: {}, OURS: {}}
-    if (earlier.get("settings"), earlier.get("machine")) == (facts, harness.machine()):
+    if earlier.get("settings") == facts and _undated(earlier) == _undated({"machine": harness.machine()}):
         found = earlier["found"]
     for side, batches in wanted.items():
         for count in (1, *batches) if batches else ():
@@ -194,6 +194,11 @@ def memory(options: argparse.Namespace, work: Path) -> None:
     harness.save(result, memory_table(result))
     plot(result)
     sys.stdout.write(memory_table(result))
+
+
+def _undated(result: dict[str, Any]) -> dict[str, Any]:
+    """The machine of a result, whatever the day."""
+    return {name: value for name, value in result["machine"].items() if name != "date"}
 
 
 def _child(options: argparse.Namespace, side: str, work: Path, count: int) -> dict[str, float]:
