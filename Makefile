@@ -25,8 +25,9 @@ test: lint
 bench: export BENCH_RESULTS ?= runs/bench
 bench: .venv/.installed
 	$(BIN)/python benchmarks/encode.py --inputs 18 --repeats 2 --throughput_images 12 --memory_images 500 --texts 10000
-	$(BIN)/python benchmarks/mmeb_eval.py --subsets 2 --queries 50 --candidates 50 --documents 100 --repeats 1
+	$(BIN)/python benchmarks/mmeb_eval.py --subsets 2 --queries 50 --candidates 50 --documents 100 --pictures 0 --repeats 1
 	$(BIN)/python benchmarks/retrieval.py --queries 1024 --corpus 20000 --repeats 2
 	$(BIN)/python benchmarks/judge.py --queries 1 --candidates 20 --repeats 1
 	$(BIN)/python benchmarks/rerank.py --queries 2 --repeats 1
-	$(BIN)/python benchmarks/train_step.py --batch_size 32 --memory_batches 64 --stock_limit 64 --repeats 1 --rounds 1
+	$(BIN)/python benchmarks/train_step.py speed --size small --batch_size 16 --repeats 2
+	$(BIN)/python benchmarks/train_step.py memory --batches 64 --stock_batches 64

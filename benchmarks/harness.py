@@ -105,16 +105,16 @@ def save(result: dict[str, Any], markdown: str) -> None:
 
 def bars(result: dict[str, Any]) -> None:
     """Draw medians with their spread, ``results/<name>.png``."""
-    axes, figure = _axes(result)
+    place, figure = axes(result)
     labels = list(result["seconds"])
     medians = [result["median"][label] for label in labels]
     spread = [
         [middle - min(result["seconds"][label]) for label, middle in zip(labels, medians)],
         [max(result["seconds"][label]) - middle for label, middle in zip(labels, medians)],
     ]
-    axes.barh(labels, medians, xerr=spread, capsize=4)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
+    place.barh(labels, medians, xerr=spread, capsize=4)
+    place.invert_yaxis()
+    place.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
     figure.savefig(RESULTS / f"{result['name']}.png", dpi=120)
 
 
@@ -140,8 +140,8 @@ def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], 
                 seconds.setdefault(axis.split(":")[0], {}).setdefault(label, {})[str(point)] = spent
     result = {"name": name, "machine": machine(), "seconds": seconds}
     save(result, _scaling_table(result))
-    axes, figure = _axes(result, len(seconds))
-    for place, (axis, lines) in zip(axes if len(seconds) > 1 else [axes], seconds.items()):
+    places, figure = axes(result, len(seconds))
+    for place, (axis, lines) in zip(places if len(seconds) > 1 else [places], seconds.items()):
         for label, found in lines.items():
             place.plot([int(point) for point in found], list(found.values()), marker="o", label=label)
         place.set_xlabel(axis)
@@ -159,16 +159,17 @@ def _scaling_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _axes(result: dict[str, Any], count: int = 1) -> tuple[Any, Any]:
+def axes(result: dict[str, Any], count: int = 1) -> tuple[Any, Any]:
+    """Empty axes, or an array of ``count``, and the figure that says what was measured where."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
+    figure, places = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
     info = result["machine"]
     figure.suptitle(f"{result['name']}, {info['date']}, {info['processor']}", fontsize=9)
-    return axes, figure
+    return places, figure
 
 
 def where(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from unime_st import UniMEReranker
 
 SIZES = {
+    "small": {"hidden": 128, "layers": 2, "vision": 64, "depth": 2},
     "mid": {"hidden": 384, "layers": 8, "vision": 256, "depth": 6},
     "2b": {"hidden": 1536, "layers": 28, "vision": 1280, "depth": 32, "heads": 12, "inner": 8960},
     "7b": {"hidden": 3584, "layers": 28, "vision": 1280, "depth": 32, "heads": 28, "inner": 18944},

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unime_st import Item, UniME
 from unime_st.data.images import ImageRef
-from unime_st.encoding import CostModel, pack
+from unime_st.encoding import CostModel, pack, within_pixels
 from unime_st.encoding.inputs import texts_and_sizes
 
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-phi3.5"]
@@ -71,6 +71,19 @@ def test_batches_hold_every_row_once_within_the_budget(costs: list[int], budget:
         assert len(batch) == 1 or len(batch) * lengths.max() <= budget
         if len(batch) * lengths.max() >= least + lengths.max():
             assert (lengths >= 0.8 * np.maximum(lengths.max(), 1) - 1).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=9), st.integers(0, 20))
+def test_batches_are_cut_where_their_pictures_are_too_large(batches: list[list[int]], most: int):
+    pixels = [count for batch in batches for count in batch]
+    starts = np.cumsum([0, *map(len, batches)])
+    rows = [np.arange(start, end) for start, end in zip(starts, starts[1:])]
+    parts = within_pixels(rows, pixels, most)
+    assert [row for part in parts for row in part.tolist()] == list(range(len(pixels)))
+    for part, after in zip(parts, [*parts[1:], np.array([], dtype=int)]):
+        assert len(part) == 1 or sum(pixels[row] for row in part) <= most
+        # Cut only between batches and where one row more would be too much.
+        assert part[-1] + 1 in starts or sum(pixels[row] for row in (*part, after[0])) > most
 
 
 def test_budget_must_be_positive():

@@ -62,7 +62,7 @@ def test_cached_equals_plain(records: RecordSet, tmp_path: Path, family: str) ->
 
     feed = Feed(records, model.preprocess)
     collate = ItemCollator(
-        model.preprocess, records=records, mini_batches=MiniBatches(item_costs(records, model), size=2), lazy=True
+        model.preprocess, records=records, mini_batches=MiniBatches(item_costs(records, model)[0], size=2), lazy=True
     )
     batch = collate(list(pair_rows(records).remove_columns("dataset")))
     lazily = DistinctItemsLoss(plain, feed)([{k.removeprefix("bucket0_"): v for k, v in batch.items()}])

@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
+from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
+from unime_st.training.arguments import InBatchArguments
+from unime_st.training.embedders import EmbedderSetup
 from unime_st.training.feed import Feed
 from unime_st.training.items import COLUMNS, DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.planning import item_costs
-from unime_st.training.stages import judged_rows
+from unime_st.training.stages import judged_rows, pair_rows
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ CUTS = {"one pass": {}, "lazy": {"size": 3}, "lazy, budget": {"budget": 60}, "la
 
 @pytest.fixture(scope="module")
 def costs(records: RecordSet, model: UniME) -> np.ndarray:
-    return item_costs(records, model)
+    return item_costs(records, model)[0]
 
 
 def _features(batch: dict) -> list[dict]:
@@ -98,6 +102,26 @@ def test_distinct_items_equal_columns(
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert torch.allclose(_gradient(model), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
     assert distinct.items == len(places.unique())
+
+
+def test_a_mini_batch_decodes_eight_million_pixels_at_most(model: UniME, tmp_path: Path) -> None:
+    sides = [(2400, 2000), (1600, 1200), (2000, 1500), (4000, 3000), (56, 56), (2000, 1600)]
+    pairs = []
+    for number, size in enumerate(sides):
+        Image.new("RGB", size, (40 * number, 10, 10)).save(tmp_path / f"{number}.jpg")
+        pairs.append(PairRecord(Item(f"picture {number}"), Item(image=tmp_path / f"{number}.jpg")))
+    records = RecordSet.write(tmp_path / "records", pairs, {}, image_root=tmp_path)
+    options = InBatchArguments(batch_size=6, mini_batch_size=6, output=str(tmp_path / "out"))
+    Path(options.output).mkdir()
+    setup = EmbedderSetup(options, records, LOSSES["in_batch"])(model, pair_rows(records))
+    batch = setup.collator(list(setup.rows))
+    items = records.items
+    groups = batch["bucket0_input_ids"][:, 0].split(batch["bucket0_sizes"].tolist())
+    stored = [[items.at(p).image.size() for p in group.tolist() if items.at(p).image] for group in groups]
+    decoded = [sum(width * height for width, height in sizes) for sizes in stored]
+    assert sum(decoded) == sum(width * height for width, height in sides)
+    assert max(len(group) for group in groups) > 1
+    assert all(count <= 8_000_000 or len(sizes) == 1 for count, sizes in zip(decoded, stored))
 
 
 def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path: Path) -> None:

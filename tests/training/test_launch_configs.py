@@ -11,6 +11,11 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import training_records
+from unime_st.training.arguments import InBatchArguments
+from unime_st.training.stages import train_in_batch
+
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "accelerate"
 
 
@@ -40,3 +45,11 @@ def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deepspeed() -> None:
     arguments = _launched("deepspeed_zero2.yaml", "deepspeed_config")
     assert arguments.use_deepspeed and arguments.zero_stage == 2
+
+
+def test_deepspeed_with_gradient_caching_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = RecordSet.write(tmp_path / "records", training_records(8), {})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as the launcher says it
+    options = InBatchArguments(data=str(records.folder), output=str(tmp_path / "out"), batch_size=4, mini_batch_size=2)
+    with pytest.raises(ValueError, match="DeepSpeed cannot train with gradient caching.* mini_batch_size"):
+        train_in_batch(options)

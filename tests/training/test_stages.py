@@ -185,8 +185,9 @@ def test_rows_with_an_unreadable_image_are_set_aside(tmp_path: Path) -> None:
 
 def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, tmp_path: Path) -> None:
     curves = []
-    for name in ("first", "second"):
+    for name, workers in (("first", 0), ("second", 2)):
         common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / name), "log_every": 1}
+        common |= {"max_steps": 4, "lora_dropout": 0.1, "mini_batch_size": 6, "workers": workers}
         folder = stages.train_in_batch(options.InBatchArguments(**common))
         curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
@@ -210,8 +211,10 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> 
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "cut" / "manifest.json").exists(), "the run ended before it could be killed"
     curves = []
-    for name in ("cut", "whole"):
-        folder = stages.train_in_batch(options.InBatchArguments(**common, output=str(tmp_path / name)))
+    for name, workers in (("cut", 2), ("whole", 0)):
+        folder = stages.train_in_batch(
+            options.InBatchArguments(**common, output=str(tmp_path / name), workers=workers)
+        )
         curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
     assert len(curves[1]) == 16 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 

@@ -76,7 +76,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(tmp_pat
     for name, weight in model.named_parameters():  # an adapter that does nothing yet passes no gradient on
         if "lora_B" in name:
             weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    costs = item_costs(records, model)
+    costs, pixels = item_costs(records, model)
     collate = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=4), lazy=True)
     batch = collate([{"query": row["query"], "positive": row["positive"]} for row in records.row_shards.rows()])
     batch = {name.removeprefix("bucket0_"): value for name, value in batch.items()}
@@ -92,7 +92,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(tmp_pat
     expected, wanted = run(plain)
     keys = picture_keys(records, np.arange(len(records.items)))
     cache = VisionCache(model, records, keys, tmp_path / "cache", torch.float32)
-    cache.fill(model, plain, costs)
+    cache.fill(model, plain, costs, pixels)
     assert len(set(keys) - {b""}) == 4  # of nine items with a picture
 
     positions = list(range(len(records.items)))

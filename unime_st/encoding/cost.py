@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -13,6 +14,8 @@ from unime_st.data.images import MAX_ASPECT
 from unime_st.encoding.inputs import texts_and_sizes
 
 Size = tuple[int, int]
+
+_CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
 
 _MEASURED_STEP = 112
 """Grid in pixels on which picture sizes are measured for processors that cannot tell their token counts."""
@@ -161,3 +164,47 @@ def pack(costs: Any, budget: int, *, tolerance: float = 0.8, least: int = 512) -
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def most_pixels(*devices: torch.device) -> int:
+    """Pixels of a batch's pictures as they are stored: decoded, they take memory, however few tokens remain of them.
+
+    Args:
+        *devices: Where the model runs.
+
+    Returns:
+        int: 8 million where all is computed on a CPU, 64 million otherwise.
+    """
+    return _CPU_PIXELS if all(device.type == "cpu" for device in devices) else _DEVICE_PIXELS
+
+
+def within_pixels(batches: Iterable[np.ndarray], pixels: Any, most: int) -> list[np.ndarray]:
+    """Cut batches where their pictures, decoded, would take too much memory.
+
+    Args:
+        batches: Positions of rows.
+        pixels: Pixels of each row's pictures as they are stored, of shape (n,).
+        most: Most pixels of a batch. A row above it is a batch of its own.
+
+    Returns:
+        list[np.ndarray]: The same positions in the same order.
+
+    Example:
+        >>> import numpy as np
+        >>> from unime_st.encoding import within_pixels
+        >>> [batch.tolist() for batch in within_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=9)]
+        [[2, 0], [1, 3]]
+        >>> [batch.tolist() for batch in within_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=8)]
+        [[2], [0], [1], [3]]
+    """
+    pixels = np.asarray(pixels, dtype=np.int64)
+    parts = []
+    for batch in batches:
+        start = held = 0
+        for place, count in enumerate(pixels[batch].tolist()):
+            if place > start and held + count > most:
+                parts.append(batch[start:place])
+                start, held = place, 0
+            held += count
+        parts.append(batch[start:])
+    return parts

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from unime_st.data.images import BadImageError
-from unime_st.encoding.cost import CostModel, pack
+from unime_st.encoding.cost import CostModel, pack, within_pixels
 from unime_st.encoding.forward import Forward, Job, named_error
 from unime_st.encoding.inputs import content_key, is_chat, refuse_single
 from unime_st.encoding.results import Results
@@ -142,8 +142,8 @@ class Engine:
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
             places = pack([job.cost for job in jobs], self.forward.budget)
-            for batch in places:
-                window.batches += _light([jobs[place] for place in batch], self.forward.pixels)
+            places = within_pixels(places, [job.pixels for job in jobs], self.forward.pixels)
+            window.batches += [[jobs[place] for place in batch] for batch in places]
         window.batches.sort(key=lambda batch: -batch[0].cost)
         window.waiting = len(window.batches)
 
@@ -217,19 +217,6 @@ class Engine:
                 window.vectors[rows] = window.vectors[sources]
             results.add(window.vectors, window.size)
             bar.update(window.size - len(window.jobs))
-
-
-def _light(batch: list[Job], pixels: int) -> list[list[Job]]:
-    """Cut a batch where its pictures, decoded, would take too much memory."""
-    parts: list[list[Job]] = [[]]
-    held = 0
-    for job in batch:
-        if parts[-1] and held + job.pixels > pixels:
-            parts.append([])
-            held = 0
-        parts[-1].append(job)
-        held += job.pixels
-    return parts
 
 
 def _ahead(windows: Iterator[_Window]) -> Generator[_Window, None, None]:

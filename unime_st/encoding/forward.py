@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 
 from unime_st.data.images import BadImageError
-from unime_st.encoding.cost import pack
+from unime_st.encoding.cost import most_pixels, pack
 from unime_st.encoding.inputs import load
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
@@ -30,9 +30,6 @@ TOKENS_PER_ROW = 256
 
 _CPU_BUDGET = 2048
 """Tokens after which a larger batch gains nothing on a CPU, and only takes memory."""
-
-_CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
-"""Pixels of a batch's pictures as they are stored: decoded, they are what takes the memory, however few tokens remain."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
@@ -115,7 +112,7 @@ class Forward:
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
-        self.pixels = _CPU_PIXELS if on_cpu else _DEVICE_PIXELS
+        self.pixels = most_pixels(*devices)
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from unime_st.data.checking import RejectedWriter
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
+from unime_st.encoding import most_pixels
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
@@ -67,24 +69,28 @@ class EmbedderSetup:
         a = self.arguments
         if a.vision_cache is not None:
             check_frozen(model)
-        costs = self._costs(model)
+        costs, pixels = self._costs(model)
         rows, places, aside = self._usable(rows, costs)
         datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
         rows = rows.remove_columns("dataset") if datasets else rows
         dtype = computation_dtype(a)
-        vision = self._vision(model, costs, places, dtype)
+        vision = self._vision(model, costs, pixels, places, dtype)
         reader: Any = vision or model
         open_item = vision.open_item if vision else Item.to_input
         feed = Feed(self.records, reader.preprocess, a.workers, open_item)
-        budget = self._budget(model, feed, costs)
-        mini_batches = MiniBatches(costs, a.mini_batch_size if self.in_batch else None, budget)
+        # Stored visual tokens need no decoding.
+        decoded = None if vision else pixels
+        cut = partial(MiniBatches, costs, pixels=decoded, most_pixels=most_pixels(model.device))
+        distinct = np.unique(places)
+        budget = self._budget(model, feed, lambda budget: cut(budget=budget), distinct)
+        mini_batches = cut(size=a.mini_batch_size if self.in_batch else None, budget=budget)
         row_costs = costs[places].sum(axis=1)
         per_pass = a.batch_size if self.in_batch else self._rows_per_pass(places.shape[1], row_costs, budget)
         lazy = self.in_batch and (budget or a.mini_batch_size) is not None
         state = processes()
         balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
         operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
-        rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype) if budget or a.dry_run else []
+        rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype, lazy)
         words = self._words(lazy, per_pass, budget)
         kept = str(vision) if vision else self._expected(model, costs, places)
         loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims)
@@ -109,21 +115,24 @@ class EmbedderSetup:
             ),
             batch_size=per_pass,
             accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
-            plan=self._plan(model, len(rows), aside, row_costs, operations, rehearsals, words, lazy, costs, kept),
+            plan=self._plan(
+                model, aside, row_costs, int(costs[places].max()), operations, rehearsals, words, lazy, kept
+            ),
             operations_per_token=operations,
             matrix_rate=matrix_rate(model.device, dtype),
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
             mean_over_rows=not gathers and not a.drop_last,
+            cached=lazy,
         )
 
-    def _costs(self, model: BaseModel) -> np.ndarray:
+    def _costs(self, model: BaseModel) -> tuple[np.ndarray, np.ndarray]:
         if self.arguments.dry_run:
             return item_costs(self.records, model)
         with processes().main_process_first():  # which leaves the counts to the others
             return item_costs(self.records, model, Path(self.arguments.output) / COSTS)
 
     def _vision(
-        self, model: BaseModel, costs: np.ndarray, places: np.ndarray, dtype: torch.dtype
+        self, model: BaseModel, costs: np.ndarray, pixels: np.ndarray, places: np.ndarray, dtype: torch.dtype
     ) -> VisionCache | None:
         a = self.arguments
         if a.vision_cache is None or a.dry_run:
@@ -131,7 +140,7 @@ class EmbedderSetup:
         with processes().main_process_first():  # which leaves the keys to the others
             keys = picture_keys(self.records, places, Path(a.output) / PICTURES)
         vision = VisionCache(model, self.records, keys, a.vision_cache, dtype)
-        vision.fill(model, Feed(self.records, model.preprocess, a.workers), costs)
+        vision.fill(model, Feed(self.records, model.preprocess, a.workers), costs, pixels)
         return vision
 
     def _expected(self, model: BaseModel, costs: np.ndarray, places: np.ndarray) -> str | None:
@@ -159,18 +168,20 @@ class EmbedderSetup:
         good = np.flatnonzero(~bad)
         return rows.select(good), places[good], len(numbers)
 
-    def _budget(self, model: BaseModel, feed: Feed, costs: np.ndarray) -> int | None:
+    def _budget(
+        self, model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray
+    ) -> int | None:
         wanted = self.arguments.token_budget
         if wanted != "auto":
             return None if wanted is None else int(wanted)
-        budget = fitting_budget(model, feed, costs, computation_dtype(self.arguments))
+        budget = fitting_budget(model, feed, cut, positions, computation_dtype(self.arguments))
         # Processes may share a device, and all should take the smallest.
         state = processes()
         if state.num_processes > 1:
             smallest = torch.tensor([budget // (1 if model.device.type == "cuda" else state.num_processes)])
             smallest = smallest.to(state.device)
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-            budget = max(int(smallest), int(costs.max()))
+            budget = max(int(smallest), int(cut(budget).costs[positions].max()))
         logger.info("token_budget auto: %d tokens fit.", budget)
         return budget
 
@@ -188,20 +199,29 @@ class EmbedderSetup:
         )
 
     def _rehearse(
-        self, model: BaseModel, feed: Feed, cut: MiniBatches, places: np.ndarray, per_pass: int, dtype: torch.dtype
+        self,
+        model: BaseModel,
+        feed: Feed,
+        cut: MiniBatches,
+        places: np.ndarray,
+        per_pass: int,
+        dtype: torch.dtype,
+        lazy: bool,
     ) -> list[Rehearsal]:
-        """The most expensive mini-batch that can come, so that it fails now if it fails; then a usual one for the time."""
-        if self.in_batch:
+        """The most expensive pass that can come, so that it fails now if it fails; then a usual one for the time."""
+        if lazy:
             distinct = np.unique(places)
             groups = cut(distinct)
-            worst, usual = distinct[groups[0]], distinct[groups[len(groups) // 2]]
+            passes = [[distinct[group]] for group in (cut.largest(groups, distinct), groups[len(groups) // 2])]
         else:
             order = np.argsort(-cut.costs[places].sum(axis=1), kind="stable")
             middle = len(order) // 2
-            usual = np.unique(places[order[middle : middle + per_pass]])
-            # The sampler deals rows out by cost, so a pass holds one of the most expensive and otherwise usual ones.
-            worst = np.unique(np.concatenate([places[order[:1]], places[order[middle : middle + per_pass - 1]]]))
-        return [rehearse(model, feed, positions.tolist(), dtype) for positions in (worst, usual)]
+            usual = order[middle : middle + per_pass]
+            # Without in-batch term the sampler deals rows out by cost: one of the most expensive, otherwise usual ones.
+            worst = order[:per_pass] if self.in_batch else np.concatenate([order[:1], usual[: per_pass - 1]])
+            items = [np.unique(places[rows]) for rows in (worst, usual)]
+            passes = [[positions[group] for group in cut(positions)] for positions in items]
+        return [rehearse(model, feed, groups, dtype) for groups in passes]
 
     def _words(self, lazy: bool, per_pass: int, budget: int | None) -> str:
         a = self.arguments
@@ -221,17 +241,16 @@ class EmbedderSetup:
     def _plan(
         self,
         model: BaseModel,
-        rows: int,
         aside: int,
         row_costs: np.ndarray,
+        largest: int,
         operations: float,
         rehearsals: list[Rehearsal],
         words: str,
         lazy: bool,
-        costs: np.ndarray,
         kept: str | None,
     ) -> Plan:
-        a, world = self.arguments, processes().num_processes
+        a, world, rows = self.arguments, processes().num_processes, len(row_costs)
         per_step = a.batch_size * a.gradient_accumulation_steps * world
         steps = a.max_steps if a.max_steps > 0 else math.ceil(self._steps_of_a_pass(rows, per_step) * a.epochs)
         tokens = int(row_costs.mean() * steps * per_step)
@@ -249,7 +268,7 @@ class EmbedderSetup:
             rows_per_step=per_step,
             passes=steps * per_step / rows,
             tokens=tokens,
-            largest_item=int(costs.max()),
+            largest_item=largest,
             mini_batch=words,
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             weights=sum(p.numel() for p in parameters),

@@ -110,5 +110,8 @@ class Feed:
             collate_fn=_unchanged,
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
+            # A loader draws a random number whenever it is read, in turns that depend on its workers; dropout is to
+            # draw the same without them, and after a resumption.
+            generator=torch.Generator(),
             **options,
         )

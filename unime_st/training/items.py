@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
-from unime_st.encoding import pack
+from unime_st.encoding import pack, within_pixels
 from unime_st.training.feed import Feed
 
 COLUMNS = "columns"
@@ -32,19 +32,31 @@ class MiniBatches:
         costs: Tokens of every stored item.
         size: Items of a mini-batch.
         budget: Instead: tokens of a mini-batch, padding included. With neither, items of like length are together.
+        pixels: Pixels of every stored item's picture, before it is processed. None counts none.
+        most_pixels: Those that a mini-batch may decode; a larger picture stands alone.
     """
 
     costs: np.ndarray
     size: int | None = None
     budget: int | None = None
+    pixels: np.ndarray | None = None
+    most_pixels: int = 0
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
         """Return the mini-batches of the items at ``positions``, as places in it."""
         costs = self.costs[positions]
         if self.size is None:
-            return pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))
-        order = np.argsort(-costs, kind="stable")
-        return [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
+            groups = pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))
+        else:
+            order = np.argsort(-costs, kind="stable")
+            groups = [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
+        if self.pixels is None:
+            return groups
+        return within_pixels(groups, self.pixels[positions], self.most_pixels)
+
+    def largest(self, groups: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
+        """Return the mini-batch of ``groups`` that has the most tokens, padding included."""
+        return max(groups, key=lambda group: len(group) * int(self.costs[positions[group]].max()))
 
 
 @dataclass

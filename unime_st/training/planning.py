@@ -6,7 +6,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
-from unime_st.encoding import CostModel, pack
+from unime_st.encoding import CostModel
 from unime_st.training.feed import Feed
+from unime_st.training.items import MiniBatches
 
 logger = logging.getLogger(__name__)
 UNREADABLE = -1
@@ -33,8 +34,8 @@ _SHARE = 0.8  # of the free memory that a budget may take; the rest is for fragm
 _LARGEST = 1 << 20
 
 
-def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> np.ndarray:
-    """Count the tokens of every stored item; nothing is decoded.
+def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Count the tokens of every stored item, and the pixels that decoding it makes; nothing is decoded.
 
     Args:
         records: The items.
@@ -42,10 +43,12 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> np.
         path: ``.npy`` file that keeps the counts for the next start.
 
     Returns:
-        np.ndarray: int64 of shape (items,), :data:`UNREADABLE` where the header of a picture cannot be read.
+        tuple[np.ndarray, np.ndarray]: int64 of shape (items,) each; :data:`UNREADABLE` tokens where the header of a
+            picture cannot be read.
     """
     if path is not None and path.is_file():
-        return np.load(path, allow_pickle=False)
+        tokens, pixels = np.load(path, allow_pickle=False)
+        return tokens, pixels
     count = CostModel(model)
     parts = []
     items = iter(records.items)
@@ -53,16 +56,17 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> np.
         while chunk := list(islice(items, _AT_ONCE)):
             parts.append(_costs(chunk, count))
             progress.update(len(chunk))
-    costs = np.concatenate(parts)
+    costs = np.concatenate(parts, axis=1)
     if path is not None:
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, costs, allow_pickle=False)
         temporary.replace(path)
-    return costs
+    return costs[0], costs[1]
 
 
 def _costs(items: Sequence[Item], count: CostModel) -> np.ndarray:
     costs = count([{"text": item.text or ""} for item in items])
+    pixels = np.zeros_like(costs)
     pictured, sizes = [], []
     for place, item in enumerate(items):
         if item.image is None:
@@ -74,15 +78,16 @@ def _costs(items: Sequence[Item], count: CostModel) -> np.ndarray:
             costs[place] = UNREADABLE
     if sizes:
         costs[pictured] += np.asarray(count.picture_tokens(sizes))
-    return costs
+        pixels[pictured] = [width * height for width, height in sizes]
+    return np.stack([costs, pixels])
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one mini-batch took.
+    """What mini-batches took that are embedded in one pass.
 
     Args:
-        tokens: Its tokens, padding not counted.
+        tokens: Their tokens, padding not counted.
         seconds: Forward and backward pass, decoding included.
         peak_bytes: Highest memory of the device so far, or of the process where it computes on the CPU.
     """
@@ -105,13 +110,13 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def rehearse(model: BaseModel, feed: Feed, positions: Sequence[int], dtype: torch.dtype) -> Rehearsal:
-    """Embed one mini-batch and go back through it, as training will; no weight and no random state changes.
+def rehearse(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: torch.dtype) -> Rehearsal:
+    """Embed mini-batches and go back through them, as one pass will; no weight and no random state changes.
 
     Args:
         model: The model, with its adapter.
         feed: Where its items come from.
-        positions: The items.
+        groups: Positions of the items of each mini-batch.
         dtype: What autocast computes in.
     """
     device = model.device
@@ -120,41 +125,46 @@ def rehearse(model: BaseModel, feed: Feed, positions: Sequence[int], dtype: torc
     was_training = model.training
     model.train()
     with torch.random.fork_rng(), autocast:
-        (features,) = feed.stream([positions], device)
-        tokens = int(features["attention_mask"].sum())
-        embeddings = model(features)["sentence_embedding"]
-        embeddings.float().sum().backward()
-        float(embeddings.detach().float().sum())  # waits for the device
+        tokens, total = 0, torch.zeros((), device=device)
+        for features in feed.stream([group.tolist() for group in groups], device):
+            tokens += int(features["attention_mask"].sum())
+            total = total + model(features)["sentence_embedding"].float().sum()
+        total.backward()
+        float(total.detach())  # waits for the device
     model.zero_grad()
     model.train(was_training)
     return Rehearsal(tokens, time.perf_counter() - began, peak_bytes(device))
 
 
-def fitting_budget(model: BaseModel, feed: Feed, costs: np.ndarray, dtype: torch.dtype) -> int:
+def fitting_budget(
+    model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray, dtype: torch.dtype
+) -> int:
     """Find the token budget that fills the memory: measured at two budgets, drawn out in a straight line.
 
     Args:
         model: The model, with its adapter.
         feed: Where its items come from.
-        costs: Tokens of every item.
+        cut: Makes of a budget how items are cut up.
+        positions: The items.
         dtype: What autocast computes in.
 
     Returns:
         Tokens of a mini-batch, at least those of the largest item.
     """
     free = _free_bytes(model.device)
+    costs = cut(_PROBES[0]).costs
+    longest = int(costs[positions].max())
     measured = []
     for budget in _PROBES:
-        positions = next(iter(pack(costs, budget)))
-        measured.append(
-            (len(positions) * int(costs[positions].max()), rehearse(model, feed, positions.tolist(), dtype))
-        )
+        mini_batches = cut(budget)
+        group = positions[mini_batches.largest(mini_batches(positions), positions)]
+        measured.append((len(group) * int(costs[group].max()), rehearse(model, feed, [group], dtype)))
     (small, first), (large, second) = measured
     if large <= small:  # so little data that one mini-batch holds everything alike
-        return max(_PROBES[-1], int(costs.max()))
+        return max(_PROBES[-1], longest)
     slope = max(1.0, (second.peak_bytes - first.peak_bytes) / (large - small))
     budget = small + int(_SHARE * free / slope)
-    return int(np.clip(budget, costs.max(), _LARGEST))
+    return int(np.clip(budget, longest, _LARGEST))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Setup:
         operations_per_token: Floating-point operations that a token takes.
         matrix_rate: Operations per second of a matrix product on this device.
         mean_over_rows: Forward passes of a step count by their rows; False: all the same.
+        cached: The loss caches gradients: it goes back through the model more than once.
     """
 
     rows: Dataset
@@ -56,6 +58,7 @@ class Setup:
     operations_per_token: float = 0.0
     matrix_rate: float = 0.0
     mean_over_rows: bool = False
+    cached: bool = False
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -172,8 +175,15 @@ def run_stage(
     if arguments.gradient_checkpointing:  # here and not by the trainer: its option changes its name in version 6
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made = setup(model, rows)
+    if made.cached and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ValueError(
+            "DeepSpeed cannot train with gradient caching: it goes back through the model once a batch. Leave out "
+            "mini_batch_size and token_budget and raise gradient_accumulation_steps, or start with torchrun (DDP)."
+        )
     if made.plan is not None:
         logger.info("%s:\n%s", stage, made.plan)
+    elif arguments.dry_run:
+        logger.info("%s: %d rows; time and memory are estimated for embedders only.", stage, len(made.rows))
     if arguments.dry_run:
         return output
     trainer = _trainer(arguments, model, made, output)

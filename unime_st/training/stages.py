@@ -270,7 +270,8 @@ def train_reranker(arguments: RerankerArguments) -> Path:
         return hardest_negatives(rows_with_negatives(records, stored), arguments.num_negatives)
 
     def setup(model: Any, rows: Dataset) -> Setup:
-        return Setup(rows, loss(model), RerankerItemCollator(model.preprocess, records=records))
+        collator = RerankerItemCollator(model.preprocess, records=records)
+        return Setup(rows, loss(model), collator, cached=arguments.mini_batch_size is not None)
 
     return run_stage(
         "reranker",

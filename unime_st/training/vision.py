@@ -23,10 +23,11 @@ from transformers import BatchFeature
 from unime_st.data.items import Item
 from unime_st.data.manifest import write_json
 from unime_st.data.records import ItemFolder
-from unime_st.encoding import pack, weights_fingerprint
+from unime_st.encoding import most_pixels, weights_fingerprint
 from unime_st.encoding.replicas import with_processor
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Features, Feed
+from unime_st.training.items import MiniBatches
 from unime_st.training.processes import processes
 
 VISUAL_TOKENS = "visual_tokens"
@@ -73,13 +74,14 @@ class VisionCache:
             processor.set_image_rule(None, "native", None)
         return processor
 
-    def fill(self, model: BaseModel, feed: Feed, costs: np.ndarray) -> None:
+    def fill(self, model: BaseModel, feed: Feed, costs: np.ndarray, pixels: np.ndarray) -> None:
         """Compute what is missing, every process its share.
 
         Args:
             model: The model.
             feed: Decodes and processes items.
             costs: Tokens of every item.
+            pixels: Pixels that decoding it makes.
 
         Raises:
             BadImageError: If a picture cannot be decoded.
@@ -92,10 +94,10 @@ class VisionCache:
         share = slice(state.process_index, None, state.num_processes)
         own = first[share][self.store.missing(keys[share])]
         if len(own):
-            groups = [own[group].tolist() for group in pack(costs[own], _TOKENS_AT_ONCE)]
+            cut = MiniBatches(costs, budget=_TOKENS_AT_ONCE, pixels=pixels, most_pixels=most_pixels(model.device))
+            groups = [own[group].tolist() for group in cut(own)]
             autocast = torch.autocast(model.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-            # A data loader draws a random number; training is to draw those that it draws without a cache.
-            with torch.random.fork_rng(), torch.no_grad(), autocast:
+            with torch.no_grad(), autocast:
                 self._compute(model, feed, groups)
         state.wait_for_everyone()
         self.store.refresh()
