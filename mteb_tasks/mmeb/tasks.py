@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
@@ -26,7 +27,7 @@ from mteb_tasks.mmeb.location import (
     local_root,
     parquet_files,
 )
-from mteb_tasks.mmeb.reading import check_images, read_subset
+from mteb_tasks.mmeb.reading import locate_images, read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
@@ -70,7 +71,7 @@ def preflight(root: Path, subsets: Iterable[Subset]) -> None:
     for subset in subsets:
         missing += not parquet_files(root, subset.name)
         try:
-            check_images(subset, read_subset(root, subset), folders)
+            locate_images(read_subset(root, subset), folders, look=True)
         except MMEBDataError as error:
             faults.append(str(error))
     if faults:
@@ -100,17 +101,19 @@ class MMEBTask(ItemRetrievalTask):
         """Read the rows; see `mteb_tasks.mmeb.reading.read_subset`."""
         together = self.checked_with or (self.subset,)
         root = data_root([found.name for found in together])
-        if local_root() is not None and f"local-{fingerprint(root, self.subset.name)}" != subset:
+        state = fingerprint(root, self.subset.name)
+        if local_root() is not None and f"local-{state}" != subset:
             raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make the task anew")
         if local_root() is None:  # the hub's cache names a snapshot by its commit: it stands in the result
             self.metadata = self.metadata.model_copy(
                 update={"dataset": {**self.metadata.dataset, "revision": root.name}}
             )
-        _preflight_once(root, self.subset, together)
+        _preflight_once(root, self.subset, state, together)
         table = read_subset(root, self.subset)
-        files = check_images(self.subset, table, ImageFolders(root))
+        files = locate_images(table, ImageFolders(root))
         names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
-        ranked = {f"q{row}": [names[number] for number in rows] for row, rows in enumerate(table.candidates)}
+        name_of = np.array(names, dtype=object)
+        ranked = {f"q{row}": name_of[rows].tolist() for row, rows in enumerate(table.candidates)}
         return RetrievalData(
             queries={
                 f"q{row}": Item(text=text, image=files.get(image))
@@ -135,15 +138,15 @@ class MMEBTask(ItemRetrievalTask):
 _checked: set[tuple[str, ...]] = set()
 
 
-def _preflight_once(root: Path, own: Subset, together: tuple[Subset, ...]) -> None:
+def _preflight_once(root: Path, own: Subset, state: str, together: tuple[Subset, ...]) -> None:
     names = [subset.name for subset in together]
 
-    def key(subset: Subset) -> tuple[str, ...]:
-        return str(root), subset.name, fingerprint(root, subset.name), *names
+    def key(subset: Subset, state: str) -> tuple[str, ...]:
+        return str(root), subset.name, state, *names
 
-    if key(own) not in _checked:  # a subset that changes later is noticed when its own task is loaded
+    if key(own, state) not in _checked:  # a subset that changes later is noticed when its own task is loaded
         preflight(root, together)
-        _checked.update(map(key, together))
+        _checked.update(key(subset, fingerprint(root, subset.name)) for subset in together)
 
 
 def _body(subset: Subset, side: str, text: str) -> str:
