@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mteb.abstasks import AbsTaskRetrieval
@@ -68,7 +68,7 @@ def _check(data: RetrievalData) -> None:
     for query in data.queries:
         if not data.relevant.get(query):
             raise ValueError(f"query {query!r} has no relevant document")
-        listed = [data.relevant[query]]
+        listed: list[Collection[str]] = [data.relevant[query]]
         if data.candidates is not None:
             if not data.candidates.get(query):
                 raise ValueError(f"query {query!r} has an empty candidate list")
