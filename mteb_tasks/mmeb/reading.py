@@ -25,7 +25,7 @@ class SubsetTable:
     """The rows of a subset with each distinct candidate once.
 
     Args:
-        file: First shard, for messages.
+        shards: Files with their numbers of rows, for messages.
         query_texts: Official text of each query.
         query_images: Image path of each query, "" for none.
         document_texts: Official text of each distinct candidate.
@@ -33,12 +33,20 @@ class SubsetTable:
         candidates: For each query the rows of its candidates; the first one is the positive. Duplicates are kept.
     """
 
-    file: Path
+    shards: list[tuple[Path, int]]
     query_texts: list[str]
     query_images: list[str]
     document_texts: list[str]
     document_images: list[str]
     candidates: list[np.ndarray]
+
+    def place(self, row: int) -> str:
+        """Name the file and the row of a query.
+
+        Args:
+            row: Its number over all files.
+        """
+        return _place(self.shards, row)
 
 
 def read_subset(root: Path, subset: Subset) -> SubsetTable:
@@ -58,21 +66,22 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     files = parquet_files(root, subset.name)
     if not files:
         raise MMEBDataError(f"subset {subset.name} is missing: no {subset.name}/test*.parquet in {root}")
-    table = pa.concat_tables([_read(file) for file in files])
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing or table.num_rows == 0:
-        raise MMEBDataError(f"{files[0]}: " + (f"no column {', '.join(missing)}" if missing else "no rows"))
-    lengths, texts, images = _candidate_columns(files[0], table)
+    parts = [_read(file) for file in files]
+    shards = [(file, part.num_rows) for file, part in zip(files, parts)]
+    try:
+        table = pa.concat_tables(parts, promote_options="permissive")
+        lengths, texts, images = _candidate_columns(shards, table)
+        query_texts, query_images = (_strings(table[name]) for name in _COLUMNS[:2])
+    except pa.ArrowException as error:
+        raise MMEBDataError(f"{files[0]}: its columns are not strings and lists of strings ({error})") from error
     document_rows, first = _distinct(texts, images)
     rows_of = np.repeat(np.arange(table.num_rows), lengths)
     document_texts, document_images = texts.at(first), images.at(first)
-    query_texts = _strings(table["qry_text"])
-    query_images = _strings(table["qry_img_path"])
     if "qry_inst" in table.column_names:
         query_texts = _joined_queries(subset, table, query_texts)
         document_texts = _joined_targets(subset, files[0], table, document_texts)
     found = SubsetTable(
-        files[0],
+        shards,
         query_texts,
         query_images,
         document_texts,
@@ -108,7 +117,7 @@ def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = Fal
                 row = number
                 if side == "candidate":
                     row = next(row for row, listed in enumerate(table.candidates) if number in listed)
-                raise MMEBDataError(f"{table.file}: row {row}: picture {image} of the {side} {fault}")
+                raise MMEBDataError(f"{table.place(row)}: picture {image} of the {side} {fault}")
             located[image] = file
     return located
 
@@ -152,9 +161,21 @@ def _read(file: Path) -> pa.Table:
     try:
         with pq.ParquetFile(file) as opened:
             paths = [opened.schema.column(number).path for number in range(len(opened.schema))]
-        return pq.read_table(file, read_dictionary=[path for path in paths if path.startswith("tgt_")])
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(file, read_dictionary=[path for path in paths if path.startswith("tgt_")])
+    except (pa.ArrowException, OSError) as error:
         raise MMEBDataError(f"{file} cannot be read ({error}): download it again") from error
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing or table.num_rows == 0:
+        raise MMEBDataError(f"{file}: " + (f"no column {', '.join(missing)}" if missing else "no rows"))
+    return table
+
+
+def _place(shards: Sequence[tuple[Path, int]], row: int) -> str:
+    shard = 0
+    while row >= shards[shard][1]:
+        row -= shards[shard][1]
+        shard += 1
+    return f"{shards[shard][0]}: row {row}"
 
 
 def _strings(column: pa.ChunkedArray) -> list[str]:
@@ -182,7 +203,7 @@ def _coded(column: pa.Array) -> _Coded:
     return _Coded(list(number), renamed[places.to_numpy(zero_copy_only=False)])
 
 
-def _candidate_columns(file: Path, table: pa.Table) -> tuple[np.ndarray, _Coded, _Coded]:
+def _candidate_columns(shards: Sequence[tuple[Path, int]], table: pa.Table) -> tuple[np.ndarray, _Coded, _Coded]:
     """Number of candidates of each row, and all candidate texts and image paths in row order."""
     table = table.select(["tgt_text", "tgt_img_path"]).unify_dictionaries().combine_chunks()
     columns = {name: table[name].combine_chunks() for name in table.column_names}
@@ -197,9 +218,9 @@ def _candidate_columns(file: Path, table: pa.Table) -> tuple[np.ndarray, _Coded,
     for size in sizes.values():
         unequal = np.flatnonzero(size.to_numpy(zero_copy_only=False) != lengths)
         if len(unequal):
-            raise MMEBDataError(f"{file}: row {unequal[0]} has not as many candidate texts as candidate images")
+            raise MMEBDataError(f"{_place(shards, unequal[0])} has not as many candidate texts as candidate images")
     if not lengths.all():
-        raise MMEBDataError(f"{file}: row {np.flatnonzero(lengths == 0)[0]} has an empty candidate list")
+        raise MMEBDataError(f"{_place(shards, np.flatnonzero(lengths == 0)[0])} has an empty candidate list")
     found = []
     for name, column in columns.items():
         coded = _coded(column.flatten() if lists[name] else column)
@@ -253,7 +274,7 @@ def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], l
     too_many = np.flatnonzero(lengths > subset.candidates)
     if len(too_many):
         raise MMEBDataError(
-            f"{table.file}: row {too_many[0]} has {lengths[too_many[0]]} candidates, {subset.name} has at most "
+            f"{table.place(too_many[0])} has {lengths[too_many[0]]} candidates, {subset.name} has at most "
             f"{subset.candidates}"
         )
     sides = (
@@ -265,10 +286,10 @@ def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], l
         for text, image, row in zip(texts, images, rows):
             if bool(image) != subset.has_image(side):
                 expected = "an image" if subset.has_image(side) else "no image"
-                raise MMEBDataError(f"{table.file}: row {row}: {side} path is {image!r}, expected {expected}")
+                raise MMEBDataError(f"{table.place(row)}: {side} path is {image!r}, expected {expected}")
             if subset.body(side, text) is None:
                 raise MMEBDataError(
-                    f"{table.file}: row {row}: the {side} text {text[:120]!r} is not an instance of {instruction!r}"
+                    f"{table.place(row)}: the {side} text {text[:120]!r} is not an instance of {instruction!r}"
                 )
             if not text.strip() and not image:
-                raise MMEBDataError(f"{table.file}: row {row}: an empty {side}")
+                raise MMEBDataError(f"{table.place(row)}: an empty {side}")
