@@ -1,10 +1,12 @@
 """MMEB's 36 subsets evaluated by our loader and by mteb's stock path, with the same model, side by side.
 
-python benchmarks/mmeb_eval.py [--queries 1000 --candidates 1000 --documents 2000 --side 256 --subsets 36]
+python benchmarks/mmeb_eval.py [--queries 1000 --candidates 1000 --documents 2000 --side 128 --subsets 36]
 
-Either side runs in a process of its own on the same synthetic data in the official layout and prints what it used:
-seconds while no thread was in the model's forward pass, number of rows put through the model, and peak memory above
-that of the process before the first task. Answers of both sides are compared by their mean score on the texts they share.
+Either side runs in a process of its own on the same synthetic data in the official layout, tasks made and checked
+included, and tells what it used: seconds while no thread was in the model's forward pass, rows put through the model,
+and how far memory rose above that of the process with the model loaded. Candidates are shared as in the real data.
+What a batch of pictures takes in memory shows with large ones only: that is measured on NIGHTS (picture to picture), once
+with `--pictures` of `--picture-side` pixels and once with twice as many.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,20 +33,26 @@ def main() -> None:
     """Write ``benchmarks/results/mmeb_eval.{json,md}``."""
     options = _options()
     if options.side_to_run:
-        sys.stdout.write(json.dumps(measure(options.side_to_run, options.repeat)) + "\n")
+        sys.stdout.write(json.dumps(measure(options.side_to_run)) + "\n")
         return
     with tempfile.TemporaryDirectory() as scratch:
-        distinct = write_data(Path(scratch), options)
+        distinct = write_data(Path(scratch) / "mmeb", options)
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-        for repeat in range(options.repeats):
+        for _ in range(options.repeats):
             for side in SIDES:
-                runs[side].append(_in_process(side, repeat, Path(scratch)))
+                runs[side].append(_in_process(side, Path(scratch) / "mmeb"))
+        memory = {
+            str(count): _memory(Path(scratch) / f"pictures-{count}", count, options.picture_side)
+            for count in (options.pictures, 2 * options.pictures)
+            if count
+        }
     result = {
         "name": "mmeb_eval",
         "machine": machine(),
         "options": vars(options),
         "distinct_items": distinct,
         "runs": runs,
+        "grown_mib_by_pictures": memory,
         **ratios(runs),
     }
     text = table(result)
@@ -61,36 +68,48 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--documents", type=int, default=2000, help="distinct candidates of each subset")
     parser.add_argument("--subsets", type=int, default=36, help="how many subsets, taken evenly from the 36")
-    parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    parser.add_argument("--side", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each path")
+    parser.add_argument("--pictures", type=int, default=150, help="pictures of the memory measurement; 0: none")
+    parser.add_argument("--picture-side", type=int, default=1600, help="their side in pixels")
     parser.add_argument("--side-to-run", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--repeat", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_data(folder: Path, options: argparse.Namespace) -> int:
     """Write the subsets; return how many distinct items they have."""
-    import pyarrow.parquet as pq
-
+    from mteb_tasks.mmeb.reading import read_subset
     from mteb_tasks.mmeb.subsets import SUBSETS
     from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 
     chosen = [SUBSETS[place * len(SUBSETS) // options.subsets] for place in range(options.subsets)]
     sizes = {"queries": options.queries, "candidates": options.candidates, "documents": options.documents}
-    write_synthetic_mmeb(folder / "mmeb", subsets=chosen, side=options.side, duplicates=False, **sizes)
+    write_synthetic_mmeb(folder, subsets=chosen, side=options.side, duplicates=False, shared=True, **sizes)
     items = set()
     for subset in chosen:
-        for row in pq.read_table(folder / "mmeb" / subset.name).to_pylist():
-            items.add((row["qry_text"], row["qry_img_path"]))
-            items.update(zip(row["tgt_text"], row["tgt_img_path"]))
+        found = read_subset(folder, subset)
+        items.update(zip(found.query_texts, found.query_images))
+        items.update(zip(found.document_texts, found.document_images))
     return len(items)
 
 
-def _in_process(side: str, repeat: int, scratch: Path) -> dict[str, Any]:
-    environment = {**os.environ, "MMEB_EVAL_DIR": str(scratch / "mmeb"), "MMEB_ALLOW_MISSING": "1"}
-    environment |= {"UNIME_HOME": str(scratch / f"home-{repeat}"), "HF_DATASETS_CACHE": str(scratch / f"hf-{repeat}")}
-    command = [sys.executable, __file__, "--side-to-run", side, "--repeat", str(repeat)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+def _memory(folder: Path, count: int, side: int) -> dict[str, int]:
+    """MiB by which the evaluation of so many large pictures raises each path's memory."""
+    from mteb_tasks.mmeb.subsets import subset_named
+    from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
+
+    half = count // 2
+    sizes = {"queries": half, "candidates": half, "documents": half}
+    write_synthetic_mmeb(folder, subsets=[subset_named("NIGHTS")], side=side, duplicates=False, **sizes)
+    return {path: _in_process(path, folder)["grown_mib"] for path in SIDES}
+
+
+def _in_process(side: str, data: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as home:
+        environment = {**os.environ, "MMEB_EVAL_DIR": str(data), "MMEB_ALLOW_MISSING": "1"}
+        environment |= {"UNIME_HOME": home, "HF_DATASETS_CACHE": f"{home}/datasets"}
+        command = [sys.executable, __file__, "--side-to-run", side]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -119,30 +138,17 @@ class Meter:
                     self.seconds += time.perf_counter() - self._since
 
 
-class PeakMemory:
-    """Largest resident memory of this process while the block runs, sampled, in MiB."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before, self.peak, self._done = _resident(), 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.05):
-            self.peak = max(self.peak, _resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+def _memory_mib(field: str) -> float:
+    """Resident memory of this process: "VmRSS" now, "VmHWM" the highest since `_forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(side: str, repeat: int) -> dict[str, Any]:
+def measure(side: str) -> dict[str, Any]:
     """Evaluate all subsets by one path in this process."""
     import mteb
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
@@ -159,19 +165,19 @@ def measure(side: str, repeat: int) -> dict[str, Any]:
         wrapped = SentenceTransformerEncoderWrapper(model)
         wrapped.mteb_model_meta = model_meta("stock/tiny", "1")
     model.encode([{"text": "warm up"}])
-    meter, tasks = Meter(model), mmeb_tasks()
+    meter, before = Meter(model), _memory_mib("VmRSS")
+    _forget_peak()
     started = time.perf_counter()
-    with PeakMemory() as memory:
-        result = mteb.evaluate(wrapped, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
-    seconds = time.perf_counter() - started
+    result = mteb.evaluate(wrapped, mmeb_tasks(), cache=None, co2_tracker=False, show_progress_bar=False)
+    seconds, peak = time.perf_counter() - started, _memory_mib("VmHWM")
     scores = {found.task_name: float(found.get_score()) for found in result.task_results}
     return {
         "seconds": round(seconds, 2),
         "forward_seconds": round(meter.seconds, 2),
         "other_seconds": round(seconds - meter.seconds, 2),
         "forwards": meter.rows,
-        "peak_mib": round(memory.peak),
-        "grown_mib": round(memory.peak - memory.before),
+        "peak_mib": round(peak),
+        "grown_mib": round(peak - before),
         "mean_score": round(sum(scores.values()) / len(scores), 4),
     }
 
@@ -213,7 +219,13 @@ def table(result: dict[str, Any]) -> str:
         f"Distinct items: {result['distinct_items']}. Outside the forward {result['times_faster_outside_the_forward']} "
         f"times faster; {result['peak_memory_share']} of the peak memory "
         f"({result['grown_memory_share']} of what was added by the evaluation).",
+        "",
+        f"| pictures of {options['picture_side']} pixels | stock grows by MiB | ours by MiB | ours / stock |",
+        "|---|---:|---:|---:|",
     ]
+    for count, found in result["grown_mib_by_pictures"].items():
+        stock, ours = found["stock"], found["ours"]
+        lines.append(f"| {count} | {stock} | {ours} | {ours / max(stock, 1):.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -57,6 +57,9 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
 
     @functools.wraps(run)
     def run_and_show(args: argparse.Namespace) -> None:
+        # mteb's levels; what a task will take is told on that of its own "running task ...".
+        levels = (logging.CRITICAL, logging.WARNING, logging.INFO)
+        logging.getLogger("mteb_tasks").setLevel(levels[args.verbosity] if args.verbosity < 3 else logging.DEBUG)
         check_variables(args.model)
         if args.prediction_folder is None and not args.save_predictions and _is_about_us(args):
             args.prediction_folder = _prediction_folder(args)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_STYLE, has_encoded_items, iter_items
 from mteb_tasks.description import model_meta
+from mteb_tasks.forecast import forecast
 from mteb_tasks.ranking import rank_candidates, tie_order
 from mteb_tasks.store import EmbeddingStore
 from unime_st.data.images import BadImageError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from mteb.models.models_protocols import EncoderProtocol
     from mteb.types import PromptType, RetrievalOutputType
     from torch.utils.data import DataLoader
+
+logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<|image_1|>"
 WINDOW = 1024
@@ -134,7 +138,7 @@ class UniMELoader:
         Raises:
             ValueError: If there is nothing to embed.
         """
-        style = style if style is not None and f"'{style}'" in self._template else None
+        style = self._style(style)
         order: list[str] = []
         for items in windows:
             items = [self._readable(item) for item in items]
@@ -151,9 +155,33 @@ class UniMELoader:
             raise ValueError("there is nothing to embed: the dataset has no rows")
         return self.store.take(order)
 
+    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> None:
+        """Log what embedding some tables will take: items, distinct items, tokens and time.
+
+        Args:
+            name: Name of the task.
+            tables: Tables with encoded items.
+            **kwargs: As for `embed`, for the few items that are embedded to find out.
+
+        Raises:
+            BadImageError: If a picture of these cannot be read.
+        """
+        if not logger.isEnabledFor(logging.INFO) or not any(len(table) for table in tables):
+            return
+        style = self._style(_style_of(tables[0]))
+        expected = forecast(
+            self.model,
+            tables,
+            lambda item: _store_key(self._readable(item), style) in self.store,
+            lambda items: self.embed([items], style=style, **kwargs),
+        )
+        logger.info("%s: %s", name, expected)
+
+    def _style(self, style: str | None) -> str | None:
+        return style if style is not None and f"'{style}'" in self._template else None
+
     def _embed_table(self, table: Dataset, **kwargs: Any) -> np.ndarray:
-        style = table[PROMPT_STYLE][0] if PROMPT_STYLE in table.column_names and len(table) else None
-        return self.embed(iter_items(table, WINDOW, self.model.prompts), style=style, **kwargs)
+        return self.embed(iter_items(table, WINDOW, self.model.prompts), style=_style_of(table), **kwargs)
 
     @contextmanager
     def _in_style(self, style: str | None) -> Iterator[None]:
@@ -251,6 +279,7 @@ class UniMELoader:
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = list(queries["id"]), list(corpus["id"])
         try:
+            self.announce(task_metadata.name, [queries, corpus], **encode_kwargs)
             asked, offered = (self._embed_table(table, **encode_kwargs) for table in (queries, corpus))
         except BadImageError as error:
             # It names an item by its place among the new ones of a window, which nobody can look up.
@@ -302,6 +331,10 @@ def _place_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranke
                 query = next((query for query, documents in listed.items() if name in documents), None)
                 return f"{kind} {name}" + (f" of query {query}" if query else "")
     return "a picture"
+
+
+def _style_of(table: Dataset) -> str | None:
+    return table[PROMPT_STYLE][0] if PROMPT_STYLE in table.column_names and len(table) else None
 
 
 def _store_key(item: Item, style: str | None) -> str:

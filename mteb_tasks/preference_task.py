@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from datasets import Dataset
@@ -46,6 +46,14 @@ class PairScorer(Protocol):
         ...
 
 
+@runtime_checkable
+class Announcer(Protocol):
+    """A model that can say what embedding will take."""
+
+    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> None:
+        """Log what embedding the tables of a task will take."""
+
+
 class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
     """Share of pictures strictly closer to their caption than to the foil, one subset per category.
 
@@ -58,6 +66,8 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
     image_prompt: str | None = None
     """Name of the prompt that our models put to the pictures."""
     _support_search = True
+    _told: Any = None
+    """The model that has said what the task will take."""
 
     @abstractmethod
     def foils(self, category: str, split: str) -> Sequence[Foil]:
@@ -89,6 +99,29 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
                 for category in self.hf_subsets
             }
         self.data_loaded = True
+
+    def evaluate(
+        self, model: Any, split: str = "test", subsets_to_run: list[str] | None = None, **kwargs: Any
+    ) -> Mapping[str, Any]:
+        """Evaluate all categories; models of this package say before what that will take.
+
+        Args:
+            model: The model.
+            split: Name of the split.
+            subsets_to_run: Categories; None takes all.
+            **kwargs: mteb's further arguments.
+
+        Returns:
+            Scores by category.
+        """
+        if isinstance(model, Announcer) and self._told is not model:  # mteb asks for one category after the other
+            self._told = model
+            self.load_data()
+            tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
+            texts = {text for table in tables for name in self.texts_column_names for text in table[name]}
+            captions = to_dataset({text: Item(text=text) for text in sorted(texts)}, ["text"])
+            model.announce(self.metadata.name, [*tables, captions], **kwargs.get("encode_kwargs", {}))
+        return super().evaluate(model, split, subsets_to_run, **kwargs)
 
     def _evaluate_subset(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mteb.abstasks import AbsTaskRetrieval
@@ -64,16 +64,17 @@ def retrieval_split(
 
 
 def _check(data: RetrievalData) -> None:
+    known = set(data.corpus)
     for query in data.queries:
         if not data.relevant.get(query):
             raise ValueError(f"query {query!r} has no relevant document")
-        listed = set(data.relevant[query])
+        listed: list[Collection[str]] = [data.relevant[query]]
         if data.candidates is not None:
             if not data.candidates.get(query):
                 raise ValueError(f"query {query!r} has an empty candidate list")
-            listed |= set(data.candidates[query])
-        unknown = sorted(listed - data.corpus.keys())
-        if unknown:
+            listed.append(data.candidates[query])
+        if not all(map(known.issuperset, listed)):
+            unknown = sorted(set().union(*listed) - known)
             raise ValueError(f"query {query!r} lists documents that the corpus lacks, the first is {unknown[0]!r}")
 
 

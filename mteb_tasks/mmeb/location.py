@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -77,7 +78,7 @@ def parquet_files(root: Path, subset: str) -> list[Path]:
         or in ``data/`` below it.
     """
     for parent in (root, root / "MMEB-eval", root / "data"):
-        found = sorted((parent / subset).glob("test*.parquet"))
+        found = sorted(file for file in (parent / subset).glob("test*.parquet") if file.is_file())
         if found:
             return found
     return []
@@ -144,7 +145,7 @@ def _unpacked(archive: Path) -> Path | None:
         try:
             with zipfile.ZipFile(archive) as opened:
                 opened.extractall(content)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise MMEBDataError(f"{archive} is not a whole zip archive ({error}): download it again") from error
         content.rename(parent / f"unpacked-{name}")  # complete or not there at all
     return parent / f"unpacked-{name}"
@@ -182,7 +183,8 @@ def _picture_digest(folder: Path) -> bytes:
     from unime_st.registry import home
 
     files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    states = [(file, os.stat(file)) for file in files if not file.endswith(".parquet")]
+    # A link that leads nowhere is no file; whoever looks for it is told that it is missing.
+    states = [(file, os.stat(file)) for file in files if not file.endswith(".parquet") and os.path.isfile(file)]
     if not states:
         return b""
     known = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])

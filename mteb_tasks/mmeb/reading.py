@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ class SubsetTable:
     """The rows of a subset with each distinct candidate once.
 
     Args:
-        file: First shard, for messages.
+        shards: Files with their numbers of rows, for messages.
         query_texts: Official text of each query.
         query_images: Image path of each query, "" for none.
         document_texts: Official text of each distinct candidate.
@@ -31,12 +33,20 @@ class SubsetTable:
         candidates: For each query the rows of its candidates; the first one is the positive. Duplicates are kept.
     """
 
-    file: Path
+    shards: list[tuple[Path, int]]
     query_texts: list[str]
     query_images: list[str]
     document_texts: list[str]
     document_images: list[str]
     candidates: list[np.ndarray]
+
+    def place(self, row: int) -> str:
+        """Name the file and the row of a query.
+
+        Args:
+            row: Its number over all files.
+        """
+        return _place(self.shards, row)
 
 
 def read_subset(root: Path, subset: Subset) -> SubsetTable:
@@ -56,25 +66,22 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     files = parquet_files(root, subset.name)
     if not files:
         raise MMEBDataError(f"subset {subset.name} is missing: no {subset.name}/test*.parquet in {root}")
+    parts = [_read(file) for file in files]
+    shards = [(file, part.num_rows) for file, part in zip(files, parts)]
     try:
-        table = pa.concat_tables([pq.read_table(file) for file in files])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise MMEBDataError(f"{files[0]} cannot be read ({error}): download it again") from error
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing or table.num_rows == 0:
-        raise MMEBDataError(f"{files[0]}: " + (f"no column {', '.join(missing)}" if missing else "no rows"))
-    lengths, texts, images = _candidate_columns(files[0], table)
+        table = pa.concat_tables(parts, promote_options="permissive")
+        lengths, texts, images = _candidate_columns(shards, table)
+        query_texts, query_images = (_strings(table[name]) for name in _COLUMNS[:2])
+    except pa.ArrowException as error:
+        raise MMEBDataError(f"{files[0]}: its columns are not strings and lists of strings ({error})") from error
     document_rows, first = _distinct(texts, images)
     rows_of = np.repeat(np.arange(table.num_rows), lengths)
-    document_texts = texts.take(pa.array(first)).to_pylist()
-    document_images = images.take(pa.array(first)).to_pylist()
-    query_texts = _strings(table["qry_text"])
-    query_images = _strings(table["qry_img_path"])
+    document_texts, document_images = texts.at(first), images.at(first)
     if "qry_inst" in table.column_names:
         query_texts = _joined_queries(subset, table, query_texts)
         document_texts = _joined_targets(subset, files[0], table, document_texts)
     found = SubsetTable(
-        files[0],
+        shards,
         query_texts,
         query_images,
         document_texts,
@@ -85,19 +92,19 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     return found
 
 
-def check_images(subset: Subset, table: SubsetTable, folders: ImageFolders) -> dict[str, Path]:
-    """Locate every picture of a subset and look at it as far as its header and end, and the checksums of PNG.
+def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = False) -> dict[str, Path]:
+    """Locate every picture of a subset.
 
     Args:
-        subset: Which subset.
-        table: Its rows.
+        table: The rows of the subset.
         folders: Where pictures lie.
+        look: Look at each, too, as far as its header and end, and the checksums of PNG.
 
     Returns:
         Path in the table to file.
 
     Raises:
-        MMEBDataError: If a picture is missing, not a picture, or cut off; the message names the row.
+        MMEBDataError: If a picture is missing or, when looked at, is no picture or cut off; the message names the row.
     """
     located: dict[str, Path] = {}
     for side, images in (("query", table.query_images), ("candidate", table.document_images)):
@@ -105,12 +112,12 @@ def check_images(subset: Subset, table: SubsetTable, folders: ImageFolders) -> d
             if not image or image in located:
                 continue
             file = folders.find(image)
-            fault = "is missing" if file is None else _fault(file)
+            fault = "is missing" if file is None else _fault(file) if look else None
             if file is None or fault is not None:
                 row = number
                 if side == "candidate":
                     row = next(row for row, listed in enumerate(table.candidates) if number in listed)
-                raise MMEBDataError(f"{table.file}: row {row}: picture {image} of the {side} {fault}")
+                raise MMEBDataError(f"{table.place(row)}: picture {image} of the {side} {fault}")
             located[image] = file
     return located
 
@@ -119,11 +126,11 @@ def _fault(file: Path) -> str | None:
     """What is wrong with a picture as far as its header, its end and, of PNG, its checksums tell."""
     from unime_st.data.images import BadImageError, ImageRef
 
+    if _seems_whole(file):
+        return None
     reference = ImageRef(path=str(file))
     try:
-        reference.size()
-        if not _ends_properly(file):
-            reference.open()  # unusual, but perhaps whole: decoding decides
+        reference.open()  # unusual, but perhaps whole: decoding decides
         with Image.open(file) as opened:
             opened.verify()
     except (BadImageError, OSError, SyntaxError, ValueError) as error:
@@ -131,63 +138,108 @@ def _fault(file: Path) -> str | None:
     return None
 
 
-def _ends_properly(file: Path) -> bool:
-    """Whether a file ends with the end mark of JPEG or PNG (a cheap test for downloads cut off in the middle)."""
-    with file.open("rb") as opened:
-        opened.seek(0, 2)
-        opened.seek(max(0, opened.tell() - 12))
-        tail = opened.read()
+def _seems_whole(file: Path) -> bool:
+    """Whether a file is a picture up to its end mark (a cheap test for downloads cut off in the middle)."""
+    from unime_st.data.images import MAX_BYTES
+
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) or not 12 <= found.st_size <= MAX_BYTES:
+            return False
+        with file.open("rb") as opened:
+            opened.seek(-12, os.SEEK_END)
+            tail = opened.read()
+            opened.seek(0)
+            Image.open(opened).verify()
+    except Exception:  # decoders raise nearly any type on hostile bytes; a closer look names the fault
+        return False
     return tail.endswith(b"\xff\xd9") or b"IEND" in tail
+
+
+def _read(file: Path) -> pa.Table:
+    """Read a table, the candidates as codes: a million strings take seconds and a hundred megabytes, codes neither."""
+    try:
+        with pq.ParquetFile(file) as opened:
+            paths = [opened.schema.column(number).path for number in range(len(opened.schema))]
+        table = pq.read_table(file, read_dictionary=[path for path in paths if path.startswith("tgt_")])
+    except (pa.ArrowException, OSError) as error:
+        raise MMEBDataError(f"{file} cannot be read ({error}): download it again") from error
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing or table.num_rows == 0:
+        raise MMEBDataError(f"{file}: " + (f"no column {', '.join(missing)}" if missing else "no rows"))
+    return table
+
+
+def _place(shards: Sequence[tuple[Path, int]], row: int) -> str:
+    shard = 0
+    while row >= shards[shard][1]:
+        row -= shards[shard][1]
+        shard += 1
+    return f"{shards[shard][0]}: row {row}"
 
 
 def _strings(column: pa.ChunkedArray) -> list[str]:
     return pc.fill_null(column.cast(pa.string()), "").to_pylist()
 
 
-def _candidate_columns(file: Path, table: pa.Table) -> tuple[np.ndarray, pa.Array, pa.Array]:
+@dataclass
+class _Coded:
+    """A column of strings: its distinct strings, and which of them each entry is."""
+
+    strings: list[str]
+    codes: np.ndarray
+
+    def at(self, places: np.ndarray) -> list[str]:
+        return [self.strings[code] for code in self.codes[places]]
+
+
+def _coded(column: pa.Array) -> _Coded:
+    """Codes of a column; what is null is the empty string."""
+    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column.cast(pa.string()))
+    strings = [*(text or "" for text in encoded.dictionary.to_pylist()), ""]
+    number = {text: code for code, text in enumerate(dict.fromkeys(strings))}
+    renamed = np.array([number[text] for text in strings], dtype=np.int64)
+    places = pc.fill_null(encoded.indices.cast(pa.int64()), len(strings) - 1)
+    return _Coded(list(number), renamed[places.to_numpy(zero_copy_only=False)])
+
+
+def _candidate_columns(shards: Sequence[tuple[Path, int]], table: pa.Table) -> tuple[np.ndarray, _Coded, _Coded]:
     """Number of candidates of each row, and all candidate texts and image paths in row order."""
-    columns = {name: table[name].combine_chunks() for name in ("tgt_text", "tgt_img_path")}
+    table = table.select(["tgt_text", "tgt_img_path"]).unify_dictionaries().combine_chunks()
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
     lists = {
         name: pa.types.is_list(column.type) or pa.types.is_large_list(column.type) for name, column in columns.items()
     }
     if not any(lists.values()):  # one candidate per row, not in a list
-        lengths = np.ones(table.num_rows, dtype=np.int64)
-        flat = [pc.fill_null(column.cast(pa.string()), "") for column in columns.values()]
-        return lengths, flat[0], flat[1]
+        texts, images = (_coded(column) for column in columns.values())
+        return np.ones(table.num_rows, dtype=np.int64), texts, images
     sizes = {name: pc.fill_null(pc.list_value_length(columns[name]), 0) for name, is_list in lists.items() if is_list}
     lengths = next(iter(sizes.values())).to_numpy(zero_copy_only=False).astype(np.int64)
     for size in sizes.values():
         unequal = np.flatnonzero(size.to_numpy(zero_copy_only=False) != lengths)
         if len(unequal):
-            raise MMEBDataError(f"{file}: row {unequal[0]} has not as many candidate texts as candidate images")
+            raise MMEBDataError(f"{_place(shards, unequal[0])} has not as many candidate texts as candidate images")
     if not lengths.all():
-        raise MMEBDataError(f"{file}: row {np.flatnonzero(lengths == 0)[0]} has an empty candidate list")
-    flat = []
+        raise MMEBDataError(f"{_place(shards, np.flatnonzero(lengths == 0)[0])} has an empty candidate list")
+    found = []
     for name, column in columns.items():
-        # Older rows give one text for all candidates of a row.
-        values = (
-            column.flatten() if lists[name] else column.take(pa.array(np.repeat(np.arange(table.num_rows), lengths)))
-        )
-        flat.append(pc.fill_null(values.cast(pa.string()), ""))
-    return lengths, flat[0], flat[1]
+        coded = _coded(column.flatten() if lists[name] else column)
+        if not lists[name]:  # older rows give one text for all candidates of a row
+            coded.codes = np.repeat(coded.codes, lengths)
+        found.append(coded)
+    return lengths, found[0], found[1]
 
 
-def _distinct(texts: pa.Array, images: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def _distinct(texts: _Coded, images: _Coded) -> tuple[np.ndarray, np.ndarray]:
     """Number the distinct (text, image) pairs by first appearance.
 
     Returns:
         The number of each entry, and the position of the first entry of each number.
     """
-    codes = [
-        pc.dictionary_encode(values).indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        for values in (texts, images)
-    ]
-    keys = codes[0] * (int(codes[1].max()) + 1) + codes[1]
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    number = np.empty(len(order), dtype=np.int64)
-    number[order] = np.arange(len(order))
-    return number[inverse], first[order]
+    keys = pa.array(texts.codes * len(images.strings) + images.codes)
+    numbers = pc.dictionary_encode(keys).indices.to_numpy()
+    highest = np.maximum.accumulate(numbers)
+    return numbers, np.flatnonzero(np.diff(highest, prepend=-1))
 
 
 def _joined_queries(subset: Subset, table: pa.Table, texts: list[str]) -> list[str]:
@@ -207,8 +259,8 @@ def _joined_targets(subset: Subset, file: Path, table: pa.Table, texts: list[str
     if not subset.has_image("target"):
         return texts
     column = table["tgt_inst"]
-    flat = column.combine_chunks().flatten() if pa.types.is_list(column.type) else column
-    instructions = {text.replace(IMAGE_TOKEN, "").strip() for text in pc.unique(flat).to_pylist() if text is not None}
+    flat = column.combine_chunks().flatten() if pa.types.is_list(column.type) else column.combine_chunks()
+    instructions = {text.replace(IMAGE_TOKEN, "").strip() for text in _coded(flat).strings if text}
     if len(instructions) != 1:
         raise MMEBDataError(f"{file}: {len(instructions)} different target instructions, expected one")
     (instruction,) = instructions
@@ -222,7 +274,7 @@ def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], l
     too_many = np.flatnonzero(lengths > subset.candidates)
     if len(too_many):
         raise MMEBDataError(
-            f"{table.file}: row {too_many[0]} has {lengths[too_many[0]]} candidates, {subset.name} has at most "
+            f"{table.place(too_many[0])} has {lengths[too_many[0]]} candidates, {subset.name} has at most "
             f"{subset.candidates}"
         )
     sides = (
@@ -234,10 +286,10 @@ def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], l
         for text, image, row in zip(texts, images, rows):
             if bool(image) != subset.has_image(side):
                 expected = "an image" if subset.has_image(side) else "no image"
-                raise MMEBDataError(f"{table.file}: row {row}: {side} path is {image!r}, expected {expected}")
+                raise MMEBDataError(f"{table.place(row)}: {side} path is {image!r}, expected {expected}")
             if subset.body(side, text) is None:
                 raise MMEBDataError(
-                    f"{table.file}: row {row}: the {side} text {text[:120]!r} is not an instance of {instruction!r}"
+                    f"{table.place(row)}: the {side} text {text[:120]!r} is not an instance of {instruction!r}"
                 )
             if not text.strip() and not image:
-                raise MMEBDataError(f"{table.file}: row {row}: an empty {side}")
+                raise MMEBDataError(f"{table.place(row)}: an empty {side}")

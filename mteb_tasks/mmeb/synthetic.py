@@ -26,6 +26,7 @@ def write_synthetic_mmeb(
     side: int = 32,
     layout: Literal["v1", "v2"] = "v1",
     duplicates: bool = True,
+    shared: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write subsets with random words and random pictures.
@@ -38,10 +39,12 @@ def write_synthetic_mmeb(
         subsets: Which subsets.
         queries: Rows of each subset.
         candidates: Candidates of each row (capped by what the subset allows).
-        documents: Distinct candidates of each subset, shared by the rows.
+        documents: Distinct candidates of each subset, among which the rows draw theirs.
         side: Side of the pictures in pixels.
         layout: Fields of ``TIGER-Lab/MMEB-eval`` ("v1") or of VLM2Vec-V2 ("v2").
         duplicates: Repeat the positive at the end of every fifth row.
+        shared: Share candidates as the real data do: all rows of a classification set have its labels, ImageNet-1K and
+            ImageNet-A the same ones, and VQA sets draw their answers from one vocabulary of twice `documents`.
         seed: Seed of words and pictures.
 
     Returns:
@@ -57,7 +60,10 @@ def write_synthetic_mmeb(
     root = Path(folder)
     for subset in subsets:
         rng = random.Random(f"{seed}-{subset.name}")
-        pool = [_side(root, subset, "target", f"t{number}", rng, side) for number in range(max(documents, candidates))]
+        pool = _shared_candidates(subset, documents, rng, seed) if shared else []
+        pool = pool or [
+            _side(root, subset, "target", f"t{number}", rng, side) for number in range(max(documents, candidates))
+        ]
         distinct = list(dict.fromkeys(pool))
         rows = []
         for number in range(queries):
@@ -69,6 +75,17 @@ def write_synthetic_mmeb(
         table = _v1(subset, rows) if layout == "v1" else _v2(subset, rows)
         pq.write_table(table, root / subset.name / "test-00000-of-00001.parquet")
     return root
+
+
+def _shared_candidates(subset: Subset, documents: int, rng: random.Random, seed: int) -> list[tuple[str, str]]:
+    """Labels of a classification set, answers of a VQA set; nothing for the others."""
+    if subset.meta == "classification":
+        return [(f"{subset.name.replace('-A', '-1K')} label {number}", "") for number in range(subset.candidates)]
+    if subset.meta == "vqa":
+        words = random.Random(f"{seed}-answers")
+        answers = [f"{words.choice(_WORDS)} {words.choice(_WORDS)} {number}" for number in range(2 * documents)]
+        return [(answer, "") for answer in rng.sample(answers, documents)]
+    return []
 
 
 def _side(root: Path, subset: Subset, side: str, name: str, rng: random.Random, size: int) -> tuple[str, str]:

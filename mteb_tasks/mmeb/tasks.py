@@ -7,10 +7,12 @@ import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
@@ -26,7 +28,7 @@ from mteb_tasks.mmeb.location import (
     local_root,
     parquet_files,
 )
-from mteb_tasks.mmeb.reading import check_images, read_subset
+from mteb_tasks.mmeb.reading import locate_images, read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
@@ -70,13 +72,41 @@ def preflight(root: Path, subsets: Iterable[Subset]) -> None:
     for subset in subsets:
         missing += not parquet_files(root, subset.name)
         try:
-            check_images(subset, read_subset(root, subset), folders)
+            locate_images(read_subset(root, subset), folders, look=True)
         except MMEBDataError as error:
             faults.append(str(error))
     if faults:
         hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing subsets out)" if 0 < missing < len(subsets) else ""
         count = "1 MMEB subset" if len(faults) == 1 else f"{len(faults)} MMEB subsets"
         raise MMEBDataError(f"{count} cannot be evaluated{hint}:\n" + "\n".join(faults))
+
+
+@dataclass
+class Together:
+    """Subsets that are evaluated in one run: all are checked before the first one is encoded.
+
+    Args:
+        subsets: The subsets.
+        states: Fingerprints of those that were checked.
+    """
+
+    subsets: tuple[Subset, ...]
+    states: dict[str, str] = field(default_factory=dict)
+
+    def check(self, root: Path, own: Subset, state: str) -> None:
+        """Check all of them, unless that was done and one of them is as it was then.
+
+        Args:
+            root: Folder of the evaluation data.
+            own: The subset that is about to be encoded.
+            state: Its fingerprint.
+
+        Raises:
+            MMEBDataError: Lists the first fault of each faulty subset.
+        """
+        if self.states.get(own.name) != state:
+            preflight(root, self.subsets)
+            self.states = {subset.name: fingerprint(root, subset.name) for subset in self.subsets}
 
 
 class MMEBTask(ItemRetrievalTask):
@@ -87,8 +117,8 @@ class MMEBTask(ItemRetrievalTask):
     """
 
     subset: ClassVar[Subset]
-    checked_with: tuple[Subset, ...] = ()
-    """Subsets that will be evaluated in the same run; all are checked before the first one is encoded."""
+    together: Together | None = None
+    """The run that the task is part of; None is a run of its own."""
 
     def __init__(self, **kwargs: Any) -> None:
         root = local_root()
@@ -98,19 +128,21 @@ class MMEBTask(ItemRetrievalTask):
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Read the rows; see `mteb_tasks.mmeb.reading.read_subset`."""
-        together = self.checked_with or (self.subset,)
-        root = data_root([found.name for found in together])
-        if local_root() is not None and f"local-{fingerprint(root, self.subset.name)}" != subset:
+        together = self.together or Together((self.subset,))
+        root = data_root([found.name for found in together.subsets])
+        state = fingerprint(root, self.subset.name)
+        if local_root() is not None and f"local-{state}" != subset:
             raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make the task anew")
         if local_root() is None:  # the hub's cache names a snapshot by its commit: it stands in the result
             self.metadata = self.metadata.model_copy(
                 update={"dataset": {**self.metadata.dataset, "revision": root.name}}
             )
-        _preflight_once(root, self.subset, together)
+        together.check(root, self.subset, state)
         table = read_subset(root, self.subset)
-        files = check_images(self.subset, table, ImageFolders(root))
+        files = locate_images(table, ImageFolders(root))
         names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
-        ranked = {f"q{row}": [names[number] for number in rows] for row, rows in enumerate(table.candidates)}
+        name_of = np.array(names, dtype=object)
+        ranked = {f"q{row}": name_of[rows].tolist() for row, rows in enumerate(table.candidates)}
         return RetrievalData(
             queries={
                 f"q{row}": Item(text=text, image=files.get(image))
@@ -130,20 +162,6 @@ class MMEBTask(ItemRetrievalTask):
         return retrieval_split(
             data, self.subset.category, query_body=query, document_body=target, prompt_style=PROMPT_STYLE
         )
-
-
-_checked: set[tuple[str, ...]] = set()
-
-
-def _preflight_once(root: Path, own: Subset, together: tuple[Subset, ...]) -> None:
-    names = [subset.name for subset in together]
-
-    def key(subset: Subset) -> tuple[str, ...]:
-        return str(root), subset.name, fingerprint(root, subset.name), *names
-
-    if key(own) not in _checked:  # a subset that changes later is noticed when its own task is loaded
-        preflight(root, together)
-        _checked.update(map(key, together))
 
 
 def _body(subset: Subset, side: str, text: str) -> str:
@@ -212,12 +230,13 @@ def checked_together(names: Iterable[str]) -> Iterator[None]:
     """
     named = set(names)
     whole = wanted(MMEB_TASKS) if MMEB.metadata.name in named else ()
-    before = MMEBTask.checked_with
-    MMEBTask.checked_with = tuple(task.subset for task in MMEB_TASKS if task.metadata.name in named or task in whole)
+    found = tuple(task.subset for task in MMEB_TASKS if task.metadata.name in named or task in whole)
+    before = MMEBTask.together
+    MMEBTask.together = Together(found) if found else None
     try:
         yield
     finally:
-        MMEBTask.checked_with = before
+        MMEBTask.together = before
 
 
 def mmeb_tasks() -> list[MMEBTask]:
@@ -227,8 +246,9 @@ def mmeb_tasks() -> list[MMEBTask]:
         All 36, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there.
     """
     tasks = [task() for task in wanted(MMEB_TASKS)]
+    together = Together(tuple(task.subset for task in tasks))
     for task in tasks:
-        task.checked_with = tuple(found.subset for found in tasks)
+        task.together = together
     return tasks
 
 

@@ -44,3 +44,14 @@ def released(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Senten
     folder = tmp_path_factory.mktemp("released") / "model"
     made = convert(source, "unime-v2-2b", output=folder, image_size=128, dtype="float32")
     return SentenceTransformer(str(made), device="cpu")
+
+
+@pytest.fixture
+def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two small subsets of MMEB, OVEN and CIRR, in `$MMEB_EVAL_DIR`."""
+    from mteb_tasks.mmeb.subsets import subset_named
+    from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
+
+    write_synthetic_mmeb(tmp_path, subsets=[subset_named("OVEN"), subset_named("CIRR")], queries=3, candidates=3)
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(tmp_path))
+    return tmp_path

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import zlib
-from pathlib import Path
 
 import mteb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from mmeb_rows import rewrite
+from noisy_encoder import Noisy
 from PIL import Image
 
 from mteb_tasks import evaluate, wrap
-from mteb_tasks.description import model_meta
 from mteb_tasks.mmeb import location
 from mteb_tasks.mmeb.location import MMEBDataError, fingerprint
 from mteb_tasks.mmeb.reading import read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, mean_scores, mmeb_tasks
-from mteb_tasks.ranking import rank_candidates, tie_order
-from unime_st.data.images import BadImageError
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +31,6 @@ def synthetic(tmp_path_factory):
 def data(synthetic, monkeypatch):
     monkeypatch.setenv("MMEB_EVAL_DIR", str(synthetic))
     return synthetic
-
-
-class Noisy:
-    """A foreign encoder whose vectors depend only on what mteb shows it."""
-
-    def __init__(self):
-        self.mteb_model_meta = model_meta("noisy/hash", "1")
-
-    def encode(self, inputs, *, prompt_type=None, **kwargs):
-        return np.concatenate([self._batch(batch) for batch in inputs]).astype(np.float32)
-
-    def _batch(self, batch):
-        texts, images = batch.get("text"), batch.get("image")
-        rows = len(texts if texts is not None else images)
-        seeds = [
-            zlib.crc32(
-                (texts[row] if texts is not None else "").encode()
-                + (images[row].tobytes() if images is not None else b"")
-            )
-            for row in range(rows)
-        ]
-        return np.stack([np.random.default_rng(seed).normal(size=16) for seed in seeds])
-
-    def similarity(self, a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        return (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
-
-    def similarity_pairwise(self, a, b):
-        return np.diag(self.similarity(a, b))
 
 
 def test_the_table_has_the_paper_s_counts():
@@ -191,90 +159,6 @@ def test_means_of_a_part_are_means_of_that_part():
     assert "grounding" not in mean_scores({"OK-VQA": 0.5})
 
 
-@pytest.fixture
-def one(tmp_path, monkeypatch):
-    write_synthetic_mmeb(tmp_path, subsets=[subset_named("OVEN"), subset_named("CIRR")], queries=3, candidates=3)
-    monkeypatch.setenv("MMEB_EVAL_DIR", str(tmp_path))
-    return tmp_path
-
-
-def _rewrite(root, change, name="OVEN"):
-    file = root / name / "test-00000-of-00001.parquet"
-    rows = pq.read_table(file).to_pylist()
-    change(rows)
-    import pyarrow as pa
-
-    pq.write_table(pa.Table.from_pylist(rows), file)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: rows[1].update(qry_text="<|image_1|>\nFind it: x\n"), r"row 1: the query text .*Find it"),
-        (lambda rows: rows[2].update(qry_img_path=""), "row 2: query path is '', expected an image"),
-        (lambda rows: rows[1].update(tgt_text=[], tgt_img_path=[]), "row 1 has an empty candidate list"),
-        (lambda rows: rows[0]["tgt_text"].pop(), "row 0 has not as many candidate texts"),
-        (lambda rows: rows[0]["tgt_text"].__setitem__(1, "plain"), "row 0: the target text 'plain'"),
-        (lambda rows: rows[0].update(tgt_text=["x"] * 1001, tgt_img_path=["y"] * 1001), "row 0 has 1001 candidates"),
-        (
-            lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"),
-            "row 0: picture OVEN/gone.png of the query is missing",
-        ),
-        (
-            lambda rows: rows[2]["tgt_img_path"].__setitem__(1, "OVEN/gone.png"),
-            "row 2: picture OVEN/gone.png of the candidate is missing",
-        ),
-        (lambda rows: rows[0].update(qry_img_path="../OVEN/q0.png"), "is missing"),
-    ],
-)
-def test_a_faulty_row_is_named_before_anything_is_encoded(one, change, message):
-    _rewrite(one, change)
-    task = next(task for task in MMEB_TASKS if task.subset.name == "OVEN")()
-    with pytest.raises(MMEBDataError, match=message) as caught:
-        task.load_data()
-    assert "test-00000-of-00001.parquet" in str(caught.value)
-
-
-def test_truncated_files_are_found(one):
-    picture = one / "images" / "OVEN" / "q0.png"
-    picture.write_bytes(picture.read_bytes()[:-60])
-    table = one / "CIRR" / "test-00000-of-00001.parquet"
-    table.write_bytes(table.read_bytes()[:-20])
-    tasks = [task for task in mmeb_tasks() if task.subset.name in ("OVEN", "CIRR")]
-    for task in tasks:
-        task.checked_with = tuple(task.subset for task in tasks)
-    with pytest.raises(MMEBDataError, match="2 MMEB subsets") as caught:
-        tasks[0].load_data()
-    assert "q0.png" in str(caught.value) and "CIRR/test-00000-of-00001.parquet cannot be read" in str(caught.value)
-
-
-def _damage(picture):
-    content = bytearray(picture.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
-    picture.write_bytes(content)
-
-
-def test_damage_in_the_middle_of_a_picture_is_found_before_and_named_after_the_start(one, tiny):
-    picture = one / "images" / "CIRR" / "t1.png"
-    task = next(task for task in mmeb_tasks() if task.subset.name == "CIRR")
-    task.checked_with = ()
-    task.load_data()
-    _damage(picture)
-    with pytest.raises(BadImageError, match=r"MMEB-CIRR, document \w+ of query q\d: .*t1.png: cannot be decoded"):
-        evaluate(tiny, [task])
-    with pytest.raises(MMEBDataError, match=r"row \d: picture CIRR/t1.png of the candidate is broken") as caught:
-        next(task for task in MMEB_TASKS if task.subset.name == "CIRR")().load_data()
-    assert "MMEB_ALLOW_MISSING" not in str(caught.value)
-
-
-def test_missing_subsets_stop_the_run_or_are_listed_in_the_result(one, monkeypatch):
-    with pytest.raises(MMEBDataError, match=r"34 MMEB subsets cannot be evaluated \(set MMEB_ALLOW_MISSING=1"):
-        mteb.evaluate(Noisy(), MMEB(), cache=None)
-    monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
-    (scores,) = mteb.evaluate(Noisy(), MMEB(), cache=None)[0].scores["test"]
-    assert scores["num_tasks"] == 2 and len(scores["left_out"]) == 34 and "OK-VQA" in scores["left_out"]
-
-
 def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
     cache = mteb.ResultCache(tmp_path / "results")
@@ -285,7 +169,7 @@ def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch
     assert "mean" in numbers  # mteb rounds the numbers that it writes
     assert again == {**first, **{name: pytest.approx(first[name], abs=1e-6) for name in numbers}}
     stale = MMEB()
-    _rewrite(one, lambda rows: rows.pop(), name="CIRR")
+    rewrite(one, lambda rows: rows.pop(), name="CIRR")
     changed = mteb.evaluate(Noisy(), MMEB(), cache=cache)[0].scores["test"][0]
     assert changed["hf_subset"] != first["hf_subset"]
     with pytest.raises(MMEBDataError, match="has changed"):
@@ -366,39 +250,3 @@ def test_pictures_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):
         task = next(task for task in MMEB_TASKS if task.subset.name == "CIRR")()
         task.load_data()
     assert len(list(root.glob("unpacked-*"))) == 1
-
-
-def test_the_authors_scores_give_the_authors_hits():
-    rows = json.loads((Path(__file__).parents[1] / "data" / "mmeb_official_rows.json").read_text())
-    for name, found in rows.items():
-        for row in found:
-            distinct = sorted(set(row["document"]))
-            score_of = dict(zip(row["document"], row["scores"]))
-            documents = np.array([[score_of[document]] for document in distinct], dtype=np.float32)
-            ids = [f"{document:04d}" for document in distinct]
-            ((best, _),) = rank_candidates(np.ones((1, 1), np.float32), documents, None, tie_order(ids), 10)
-            hit = distinct[best[0]] == row["document"][0]
-            assert hit == row["correct_if_ties_favour_positive"], name
-
-
-def test_the_golden_subsets_give_the_official_scores_and_hits(released, official, tmp_path, monkeypatch):
-    monkeypatch.setenv("MMEB_EVAL_DIR", str(official / "eval" / "mmeb"))
-    monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
-    tasks = mmeb_tasks()
-    scores = evaluate(released, tasks, tmp_path)
-    assert len(scores) == 4
-    for task in tasks:
-        authors = json.loads((official / "eval/official_results" / f"mmeb_{task.subset.name}.json").read_text())
-        saved = json.loads((tmp_path / f"{task.metadata.name}_predictions.json").read_text())
-        (subset,) = task.hf_subsets
-        listed = task.retrieval_data(subset, "test").candidates
-        for row in authors["rows"]:
-            query = f"q{row['row']}"
-            found = saved[subset]["test"][query]
-            best = max(found, key=lambda document: (found[document], document))
-            # A copy of the positive may win officially by its position; here equal documents are one document.
-            assert (best == listed[query][0]) == row["correct_if_ties_favour_positive"]
-            for document, score in found.items():
-                assert score == pytest.approx(row["scores"][listed[query].index(document)], abs=1e-5)
-        low, high = authors["accuracy_bounds_under_ties"]
-        assert low <= scores[task.metadata.name][subset]["hit_rate_at_1"] <= high + 1e-5

@@ -129,27 +129,25 @@ def test_the_reranker_reads_the_embedder_s_prompt_beside_a_picture(released, off
     assert texts == {" Find an image caption describing the given image."}
 
 
-def test_both_stages_give_the_authors_scores(released, golden, tmp_path, monkeypatch):
-    if golden is None:
-        pytest.skip("needs the authors' reranker")
+def test_both_stages_give_the_authors_scores(released, official, tmp_path, monkeypatch):
     from unime_st.checkpoints import convert
 
     reranker = convert(
-        golden / "checkpoints" / "tiny-reranker-qwen25vl", "unime-v2-reranker", output=tmp_path / "reranker"
+        official / "checkpoints" / "tiny-reranker-qwen25vl", "unime-v2-reranker", output=tmp_path / "reranker"
     )
     embedder = tmp_path / "embedder"
     released.save_pretrained(str(embedder))
     for variable, value in {
         "MODEL": embedder,
         "RERANKER": reranker,
-        "EVAL_DIR": golden / "eval",
+        "EVAL_DIR": official / "eval",
         "HOME": tmp_path,
     }.items():
         monkeypatch.setenv(f"UNIME_{variable}", str(value))
     model = load_two_stage("unime/unime-local+reranker", device="cpu")
     scores = evaluate(model, [SugarCrepeByCategory()], tmp_path / "out")["SugarCrepeByCategory"]
     saved = json.loads((tmp_path / "out" / "SugarCrepeByCategory_predictions.json").read_text())
-    authors = json.loads((golden / "eval/official_results/rerank_sugarcrepe.json").read_text())["subsets"]
+    authors = json.loads((official / "eval/official_results/rerank_sugarcrepe.json").read_text())["subsets"]
     assert len(scores) == len(authors)
     for subset in scores:
         found = [pair[name] for pair in saved[subset]["test"].values() for name in ("caption", "negative_caption")]

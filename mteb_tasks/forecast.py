@@ -1,0 +1,105 @@
+"""What embedding a task will take, said before it begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Image
+from sentence_transformers import SentenceTransformer
+
+from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_NAME, iter_items
+from unime_st.data.items import Item
+from unime_st.encoding import CostModel
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAMPLE = 32
+"""Items that are looked at, and embedded, to find out."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `forecast` expects.
+
+    Args:
+        items: Rows of all tables.
+        distinct: Of these, different ones.
+        new: Of these, the ones without an embedding yet (from a sample).
+        tokens: Tokens of the new ones.
+        seconds: Time that they will take on this device.
+
+    Example:
+        >>> print(Forecast(2000, 1500, 1200, 120_000, 150.0))
+        2,000 items, 1,500 distinct, about 1,200 to embed: 120,000 tokens, 2.5 min
+    """
+
+    items: int
+    distinct: int
+    new: int
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        head = f"{self.items:,} items, {self.distinct:,} distinct, "
+        if not self.new:
+            return head + "all embedded before"
+        unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if self.seconds >= n or n == 1)
+        return f"{head}about {self.new:,} to embed: {self.tokens:,} tokens, {self.seconds / length:.1f} {unit}"
+
+
+def forecast(
+    model: SentenceTransformer,
+    tables: Sequence[Dataset],
+    is_known: Callable[[Item], bool],
+    embed: Callable[[list[Item]], object],
+) -> Forecast:
+    """Find out what embedding tables will take, from a sample that is embedded on the way.
+
+    Args:
+        model: The embedder.
+        tables: Tables made by `mteb_tasks.columns.to_dataset`.
+        is_known: Whether an item needs no embedding any more.
+        embed: Embeds items and keeps what it found.
+
+    Returns:
+        What to expect. Equal pictures in different files count as different here; they are embedded once nevertheless.
+
+    Raises:
+        BadImageError: If a picture of the sample cannot be read.
+    """
+    first: dict[tuple[str, str, object], tuple[int, int]] = {}
+    for number, table in enumerate(tables):
+        for row, content in enumerate(_contents(table)):
+            first.setdefault(content, (number, row))
+    distinct = list(first.values())
+    chosen = [distinct[place] for place in np.linspace(0, len(distinct) - 1, min(SAMPLE, len(distinct)), dtype=int)]
+    fresh = []
+    for number, table in enumerate(tables):
+        part = table.select([row for owner, row in chosen if owner == number])
+        items = (item for window in iter_items(part, prompts=model.prompts) for item in window)
+        fresh += [item for item in items if not is_known(item)]
+    count = sum(map(len, tables))
+    if not fresh:
+        return Forecast(count, len(distinct), 0, 0, 0.0)
+    per_item = float(CostModel(model)(fresh).mean())
+    started = time.perf_counter()
+    embed(fresh)
+    seconds = (time.perf_counter() - started) / len(fresh)
+    new = round(len(distinct) * len(fresh) / len(chosen))
+    return Forecast(count, len(distinct), new, round(new * per_item), new * seconds)
+
+
+def _contents(table: Dataset) -> Iterator[tuple[str, str, object]]:
+    """What tells the rows of a table apart, without reading files."""
+    if "image" in table.column_names:
+        table = table.cast_column("image", Image(decode=False))
+    rows = table[:]
+    pictures = rows.get("image") or [None] * len(table)
+    prompts = rows.get(PROMPT_NAME) or [""] * len(table)
+    for text, prompt, picture in zip(rows[OFFICIAL_TEXT], prompts, pictures):
+        yield text or "", prompt, picture and (picture["path"] or hash(picture["bytes"]))

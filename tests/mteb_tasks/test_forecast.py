@@ -1,0 +1,75 @@
+"""What a task will take is said before the work."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import mteb
+import pytest
+from PIL import Image
+
+from mteb_tasks import evaluate, loader, wrap
+from mteb_tasks.columns import to_dataset
+from mteb_tasks.forecast import Forecast, forecast
+from mteb_tasks.mmeb.subsets import SUBSETS
+from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
+from mteb_tasks.registration import registered_tasks
+from unime_st.data.items import Item
+from unime_st.encoding import CostModel, encode_items
+
+
+def test_items_distinct_ones_and_tokens_are_counted(tiny, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (56, 56), "red").save(path)
+    queries = {f"q{i}": Item(text=f"number {i % 5}", image=path) for i in range(10)}
+    corpus = {f"d{i}": Item(text=f"number {i % 4}") for i in range(8)}
+    tables = [to_dataset(queries, ["text", "image"]), to_dataset(corpus, ["text"])]
+    embedded = []
+    found = forecast(tiny, tables, lambda item: item.image is None, embedded.extend)
+    assert (found.items, found.distinct, found.new) == (18, 9, 5)
+    assert embedded == list(queries.values())[:5]
+    assert found.tokens == CostModel(tiny)(embedded).sum() and found.seconds >= 0
+    assert forecast(tiny, tables, lambda item: True, embedded.extend).new == 0
+
+
+def test_the_unit_of_time_fits():
+    ends = [str(Forecast(1, 1, 1, 1, seconds)).rsplit(", ", 1)[1] for seconds in (0.2, 75.0, 7200.0)]
+    assert ends == ["0.2 s", "1.2 min", "2.0 h"]
+    assert str(Forecast(2, 1, 0, 0, 0.0)).endswith("all embedded before")
+
+
+@pytest.mark.parametrize("task", registered_tasks()[:-1], ids=lambda task: task.metadata.name)
+def test_every_task_says_first_what_it_takes(tiny, official, tmp_path_factory, monkeypatch, caplog, task):
+    folder = tmp_path_factory.getbasetemp() / "every-subset"
+    if not folder.is_dir():
+        write_synthetic_mmeb(folder, subsets=SUBSETS, queries=2, candidates=2, documents=3)
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(folder))
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(official / "eval"))
+    forwards = []
+
+    def watched(model, items, **how):
+        forwards.append((len(items), len(caplog.records)))
+        return encode_items(model, items, **how)
+
+    monkeypatch.setattr(loader, "encode_items", watched)
+    made = task(size=3) if task.metadata.name.startswith("Scenes") else task()
+    with caplog.at_level(logging.INFO, "mteb_tasks.loader"):
+        evaluate(wrap(tiny), [made])
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "mteb_tasks.loader"]
+    told = re.fullmatch(
+        rf"{task.metadata.name}: ([\d,]+) items, ([\d,]+) distinct, about ([\d,]+) to embed: [\d,]+ tokens, [\d.]+ s",
+        line,
+    )
+    assert told, line
+    items, distinct, new = (int(number.replace(",", "")) for number in told.groups())
+    assert items >= distinct >= new >= sum(count for count, _ in forwards)  # nothing twice, the sample included
+
+
+def test_every_item_is_embedded_once_and_a_second_run_says_so(tiny, caplog):
+    wrapped = wrap(tiny)
+    with caplog.at_level(logging.INFO, "mteb_tasks.loader"):
+        for _ in range(2):
+            evaluate(wrapped, [mteb.get_task("ScenesCompositional").__class__(size=3)])
+    first, second = (record.getMessage() for record in caplog.records if record.name == "mteb_tasks.loader")
+    assert "to embed" in first and second.endswith("all embedded before")
