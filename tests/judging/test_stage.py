@@ -225,6 +225,12 @@ def test_low_positive_and_divisor(tmp_path: Path):
     assert pick(relaxed).negative_logits == (-5.5,) and pick(printed).negative_logits == (CERTAIN_LOGIT,)
     divided = select_rows(scores, tmp_path / "c", num_negatives=1, score_divisor=100.0, margin=0.0)
     assert pick(divided).negative_logits == (-5.5,)
+    trusted = pick(select_rows(scores, tmp_path / "d", num_negatives=2, min_positive_score=1.0))
+    assert trusted.positive_logit == CERTAIN_LOGIT and sorted(trusted.negative_logits) == [-5.5, -4.0]
+    believed = pick(select_rows(scores, tmp_path / "e", num_negatives=1, min_positive_score=0.001))
+    assert believed.positive_logit == pytest.approx(-5.0)  # scores more than that
+    with pytest.raises(ValueError, match="min_positive_score must be between 0 and 1, got 1.5"):
+        select_rows(scores, tmp_path / "f", min_positive_score=1.5)
 
 
 def test_statistics(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -50,6 +50,7 @@ def prepare(arguments: OwnDataArguments) -> None:
             output=str(output / "rows"),
             stride=arguments.stride,
             num_negatives=arguments.num_negatives,
+            min_positive_score=arguments.min_positive_score,
             seed=arguments.seed,
         )
     )
@@ -68,6 +69,7 @@ def train(arguments: OwnDataArguments, name: str) -> None:
             **_trained(arguments, name, warm, "rows", arguments.steps) | further,
             temperature=arguments.temperature,
             label_temperature=arguments.label_temperature,
+            divergence=arguments.divergence,
             num_negatives=arguments.num_negatives,
             in_batch_weight=arguments.in_batch_weight,
         )
@@ -98,9 +100,9 @@ def _trained(arguments: OwnDataArguments, name: str, start: str, data: str, step
     }
 
 
-def _one_kind(arguments: OwnDataArguments) -> dict[str, int]:
+def _one_kind(arguments: OwnDataArguments) -> dict[str, Any]:
     """Every batch holds one kind of query: no in-batch negative is a giveaway."""
-    return {"sub_batch_size": arguments.batch_size}
+    return {"sub_batch_size": arguments.batch_size, "dataset_temperature": arguments.dataset_temperature}
 
 
 def _judge(arguments: OwnDataArguments, pools: Path) -> str:

@@ -74,14 +74,21 @@ class OwnDataArguments:
     batch_size: int = field(default=48, metadata={"help": "Queries per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the warm-up."})
     further_learning_rate: float = field(default=1e-3, metadata={"help": "The same of UniME-V2 and of the control."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
+    dataset_temperature: float = field(
+        default=1.0, metadata={"help": "Data sets are drawn by size ** (1 / this): 1 proportional, large: alike."}
+    )
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters; 0 trains all weights."})
     lora_targets: str = field(default="all-linear", metadata={"help": "Layers with adapters: all-linear or a regex."})
     num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
+    min_positive_score: float = field(
+        default=0.0, metadata={"help": "Score of every positive at least; 1 trusts the pairs, not the judge."}
+    )
     num_negatives: int = field(default=5, metadata={"help": "Judged negatives per query in training."})
     stride: int = field(
         default=3, metadata={"help": "Step of the cyclic sampling: the negatives span the candidates."}
     )
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
     label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
+    divergence: str = field(default="symmetric_kl", metadata={"help": "symmetric_kl, js or kl."})
     in_batch_weight: float = field(default=1.0, metadata={"help": "Weight of the in-batch term beside soft labels."})
     seed: int = field(default=42, metadata={"help": "Seed of the training."})

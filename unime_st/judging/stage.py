@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from unime_st.data.checking import RejectedWriter
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import ROW_SCHEMA, RecordSet
-from unime_st.data.scores import CERTAIN_LOGIT, to_scores
+from unime_st.data.scores import CERTAIN_LOGIT, to_logits, to_scores
 from unime_st.data.tables import ShardWriter, link_items
 from unime_st.judging.judge import Group, Judge, PairError
 from unime_st.judging.store import Scores, ScoreShards, alone_in
@@ -232,6 +232,7 @@ def select_rows(
     seed: int = 0,
     relax_low_positive: bool = True,
     score_divisor: float = 1.0,
+    min_positive_score: float = 0.0,
     overwrite: bool = False,
 ) -> RecordSet:
     """Choose the negatives of every judged pair: the training rows of UniME-V2.
@@ -247,6 +248,9 @@ def select_rows(
             record of the released files shows. Defaults to True; False is the rule as printed.
         score_divisor: Score = sigmoid(log-odds / divisor) for the margin. Defaults to 1; the released files were made
             with 1.05. The log-odds in the rows are not divided.
+        min_positive_score: Score that every positive has at least, here and in the rows. Defaults to 0, the judge's own
+            (the paper). 1 trusts who paired query and positive more than the judge: for a judge that cannot tell what
+            the pairs differ in, and would have half of the hard negatives filtered and the rest tied with the positive.
         overwrite: Replace an output made with other options. Defaults to False.
 
     Returns:
@@ -273,7 +277,10 @@ def select_rows(
         "num_negatives": num_negatives,
         "relax_low_positive": relax_low_positive,
     }
-    options = {**rule, "seed": seed, "score_divisor": score_divisor}
+    if not 0 <= min_positive_score <= 1:
+        raise ValueError(f"min_positive_score must be between 0 and 1, got {min_positive_score}")
+    options = {**rule, "seed": seed, "score_divisor": score_divisor, "min_positive_score": min_positive_score}
+    least = float(to_logits(min_positive_score, divisor=score_divisor)) if min_positive_score else -np.inf
     if not begin_stage(output, "select", inputs=[scores.folder], options=options, overwrite=overwrite):
         return RecordSet.load(output)
     link_items(scores.folder, output)
@@ -285,6 +292,7 @@ def select_rows(
                 rejected.add("no candidates to choose from", row=number, query=row["query"], positive=row["positive"])
                 continue
             generator = np.random.default_rng([seed, number])
+            row["positive_logit"] = max(row["positive_logit"], least)
             shards.add(_select(row, rule, score_divisor, generator, statistics))
     if shards.rows == 0:
         raise ValueError(f"{scores.folder}: none of {len(scores)} pairs has a candidate; mine with a higher ceiling")

@@ -119,7 +119,8 @@ def _examples(
 def _filtered(positive_logit: float, logits: list[float], options: dict[str, Any]) -> np.ndarray:
     """Which candidates the false-negative filter takes out, as the selection stage decides it."""
     divisor, margin = options["score_divisor"], options["margin"]
-    pool, positive = to_scores(logits, divisor=divisor), float(to_scores(positive_logit, divisor=divisor))
+    pool = to_scores(logits, divisor=divisor)
+    positive = max(float(to_scores(positive_logit, divisor=divisor)), options["min_positive_score"])
     if options["relax_low_positive"] and positive <= margin:
         return pool >= positive
     return pool > positive - margin

@@ -239,6 +239,9 @@ class JudgeArguments(EngineArguments):
     stride: int = field(default=5, metadata={"help": "Step of the cyclic sampling."})
     num_negatives: int = field(default=10, metadata={"help": "Negatives per row."})
     score_divisor: float = field(default=1.0, metadata={"help": "Score = sigmoid(log-odds / this); released: 1.05."})
+    min_positive_score: float = field(
+        default=0.0, metadata={"help": "Of every positive; 1 trusts the pairs, not the judge."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the draw where no candidate survives."})
 
 

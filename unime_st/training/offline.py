@@ -152,6 +152,7 @@ def run_judge(arguments: JudgeArguments) -> Path:
         stride=arguments.stride,
         num_negatives=arguments.num_negatives,
         score_divisor=arguments.score_divisor,
+        min_positive_score=arguments.min_positive_score,
         seed=arguments.seed,
         overwrite=arguments.overwrite,
     )
