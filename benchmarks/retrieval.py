@@ -5,7 +5,6 @@ python benchmarks/retrieval.py [--device cuda] [--queries 4096 --corpus 100000 -
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from typing import Any
@@ -102,9 +101,9 @@ def measure_memory(chosen: Any) -> None:
     """Print by how much a search raises this process's peak memory."""
     queries, corpus = vectors(chosen.queries, chosen.dim, 0), vectors(chosen.corpus, chosen.dim, 1)
     top_k(queries[:8], corpus[:256], chosen.k, device=chosen.device)  # what libraries allocate once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = harness.peak_mb()
     top_k(queries, corpus, chosen.k, device=chosen.device)
-    sys.stdout.write(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.1f}\n")
+    sys.stdout.write(f"{harness.peak_mb() - before:.1f}\n")
 
 
 def main() -> None:
