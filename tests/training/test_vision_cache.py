@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import time
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed
 from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.planning import item_costs
-from unime_st.training.vision import VISUAL_TOKENS, VisionCache, check_frozen, picture_keys
+from unime_st.training.vision import VISUAL_TOKENS, SeenOnce, VisionCache, check_frozen, picture_keys
 
 SMALL = {"model": "unime-tiny", "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "max_steps": 4}
 
@@ -66,7 +67,9 @@ FAMILY_NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-1.6", "llava-onevis
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(tmp_path: Path, family: str) -> None:
+def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     items = _items()
     records = RecordSet.write(
         tmp_path / "records", [PairRecord(items[n], items[-1 - n]) for n in range(len(items) // 2)], {}
@@ -81,10 +84,11 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(tmp_pat
     batch = collate([{"query": row["query"], "positive": row["positive"]} for row in records.row_shards.rows()])
     batch = {name.removeprefix("bucket0_"): value for name, value in batch.items()}
 
-    def run(feed: Feed) -> tuple[float, dict[str, torch.Tensor]]:
+    def run(feed: Feed, once: SeenOnce | None = None) -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad()
         torch.manual_seed(3)
-        loss = DistinctItemsLoss(HardNegativeRankingLoss(model, 0.5, 1.0, num_negatives=3), feed)([dict(batch)])
+        inner = HardNegativeRankingLoss(model, 0.5, 1.0, num_negatives=3)
+        loss = DistinctItemsLoss(inner, feed, vision=once)([dict(batch)])
         loss.backward()
         return loss.item(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
 
@@ -95,6 +99,24 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(tmp_pat
     cache.fill(model, plain, costs, pixels)
     assert len(set(keys) - {b""}) == 4  # of nine items with a picture
 
+    def check(found: float, gradients: dict[str, torch.Tensor]) -> None:
+        assert found == pytest.approx(expected, rel=1e-5) and gradients.keys() == wanted.keys()
+        scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+        assert max(float((gradients[n] - wanted[n]).abs().max()) for n in wanted) < 1e-5 * scale
+
+    base = model.transformers_model.base_model
+    with monkeypatch.context() as patch:
+        looked: list[int] = []
+        original = base.get_image_features
+        count = wraps(original)(lambda *args, **kwargs: looked.append(1) or original(*args, **kwargs))
+        patch.setattr(base, "get_image_features", count)
+        once, passes = SeenOnce(model, torch.float32), []
+        for once.most_bytes in (0, 1 << 20, 2000):
+            check(*run(plain, once))
+            passes.append(len(looked))
+            looked.clear()
+        assert passes[0] == 2 * passes[1] and passes[1] <= passes[2] <= passes[0]
+
     positions = list(range(len(records.items)))
     stored = Feed(records, cache.preprocess, open_item=cache.open_item)
     (before,) = plain.stream([positions], torch.device("cpu"))
@@ -104,10 +126,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(tmp_pat
         assert torch.equal(before[name], after[name]), name
 
     model.transformers_model.base_model.get_image_features = None  # nobody may call it
-    found, gradients = run(stored)
-    assert found == pytest.approx(expected, rel=1e-5) and gradients.keys() == wanted.keys()
-    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
-    assert max(float((gradients[n] - wanted[n]).abs().max()) for n in wanted) < 1e-5 * scale
+    check(*run(stored))
 
 
 @pytest.mark.parametrize("stage", ["in_batch", "soft_labels"])

@@ -38,7 +38,7 @@ from unime_st.training.planning import (
 )
 from unime_st.training.processes import processes
 from unime_st.training.run import Setup
-from unime_st.training.vision import VisionCache, check_frozen, most_bytes, picture_keys
+from unime_st.training.vision import SeenOnce, VisionCache, check_frozen, most_bytes, picture_keys
 
 logger = logging.getLogger(__name__)
 COSTS = "costs.npy"
@@ -93,7 +93,8 @@ class EmbedderSetup:
         rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype, lazy)
         words = self._words(lazy, per_pass, budget)
         kept = str(vision) if vision else self._expected(model, costs, places)
-        loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims)
+        once = _seen_once(model, dtype) if lazy and vision is None else None
+        loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims, once)
         gathers = bool(getattr(loss.loss, "gather_across_devices", False))
         return Setup(
             rows=rows,
@@ -278,3 +279,10 @@ class EmbedderSetup:
             device=str(model.device),
             vision_cache=kept,
         )
+
+
+def _seen_once(model: BaseModel, dtype: torch.dtype) -> SeenOnce | None:
+    try:
+        return SeenOnce(model, dtype)
+    except ValueError:  # a vision tower that is trained, or of another kind, is run in both passes
+        return None

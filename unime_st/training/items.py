@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,12 +13,16 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.encoding import pack, within_pixels
 from unime_st.training.feed import Feed
+
+if TYPE_CHECKING:
+    from unime_st.training.vision import SeenOnce
 
 COLUMNS = "columns"
 """Feature of the first bucket: which item stands where in the batch."""
@@ -121,6 +125,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         loss: A loss with ``calculate_loss(reps, labels, with_backward=...)``, as all cached losses have.
         feed: Decodes the mini-batches that a lazy :class:`ItemCollator` planned.
         matryoshka_dims: Train the mean of the losses of these prefixes of the embedding. Defaults to the whole.
+        vision: Runs a frozen vision tower once a step. Defaults to None: it is a part of the model as others are.
 
     Attributes:
         tokens: Tokens embedded so far by this process, padding not counted; second passes neither.
@@ -130,16 +135,24 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
     uses_gradient_cache = True
     mini_batch_size = 1  # of planned mini-batches: what the mixin takes for inputs
 
-    def __init__(self, loss: Any, feed: Feed | None = None, matryoshka_dims: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        loss: Any,
+        feed: Feed | None = None,
+        matryoshka_dims: list[int] | None = None,
+        vision: SeenOnce | None = None,
+    ) -> None:
         super().__init__()
         self.loss: Any = loss
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
+        self.vision = vision
         self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)
         self._stream: Iterator[dict[str, Any]] = iter(())
         self._planned: list[list[int]] = []
-        self._next = 0
+        self._turns: list[tuple[int, bool]] = []  # mini-batches that the stream will give, and for which pass
+        self._once: SeenOnce | None = None
         self._used = 0
 
     @property
@@ -174,10 +187,17 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         planned = [part[:, 0].tolist() for part in batch["input_ids"].cpu().split(sizes)]
         self._used = len(planned)
         planned += planned[-1:] * (self._most_of_any_process(len(planned)) - len(planned))
-        twice = torch.is_grad_enabled()
-        self._stream = self.feed.stream(planned * 2 if twice else planned, self._columns.device)
-        self._next = 0
         self._planned = planned
+        turns = [(number, False) for number in range(len(planned))]
+        self._once = None
+        if torch.is_grad_enabled():
+            # Sharded weights are whole only while the model itself runs, not its vision tower alone.
+            self._once = None if isinstance(next(self.model.parameters()), DTensor) else self.vision
+            if self._once:
+                self._once.begin()
+            else:
+                turns += [(number, True) for number in range(len(planned))]
+        self._start(turns)
         return self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
 
     def _most_of_any_process(self, count: int) -> int:
@@ -198,18 +218,31 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         random_state: Any = None,
     ) -> tuple[Tensor, Any]:
         """Embed planned mini-batch number ``begin``, see :class:`CachedLossMixin`."""
-        number = len(self._planned) * with_grad + begin
-        features: dict[str, Any]
-        if number == self._next:
-            features = next(self._stream)
-            self._next += 1
-        else:  # out of turn: the mixin repeats a mini-batch to let DDP synchronise
-            assert self.feed is not None
-            features = next(self.feed.stream([self._planned[begin]], self._columns.device))
+        if self._once and with_grad and begin in self._once:
+            features = self._once[begin]
+        else:
+            features = self._features(begin, with_grad)
         if not with_grad:
             self._count(features)
         count = len(self._planned[begin])
         return super().embed_minibatch(features, 0, count, with_grad, copy_random_state, random_state)
+
+    def _start(self, turns: list[tuple[int, bool]]) -> None:
+        """Let the feed work ahead on these mini-batches."""
+        assert self.feed is not None
+        self._turns = turns
+        self._stream = self.feed.stream([self._planned[number] for number, _ in turns], self._columns.device)
+
+    def _features(self, begin: int, with_grad: bool) -> dict[str, Any]:
+        if self._once and with_grad and not self._turns:
+            self._start([(n, True) for n in range(begin, len(self._planned)) if n not in self._once])
+        if self._turns[:1] == [(begin, with_grad)]:
+            features = next(self._stream)
+            del self._turns[0]
+        else:  # out of turn: the mixin repeats a mini-batch to let DDP synchronise
+            assert self.feed is not None
+            features = next(self.feed.stream([self._planned[begin]], self._columns.device))
+        return self._once.look(begin, features) if self._once and not with_grad else features
 
     def _count(self, features: dict[str, Any]) -> None:
         if "attention_mask" in features:

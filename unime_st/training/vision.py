@@ -96,8 +96,7 @@ class VisionCache:
         if len(own):
             cut = MiniBatches(costs, budget=_TOKENS_AT_ONCE, pixels=pixels, most_pixels=most_pixels(model.device))
             groups = [own[group].tolist() for group in cut(own)]
-            autocast = torch.autocast(model.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), _autocast(model, self.dtype):
                 self._compute(model, feed, groups)
         state.wait_for_everyone()
         self.store.refresh()
@@ -105,15 +104,11 @@ class VisionCache:
             raise ValueError(f"vision_cache: not all processes see the same {self.store.folder}; share that folder.")
 
     def _compute(self, model: BaseModel, feed: Feed, groups: list[list[int]]) -> None:
-        base = _base(model)
-        accepted = signature(base.get_image_features).parameters
         was_training = model.training
         model.eval()
         mini_batches = zip(groups, feed.stream(groups, model.device))
         for group, features in tqdm(mini_batches, total=len(groups), desc="visual tokens", unit="batch"):
-            inputs = {name: value for name, value in features.items() if name in accepted}
-            out = base.get_image_features(**inputs, return_dict=True)
-            layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+            layers = _visual_layers(model, features)
             for place, position in enumerate(group):
                 tensors = {name: features[name][place : place + 1] for name in _OF_A_PICTURE if name in features}
                 if "image_sizes" in features:  # these processors count tokens by the side of a crop
@@ -187,6 +182,72 @@ def _put_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return {**features, "mm_encoder_outputs": {"image": image}}, *args[1:]
 
 
+class SeenOnce:
+    """Runs a frozen vision tower once in a step with cached gradients, whose two passes would each decode and run it.
+
+    Args:
+        model: The model to train, with its adapter.
+        dtype: What training computes in.
+
+    Attributes:
+        most_bytes: Visual tokens that may be kept from the first pass to the second: 64 MiB in the memory of a CPU, 1
+            GiB in that of another device, so that memory does not grow with the batch. The others are made again.
+
+    Raises:
+        ValueError: See :func:`check_frozen`.
+
+    Example:
+        >>> import torch
+        >>> from unime_st import UniME
+        >>> once = SeenOnce(UniME("unime-tiny").requires_grad_(False), torch.float32)
+        >>> once.most_bytes >> 20
+        64
+    """
+
+    def __init__(self, model: BaseModel, dtype: torch.dtype) -> None:
+        check_frozen(model)
+        self.most_bytes = (64 if model.device.type == "cpu" else 1024) << 20
+        self._model, self._dtype = model, dtype
+        self._kept: dict[int, Features] = {}
+        self._held = 0
+        model.register_forward_pre_hook(_put_in)
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._kept.clear()
+        self._held = 0
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._kept
+
+    def __getitem__(self, number: int) -> Features:
+        """The features of mini-batch ``number`` as the first pass left them."""
+        return dict(self._kept[number])
+
+    def look(self, number: int, features: Features) -> Features:
+        """Put visual tokens in the place of pixels, and keep them while there is room.
+
+        Args:
+            number: Of the mini-batch.
+            features: Input of the model.
+
+        Returns:
+            dict: Input of the model without pixels.
+        """
+        tokens: list[torch.Tensor] = []
+        if "pixel_values" in features:
+            with torch.no_grad(), _autocast(self._model, self._dtype):
+                layers = _visual_layers(self._model, features)
+            tokens = [torch.cat([layer[place] for place in range(len(layer))]) for layer in layers]
+            features = {name: value for name, value in features.items() if name != "pixel_values"}
+            features[VISUAL_TOKENS] = tokens
+        size = sum(layer.nbytes for layer in tokens)
+        if self._held + size <= self.most_bytes:
+            self._held += size
+            self._kept[number] = dict(features)
+        return features
+
+
 def check_frozen(model: BaseModel) -> None:
     """Refuse a model whose visual tokens do not stay what they are.
 
@@ -257,6 +318,19 @@ def most_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray, cos
     layers = 1 + len(getattr(base.config.vision_config, "deepstack_visual_indexes", ()))
     tokens = sum(int(costs[p]) for p in np.unique(positions).tolist() if records.items.at(p).image is not None)
     return tokens * layers * weight.shape[1] * weight.element_size()
+
+
+def _visual_layers(model: BaseModel, features: Features) -> list[Any]:
+    """What the vision tower gives to the language model, for each layer that it enters a sequence over the pictures."""
+    base = _base(model)
+    accepted = signature(base.get_image_features).parameters
+    inputs = {name: value for name, value in features.items() if name in accepted}
+    out = base.get_image_features(**inputs, return_dict=True)
+    return [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+
+
+def _autocast(model: BaseModel, dtype: torch.dtype) -> Any:
+    return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def _base(model: BaseModel) -> Any:
