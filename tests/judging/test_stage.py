@@ -90,7 +90,7 @@ def test_the_same_shard_written_by_two_at_once(pools: Pools, tmp_path: Path):
         shards.write(0, rows, logits, failed)
         assert shards.finish({})
 
-    other = threading.Thread(target=second)
+    other = threading.Thread(target=second, daemon=True)
 
     class Interrupted(list):
         def __iter__(self) -> Iterator[dict]:

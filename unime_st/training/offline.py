@@ -69,6 +69,7 @@ def run_mine(arguments: MineArguments) -> Path:
         max_similarity=ceiling(arguments.max_similarity),
         batch_size=arguments.batch_size,
         embed=cluster.embedder(arguments.model, records, batch_size=arguments.batch_size) if cluster else None,
+        vectors=arguments.vectors or None,
         overwrite=arguments.overwrite,
     )
     return pools.folder
