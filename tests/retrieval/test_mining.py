@@ -244,13 +244,17 @@ def test_blocks_of_queries_and_order_of_chunks_change_nothing(
         assert left.similarities == pytest.approx(right.similarities, abs=1e-6)
 
 
-def test_a_vector_that_half_precision_cannot_hold_is_an_error(records: RecordSet, tmp_path: Path):
+def test_a_vector_that_half_precision_cannot_hold_is_an_error(
+    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = tiny_embedder()
-    large = lambda chunks: ((chunk[0], embedding.embed_chunk(records, model, chunk)) for chunk in chunks)
     forward = model.forward
-    model.forward = lambda *inputs, **options: {
-        name: value * 1e6 if name == "sentence_embedding" else value
-        for name, value in forward(*inputs, **options).items()
-    }
+
+    def long(*inputs: object, **options: object) -> dict[str, torch.Tensor]:
+        found = forward(*inputs, **options)
+        return found | {"sentence_embedding": found["sentence_embedding"] * 1e6}
+
+    monkeypatch.setattr(model, "forward", long)
     with pytest.raises(ValueError, match="not finite in float16 for Item"):
-        mine(records, tiny_embedder(), tmp_path / "pools", embed=large)
+        mine(records, model, tmp_path / "pools")
+    assert not is_complete(tmp_path / "pools" / "vectors")
