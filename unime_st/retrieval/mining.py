@@ -104,9 +104,9 @@ def mine(
     any positive that the records give for it, the query itself, and whatever has the same content. Killed and started
     again, the embedding goes on where it was.
 
-    Memory holds, beside the blocks of :func:`~unime_st.retrieval.top_k`, the vectors of one pool's distinct positives
-    in float16 (2 x dim bytes each), those of 65,536 queries, for each pair 8 x ``num_candidates`` bytes of results,
-    and a few hundred bytes for each pair and item.
+    Memory holds, beside the blocks of :func:`~unime_st.retrieval.top_k` and others of at most 8192 vectors, the vectors
+    of one pool's distinct positives in float16 (2 x dim bytes each), those of 65,536 queries, for each pair
+    8 x ``num_candidates`` bytes of results, and a few hundred bytes for each pair and item.
 
     Args:
         records: Pair records, or their folder.
