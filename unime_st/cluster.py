@@ -14,7 +14,7 @@ from unime_st.data.records import RecordSet
 from unime_st.judging.judge import Judge
 from unime_st.judging.stage import JudgeWork
 from unime_st.judging.store import Scores
-from unime_st.retrieval.mining import ChunkEmbedder, embed_chunk
+from unime_st.retrieval.vectors import ChunkEmbedder, embed_chunk
 
 
 class _Embeds:

@@ -17,6 +17,8 @@ from unime_st.data.scenes import training_records
 from unime_st.judging import Group, HttpJudge, LocalJudge, PairError, ServerError
 from unime_st.judging.stage import judge_pools
 from unime_st.retrieval import mine
+from unime_st.training.arguments import JudgeArguments
+from unime_st.training.offline import run_judge
 
 Start = Callable[..., tuple[str, subprocess.Popen]]
 
@@ -110,3 +112,14 @@ def test_options_that_make_no_sense():
         HttpJudge("127.0.0.1:8000", "m")
     with pytest.raises(ValueError, match="concurrency"):
         HttpJudge("http://127.0.0.1:8000/v1", "m", concurrency=0)
+
+
+@pytest.mark.parametrize("option, value", [("template", "tiny"), ("max_text_tokens", 512), ("dtype", "bfloat16")])
+def test_options_that_a_server_cannot_be_told_are_refused(option: str, value: object, tmp_path: Path):
+    records = RecordSet.write(tmp_path / "records", [PairRecord(Item("a"), Item("b"))], {})
+    pools = mine(records, tiny_embedder(), tmp_path / "pools")
+    arguments = JudgeArguments(data=str(pools.folder), url="http://127.0.0.1:1/v1", scores=str(tmp_path / "scores"))
+    setattr(arguments, option, value)
+    with pytest.raises(ValueError, match=f"^{option} {value} has no effect.*leave out {option}"):
+        run_judge(arguments)
+    assert not (tmp_path / "scores").exists()

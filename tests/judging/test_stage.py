@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from tqdm import tqdm
 from word_judge import WordJudge
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
+from unime_st.data.manifest import begin_stage, read_manifest
 from unime_st.data.scores import CERTAIN_LOGIT, to_scores
 from unime_st.judging import Group, Judge, LocalJudge, PairError
 from unime_st.judging.stage import Scores, judge_pools, select_rows
+from unime_st.judging.store import ScoreShards
 from unime_st.retrieval import Pools, mine
 from unime_st.selection import select_negatives
 
@@ -72,6 +74,37 @@ def test_two_runs_at_once_share_what_is_left(pools: Pools, tmp_path: Path):
     assert {query for query, _ in slow.seen} == {found[0].query.id} and len(found) == len(pools)
     alone = judge_pools(pools, WordJudge(), tmp_path / "alone", shard_size=1)
     assert [row.logits for row in found] == [row.logits for row in alone]
+
+
+def test_the_same_shard_written_by_two_at_once(pools: Pools, tmp_path: Path):
+    """The second comes, and would finish the folder, while the first has its temporary files open."""
+    (tmp_path / "scores").mkdir()
+    rows = list(pools.row_shards.rows())
+    logits = {(row["query"], item): 1.0 for row in rows for item in (row["positive"], *row["candidates"])}
+    failed = {(rows[0]["query"], rows[0]["candidates"][0]): "broken"}
+    del logits[next(iter(failed))]
+    begin_stage(tmp_path / "scores", "judge", inputs=[], options={})
+
+    def second() -> None:
+        shards = ScoreShards(tmp_path / "scores", {"name": "words"}, 1)
+        shards.write(0, rows, logits, failed)
+        assert shards.finish({})
+
+    other = threading.Thread(target=second, daemon=True)
+
+    class Interrupted(list):
+        def __iter__(self) -> Iterator[dict]:
+            other.start()
+            other.join(timeout=1)  # time to do harm
+            return super().__iter__()
+
+    ScoreShards(tmp_path / "scores", {"name": "words"}, 1).write(0, Interrupted(rows), logits, failed)
+    other.join()
+    manifest = read_manifest(tmp_path / "scores")
+    assert (manifest["rows"], manifest["rejected"]) == (len(rows), 1)
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [
+        "manifest.json", "rejected.jsonl", "rows-00000.parquet"
+    ]  # fmt: skip
 
 
 def test_another_judge_is_refused(pools: Pools, tmp_path: Path):

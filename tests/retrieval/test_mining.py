@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from tiny_embedder import tiny_embedder
 from tqdm import tqdm
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
-from unime_st.encoding import encode_items
+from unime_st.encoding import VectorShards, encode_items
 from unime_st.retrieval import Pools, mine, mining
+from unime_st.retrieval import vectors as embedding
 
 
 def picture(seed: int) -> Image.Image:
@@ -40,7 +42,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> RecordSet:
 @pytest.fixture(scope="module")
 def vectors(records: RecordSet) -> dict[str, np.ndarray]:
     items = list(records.items)
-    return dict(zip([item.id for item in items], encode_items(tiny_embedder(), items).astype(np.float64)))
+    stored = encode_items(tiny_embedder(), items).astype(np.float16).astype(np.float64)
+    return dict(zip([item.id for item in items], stored))
 
 
 def test_pools_hold_the_nearest_positives_of_others(
@@ -111,16 +114,23 @@ def test_unreadable_images_are_set_aside(tmp_path: Path):
     assert [len(pool.candidates) for pool in pools] == [1, 1]
     entry = json.loads((tmp_path / "pools" / "rejected.jsonl").read_text())
     assert entry["row"] == 1 and pools.manifest["rejected"] == 1
+    entry = json.loads((tmp_path / "pools" / "vectors" / "rejected.jsonl").read_text())
+    assert (
+        entry["id"] == rows[1].positive.id
+        and np.isnan(VectorShards(tmp_path / "pools" / "vectors")[entry["row"]]).all()
+    )
 
 
 def test_finished_pools_are_kept_and_other_options_refused(records: RecordSet, tmp_path: Path):
     first = mine(records, tiny_embedder(), tmp_path / "pools", num_candidates=3)
     again = mine(records.folder, tiny_embedder(), tmp_path / "pools", num_candidates=3)
-    assert first.manifest == again.manifest and not list((tmp_path / "pools").glob("vectors*"))
+    assert first.manifest == again.manifest
     with pytest.raises(StageConflictError, match="num_candidates: 3 there, 4 now"):
         mine(records, tiny_embedder(), tmp_path / "pools", num_candidates=4)
     with pytest.raises(ValueError, match="pool must be one of"):
         mine(records, tiny_embedder(), tmp_path / "other", pool="everything")
+    with pytest.raises(ValueError, match="num_candidates must be at least 1, got 0"):
+        mine(records, tiny_embedder(), tmp_path / "other", num_candidates=0)
     with pytest.raises(ValueError, match="max_similarity"):
         mine(records, tiny_embedder(), tmp_path / "other", max_similarity="postive")
 
@@ -128,38 +138,123 @@ def test_finished_pools_are_kept_and_other_options_refused(records: RecordSet, t
 def _mine_slowly(folder: Path, output: Path) -> None:
     tqdm.set_lock(threading.RLock())  # killed while it holds the shared lock, it would block the parent for ever
     torch.set_num_threads(1)  # the parent's thread pool does not survive the fork
-    mining._CHUNK, encode = 4, mining.encode_items
+    embedding._CHUNK, encode = 4, embedding.encode_items
 
     def slow(*arguments: object, **options: object) -> object:
         time.sleep(0.3)
         return encode(*arguments, **options)
 
-    mining.encode_items = slow
+    embedding.encode_items = slow
     mine(folder, tiny_embedder(), output, num_candidates=5)
 
 
-def test_killed_and_started_again(records: RecordSet, tmp_path: Path):
+def test_killed_and_started_again(records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "pools"
+    monkeypatch.setattr(embedding, "_CHUNK", 4)
     tiny_embedder()
     process = multiprocessing.get_context("fork").Process(target=_mine_slowly, args=(records.folder, output))
     process.start()
-    while not (output / "vectors.json").exists():
+    while not list((output / "vectors").glob("*.npy")):
         assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()
-    done = json.loads((output / "vectors.json").read_text())["done"][-1][1]
-    assert 0 < done < len(records.items) and not is_complete(output)
-    before = np.load(output / "vectors.npy", mmap_mode="r")[:done].copy()
-    assert np.isfinite(before).all()
+    before = {path: path.stat().st_mtime_ns for path in (output / "vectors").glob("*.npy")}
+    assert 0 < len(before) < len(records.items) // 4 and not is_complete(output / "vectors")
     with pytest.raises(StageConflictError):
         mine(records, tiny_embedder(), output, num_candidates=6)
     resumed = mine(records, tiny_embedder(), output, num_candidates=5)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     straight = mine(records, tiny_embedder(), tmp_path / "straight", num_candidates=5)
-    assert resumed.rows["candidates"].equals(straight.rows["candidates"])
-    np.testing.assert_allclose(
-        np.concatenate(resumed.rows["similarities"].to_pylist()),
-        np.concatenate(straight.rows["similarities"].to_pylist()),
-        atol=1e-5,
-    )
+    found, expected = (VectorShards(folder / "vectors")[:] for folder in (output, tmp_path / "straight"))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    for left, right in zip(resumed, straight, strict=True):
+        assert left.positive_similarity == pytest.approx(right.positive_similarity, abs=1e-3)
     assert len(Pools(output)) == len(records)
+
+
+def test_vectors_are_stored_in_half_precision_and_serve_other_options(records: RecordSet, tmp_path: Path):
+    kept = tmp_path / "vectors"
+    first = mine(records, tiny_embedder(), tmp_path / "few", num_candidates=3, vectors=kept)
+    shards = VectorShards(kept).shards()
+    assert {shard.dtype for shard in shards} == {np.dtype(np.float16)} and len(VectorShards(kept)) == len(
+        records.items
+    )
+    assert is_complete(kept) and not (tmp_path / "few" / "vectors").exists()
+
+    def never(chunks: object) -> object:
+        raise AssertionError("embedded again")
+
+    more = mine(
+        records, tiny_embedder(), tmp_path / "more", num_candidates=5, max_similarity=None, vectors=kept, embed=never
+    )
+    again = mine(
+        records, tiny_embedder(), tmp_path / "few", num_candidates=5, vectors=kept, overwrite=True, embed=never
+    )
+    assert [pool.positive_similarity for pool in first] == [pool.positive_similarity for pool in more]
+    below = [
+        [item for item, score in zip(pool.candidates, pool.similarities) if score < pool.positive_similarity]
+        for pool in more
+    ]
+    assert below == [pool.candidates[: len(found)] for pool, found in zip(again, below)]
+
+    others = RecordSet.write(tmp_path / "others", pairs()[:6], {})
+    with pytest.raises(StageConflictError, match="vectors was made with something else.*input data"):
+        mine(others, tiny_embedder(), tmp_path / "other pools", vectors=kept)
+    assert len(mine(others, tiny_embedder(), tmp_path / "other pools", vectors=kept, overwrite=True)) == 6
+    assert len(VectorShards(kept)) == len(others.items)
+
+
+def test_ceilings_are_exact_for_the_stored_vectors(records: RecordSet, tmp_path: Path):
+    """Against a brute force in float64 over what lies on disk."""
+    pools = mine(records, tiny_embedder(), tmp_path / "pools", num_candidates=4, pool="global")
+    stored = VectorShards(tmp_path / "pools" / "vectors")[:].astype(np.float64)
+    place = {item_id: row for row, item_id in enumerate(records.item_ids)}
+    rows = pairs()
+    positives = {record.positive.id for record in rows}
+    for pool in pools:
+        query = stored[place[pool.query.id]]
+        ceiling = (query * stored[place[pool.positive.id]]).sum()
+        hidden = {pool.query.id, *(row.positive.id for row in rows if row.query == pool.query)}
+        scores = {item: (query * stored[place[item]]).sum() for item in positives - hidden}
+        below = sorted(
+            (item for item in scores if scores[item] < ceiling), key=lambda item: (-scores[item], place[item])
+        )
+        assert [item.id for item in pool.candidates] == below[:4]
+        assert pool.positive_similarity == pytest.approx(ceiling, abs=1e-6)
+
+
+def test_blocks_of_queries_and_order_of_chunks_change_nothing(
+    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(embedding, "_CHUNK", 4)
+    whole = mine(records, tiny_embedder(), tmp_path / "whole", num_candidates=5, vectors=tmp_path / "vectors")
+    monkeypatch.setattr(mining, "_QUERIES", 3)
+    monkeypatch.setattr(mining, "_GATHERED", 2)
+
+    def backwards(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+        stored = VectorShards(tmp_path / "vectors")
+        return ((start, stored[start:stop]) for start, stop in reversed(chunks))
+
+    blocks = mine(records, tiny_embedder(), tmp_path / "blocks", num_candidates=5, embed=backwards)
+    assert blocks.manifest == whole.manifest
+    for left, right in zip(blocks, whole, strict=True):
+        assert (left.query, left.positive, left.dataset) == (right.query, right.positive, right.dataset)
+        assert (left.candidates, left.positive_similarity) == (right.candidates, right.positive_similarity)
+        assert left.similarities == pytest.approx(right.similarities, abs=1e-6)
+
+
+def test_a_vector_that_half_precision_cannot_hold_is_an_error(
+    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_embedder()
+    forward = model.forward
+
+    def long(*inputs: object, **options: object) -> dict[str, torch.Tensor]:
+        found = forward(*inputs, **options)
+        return found | {"sentence_embedding": found["sentence_embedding"] * 1e6}
+
+    monkeypatch.setattr(model, "forward", long)
+    with pytest.raises(ValueError, match="not finite in float16 for Item"):
+        mine(records, model, tmp_path / "pools")
+    assert not is_complete(tmp_path / "pools" / "vectors")

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 SCHEMA_VERSION = 1
 """Version of the folder layout; a reader refuses folders written by a newer one."""
 
@@ -203,6 +205,19 @@ def begin_stage(
         raise FileExistsError(f"{folder}: not empty and not a stage folder; choose another output folder")
     write_json(folder / PLAN, plan)
     return True
+
+
+def alone_in(folder: Path) -> FileLock:
+    """A lock on a folder that several processes write to; the system gives it back if its holder dies.
+
+    Args:
+        folder: The folder; the lock's file lies beside it.
+
+    Returns:
+        FileLock: To be entered with ``with``.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(f"{folder.name}.lock"))
 
 
 def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:

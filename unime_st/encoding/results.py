@@ -72,7 +72,7 @@ class Shards:
     def __init__(self, folder: Path, dim: int, dtype: Any = np.float32) -> None:
         self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)
         folder.mkdir(parents=True, exist_ok=True)
-        there = (_shard(folder, number) for number in count())
+        there = (shard_path(folder, number) for number in count())
         self.sizes = [len(np.load(path, mmap_mode="r")) for path in takewhile(Path.is_file, there)]
         self.before = sum(self.sizes)
         """Rows that an earlier, killed run wrote."""
@@ -83,11 +83,7 @@ class Shards:
             content = np.full((size, self.dim), np.nan, dtype=self.dtype)
         else:
             content = vectors.float().cpu().numpy().astype(self.dtype)
-        final = _shard(self.folder, len(self.sizes))
-        temporary = final.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.save(file, content)
-        publish(temporary, final)
+        write_shard(self.folder, len(self.sizes), content)
         self.sizes.append(size)
 
     def rows(self, rows: Sequence[int]) -> torch.Tensor:
@@ -137,11 +133,21 @@ class VectorShards:
 
     def shards(self) -> list[np.ndarray]:
         """All vectors as read-only memory maps, in order."""
-        return [np.load(_shard(self.folder, number), mmap_mode="r") for number in range(len(self._sizes))]
+        return [np.load(shard_path(self.folder, number), mmap_mode="r") for number in range(len(self._sizes))]
 
 
-def _shard(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard of vectors lies."""
     return folder / f"vectors-{number:05d}.npy"
+
+
+def write_shard(folder: Path, number: int, content: np.ndarray) -> None:
+    """Write a shard of vectors that appears whole or not at all."""
+    final = shard_path(folder, number)
+    temporary = final.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, content)
+    publish(temporary, final)
 
 
 def _read(folder: Path, sizes: list[int], dim: int, rows: np.ndarray) -> np.ndarray:
@@ -150,5 +156,5 @@ def _read(folder: Path, sizes: list[int], dim: int, rows: np.ndarray) -> np.ndar
     blocks = np.searchsorted(starts, rows, side="right") - 1
     for block in np.unique(blocks):
         here = blocks == block
-        found[here] = np.load(_shard(folder, int(block)), mmap_mode="r")[rows[here] - starts[block]]
+        found[here] = np.load(shard_path(folder, int(block)), mmap_mode="r")[rows[here] - starts[block]]
     return found

@@ -12,12 +12,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st.data.checking import RejectedWriter
-from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.manifest import alone_in, begin_stage, finish_stage
 from unime_st.data.records import ROW_SCHEMA, RecordSet
 from unime_st.data.scores import CERTAIN_LOGIT, to_logits, to_scores
 from unime_st.data.tables import ShardWriter, link_items
 from unime_st.judging.judge import Group, Judge, PairError
-from unime_st.judging.store import Scores, ScoreShards, alone_in
+from unime_st.judging.store import Scores, ScoreShards
 from unime_st.retrieval.mining import Pools
 from unime_st.selection import select_negatives
 

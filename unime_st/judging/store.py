@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from unime_st.data.checking import RejectedWriter
-from unime_st.data.manifest import StageConflictError, finish_stage, is_complete
+from unime_st.data.manifest import StageConflictError, alone_in, finish_stage, is_complete
 from unime_st.data.records import ItemFolder
 from unime_st.data.tables import ShardWriter
 from unime_st.retrieval.mining import POOL_SCHEMA, Pool
@@ -122,7 +121,9 @@ class ScoreShards:
         logits: dict[tuple[str, str], float],
         failed: dict[tuple[str, str], str],
     ) -> None:
-        """Write a shard.
+        """Write a shard, unless another process has written it meanwhile.
+
+        One process writes at a time, so that none takes away what another is writing or has just set aside.
 
         Args:
             number: Its number.
@@ -130,6 +131,17 @@ class ScoreShards:
             logits: Log-odds by ids of query and candidate.
             failed: Why a pair has none, by the same ids.
         """
+        with alone_in(self.folder):
+            if self.missing([number]):
+                self._write(number, rows, logits, failed)
+
+    def _write(
+        self,
+        number: int,
+        rows: list[dict[str, Any]],
+        logits: dict[tuple[str, str], float],
+        failed: dict[tuple[str, str], str],
+    ) -> None:
         schema = SCORE_SCHEMA.with_metadata({"judge": json.dumps(self.identity)})
         # What was set aside is published first: a shard that is there is complete.
         with (
@@ -183,19 +195,6 @@ class ScoreShards:
             rows += len(logits)
             pairs += len(logits) + int(pc.sum(pc.list_value_length(logits)).as_py() or 0)
         return {"rows": rows, "pairs": pairs, "rejected": rejected.count, "shards": self.count}
-
-
-def alone_in(folder: Path) -> FileLock:
-    """A lock on a folder that several processes write to; the system gives it back if its holder dies.
-
-    Args:
-        folder: The folder; the lock's file lies beside it.
-
-    Returns:
-        FileLock: To be entered with ``with``.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
 
 
 def _judged(row: dict[str, Any], logits: dict[tuple[str, str], float]) -> dict[str, Any]:

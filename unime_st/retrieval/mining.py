@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.lib.format import open_memmap
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
 from unime_st.data.checking import RejectedWriter
 from unime_st.data.items import Item
-from unime_st.data.manifest import begin_stage, finish_stage, read_json, write_json
+from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import ItemFolder, RecordSet
 from unime_st.data.tables import ShardWriter, link_items
-from unime_st.encoding import encode_items, weights_fingerprint
+from unime_st.encoding import VectorShards, weights_fingerprint
 from unime_st.retrieval.top_k import paired_similarity, top_k
+from unime_st.retrieval.vectors import ChunkEmbedder, embed_chunk, embed_once
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +37,8 @@ POOL_SCHEMA = pa.schema(
 """One row per pair: its candidates by falling similarity to the query."""
 
 POOLS = ("modality", "dataset", "global")
-_CHUNK = 2048
-_VECTORS, _PROGRESS = "vectors.npy", "vectors.json"
+_QUERIES = 1 << 16  # searched together
+_GATHERED = 4096  # read from disk together
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,19 @@ def mine(
     batch_size: int = 64,
     device: str | torch.device | None = None,
     embed: ChunkEmbedder | None = None,
+    vectors: str | Path | None = None,
     overwrite: bool = False,
 ) -> Pools:
     """Find the hard candidates of every pair among the positives of all others (UniME-V2, global retrieval).
 
-    Every distinct item is embedded once; candidates are the exact nearest neighbours. Never a candidate of a query:
+    Every distinct item is embedded once, to float16 shards that stay on disk; candidates are the exact nearest
+    neighbours among these vectors, and the ceilings are similarities of the same vectors. Never a candidate of a query:
     any positive that the records give for it, the query itself, and whatever has the same content. Killed and started
     again, the embedding goes on where it was.
+
+    Memory holds, beside the blocks of :func:`~unime_st.retrieval.top_k` and others of at most 8192 vectors, the vectors
+    of one pool's distinct positives in float16 (2 x dim bytes each), those of 65,536 queries, for each pair
+    8 x ``num_candidates`` bytes of results, and a few hundred bytes for each pair and item.
 
     Args:
         records: Pair records, or their folder.
@@ -118,15 +122,18 @@ def mine(
         device: Where similarities are computed. Defaults to None, the CPU.
         embed: Where the items are embedded, by the same model: see :class:`unime_st.cluster.Cluster`. Defaults to
             None, this process.
-        overwrite: Replace an output made with other options. Defaults to False.
+        vectors: Folder of the vectors, 2 x dim bytes per item. Runs on the same records and model that name the same
+            folder embed once. Defaults to None, ``vectors`` in the output.
+        overwrite: Replace an output made with other options, and vectors of other records or another model. Defaults
+            to False.
 
     Returns:
         Pools: One row per pair, in the order of the records. Pairs whose own images cannot be read are in
         ``rejected.jsonl`` instead; unreadable candidates are left out. If the output is finished, nothing is done.
 
     Raises:
-        ValueError: If an option is unknown or the model gives vectors that are not finite.
-        StageConflictError: If the output was made of something else and ``overwrite`` is False.
+        ValueError: If an option makes no sense or the model gives vectors that are not finite in float16.
+        StageConflictError: If the output or the vectors were made of something else and ``overwrite`` is False.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "Potential hard negative mining": top 50 with similarity < delta.
@@ -143,6 +150,8 @@ def mine(
     records = records if isinstance(records, RecordSet) else RecordSet.load(records)
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
     if max_similarity not in ("positive", None) and not isinstance(max_similarity, (int, float)):
         raise ValueError(f"max_similarity must be 'positive', a number or None, got {max_similarity!r}")
     options = {
@@ -160,188 +169,124 @@ def mine(
     def here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
         return ((chunk[0], embed_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
 
-    vectors = embed_once(records, dim, output, embed or here)
-    rows = _Rows(records, vectors)
-    facts = _search(rows, vectors, num_candidates, pool, max_similarity, device)
-    facts |= _write(rows, output, num_candidates)
-    (output / _VECTORS).unlink()
-    (output / _PROGRESS).unlink()
+    found = embed_once(
+        records, str(options["model"]), dim, vectors or output / "vectors", embed or here, overwrite=overwrite
+    )
+    pairs = _Pairs(records, found, num_candidates)
+    margin = 0.0 if max_similarity == "positive" else np.inf if max_similarity is None else float(max_similarity)
+    sizes = {name: _search(pairs, members, found, margin, device) for name, members in pairs.by_pool(pool)}
+    facts = {"pool_sizes": sizes, **_write(pairs, output)}
     finish_stage(output, {"image_root": records.manifest.get("image_root"), "items": len(records.items), **facts})
     return Pools(output)
 
 
-class ChunkEmbedder(Protocol):
-    """Embeds chunks of the items of a folder, here or elsewhere."""
-
-    def __call__(self, chunks: Sequence[tuple[int, int]]) -> Iterable[tuple[int, np.ndarray]]:
-        """Embed items.
-
-        Args:
-            chunks: Positions (start, stop) of the items of each, in stored order.
-
-        Returns:
-            Iterable[tuple[int, np.ndarray]]: Start and vectors of each chunk, in any order; NaN for items with
-            unreadable images.
-        """
-        ...
-
-
-def embed_chunk(
-    records: ItemFolder, model: SentenceTransformer, chunk: tuple[int, int], *, batch_size: int = 64
-) -> np.ndarray:
-    """Embed a chunk of the items of a folder.
-
-    Args:
-        records: Whose items.
-        model: The embedder.
-        chunk: Positions (start, stop) of the items, in stored order.
-        batch_size: Items per forward pass.
-
-    Returns:
-        np.ndarray: float32 of shape (items, dim); NaN for items with unreadable images.
-
-    Raises:
-        ValueError: If the model gives vectors that are not finite.
-    """
-    items = [records.item(item_id) for item_id in records.item_ids[slice(*chunk)]]
-    found, readable = encode_items(model, items, batch_size=batch_size, on_error="skip")
-    broken = np.flatnonzero(readable & ~np.isfinite(found).all(axis=1))
-    if len(broken):
-        raise ValueError(f"the model gives a vector that is not finite for {items[broken[0]]!r:.200}")
-    return np.asarray(found, dtype=np.float32)
-
-
-def embed_once(records: ItemFolder, dim: int, folder: Path, embed: ChunkEmbedder) -> np.ndarray:
-    """Embed all distinct items into a file, so that memory stays bounded and a kill costs the chunks in flight.
-
-    Args:
-        records: Whose items.
-        dim: Width of the vectors.
-        folder: Where ``vectors.npy`` is kept while the stage runs.
-        embed: What makes the vectors.
-
-    Returns:
-        np.ndarray: float32 memory map of shape (items, dim), in stored order; NaN for items with unreadable images.
-
-    Raises:
-        ValueError: If the model gives vectors that are not finite.
-    """
-    total, done = len(records.item_ids), _done(folder)
-    mode: Literal["r+", "w+"] = "r+" if done else "w+"
-    vectors = open_memmap(folder / _VECTORS, mode=mode, dtype=np.float32, shape=None if done else (total, dim))
-    chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
-    with tqdm(total=total, desc="embedding", unit="item") as progress:
-        progress.update(sum(stop - start for start, stop in chunks if (start, stop) in done))
-        for start, found in embed([chunk for chunk in chunks if chunk not in done]):
-            vectors[start : start + len(found)] = found
-            vectors.flush()
-            done.add((start, start + len(found)))
-            write_json(folder / _PROGRESS, {"done": sorted(done)})
-            progress.update(len(found))
-    return vectors
-
-
-def _done(folder: Path) -> set[tuple[int, int]]:
-    """The chunks that are done."""
-    path = folder / _PROGRESS
-    if not (path.is_file() and (folder / _VECTORS).is_file()):
-        return set()
-    return {(start, stop) for start, stop in read_json(path)["done"]}
-
-
-class _Rows:
+class _Pairs:
     """The pairs as positions of items, and what is found for them."""
 
-    def __init__(self, records: RecordSet, vectors: np.ndarray) -> None:
-        table = records.row_shards.table(["query", "positive", "dataset"])
+    def __init__(self, records: RecordSet, vectors: VectorShards, k: int) -> None:
         self.ids = records.item_ids
         self.query, self.positive = (
-            np.array([records.items.position(item_id) for item_id in table[name].to_pylist()], dtype=np.int64)
-            for name in ("query", "positive")
+            records.items.positions(records.row_shards.column(name).to_pylist()) for name in ("query", "positive")
         )
-        self.dataset = table["dataset"].to_pylist()
-        readable = ~np.isnan(vectors[:, 0]) if len(vectors) else np.zeros(0, dtype=bool)
-        self.usable = readable[self.query] & readable[self.positive]
-        self.modality = _modalities(records)
+        self.dataset, self.datasets = _coded(records.row_shards.column("dataset"))
+        self.modality, self.modalities = _coded(pa.array((item.modality for item in records.items), pa.string()))
+        readable = [~np.isnan(shard[:, 0]) for shard in vectors.shards()]
+        readable_items = np.concatenate([np.zeros(0, dtype=bool), *readable])
+        self.usable = readable_items[self.query] & readable_items[self.positive]
         self.positive_similarity = np.full(len(self.query), np.nan)
-        self.found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(
-            self.query
-        )
-        self.relevant: dict[int, set[int]] = defaultdict(set)
-        for query, positive in zip(self.query.tolist(), self.positive.tolist()):
-            self.relevant[query].add(positive)
+        self.candidates = np.full((len(self.query), k), -1, dtype=np.int32)
+        self.similarities = np.full((len(self.query), k), -np.inf, dtype=np.float32)
+        self._by_query = np.argsort(self.query, kind="stable")
+        self._askers = self.query[self._by_query]
 
-    def by_pool(self, pool: str) -> dict[str, np.ndarray]:
-        """Rows of each pool."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        for row in np.flatnonzero(self.usable).tolist():
-            key = {"modality": self.modality[self.positive[row]], "dataset": self.dataset[row], "global": ""}[pool]
-            groups[key].append(row)
-        return {key: np.array(rows) for key, rows in groups.items()}
+    def by_pool(self, pool: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and rows of each pool."""
+        codes, names = {
+            "modality": (self.modality[self.positive], self.modalities),
+            "dataset": (self.dataset, self.datasets),
+            "global": (np.zeros(len(self.query), dtype=np.int64), [""]),
+        }[pool]
+        for code in np.unique(codes[self.usable]).tolist():
+            yield names[code], np.flatnonzero(self.usable & (codes == code))
+
+    def hidden(self, rows: np.ndarray, corpus: np.ndarray) -> list[list[int]]:
+        """Places in a sorted corpus that are no candidates of the rows: the query and its positives."""
+        queries, which = np.unique(self.query[rows], return_inverse=True)
+        first, last = (np.searchsorted(self._askers, queries, side) for side in ("left", "right"))
+        places = []
+        for query, start, stop in zip(queries, first, last):
+            wanted = np.unique(np.append(self.positive[self._by_query[start:stop]], query))
+            place = np.minimum(np.searchsorted(corpus, wanted), len(corpus) - 1)
+            places.append(place[corpus[place] == wanted].tolist())
+        return [places[index] for index in which]
 
 
-def _modalities(records: RecordSet) -> list[str]:
-    return [item.modality for item in records.items]
+def _coded(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Small integers instead of strings, and the strings."""
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    coded = values.dictionary_encode()
+    return coded.indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
 
 
 def _search(
-    rows: _Rows,
-    vectors: np.ndarray,
-    k: int,
-    pool: str,
-    max_similarity: str | float | None,
-    device: str | torch.device | None,
-) -> dict[str, Any]:
-    sizes = {}
-    for name, members in rows.by_pool(pool).items():
-        corpus = np.unique(rows.positive[members])
-        sizes[name] = len(corpus)
-        local = {int(position): place for place, position in enumerate(corpus)}
-        queries, positives = vectors[rows.query[members]], vectors[rows.positive[members]]
-        rows.positive_similarity[members] = paired_similarity(queries, positives)
-        margin = 0.0 if max_similarity == "positive" else np.inf if max_similarity is None else float(max_similarity)
-        hidden = [
-            [local[position] for position in {query, *rows.relevant[query]} if position in local]
-            for query in rows.query[members].tolist()
-        ]
+    pairs: _Pairs, members: np.ndarray, vectors: VectorShards, margin: float, device: str | torch.device | None
+) -> int:
+    """Find the candidates of the rows of a pool; gives its size."""
+    corpus = np.unique(pairs.positive[members])
+    corpus_vectors = _gather(vectors, corpus)
+    for start in range(0, len(members), _QUERIES):
+        rows = members[start : start + _QUERIES]
+        queries, positives = _gather(vectors, pairs.query[rows]), np.searchsorted(corpus, pairs.positive[rows])
+        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _GATHERED)):
+            similarity = paired_similarity(queries[part], corpus_vectors[positives[part]])
+            pairs.positive_similarity[rows[part]] = similarity
         scores, places = top_k(
             queries,
-            vectors[corpus],
-            k,
-            max_similarity=rows.positive_similarity[members] + margin,
-            exclude=hidden,
+            corpus_vectors,
+            pairs.candidates.shape[1],
+            max_similarity=pairs.positive_similarity[rows] + margin,
+            exclude=pairs.hidden(rows, corpus),
             device=device,
             show_progress_bar=True,
         )
-        for row, score, place in zip(members, scores, places):
-            rows.found[row] = (corpus[place[place >= 0]], score[place >= 0])
-    return {"pool_sizes": sizes}
+        pairs.candidates[rows] = np.where(places < 0, -1, corpus[places])
+        pairs.similarities[rows] = scores
+    return len(corpus)
 
 
-def _write(rows: _Rows, output: Path, k: int) -> dict[str, Any]:
-    lengths = np.array([len(rows.found[row][0]) for row in np.flatnonzero(rows.usable)], dtype=np.int64)
+def _gather(vectors: VectorShards, rows: np.ndarray) -> np.ndarray:
+    """Rows as they are stored, in half the memory of what reading them gives."""
+    found = np.empty((len(rows), vectors.dim), dtype=np.float16)
+    for start in range(0, len(rows), _GATHERED):
+        part = slice(start, start + _GATHERED)
+        found[part] = vectors[rows[part]]
+    return found
+
+
+def _write(pairs: _Pairs, output: Path) -> dict[str, Any]:
     with ShardWriter(output, "rows", POOL_SCHEMA) as shards, RejectedWriter(output) as rejected:
-        for row, usable in enumerate(rows.usable):
-            query, positive = rows.ids[rows.query[row]], rows.ids[rows.positive[row]]
+        for row, usable in enumerate(pairs.usable):
+            query, positive = pairs.ids[pairs.query[row]], pairs.ids[pairs.positive[row]]
             if not usable:
                 rejected.add("an image of the pair cannot be read", row=row, query=query, positive=positive)
                 continue
-            places, similarities = rows.found[row]
+            found = pairs.candidates[row] >= 0
             shards.add(
                 {
                     "query": query,
                     "positive": positive,
-                    "dataset": rows.dataset[row],
-                    "positive_similarity": rows.positive_similarity[row],
-                    "candidates": [rows.ids[place] for place in places],
-                    "similarities": similarities.tolist(),
+                    "dataset": pairs.datasets[pairs.dataset[row]],
+                    "positive_similarity": pairs.positive_similarity[row],
+                    "candidates": [pairs.ids[place] for place in pairs.candidates[row, found]],
+                    "similarities": pairs.similarities[row, found].tolist(),
                 }
             )
+    lengths = (pairs.candidates[pairs.usable] >= 0).sum(axis=1)
     facts = {
         "rows": shards.rows,
         "rejected": rejected.count,
         "candidates": int(lengths.sum()),
-        "short_pools": int((lengths < k).sum()),
+        "short_pools": int((lengths < pairs.candidates.shape[1]).sum()),
         "empty_pools": int((lengths == 0).sum()),
     }
     logger.info("mine: %(candidates)d candidates for %(rows)d pairs; %(short_pools)d pools are short", facts)

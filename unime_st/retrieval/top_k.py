@@ -54,8 +54,8 @@ def top_k(
     vectors), the query is searched again in float64, on which the device must be able to compute.
 
     Memory is bounded by a few blocks of ``query_chunk`` x ``corpus_chunk`` similarities, 32 MiB each with the defaults;
-    a memory-mapped corpus is read where it lies. A GPU also holds the corpus in float32, where half of its free memory
-    suffices for that.
+    a memory-mapped corpus is read where it lies, one in float16 is converted ``corpus_chunk`` vectors at a time. A GPU
+    also holds the corpus in float32, where half of its free memory suffices for that.
 
     Args:
         queries: Array or tensor of shape (n, dim).

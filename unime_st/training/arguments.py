@@ -203,6 +203,7 @@ class MineArguments(EngineArguments):
     data: str = field(default="", metadata={"help": "Folder of pair records."})
     model: str = field(default="unime-tiny", metadata={"help": "Embedding model that retrieves."})
     output: str = field(default="", metadata={"help": "Folder for the candidate pools."})
+    vectors: str = field(default="", metadata={"help": "Folder for the vectors, shared by runs; default: in output."})
     overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
     num_candidates: int = field(default=50, metadata={"help": "Candidates per query."})
     pool: str = field(default="modality", metadata={"help": "Search among: modality, dataset or global."})

@@ -69,6 +69,7 @@ def run_mine(arguments: MineArguments) -> Path:
         max_similarity=ceiling(arguments.max_similarity),
         batch_size=arguments.batch_size,
         embed=cluster.embedder(arguments.model, records, batch_size=arguments.batch_size) if cluster else None,
+        vectors=arguments.vectors or None,
         overwrite=arguments.overwrite,
     )
     return pools.folder
@@ -179,6 +180,12 @@ def _judges(arguments: JudgeArguments) -> list[Judge]:
     if arguments.url:
         if arguments.strong_model:
             raise ValueError("strong_model needs both judges in this process: leave out url.")
+        for option in ("template", "max_text_tokens", "dtype"):
+            if getattr(arguments, option) != getattr(JudgeArguments, option):
+                raise ValueError(
+                    f"{option} {getattr(arguments, option)} has no effect on the server at url, which is asked the "
+                    f"official question in its own chat template, precision and limit of length: leave out {option}."
+                )
         return [HttpJudge(arguments.url, arguments.model, concurrency=arguments.concurrency)]
     return [
         LocalJudge(
