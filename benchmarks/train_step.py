@@ -39,6 +39,7 @@ from unime_st.training.feed import Feed
 from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.planning import item_costs, matrix_rate, operations_per_token, peak_bytes
 from unime_st.training.stages import pair_rows
+from unime_st.training.vision import SeenOnce
 
 STOCK, OURS = "Sentence Transformers, eager images", "unime_st"
 _PIXELS = 448 * 448  # most pixels of a picture after the image processor
@@ -100,9 +101,9 @@ def our_step(model: UniME, records: RecordSet, count: int, mini_batch_size: int,
 
 
 def our_loss(model: UniME, records: RecordSet, count: int, workers: int) -> DistinctItemsLoss:
-    """The stock loss over distinct items that are decoded late."""
+    """The stock loss over distinct items that are decoded late, a frozen vision tower run once, as the stages make it."""
     inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=count)
-    return DistinctItemsLoss(inner, Feed(records, model.preprocess, workers))
+    return DistinctItemsLoss(inner, Feed(records, model.preprocess, workers), vision=SeenOnce(model, torch.float32))
 
 
 def _backward(loss: torch.Tensor, model: UniME) -> float:
