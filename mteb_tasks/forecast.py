@@ -18,6 +18,8 @@ from unime_st.encoding import CostModel
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_WINDOW = 1024
+
 SAMPLE = 32
 """Items that are looked at, and embedded, to find out."""
 
@@ -98,8 +100,9 @@ def _contents(table: Dataset) -> Iterator[tuple[str, str, object]]:
     """What tells the rows of a table apart, without reading files."""
     if "image" in table.column_names:
         table = table.cast_column("image", Image(decode=False))
-    rows = table[:]
-    pictures = rows.get("image") or [None] * len(table)
-    prompts = rows.get(PROMPT_NAME) or [""] * len(table)
-    for text, prompt, picture in zip(rows[OFFICIAL_TEXT], prompts, pictures):
-        yield text or "", prompt, picture and (picture["path"] or hash(picture["bytes"]))
+    for rows in table.iter(_WINDOW):  # a table may hold the encoded pictures themselves
+        size = len(rows[OFFICIAL_TEXT])
+        pictures = rows.get("image") or [None] * size
+        prompts = rows.get(PROMPT_NAME) or [""] * size
+        for text, prompt, picture in zip(rows[OFFICIAL_TEXT], prompts, pictures):
+            yield text or "", prompt, picture and (picture["path"] or hash(picture["bytes"]))

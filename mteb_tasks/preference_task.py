@@ -5,8 +5,9 @@ Tasks are registered whenever mteb is imported, so torch is imported only where 
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -66,8 +67,8 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
     image_prompt: str | None = None
     """Name of the prompt that our models put to the pictures."""
     _support_search = True
-    _told: Any = None
-    """The model that has said what the task will take."""
+    _told: Callable[[], Any] = staticmethod(lambda: None)
+    """Gives the model that has said what the task will take, as long as somebody else holds it."""
 
     @abstractmethod
     def foils(self, category: str, split: str) -> Sequence[Foil]:
@@ -114,8 +115,8 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
         Returns:
             Scores by category.
         """
-        if isinstance(model, Announcer) and self._told is not model:  # mteb asks for one category after the other
-            self._told = model
+        if isinstance(model, Announcer) and self._told() is not model:  # mteb asks for one category after the other
+            self._told = weakref.ref(model)
             self.load_data()
             tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
             texts = {text for table in tables for name in self.texts_column_names for text in table[name]}

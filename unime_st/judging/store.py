@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,23 +132,14 @@ class ScoreShards:
             logits: Log-odds by ids of query and candidate.
             failed: Why a pair has none, by the same ids.
         """
-        with alone_in(self.folder):
-            if self.missing([number]):
-                self._write(number, rows, logits, failed)
-
-    def _write(
-        self,
-        number: int,
-        rows: list[dict[str, Any]],
-        logits: dict[tuple[str, str], float],
-        failed: dict[tuple[str, str], str],
-    ) -> None:
         schema = SCORE_SCHEMA.with_metadata({"judge": json.dumps(self.identity)})
-        # What was set aside is published first: a shard that is there is complete.
-        with (
-            ShardWriter(self.folder, "rows", schema, first_shard=number) as shard,
-            RejectedWriter(self.folder, f"rejected-{number:05d}.jsonl", announce=False) as rejected,
-        ):
+        with alone_in(self.folder), ExitStack() as files:
+            if not self.missing([number]):
+                return
+            # What was set aside is published first: a shard that is there is complete.
+            shard = files.enter_context(ShardWriter(self.folder, "rows", schema, first_shard=number))
+            name = f"rejected-{number:05d}.jsonl"
+            rejected = files.enter_context(RejectedWriter(self.folder, name, announce=False))
             for (query, item), reason in failed.items():
                 rejected.add(reason, query=query, candidate=item)
             for row in rows:
