@@ -114,6 +114,9 @@ def test_leading_dimensions(tmp_path: Path):
     assert shards.dim == 8
     np.testing.assert_allclose(shards[:], expected, atol=1e-5)
     assert encode_to_shards(whole, items, tmp_path / "vectors", truncate_dim=8)[:].shape == expected.shape
+    wider = encode_to_shards(model, items, tmp_path / "wider", truncate_dim=16)[:]
+    np.testing.assert_allclose(wider, encode_items(whole, items, truncate_dim=16), atol=1e-5)
+    assert encode_items(model, [], truncate_dim=16).shape == (0, 16)
     with pytest.raises(StageConflictError, match="dim: 8 there, 32 now"):
         encode_to_shards(whole, items, tmp_path / "vectors")
     absent = Item(image=tmp_path / "absent.png")

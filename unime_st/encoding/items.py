@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -206,8 +207,9 @@ def _length(items: Iterable[Item]) -> int | None:
 
 
 def _width(model: SentenceTransformer, truncate_dim: int | None) -> int:
-    full = model.get_embedding_dimension() or 0
-    return full if truncate_dim is None else min(full, truncate_dim)
+    # Given in a call, it takes the place of the model's own, also where that is smaller.
+    with nullcontext() if truncate_dim is None else model.truncate_embeddings(truncate_dim):
+        return model.get_embedding_dimension() or 0
 
 
 def _truncation(model: SentenceTransformer, truncate_dim: int | None) -> dict[str, Any]:
