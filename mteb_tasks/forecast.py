@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from datasets import Image
@@ -17,6 +17,9 @@ from unime_st.encoding import CostModel
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+T = TypeVar("T", bound=Sized)
+R = TypeVar("R")
 
 _WINDOW = 1024
 
@@ -50,8 +53,32 @@ class Forecast:
         head = f"{self.items:,} items, {self.distinct:,} distinct, "
         if not self.new:
             return head + "all embedded before"
-        unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if self.seconds >= n or n == 1)
-        return f"{head}about {self.new:,} to embed: {self.tokens:,} tokens, {self.seconds / length:.1f} {unit}"
+        return f"{head}about {self.new:,} to embed: {self.tokens:,} tokens, {_duration(self.seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= n or n == 1)
+    return f"{seconds / length:.1f} {unit}"
+
+
+def try_some(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
+    """Do a little of something, and find out how long the whole will take.
+
+    Args:
+        run: What is to be done.
+        some: A few of the things that it is to be done to.
+        count: Number of all of them.
+
+    Returns:
+        What `run` gave, and the time for all, for a reader.
+
+    Example:
+        >>> try_some(sum, [1, 2], 1000)[0]
+        3
+    """
+    started = time.perf_counter()
+    found = run(some)
+    return found, _duration((time.perf_counter() - started) * count / max(1, len(some)))
 
 
 def forecast(

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,10 +20,10 @@ from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_STYLE, has_encoded_items, i
 from mteb_tasks.description import model_meta
 from mteb_tasks.forecast import forecast
 from mteb_tasks.ranking import rank_candidates, tie_order
-from mteb_tasks.store import EmbeddingStore
+from mteb_tasks.store import EmbeddingStore, NewEmbeddings
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
-from unime_st.encoding import encode_items
+from unime_st.encoding import encode_stream
 from unime_st.judging.prompts import clean_text
 from unime_st.model import UniME
 from unime_st.registry import resolve
@@ -38,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<|image_1|>"
 WINDOW = 1024
-"""Rows whose encoded pictures are held at once, and after which embeddings are safe on disk."""
+"""Items among which like lengths are sought, and after which embeddings are safe on disk."""
+
+_READ_AT_ONCE = 64
+"""Rows of a table that are read at once."""
 
 
 class UniMELoader:
@@ -111,7 +115,7 @@ class UniMELoader:
             float32 array ``(num_rows, dim)``, rows in the order of the loader.
         """
         if has_encoded_items(inputs.dataset):
-            return self._embed_table(cast("Dataset", inputs.dataset), **kwargs)
+            return self._embed_tables([cast("Dataset", inputs.dataset)], **kwargs)
         return self.embed(_items_of_batches(inputs), **kwargs)
 
     def embed(
@@ -120,16 +124,18 @@ class UniMELoader:
         *,
         style: str | None = None,
         batch_size: int = 32,
+        total: int | None = None,
         show_progress_bar: bool = False,
         **_: Any,
     ) -> np.ndarray:
         """Embed a stream of items.
 
         Args:
-            windows: Lists of items; only one list is held at a time.
+            windows: Lists of items; few lists are held at a time.
             style: Style of chat template to use, if the model's template has it.
             batch_size: Items per forward pass.
-            show_progress_bar: Show a bar for each window.
+            total: About how many of them are new, for the progress bar.
+            show_progress_bar: Show a bar over the items that are new.
 
         Returns:
             float32 array ``(num_items, dim)`` in stream order. An item seen before in the life of this object is
@@ -140,22 +146,28 @@ class UniMELoader:
         """
         style = self._style(style)
         order: list[str] = []
-        for items in windows:
-            items = [self._readable(item) for item in items]
-            keys = [_store_key(item, style) for item in items]
-            fresh = {key: item for key, item in zip(keys, items) if key not in self.store}
-            if fresh:
-                with self._in_style(style):
-                    vectors = encode_items(
-                        self.model, list(fresh.values()), batch_size=batch_size, show_progress_bar=show_progress_bar
-                    )
-                self.store.add(list(fresh), vectors)
-            order.extend(keys)
+        new = NewEmbeddings(self.store)
+        with self._in_style(style):
+            encode_stream(
+                self.model, self._fresh(windows, style, order, new), new,
+                window=WINDOW, batch_size=batch_size, total=total, show_progress_bar=show_progress_bar,
+            )  # fmt: skip
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
         return self.store.take(order)
 
-    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> None:
+    def _fresh(
+        self, windows: Iterable[list[Item]], style: str | None, order: list[str], new: NewEmbeddings
+    ) -> Iterator[Item]:
+        """The items that have no embedding yet, each once; the keys of all go to `order`."""
+        for items in windows:
+            for item in map(self._readable, items):
+                key = _store_key(item, style)
+                order.append(key)
+                if new.awaits(key):
+                    yield item
+
+    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> int | None:
         """Log what embedding some tables will take: items, distinct items, tokens and time.
 
         Args:
@@ -163,11 +175,15 @@ class UniMELoader:
             tables: Tables with encoded items.
             **kwargs: As for `embed`, for the few items that are embedded to find out.
 
+        Returns:
+            About how many are still to be embedded; None where messages are off and nobody was told.
+
         Raises:
             BadImageError: If a picture of these cannot be read.
         """
         if not logger.isEnabledFor(logging.INFO) or not any(len(table) for table in tables):
-            return
+            return None
+        before = len(self.store)
         style = self._style(_style_of(tables[0]))
         expected = forecast(
             self.model,
@@ -176,12 +192,15 @@ class UniMELoader:
             lambda items: self.embed([items], style=style, **kwargs),
         )
         logger.info("%s: %s", name, expected)
+        return max(0, expected.new - (len(self.store) - before))
 
     def _style(self, style: str | None) -> str | None:
         return style if style is not None and f"'{style}'" in self._template else None
 
-    def _embed_table(self, table: Dataset, **kwargs: Any) -> np.ndarray:
-        return self.embed(iter_items(table, WINDOW, self.model.prompts), style=_style_of(table), **kwargs)
+    def _embed_tables(self, tables: Sequence[Dataset], **kwargs: Any) -> np.ndarray:
+        # One stream, for which the model never waits between two tables.
+        windows = chain.from_iterable(iter_items(table, _READ_AT_ONCE, self.model.prompts) for table in tables)
+        return self.embed(windows, style=_style_of(tables[0]), **kwargs)
 
     @contextmanager
     def _in_style(self, style: str | None) -> Iterator[None]:
@@ -279,15 +298,15 @@ class UniMELoader:
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = list(queries["id"]), list(corpus["id"])
         try:
-            self.announce(task_metadata.name, [queries, corpus], **encode_kwargs)
-            asked, offered = (self._embed_table(table, **encode_kwargs) for table in (queries, corpus))
+            new = self.announce(task_metadata.name, [queries, corpus], **encode_kwargs)
+            vectors = self._embed_tables([queries, corpus], total=new, **encode_kwargs)
         except BadImageError as error:
             # It names an item by its place among the new ones of a window, which nobody can look up.
             where = _place_of(error, queries, corpus, top_ranked)
             raise BadImageError(f"{task_metadata.name}, {where}: {error}") from error
         ranked = rank_candidates(
-            asked,
-            offered,
+            vectors[: len(queries)],
+            vectors[len(queries) :],
             _candidate_rows(query_ids, document_ids, top_ranked),
             tie_order(document_ids),
             top_k,
@@ -354,7 +373,8 @@ def _candidate_rows(
     missing = [query for query in query_ids if not top_ranked.get(query)]
     if missing:
         raise ValueError(f"{len(missing)} queries have no candidates, the first is {missing[0]!r}")
-    return [np.array([rows[document] for document in top_ranked[query]]) for query in query_ids]
+    listed = (top_ranked[query] for query in query_ids)
+    return [np.fromiter(map(rows.__getitem__, found), dtype=np.int64, count=len(found)) for found in listed]
 
 
 def _items_of_batches(inputs: DataLoader) -> Iterator[list[Item]]:

@@ -5,6 +5,7 @@ Tasks are registered whenever mteb is imported, so torch is imported only where 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from unime_st.data.scenes import Foil
     from unime_st.judging import Group
+
+logger = logging.getLogger(__name__)
 
 GROUPS = ("replace", "swap", "add")
 """SugarCrepe's groups; a category is named ``<group>_<what>``."""
@@ -51,7 +54,7 @@ class PairScorer(Protocol):
 class Announcer(Protocol):
     """A model that can say what embedding will take."""
 
-    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> None:
+    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> object:
         """Log what embedding the tables of a task will take."""
 
 
@@ -115,14 +118,25 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
         Returns:
             Scores by category.
         """
-        if isinstance(model, Announcer) and self._told() is not model:  # mteb asks for one category after the other
+        if self._told() is not model:  # mteb asks for one category after the other
             self._told = weakref.ref(model)
-            self.load_data()
-            tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
+            self._tell_cost(model, split, **kwargs.get("encode_kwargs", {}))
+        return super().evaluate(model, split, subsets_to_run, **kwargs)
+
+    def _tell_cost(self, model: Any, split: str, **encode_kwargs: Any) -> None:
+        self.load_data()
+        tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
+        if isinstance(model, Announcer):
             texts = {text for table in tables for name in self.texts_column_names for text in table[name]}
             captions = to_dataset({text: Item(text=text) for text in sorted(texts)}, ["text"])
-            model.announce(self.metadata.name, [*tables, captions], **kwargs.get("encode_kwargs", {}))
-        return super().evaluate(model, split, subsets_to_run, **kwargs)
+            model.announce(self.metadata.name, [*tables, captions], **encode_kwargs)
+        elif isinstance(model, PairScorer) and logger.isEnabledFor(logging.INFO):
+            from mteb_tasks.forecast import try_some
+
+            count = sum(map(len, tables))
+            sample = [group for table in tables for group in _groups(model, table.select(range(min(2, len(table)))))]
+            _, time = try_some(model.score_groups, sample, count)
+            logger.info("%s: %s pairs of picture and text to judge: %s", self.metadata.name, f"{2 * count:,}", time)
 
     def _evaluate_subset(
         self,
@@ -139,7 +153,7 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
     ) -> Any:
         with timer("Encoding and scoring", split=hf_split, subset=hf_subset):
             if isinstance(model, PairScorer):
-                scores = _judged(model, data_split)
+                scores = np.stack(model.score_groups(_groups(model, data_split)))
             elif isinstance(model, EncoderProtocol):
                 context = {"task_metadata": self.metadata, "hf_split": hf_split, "hf_subset": hf_subset}
                 scores = _embedded(model, data_split, encode_kwargs, context)
@@ -187,11 +201,10 @@ def _items(
     return pictures, captions, foils
 
 
-def _judged(model: PairScorer, data: Dataset) -> np.ndarray:
+def _groups(model: PairScorer, data: Dataset) -> list[Group]:
     from unime_st.judging import Group
 
-    rows = zip(*_items(data, model.prompts))
-    return np.stack(model.score_groups([Group(picture, list(texts)) for picture, *texts in rows]))
+    return [Group(picture, list(texts)) for picture, *texts in zip(*_items(data, model.prompts))]
 
 
 def _embedded(

@@ -64,8 +64,9 @@ def rank_candidates(
     ranked: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(queries), chunk):
         block = queries[start : start + chunk] @ documents.T
+        invalid = np.isnan(block).any(axis=1)
         for offset, row in enumerate(block):
-            if np.isnan(row).any():
+            if invalid[offset]:
                 raise ValueError(
                     f"the similarity of query {start + offset} with {int(np.isnan(row).sum())} documents is NaN: "
                     "the model produced invalid embeddings (try float32)"

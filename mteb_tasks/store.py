@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 _ID_BYTES = 16
 
@@ -97,3 +102,41 @@ class EmbeddingStore:
             keys = (names[start : start + _ID_BYTES] for start in range(0, whole * _ID_BYTES, _ID_BYTES))
             self._place.update((key, (len(self._blocks), row)) for row, key in enumerate(keys))
             self._blocks.append(block)
+
+
+class NewEmbeddings:
+    """Takes vectors as they are made, and keeps each under the id of its item.
+
+    Args:
+        store: Where they are kept.
+
+    Example:
+        >>> import torch
+        >>> store = EmbeddingStore()
+        >>> new = NewEmbeddings(store)
+        >>> [new.awaits(item_id) for item_id in ("00" * 16, "01" * 16, "00" * 16)]
+        [True, True, False]
+        >>> new.add(torch.eye(2), 2)
+        >>> store.take(["01" * 16]).tolist()
+        [[0.0, 1.0]]
+    """
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self._store, self._seen, self._ids = store, set[str](), deque[str]()
+
+    def awaits(self, item_id: str) -> bool:
+        """Whether this item is new; if so, the next vector is its."""
+        if item_id in self._seen or item_id in self._store:
+            return False
+        self._seen.add(item_id)
+        self._ids.append(item_id)
+        return True
+
+    def add(self, vectors: torch.Tensor | None, size: int) -> None:
+        """Keep the next vectors."""
+        assert vectors is not None  # a faulty item would have stopped the run
+        self._store.add([self._ids.popleft() for _ in range(size)], vectors.float().cpu().numpy())
+
+    def rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """Never asked for: no item of the stream repeats another."""
+        raise LookupError(f"rows {rows} repeat items that were embedded before")

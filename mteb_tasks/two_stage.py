@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from mteb.models import ModelMeta
 from sentence_transformers import CrossEncoder
 
 from mteb_tasks.columns import iter_items
+from mteb_tasks.forecast import try_some
 from mteb_tasks.loader import WINDOW, UniMELoader
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.losses.list_answers import longest_list
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from mteb.types import RetrievalOutputType
 
 logger = logging.getLogger(__name__)
+
+SAMPLE = 4
+"""Queries that are reranked to find out how long all will take."""
 
 COSTS: dict[str, Cost] = {}
 """What reranking took per query in each retrieval task of this process, for the end of ``mteb run``."""
@@ -147,7 +152,12 @@ class TwoStage:
             **kwargs,
         )
         with measured(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
-            self._rerank(queries, corpus, found)
+            few, rerank = min(SAMPLE, len(queries)), partial(self._rerank, corpus=corpus, found=found)
+            _, time = try_some(rerank, queries.select(range(few)), len(queries))
+            told = f"the best {self.top_k} of {len(queries):,} queries to rerank: {time}"
+            logger.info("%s: %s", task_metadata.name, told)
+            if len(queries) > few:
+                rerank(queries.select(range(few, len(queries))))
         if cost is not None:
             COSTS[task_metadata.name] = cost.per_query(len(queries))
             logger.info("%s: reranking took, per query, %s", task_metadata.name, COSTS[task_metadata.name])

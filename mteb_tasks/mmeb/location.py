@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -99,7 +100,7 @@ class ImageFolders:
         unpacked = _unpacked(root / "images.zip")
         self._bases = [place / name for place in places for name in _IMAGE_FOLDERS]
         self._bases += [unpacked / name for name in _IMAGE_FOLDERS] if unpacked else []
-        self._listed: dict[Path, set[str]] = {}
+        self._listed: dict[str, list[tuple[Path, set[str]]]] = {}
 
     def find(self, relative: str) -> Path | None:
         """Locate one picture.
@@ -110,19 +111,18 @@ class ImageFolders:
         Returns:
             The file, or None when there is none.
         """
-        part = Path(relative)
-        if part.is_absolute() or ".." in part.parts:
-            return None
-        for base in self._bases:
-            if part.name in self._names(base / part.parent):
-                return base / part
-        return None
-
-    def _names(self, folder: Path) -> set[str]:
-        # One listing per folder instead of one look-up per picture.
+        folder, _, name = relative.rpartition("/")
         if folder not in self._listed:
-            self._listed[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-        return self._listed[folder]
+            self._listed[folder] = self._listings(folder)
+        return next((place / name for place, names in self._listed[folder] if name in names), None)
+
+    def _listings(self, folder: str) -> list[tuple[Path, set[str]]]:
+        """Where a folder is, and the names in it: one listing of each instead of a look-up for every picture."""
+        part = Path(folder)
+        if part.is_absolute() or ".." in part.parts:
+            return []
+        places = [base / part for base in self._bases]
+        return [(place, set(os.listdir(place))) for place in places if place.is_dir()]
 
 
 def _unpacked(archive: Path) -> Path | None:
@@ -183,8 +183,7 @@ def _picture_digest(folder: Path) -> bytes:
     from unime_st.registry import home
 
     files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    # A link that leads nowhere is no file; whoever looks for it is told that it is missing.
-    states = [(file, os.stat(file)) for file in files if not file.endswith(".parquet") and os.path.isfile(file)]
+    states = [(file, state) for file in files if not file.endswith(".parquet") and (state := _state(file))]
     if not states:
         return b""
     known = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])
@@ -193,12 +192,21 @@ def _picture_digest(folder: Path) -> bytes:
         return kept.read_bytes()
     digest = hashlib.sha256()
     for name, _ in states:
-        digest.update(os.path.relpath(name, folder).encode() + _hash(Path(name)))
+        digest.update(os.path.relpath(name, folder).encode() + _hash(name))
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as opened:
         opened.write(digest.digest())
     os.replace(opened.name, kept)
     return digest.digest()
+
+
+def _state(file: str) -> os.stat_result | None:
+    """State of a regular file; a link that leads nowhere is none, and whoever looks for it is told that it is missing."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 @lru_cache(maxsize=4)
@@ -221,9 +229,9 @@ def _digest(file: Path, size: int, modified: int) -> bytes:
     return _hash(file)
 
 
-def _hash(file: Path) -> bytes:
+def _hash(file: str | Path) -> bytes:
     digest = hashlib.sha256()
-    with file.open("rb") as opened:  # hashlib.file_digest needs Python 3.11
+    with open(file, "rb", buffering=0) as opened:  # hashlib.file_digest needs Python 3.11
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.digest()

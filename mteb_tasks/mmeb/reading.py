@@ -143,10 +143,10 @@ def _seems_whole(file: Path) -> bool:
     from unime_st.data.images import MAX_BYTES
 
     try:
-        found = file.stat()
+        found = os.stat(file)
         if not stat.S_ISREG(found.st_mode) or not 12 <= found.st_size <= MAX_BYTES:
             return False
-        with file.open("rb") as opened:
+        with open(file, "rb") as opened:
             opened.seek(-12, os.SEEK_END)
             tail = opened.read()
             opened.seek(0)
@@ -199,7 +199,9 @@ def _coded(column: pa.Array) -> _Coded:
     strings = [*(text or "" for text in encoded.dictionary.to_pylist()), ""]
     number = {text: code for code, text in enumerate(dict.fromkeys(strings))}
     renamed = np.array([number[text] for text in strings], dtype=np.int64)
-    places = pc.fill_null(encoded.indices.cast(pa.int64()), len(strings) - 1)
+    places = encoded.indices
+    if places.null_count:
+        places = pc.fill_null(places.cast(pa.int64()), len(strings) - 1)
     return _Coded(list(number), renamed[places.to_numpy(zero_copy_only=False)])
 
 
@@ -239,7 +241,7 @@ def _distinct(texts: _Coded, images: _Coded) -> tuple[np.ndarray, np.ndarray]:
     keys = pa.array(texts.codes * len(images.strings) + images.codes)
     numbers = pc.dictionary_encode(keys).indices.to_numpy()
     highest = np.maximum.accumulate(numbers)
-    return numbers, np.flatnonzero(np.diff(highest, prepend=-1))
+    return numbers, np.flatnonzero(np.append(True, highest[1:] > highest[:-1]))
 
 
 def _joined_queries(subset: Subset, table: pa.Table, texts: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from mteb_tasks.mmeb.subsets import SUBSETS
 from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.registration import registered_tasks
 from unime_st.data.items import Item
-from unime_st.encoding import CostModel, encode_items
+from unime_st.encoding import CostModel, encode_stream
 
 
 def test_items_distinct_ones_and_tokens_are_counted(tiny, tmp_path):
@@ -48,11 +48,12 @@ def test_every_task_says_first_what_it_takes(tiny, official, tmp_path_factory, m
     monkeypatch.setenv("UNIME_EVAL_DIR", str(official / "eval"))
     forwards = []
 
-    def watched(model, items, **how):
+    def watched(model, items, results, **how):
+        items = list(items)
         forwards.append((len(items), len(caplog.records)))
-        return encode_items(model, items, **how)
+        return encode_stream(model, items, results, **how)
 
-    monkeypatch.setattr(loader, "encode_items", watched)
+    monkeypatch.setattr(loader, "encode_stream", watched)
     made = task(size=3) if task.metadata.name.startswith("Scenes") else task()
     with caplog.at_level(logging.INFO, "mteb_tasks.loader"):
         evaluate(wrap(tiny), [made])

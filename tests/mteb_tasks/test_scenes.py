@@ -12,7 +12,7 @@ from mteb_tasks import evaluate, wrap
 from mteb_tasks.description import model_meta
 from mteb_tasks.preference_task import group_means
 from mteb_tasks.scenes import SCENES_TASKS, ScenesCompositional, ScenesGrounding, ScenesShortT2IRetrieval, ScenesVQA
-from unime_st.encoding import encode_items
+from unime_st.encoding import encode_stream
 
 RETRIEVAL = [task for task in SCENES_TASKS if task is not ScenesCompositional]
 
@@ -61,11 +61,12 @@ def test_every_retrieval_task_runs_and_ranks_as_numpy_does(tiny, task, tmp_path)
 def test_texts_reach_the_model_untouched_and_each_item_once(tiny, monkeypatch):
     seen = []
 
-    def noted(model, given, **how):
+    def noted(model, given, results, **how):
+        given = list(given)
         seen.extend(given)
-        return encode_items(model, given, **how)
+        return encode_stream(model, given, results, **how)
 
-    monkeypatch.setattr("mteb_tasks.loader.encode_items", noted)
+    monkeypatch.setattr("mteb_tasks.loader.encode_stream", noted)
     task = ScenesVQA(size=20)
     evaluate(tiny, [task])
     data = task.retrieval_data("default", "test")

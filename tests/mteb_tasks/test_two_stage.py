@@ -88,12 +88,16 @@ def test_a_real_reranker_reorders_all_ten(tiny, caplog, method, window):
     task = ScenesVQA(size=4)
     reranker = UniMEReranker("unime-tiny", template="tiny")
     model = TwoStage(wrap(tiny), reranker, method=method, window=window)
-    with caplog.at_level(logging.INFO, "mteb_tasks.two_stage"):
+    with caplog.at_level(logging.INFO, "mteb_tasks"):
         found = evaluate(model, [task, ScenesCompositional(size=2)] if window == 10 else [task])
     assert "reranking took, per query" in caplog.text
+    before, after = (caplog.text.index(told) for told in ("queries to rerank: ", "reranking took"))
+    assert before < after
     alone = evaluate(tiny, [task])["ScenesVQA"]["default"]
     assert found["ScenesVQA"]["default"]["hit_rate_at_10"] == alone["hit_rate_at_10"]
     if window == 10:
+        categories = len(found["ScenesCompositional"])
+        assert f"ScenesCompositional: {2 * 2 * categories} pairs of picture and text to judge: " in caplog.text
         assert all(0 <= scores["text_acc"] <= 1 for scores in found["ScenesCompositional"].values())
 
 

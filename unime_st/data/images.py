@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -242,19 +243,20 @@ def _is_regular(path: str) -> bool:
     if path.startswith(("http://", "https://")):
         raise BadImageError(f"image {path}: URLs are not fetched; download the file and give its path")
     try:
-        regular, size = os.path.isfile(path), os.path.getsize(path)
+        found = os.stat(path)
     except (OSError, ValueError) as error:
         raise BadImageError(f"image {path}: cannot be read ({error})") from error
-    if not regular:
+    if not stat.S_ISREG(found.st_mode):
         raise BadImageError(f"image {path}: is not a regular file")
-    if size > MAX_BYTES:
-        raise BadImageError(f"image {path}: {size} bytes is more than the {MAX_BYTES} that an image may have")
+    if found.st_size > MAX_BYTES:
+        raise BadImageError(f"image {path}: {found.st_size} bytes is more than the {MAX_BYTES} that an image may have")
     return True
 
 
 def _read_file(path: str) -> bytes:
     _is_regular(path)
-    return Path(path).read_bytes()
+    with open(path, "rb") as file:
+        return file.read()
 
 
 @lru_cache(maxsize=16)

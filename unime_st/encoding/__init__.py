@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from unime_st.encoding.cost import CostModel, most_pixels, pack, within_pixels
 from unime_st.encoding.fingerprint import weights_fingerprint
-from unime_st.encoding.items import encode_items, encode_to_shards
-from unime_st.encoding.results import VectorShards
+from unime_st.encoding.items import encode_items, encode_stream, encode_to_shards
+from unime_st.encoding.results import Results, VectorShards
 
 __all__ = [
     "CostModel",
+    "Results",
     "VectorShards",
     "encode_items",
+    "encode_stream",
     "encode_to_shards",
     "most_pixels",
     "pack",

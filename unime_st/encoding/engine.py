@@ -8,7 +8,7 @@ from collections.abc import Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -67,13 +67,21 @@ class Engine:
         self._cost: CostModel | None = None
 
     def run(
-        self, inputs: Iterable[Any], results: Results, *, total: int | None = None, progress: bool = False
+        self,
+        inputs: Iterable[Any],
+        results: Results,
+        *,
+        window: int | None = None,
+        total: int | None = None,
+        progress: bool = False,
     ) -> None:
         """Embed all inputs.
 
         Args:
             inputs: Items or whatever ``SentenceTransformer.encode`` takes; an iterator is read as vectors are made.
             results: Where the vectors go, window by window.
+            window: Inputs among which like lengths are sought. The first window is a quarter as long: the model waits
+                for it. Defaults to None: :data:`WINDOW`, the first one, too.
             total: Length of the stream, for the progress bar.
             progress: Show one.
 
@@ -86,12 +94,12 @@ class Engine:
         open_windows: deque[_Window] = deque()
         pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
-        with bar, self.forward.threads() as pool, closing(_ahead(self._windows(iter(inputs)))) as windows:
+        with bar, self.forward.threads() as pool, closing(_ahead(self._windows(iter(inputs), window))) as windows:
             try:
-                for window in windows:
-                    open_windows.append(window)
-                    for batch in window.batches:
-                        pending.append((window, batch, pool.submit(self.forward.embed, batch)))
+                for upcoming in windows:
+                    open_windows.append(upcoming)
+                    for batch in upcoming.batches:
+                        pending.append((upcoming, batch, pool.submit(self.forward.embed, batch)))
                         if len(pending) > self.forward.workers + 1:
                             self._take(*pending.popleft(), bar)
                             self._close(open_windows, results, bar)
@@ -102,9 +110,10 @@ class Engine:
                 for _, _, future in pending:
                     future.cancel()
 
-    def _windows(self, inputs: Iterator[Any]) -> Iterator[_Window]:
+    def _windows(self, inputs: Iterator[Any], size: int | None) -> Iterator[_Window]:
+        sizes = repeat(WINDOW) if size is None else chain([max(1, size // 4)], repeat(size))
         start = 0
-        while block := list(islice(inputs, WINDOW)):
+        while block := list(islice(inputs, next(sizes))):
             window = _Window(start, len(block))
             for row, value in enumerate(block, start):
                 self._sort(window, row, value)
@@ -243,14 +252,14 @@ def encode_into(
         inputs: The stream.
         results: Where vectors go.
         on_error: See :class:`Engine`.
-        **how: ``total`` and ``progress`` of :meth:`Engine.run`; the rest goes to :class:`Forward`.
+        **how: ``window``, ``total`` and ``progress`` of :meth:`Engine.run`; the rest goes to :class:`Forward`.
 
     Returns:
         dict[int, str]: Rows without a vector, and why.
     """
-    total, progress = how.pop("total", None), how.pop("progress", False)
+    run = {name: how.pop(name) for name in ("window", "total", "progress") if name in how}
     engine = Engine(Forward(model, **how), on_error=on_error)
-    engine.run(inputs, results, total=total, progress=progress)
+    engine.run(inputs, results, **run)
     for row, reason in islice(engine.failed.items(), 10):
         logger.warning("item %d has no vector: %s", row, reason)
     if len(engine.failed) > 10:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_ROW = 256
 """Tokens that one unit of ``batch_size`` stands for."""
 
-_CPU_BUDGET = 2048
+_CPU_BUDGET = 1024
 """Tokens after which a larger batch gains nothing on a CPU, and only takes memory."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
@@ -56,19 +56,19 @@ class Job:
 
 
 class Forward:
-    """Runs one model on batches, in several threads.
+    """Runs one model on batches, in several threads that each carry a batch from the file to the vector.
 
-    On a CPU every thread carries a batch from the file to the vector with its share of the cores: for models that fit
-    on a CPU this uses them better than one operation spread over all. With accelerators the threads prepare batches,
-    and take turns at a device each.
+    They take turns at the accelerators, or on a CPU at the cores, each with its share of them: for models that fit on
+    a CPU this uses them better than one operation spread over all. There are more threads than turns, so that batches
+    are ready when the model is.
 
     Args:
         model: The embedder.
         batch_size: Size of a batch, in rows of :data:`TOKENS_PER_ROW` tokens. Defaults to 32.
         token_budget: Most tokens of a batch, padding included. Defaults to None: by ``batch_size``, on a CPU at most
-            2048.
-        workers: Threads. Defaults to None: four on a CPU and eight otherwise, at most one for each core that torch may
-            use.
+            1024.
+        workers: Threads. Defaults to None: one for each core that torch may use, at most eight; on a CPU at most four,
+            and one more.
         device: Where to run: a device, or several for one copy of the model on each. Defaults to None, where the model
             is.
         prompt: Instruction that goes with every input.
@@ -107,8 +107,10 @@ class Forward:
         devices = [model._resolve_inference_device(several[0]), *map(torch.device, several[1:])]
         on_cpu = all(place.type == "cpu" for place in devices)
         cores = torch.get_num_threads()
-        self.workers = workers or min(cores if on_cpu else max(cores, 2), _CPU_THREADS if on_cpu else _DEVICE_THREADS)
-        self._threads_each = max(1, cores // self.workers) if on_cpu else 1
+        turns = min(cores, _CPU_THREADS) if on_cpu else len(devices)
+        self.workers = workers or (turns + 1 if on_cpu else min(max(cores, 2), _DEVICE_THREADS))
+        turns = min(turns, self.workers)
+        self._threads_each = max(1, cores // turns) if on_cpu else 1
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
@@ -125,7 +127,7 @@ class Forward:
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
         for copy, place in zip(copies, devices):
             self._free.put((shared_by_threads(copy), place))
-        for _ in range(self.workers - 1 if on_cpu else 0):  # the cores are what is taken turns at
+        for _ in range(turns - 1 if on_cpu else 0):
             self._free.put((self.model, devices[0]))
         self._shrinking = threading.Lock()
 

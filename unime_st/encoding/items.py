@@ -17,7 +17,7 @@ from unime_st.data.items import Item
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.encoding.engine import encode_into
 from unime_st.encoding.fingerprint import weights_fingerprint
-from unime_st.encoding.results import InMemory, Shards, VectorShards
+from unime_st.encoding.results import InMemory, Results, Shards, VectorShards
 
 Device = str | torch.device | Sequence[str | torch.device] | None
 
@@ -76,7 +76,7 @@ def encode_items(
         model: Any Sentence Transformers model that takes the modalities at hand.
         items: Items, as a sequence or an iterator; what ``SentenceTransformer.encode`` takes is welcome, too.
         batch_size: Size of a forward pass, in rows of 256 tokens: batches hold more short items and fewer long ones.
-            Defaults to 64; on a CPU a batch stays below 2048 tokens whatever this says.
+            Defaults to 64; on a CPU a batch stays below 1024 tokens whatever this says.
         token_budget: Most tokens of a forward pass, padding included. Defaults to None: by ``batch_size``.
         workers: Threads that decode pictures ahead of the device. Defaults to None: by the number of cores.
         device: Where to run; a list runs a copy of the model on each. Defaults to None, where the model is.
@@ -124,6 +124,36 @@ def encode_items(
     mask = np.ones(len(vectors), dtype=bool)
     mask[list(failed)] = False
     return vectors, mask
+
+
+def encode_stream(
+    model: SentenceTransformer,
+    items: Iterable[Item],
+    results: Results,
+    *,
+    window: int,
+    batch_size: int = 64,
+    total: int | None = None,
+    show_progress_bar: bool = False,
+) -> None:
+    """Embed a stream, and hand vectors over as they are made.
+
+    Args:
+        model: As for :func:`encode_items`.
+        items: A sequence or an iterator; it is read in another thread, a window ahead of the model.
+        results: Takes float vectors in the order of the stream, a window at a time.
+        window: Items that are held at once, and among which like lengths are sought.
+        batch_size: As for :func:`encode_items`.
+        total: Length of the stream for the progress bar, where it is known.
+        show_progress_bar: Show progress over items. Defaults to False.
+
+    Raises:
+        BadImageError: If an image cannot be decoded; the message names the item.
+    """
+    encode_into(
+        model, items, results, on_error="raise", window=window, batch_size=batch_size, total=total,
+        progress=show_progress_bar, **_truncation(model, None),
+    )  # fmt: skip
 
 
 def encode_to_shards(
