@@ -88,6 +88,12 @@ def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
         assert name in listed.stdout
 
 
+def test_mteb_s_own_trial_of_a_model_passes(tmp_path):
+    command = [sys.executable, "-m", "mteb", "mock-run", "-m", "unime-tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "`unime/unime-tiny` passed all expected checks" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "model, variables",
     [("unime-local", "UNIME_MODEL"), ("unime/unime-local+reranker", "UNIME_MODEL and UNIME_RERANKER")],

@@ -194,6 +194,7 @@ class Engine:
         self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[Any]
     ) -> None:
         for job, vector in zip(batch, future.result()):
+            job.value = None  # encoded pictures need not wait for the rest of their window
             if vector is None:
                 assert job.error is not None
                 if self.on_error == "raise":
