@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 
 from unime_st.data.items import Item
@@ -25,6 +26,8 @@ PROMPT_STYLE = "prompt_style"
 """Column that names the style of chat template a benchmark prescribes, for models whose template has that style."""
 
 Modality = Literal["text", "image"]
+
+_ENCODED_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 def category_modalities(category: str) -> tuple[list[Modality], list[Modality]]:
@@ -74,18 +77,18 @@ def to_dataset(
     """
     texts = [item.text or "" for item in items.values()]
     columns: dict[str, Sequence[Any]] = {"id": list(items), OFFICIAL_TEXT: texts}
-    features: dict[str, Any] = {"id": Value("string"), OFFICIAL_TEXT: Value("string")}
     if "text" in modalities:
         columns["text"] = texts if body is None else [body(text) for text in texts]
-        features["text"] = Value("string")
-    if prompt_name is not None:
-        columns[PROMPT_NAME], features[PROMPT_NAME] = [prompt_name] * len(texts), Value("string")
-    if prompt_style is not None:
-        columns[PROMPT_STYLE], features[PROMPT_STYLE] = [prompt_style] * len(texts), Value("string")
+    for name, value in ((PROMPT_NAME, prompt_name), (PROMPT_STYLE, prompt_style)):
+        if value is not None:
+            columns[name] = [value] * len(texts)
+    # Arrow arrays: datasets would look at every value of a list.
+    arrays: dict[str, pa.Array] = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    features: dict[str, Any] = {name: Value("string") for name in arrays}
     if any(item.image is not None for item in items.values()):
-        columns["image"] = [_encoded_image(item) for item in items.values()]
+        arrays["image"] = pa.array([_encoded_image(item) for item in items.values()], _ENCODED_IMAGE)
         features["image"] = Image()
-    return Dataset.from_dict(dict(columns), features=Features(features))
+    return Dataset.from_dict(arrays, features=Features(features))
 
 
 def _encoded_image(item: Item) -> dict[str, Any] | None:
