@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import stat
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -19,7 +17,7 @@ FOLDER_VARIABLE = "MMEB_EVAL_DIR"
 HUB_DATASET = "TIGER-Lab/MMEB-eval"
 HUB_REVISION = "main"
 """No commit of the data is known to us; the one that was found is written into each result."""
-_IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
+IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
 
 
 class MMEBDataError(ValueError):
@@ -93,13 +91,14 @@ class ImageFolders:
 
     Args:
         root: Folder of the evaluation data.
+        archive: Whether to unpack ``images.zip`` and to look there, too.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, archive: bool = True) -> None:
         places = [root, root.parent] if root.name == "MMEB-eval" else [root]
-        unpacked = _unpacked(root / "images.zip")
-        self._bases = [place / name for place in places for name in _IMAGE_FOLDERS]
-        self._bases += [unpacked / name for name in _IMAGE_FOLDERS] if unpacked else []
+        unpacked = _unpacked(root / "images.zip") if archive else None
+        self._bases = [place / name for place in places for name in IMAGE_FOLDERS]
+        self._bases += [unpacked / name for name in IMAGE_FOLDERS] if unpacked else []
         self._listed: dict[str, list[tuple[Path, set[str]]]] = {}
 
     def find(self, relative: str) -> Path | None:
@@ -149,89 +148,3 @@ def _unpacked(archive: Path) -> Path | None:
             raise MMEBDataError(f"{archive} is not a whole zip archive ({error}): download it again") from error
         content.rename(parent / f"unpacked-{name}")  # complete or not there at all
     return parent / f"unpacked-{name}"
-
-
-def fingerprint(root: Path, subset: str) -> str:
-    """Short digest of a subset's data, to tell a changed local data set from the one that was scored.
-
-    Args:
-        root: Folder of the evaluation data.
-        subset: Official name.
-
-    Returns:
-        12 hexadecimal digits over the bytes of the table and of the files in the picture folders that carry its name,
-        and over the checksums in ``images.zip``; ``"missing"`` when there is no table.
-    """
-    files = parquet_files(root, subset)
-    if not files:
-        return "missing"
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
-    places = [root, root.parent] if root.name == "MMEB-eval" else [root]
-    for folder in (place / name / subset for place in places for name in _IMAGE_FOLDERS):
-        digest.update(_picture_digest(folder))
-    archive = root / "images.zip"
-    if archive.is_file():
-        members = _checksums(archive, archive.stat().st_size, archive.stat().st_mtime_ns)
-        digest.update(repr(members.get(subset)).encode())
-    return digest.hexdigest()[:12]
-
-
-def _picture_digest(folder: Path) -> bytes:
-    """Hash of the files of a folder other than tables; kept on disk, because each process asks for it."""
-    from unime_st.registry import home
-
-    files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    states = [(file, state) for file in files if not file.endswith(".parquet") and (state := _state(file))]
-    if not states:
-        return b""
-    known = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])
-    kept = home() / "mmeb" / "digests" / hashlib.sha256(known.encode()).hexdigest()
-    if kept.is_file():
-        return kept.read_bytes()
-    digest = hashlib.sha256()
-    for name, _ in states:
-        digest.update(os.path.relpath(name, folder).encode() + _hash(name))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as opened:
-        opened.write(digest.digest())
-    os.replace(opened.name, kept)
-    return digest.digest()
-
-
-def _state(file: str) -> os.stat_result | None:
-    """State of a regular file; a link that leads nowhere is none, and whoever looks for it is told that it is missing."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found if stat.S_ISREG(found.st_mode) else None
-
-
-@lru_cache(maxsize=4)
-def _checksums(archive: Path, size: int, modified: int) -> dict[str, list[tuple[str, int]]]:
-    """Names and checksums of an archive's files by the folder they are in; nothing is unpacked."""
-    found: dict[str, list[tuple[str, int]]] = {}
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for member in opened.infolist():
-                for folder in Path(member.filename).parts[:-1]:
-                    found.setdefault(folder, []).append((member.filename, member.CRC))
-    except zipfile.BadZipFile:
-        pass  # said aloud when it is unpacked
-    return found
-
-
-@lru_cache(maxsize=256)
-def _digest(file: Path, size: int, modified: int) -> bytes:
-    """Hash of a file; size and time of change are part of the key so that a changed file is read again."""
-    return _hash(file)
-
-
-def _hash(file: str | Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(file, "rb", buffering=0) as opened:  # hashlib.file_digest needs Python 3.11
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.digest()

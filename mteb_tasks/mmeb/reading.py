@@ -66,7 +66,7 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     files = parquet_files(root, subset.name)
     if not files:
         raise MMEBDataError(f"subset {subset.name} is missing: no {subset.name}/test*.parquet in {root}")
-    parts = [_read(file) for file in files]
+    parts = [read_table(file) for file in files]
     shards = [(file, part.num_rows) for file, part in zip(files, parts)]
     try:
         table = pa.concat_tables(parts, promote_options="permissive")
@@ -156,8 +156,18 @@ def _seems_whole(file: Path) -> bool:
     return tail.endswith(b"\xff\xd9") or b"IEND" in tail
 
 
-def _read(file: Path) -> pa.Table:
-    """Read a table, the candidates as codes: a million strings take seconds and a hundred megabytes, codes neither."""
+def read_table(file: Path) -> pa.Table:
+    """Read a table, the candidates as codes: a million strings take seconds and a hundred megabytes, codes neither.
+
+    Args:
+        file: Parquet file.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        MMEBDataError: If it cannot be read, has no rows or lacks a column.
+    """
     try:
         with pq.ParquetFile(file) as opened:
             paths = [opened.schema.column(number).path for number in range(len(opened.schema))]

@@ -18,13 +18,13 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from mteb_tasks.local_data import localised
 from mteb_tasks.metadata import task_metadata
+from mteb_tasks.mmeb.fingerprint import fingerprint
 from mteb_tasks.mmeb.location import (
     HUB_DATASET,
     HUB_REVISION,
     ImageFolders,
     MMEBDataError,
     data_root,
-    fingerprint,
     local_root,
     parquet_files,
 )
