@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -32,12 +33,14 @@ from workloads import SIZES, pictures, random_qwen2_vl
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.encoding import most_pixels
+from unime_st.losses.base import ROWS_AT_ONCE
 from unime_st.model import UniME
 from unime_st.training.adapters import add_lora
 from unime_st.training.arguments import TrainArguments
+from unime_st.training.costs import item_costs
 from unime_st.training.feed import Feed
 from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
-from unime_st.training.planning import item_costs, matrix_rate, operations_per_token, peak_bytes
+from unime_st.training.planning import matrix_rate, operations_per_token, peak_bytes
 from unime_st.training.stages import pair_rows
 from unime_st.training.vision import SeenOnce
 
@@ -56,10 +59,12 @@ def load(folder: Path) -> UniME:
     return model.train()
 
 
-def write_pairs(folder: Path, count: int) -> None:
-    """Texts of 3 to 30 words, each with a JPEG file."""
+def write_pairs(folder: Path, count: int, full: int) -> None:
+    """Texts of 3 to 30 words, each with a JPEG file; the first ``full`` have as many tokens, and no more pixels."""
     rng = random.Random(0)
-    photos = pictures(folder / "photos", count, **_SIDES)
+    side = math.isqrt(_PIXELS)
+    photos = pictures(folder / "full", full, shortest=side, longest=side)
+    photos += pictures(folder / "photos", max(0, count - full), **_SIDES)
     texts = [f"{number} " + " ".join(rng.choices(_WORDS, k=rng.randint(3, 30))) for number in range(count)]
     rows = (PairRecord(Item(text), Item(image=Path(photo))) for text, photo in zip(texts, photos))
     RecordSet.write(folder / "records", rows, {}, image_root=folder)
@@ -87,7 +92,7 @@ def stock_step(model: UniME, pairs: list[PairRecord], mini_batch_size: int) -> S
 
 def our_step(model: UniME, records: RecordSet, count: int, mini_batch_size: int, workers: int) -> Step:
     """The same batch from positions of items, decoded mini-batch by mini-batch."""
-    loss = our_loss(model, records, count, workers)
+    loss = our_loss(model, records, workers)
     tokens, pixels = item_costs(records, model)
     cut = MiniBatches(tokens, size=mini_batch_size, pixels=pixels, most_pixels=most_pixels(model.device))
     collate = ItemCollator(model.preprocess, records=records, mini_batches=cut, lazy=True)
@@ -100,9 +105,9 @@ def our_step(model: UniME, records: RecordSet, count: int, mini_batch_size: int,
     return step
 
 
-def our_loss(model: UniME, records: RecordSet, count: int, workers: int) -> DistinctItemsLoss:
+def our_loss(model: UniME, records: RecordSet, workers: int) -> DistinctItemsLoss:
     """The stock loss over distinct items that are decoded late, a frozen vision tower run once, as the stages make it."""
-    inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=count)
+    inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=ROWS_AT_ONCE)
     return DistinctItemsLoss(inner, Feed(records, model.preprocess, workers), vision=SeenOnce(model, torch.float32))
 
 
@@ -120,10 +125,10 @@ def make_step(side: str, options: argparse.Namespace, work: Path, count: int) ->
     return stock_step(model, [records[row] for row in range(count)], options.mini_batch_size)
 
 
-def prepare(options: argparse.Namespace, work: Path, count: int) -> None:
+def prepare(options: argparse.Namespace, work: Path, count: int, full: int = 0) -> None:
     """Write model and pairs."""
     random_qwen2_vl(work, options.size, pixels=_PIXELS, device="cuda" if torch.cuda.is_available() else "cpu")
-    write_pairs(work, count)
+    write_pairs(work, count, full)
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -170,8 +175,11 @@ def _require_same(losses: dict[str, float]) -> None:
 def memory(options: argparse.Namespace, work: Path) -> None:
     """One step in a process of its own for each side and batch."""
     wanted = {STOCK: options.stock_batches, OURS: options.batches}
-    prepare(options, work, max(sum(wanted.values(), [1])))
-    path, facts = harness.RESULTS / "train_step_memory.json", settings(options)
+    prepare(options, work, max(sum(wanted.values(), [1])), full=options.mini_batch_size)
+    path, facts = (
+        harness.RESULTS / "train_step_memory.json",
+        {**settings(options), "full_photos": options.mini_batch_size},
+    )
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     found: dict[str, dict[str, dict[str, float]]] = {STOCK: {}, OURS: {}}
     if earlier.get("settings") == facts and _undated(earlier) == _undated({"machine": harness.machine()}):

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoConfig
 
+from unime_st.backbones.patches import project_patches
 from unime_st.backbones.pickling import remove_output_hooks, restore_output_registry
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.encoding.lists import distinct_inputs, embed_list
@@ -59,6 +60,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
                 f"{model_name_or_path} has no image rule, so image_size={image_size!r} would have no effect. Convert it "
                 "with `unime convert ... --image-size`, or leave image_size out."
             )
+        project_patches(self)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         config = AutoConfig.from_pretrained(

@@ -15,9 +15,9 @@ from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.losses import HardNegativeRankingLoss
 from unime_st.model import UniME
+from unime_st.training.costs import item_costs
 from unime_st.training.feed import Feed
 from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
-from unime_st.training.planning import item_costs
 from unime_st.training.stages import pair_rows
 
 FAMILY_NAMES = ["qwen2-vl", "llava-1.6", "llava-onevision", "phi3.5-v"]

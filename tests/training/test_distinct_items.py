@@ -16,10 +16,10 @@ from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
 from unime_st.training.arguments import InBatchArguments
+from unime_st.training.costs import item_costs
 from unime_st.training.embedders import EmbedderSetup
 from unime_st.training.feed import Feed
 from unime_st.training.items import COLUMNS, DistinctItemsLoss, ItemCollator, MiniBatches
-from unime_st.training.planning import item_costs
 from unime_st.training.stages import judged_rows, pair_rows
 
 

@@ -26,10 +26,10 @@ from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.adapters import choose_trainable
+from unime_st.training.costs import item_costs
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed
 from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
-from unime_st.training.planning import item_costs
 from unime_st.training.vision import VISUAL_TOKENS, SeenOnce, VisionCache, check_frozen, picture_keys
 
 SMALL = {"model": "unime-tiny", "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "max_steps": 4}

@@ -15,8 +15,8 @@ from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
-# Rows of the loss handled at once where only a token budget, and no mini-batch size, is given.
-_DEFAULT_CHUNK_SIZE = 32
+ROWS_AT_ONCE = 32
+"""Rows of the loss handled at once where only a token budget, and no mini-batch size, is given."""
 
 
 def unit_rows(embeddings: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module):
         num_rows = len(batch.rows[0])
         # Without a backward pass per chunk all chunk graphs would stay alive, so chunking would save nothing.
         chunked = with_backward or not torch.is_grad_enabled()
-        chunk_size = (self.mini_batch_size or _DEFAULT_CHUNK_SIZE) if chunked else num_rows
+        chunk_size = (self.mini_batch_size or ROWS_AT_ONCE) if chunked else num_rows
         pieces = list(zip(*(tensor.split(chunk_size) for tensor in batch.rows)))
         shared = batch.shared
         if with_backward:

@@ -66,6 +66,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
                 pairs, and then all lists, in an ordinary forward pass.
             show_progress_bar: Show the progress over mini-batches.
 
+        Attributes:
+            tokens: Tokens of prompts answered so far by this process, padding not counted; second passes neither.
+
         References:
             - UniME-V2: https://arxiv.org/abs/2510.13515, section "UniME-V2-Reranker", equations of L_pair and L_list
 
@@ -146,12 +149,13 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         self._processor, self._tokenizer = transformer.processor, transformer.tokenizer
         self._to_messages = transformer.input_formatter.pair_to_messages
         self._parts: dict[str, Tensor] = {}
+        self.tokens = 0
         if listwise_weight:
             self._check_listwise()
 
     def _check_listwise(self) -> None:
         """Refuse a template that would silently render a list as a pair."""
-        chat = self._chat("query", ["first", "second"], {})
+        chat = self.chat("query", ["first", "second"], {})
 
         def render(**options: Any) -> str:
             return str(self._processor.apply_chat_template(chat, tokenize=False, **options))
@@ -230,8 +234,17 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             reps = [[half] for half in pairs.chunk(2)]
         return reps + [[self._logits(column, 0, len(column["queries"]))] for column in columns]
 
-    def _chat(self, query: Any, candidates: Sequence[Any], opened: dict[Any, Any]) -> list[dict[str, Any]]:
-        """Build one conversation: the query, then its candidates in order."""
+    def chat(self, query: Any, candidates: Sequence[Any], opened: dict[Any, Any]) -> list[dict[str, Any]]:
+        """Build one conversation: the query, then its candidates in order.
+
+        Args:
+            query: Text, image, dict of them or item.
+            candidates: The same.
+            opened: Items that are decoded already; new ones are added.
+
+        Returns:
+            list: For the model's ``preprocess``, with ``task="listwise"`` where it is a list.
+        """
         asked = _plain(query, opened)
         pairs = [self._to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
         return [pairs[0][0], *(pair[1] for pair in pairs)]
@@ -276,10 +289,12 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         # Images are decoded here, so that no more of them are in memory than one mini-batch needs.
         opened: dict[Any, Any] = {}
         rows = zip(column["queries"][begin:end], column["candidates"][begin:end])
-        chats = [self._chat(*row, opened) for row in rows]
+        chats = [self.chat(*row, opened) for row in rows]
         features = self.model.preprocess(chats, prompt=column["prompt"], **column.get("options", {}))
         if "continue_with" in column:
             append_tokens(features, column["continue_with"][begin:end])
+        if random_state is None:
+            self.tokens += int(features["attention_mask"].sum())
         features = batch_to_device(features, next(self.model.parameters()).device)
         if random_state is None:
             return self.model(features)["causal_logits"][:, -1]

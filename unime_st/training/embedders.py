@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,6 @@ from datasets import Dataset
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.encoding import most_pixels
@@ -24,24 +22,23 @@ from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
+from unime_st.training.costs import counted_costs, usable_rows
 from unime_st.training.feed import Feed
 from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.planning import (
-    UNREADABLE,
-    Plan,
     Rehearsal,
     fitting_budget,
-    item_costs,
+    make_plan,
     matrix_rate,
     operations_per_token,
     rehearse,
+    steps_of,
 )
 from unime_st.training.processes import processes
 from unime_st.training.run import Setup
 from unime_st.training.vision import SeenOnce, VisionCache, check_frozen, most_bytes, picture_keys
 
 logger = logging.getLogger(__name__)
-COSTS = "costs.npy"
 PICTURES = "pictures.npy"
 
 
@@ -69,8 +66,8 @@ class EmbedderSetup:
         a = self.arguments
         if a.vision_cache is not None:
             check_frozen(model)
-        costs, pixels = self._costs(model)
-        rows, places, aside = self._usable(rows, costs)
+        costs, pixels = counted_costs(a, self.records, model)
+        rows, places, aside = usable_rows(a, self.records, rows, costs)
         datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
         rows = rows.remove_columns("dataset") if datasets else rows
         dtype = computation_dtype(a)
@@ -91,8 +88,6 @@ class EmbedderSetup:
         balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
         operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
         rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype, lazy)
-        words = self._words(lazy, per_pass, budget)
-        kept = str(vision) if vision else self._expected(model, costs, places)
         once = _seen_once(model, dtype) if lazy and vision is None else None
         loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims, once)
         gathers = bool(getattr(loss.loss, "gather_across_devices", False))
@@ -116,8 +111,19 @@ class EmbedderSetup:
             ),
             batch_size=per_pass,
             accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
-            plan=self._plan(
-                model, aside, row_costs, int(costs[places].max()), operations, rehearsals, words, lazy, kept
+            plan=make_plan(
+                a,
+                model,
+                row_costs,
+                rehearsals,
+                steps=steps_of(a, len(rows), accumulates=not self.in_batch),
+                # A rehearsal is a forward and a backward pass; caching adds a forward pass, a third of both.
+                passes_more=1 / 3 if lazy else 0.0,
+                operations=operations,
+                set_aside=aside,
+                largest_item=int(costs[places].max()),
+                mini_batch=self._words(lazy, per_pass, budget),
+                vision_cache=str(vision) if vision else self._expected(model, costs, places),
             ),
             operations_per_token=operations,
             matrix_rate=matrix_rate(model.device, dtype),
@@ -125,12 +131,6 @@ class EmbedderSetup:
             mean_over_rows=not gathers and not a.drop_last,
             cached=lazy,
         )
-
-    def _costs(self, model: BaseModel) -> tuple[np.ndarray, np.ndarray]:
-        if self.arguments.dry_run:
-            return item_costs(self.records, model)
-        with processes().main_process_first():  # which leaves the counts to the others
-            return item_costs(self.records, model, Path(self.arguments.output) / COSTS)
 
     def _vision(
         self, model: BaseModel, costs: np.ndarray, pixels: np.ndarray, places: np.ndarray, dtype: torch.dtype
@@ -148,26 +148,6 @@ class EmbedderSetup:
         if self.arguments.vision_cache is None:
             return None
         return f"at most {most_bytes(model, self.records, places, costs) / 2**30:.2f} GiB"
-
-    def _usable(self, rows: Dataset, costs: np.ndarray) -> tuple[Dataset, np.ndarray, int]:
-        """Rows without unreadable images, the positions of their items of shape (rows, columns), and how many fell."""
-        names = [name for name in rows.column_names if name not in ("label", "dataset")]
-        places = np.stack([self.records.items.positions(list(rows[name])) for name in names], axis=1)
-        bad = (costs[places] == UNREADABLE).any(axis=1)
-        if not bad.any():
-            return rows, places, 0
-        numbers = np.flatnonzero(bad)
-        if processes().is_main_process and not self.arguments.dry_run:
-            with RejectedWriter(Path(self.arguments.output)) as rejected:
-                for row in numbers:
-                    item = next(int(p) for p in places[row] if costs[p] == UNREADABLE)
-                    reason = f"image {self.records.items.at(item).image!r} cannot be read"
-                    rejected.add(reason, folder=str(self.records.folder), row=int(row))
-        logger.warning("%d of %d rows have an unreadable image and are set aside.", len(numbers), len(rows))
-        if bad.all():
-            raise ValueError(f"{self.records.folder}: every row has an unreadable image; see rejected.jsonl.")
-        good = np.flatnonzero(~bad)
-        return rows.select(good), places[good], len(numbers)
 
     def _budget(
         self, model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray
@@ -213,7 +193,7 @@ class EmbedderSetup:
         if lazy:
             distinct = np.unique(places)
             groups = cut(distinct)
-            passes = [[distinct[group]] for group in (cut.largest(groups, distinct), groups[len(groups) // 2])]
+            passes = [[distinct[group]] for group in (groups[0], groups[len(groups) // 2])]
         else:
             order = np.argsort(-cut.costs[places].sum(axis=1), kind="stable")
             middle = len(order) // 2
@@ -230,55 +210,6 @@ class EmbedderSetup:
             return f"{per_pass} rows at a time, accumulated to {a.batch_size}: one forward pass"
         size = f"{budget:,} tokens" if budget else f"{a.mini_batch_size} items"
         return f"{size} at a time, gradients cached" if lazy else "the whole batch in one pass"
-
-    def _steps_of_a_pass(self, rows: int, per_step: int) -> int:
-        a = self.arguments
-        rounded = math.floor if a.drop_last else math.ceil
-        if not self.in_batch:
-            return rounded(rows / per_step)
-        # Batches that stand alone: those that are left for the last step make a smaller one.
-        return math.ceil(rounded(rows / (per_step // a.gradient_accumulation_steps)) / a.gradient_accumulation_steps)
-
-    def _plan(
-        self,
-        model: BaseModel,
-        aside: int,
-        row_costs: np.ndarray,
-        largest: int,
-        operations: float,
-        rehearsals: list[Rehearsal],
-        words: str,
-        lazy: bool,
-        kept: str | None,
-    ) -> Plan:
-        a, world, rows = self.arguments, processes().num_processes, len(row_costs)
-        per_step = a.batch_size * a.gradient_accumulation_steps * world
-        steps = a.max_steps if a.max_steps > 0 else math.ceil(self._steps_of_a_pass(rows, per_step) * a.epochs)
-        tokens = int(row_costs.mean() * steps * per_step)
-        hours = peak = None
-        if rehearsals:
-            usual = rehearsals[-1]
-            # A rehearsal is a forward and a backward pass; caching adds a forward pass, a third of both.
-            hours = tokens / world * usual.seconds / max(usual.tokens, 1) * (4 / 3 if lazy else 1) / 3600
-            peak = rehearsals[0].peak_bytes / 2**30
-        parameters = list(model.parameters())
-        return Plan(
-            rows=rows,
-            set_aside=aside,
-            steps=steps,
-            rows_per_step=per_step,
-            passes=steps * per_step / rows,
-            tokens=tokens,
-            largest_item=largest,
-            mini_batch=words,
-            trained=sum(p.numel() for p in parameters if p.requires_grad),
-            weights=sum(p.numel() for p in parameters),
-            flops=tokens * operations,
-            hours=hours,
-            peak_gib=peak,
-            device=str(model.device),
-            vision_cache=kept,
-        )
 
 
 def _seen_once(model: BaseModel, dtype: torch.dtype) -> SeenOnce | None:

@@ -20,6 +20,7 @@ from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.encoding import pack, within_pixels
 from unime_st.training.feed import Feed
+from unime_st.training.heap import Heap
 
 if TYPE_CHECKING:
     from unime_st.training.vision import SeenOnce
@@ -47,20 +48,16 @@ class MiniBatches:
     most_pixels: int = 0
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
-        """Return the mini-batches of the items at ``positions``, as places in it."""
+        """Return the mini-batches of the items at ``positions``, as places in it, by falling tokens with padding."""
         costs = self.costs[positions]
         if self.size is None:
             groups = pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))
         else:
             order = np.argsort(-costs, kind="stable")
             groups = [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
-        if self.pixels is None:
-            return groups
-        return within_pixels(groups, self.pixels[positions], self.most_pixels)
-
-    def largest(self, groups: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
-        """Return the mini-batch of ``groups`` that has the most tokens, padding included."""
-        return max(groups, key=lambda group: len(group) * int(self.costs[positions[group]].max()))
+        if self.pixels is not None:
+            groups = within_pixels(groups, self.pixels[positions], self.most_pixels)
+        return sorted(groups, key=lambda group: -len(group) * int(costs[group].max()))
 
 
 @dataclass
@@ -147,6 +144,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
         self.vision = vision
+        self._heap = Heap()
         self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)
         self._stream: Iterator[dict[str, Any]] = iter(())
@@ -187,6 +185,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         planned = [part[:, 0].tolist() for part in batch["input_ids"].cpu().split(sizes)]
         self._used = len(planned)
         planned += planned[-1:] * (self._most_of_any_process(len(planned)) - len(planned))
+        self._heap.begin()
         self._planned = planned
         turns = [(number, False) for number in range(len(planned))]
         self._once = None
@@ -218,6 +217,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         random_state: Any = None,
     ) -> tuple[Tensor, Any]:
         """Embed planned mini-batch number ``begin``, see :class:`CachedLossMixin`."""
+        self._heap.tidy(self._once.host_bytes if self._once else 0)
         if self._once and with_grad and begin in self._once:
             features = self._once[begin]
         else:

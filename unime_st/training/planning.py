@@ -1,15 +1,16 @@
-"""Before a long run: what items cost, the mini-batch that fits, a rehearsal of the worst one, and what it will take."""
+"""Before a long run: the mini-batch that fits, a rehearsal of the worst one, and what it will take."""
 
 from __future__ import annotations
 
 import logging
+import math
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +18,16 @@ import numpy as np
 import psutil
 import torch
 from sentence_transformers.base.model import BaseModel
-from tqdm.auto import tqdm
 
-from unime_st.data.images import BadImageError
-from unime_st.data.items import Item
-from unime_st.data.records import ItemFolder
-from unime_st.encoding import CostModel
+from unime_st.training.arguments import TrainArguments
 from unime_st.training.feed import Feed
 from unime_st.training.items import MiniBatches
+from unime_st.training.processes import processes
 
 logger = logging.getLogger(__name__)
-UNREADABLE = -1
-_AT_ONCE = 1024
 _PROBES = (2048, 8192)  # token budgets at which memory is measured
 _SHARE = 0.8  # of the free memory that a budget may take; the rest is for fragments and the optimiser
 _LARGEST = 1 << 20
-
-
-def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Count the tokens of every stored item, and the pixels that decoding it makes; nothing is decoded.
-
-    Args:
-        records: The items.
-        model: The model to train.
-        path: ``.npy`` file that keeps the counts for the next start.
-
-    Returns:
-        tuple[np.ndarray, np.ndarray]: int64 of shape (items,) each; :data:`UNREADABLE` tokens where the header of a
-            picture cannot be read.
-    """
-    if path is not None and path.is_file():
-        tokens, pixels = np.load(path, allow_pickle=False)
-        return tokens, pixels
-    count = CostModel(model)
-    parts = []
-    items = iter(records.items)
-    with tqdm(total=len(records.items), desc="counting tokens", unit="item") as progress:
-        while chunk := list(islice(items, _AT_ONCE)):
-            parts.append(_costs(chunk, count))
-            progress.update(len(chunk))
-    costs = np.concatenate(parts, axis=1)
-    if path is not None:
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, costs, allow_pickle=False)
-        temporary.replace(path)
-    return costs[0], costs[1]
-
-
-def _costs(items: Sequence[Item], count: CostModel) -> np.ndarray:
-    costs = count([{"text": item.text or ""} for item in items])
-    pixels = np.zeros_like(costs)
-    pictured, sizes = [], []
-    for place, item in enumerate(items):
-        if item.image is None:
-            continue
-        try:
-            sizes.append(item.image.size())
-            pictured.append(place)
-        except BadImageError:
-            costs[place] = UNREADABLE
-    if sizes:
-        costs[pictured] += np.asarray(count.picture_tokens(sizes))
-        pixels[pictured] = [width * height for width, height in sizes]
-    return np.stack([costs, pixels])
 
 
 @dataclass(frozen=True)
@@ -101,6 +49,9 @@ def peak_bytes(device: torch.device) -> int:
     """Highest memory so far: of the device, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # ru_maxrss would begin with that of the process that started this one
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -119,16 +70,32 @@ def rehearse(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: 
         groups: Positions of the items of each mini-batch.
         dtype: What autocast computes in.
     """
+
+    def embed() -> tuple[torch.Tensor, int]:
+        tokens, total = 0, torch.zeros((), device=model.device)
+        for features in feed.stream([group.tolist() for group in groups], model.device):
+            tokens += int(features["attention_mask"].sum())
+            total = total + model(features)["sentence_embedding"].float().sum()
+        return total, tokens
+
+    return rehearse_pass(model, embed, dtype)
+
+
+def rehearse_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], dtype: torch.dtype) -> Rehearsal:
+    """Go forward and back once; no weight and no random state changes.
+
+    Args:
+        model: The model, with its adapter.
+        run: Returns a loss and the tokens that it took.
+        dtype: What autocast computes in.
+    """
     device = model.device
     began = time.perf_counter()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     was_training = model.training
     model.train()
     with torch.random.fork_rng(), autocast:
-        tokens, total = 0, torch.zeros((), device=device)
-        for features in feed.stream([group.tolist() for group in groups], device):
-            tokens += int(features["attention_mask"].sum())
-            total = total + model(features)["sentence_embedding"].float().sum()
+        total, tokens = run()
         total.backward()
         float(total.detach())  # waits for the device
     model.zero_grad()
@@ -157,7 +124,7 @@ def fitting_budget(
     measured = []
     for budget in _PROBES:
         mini_batches = cut(budget)
-        group = positions[mini_batches.largest(mini_batches(positions), positions)]
+        group = positions[mini_batches(positions)[0]]
         measured.append((len(group) * int(costs[group].max()), rehearse(model, feed, [group], dtype)))
     (small, first), (large, second) = measured
     if large <= small:  # so little data that one mini-batch holds everything alike
@@ -216,7 +183,7 @@ class Plan:
         trained: Weights that are trained.
         weights: Weights in all.
         flops: Floating-point operations of all steps (language model).
-        hours: Estimated from the rehearsal; None where there was none.
+        hours: Estimated from the rehearsal.
         peak_gib: Highest memory in the rehearsal, of the device or (CPU) the process.
         device: What it was measured on.
         vision_cache: What is kept of pictures, in words; None: nothing.
@@ -233,8 +200,8 @@ class Plan:
     trained: int
     weights: int
     flops: float
-    hours: float | None
-    peak_gib: float | None
+    hours: float
+    peak_gib: float
     device: str
     vision_cache: str | None = None
 
@@ -249,12 +216,73 @@ class Plan:
         ]
         if self.vision_cache is not None:
             lines.append(f"vision cache   {self.vision_cache}")
-        if self.hours is not None:
-            lines.append(f"time           about {self.hours:.2g} hours on this device ({self.device})")
-        if self.peak_gib is not None:
-            lines.append(f"peak memory    {self.peak_gib:.2f} GiB in the rehearsal of the largest mini-batch")
+        lines.append(f"time           about {self.hours:.2g} hours on this device ({self.device})")
+        lines.append(f"peak memory    {self.peak_gib:.2f} GiB in the rehearsal of the largest mini-batch")
         return "\n".join(f"  {line}" for line in lines)
 
     def facts(self) -> dict[str, Any]:
         """The plan for the manifest."""
         return asdict(self)
+
+
+def steps_of(arguments: TrainArguments, rows: int, *, accumulates: bool = False) -> int:
+    """Count the optimiser steps of a run.
+
+    Args:
+        arguments: Options of the stage.
+        rows: Rows of the data.
+        accumulates: Small batches are accumulated to the large one, over all ends. Defaults to False: batches stand
+            alone, and those that are left for the last step make a smaller one.
+    """
+    a = arguments
+    if a.max_steps > 0:
+        return a.max_steps
+    rounded = math.floor if a.drop_last else math.ceil
+    batch = a.batch_size * processes().num_processes
+    if accumulates:
+        return math.ceil(rounded(rows / (batch * a.gradient_accumulation_steps)) * a.epochs)
+    return math.ceil(math.ceil(rounded(rows / batch) / a.gradient_accumulation_steps) * a.epochs)
+
+
+def make_plan(
+    arguments: TrainArguments,
+    model: BaseModel,
+    row_costs: np.ndarray,
+    rehearsals: Sequence[Rehearsal],
+    *,
+    steps: int,
+    passes_more: float = 0.0,
+    operations: float,
+    **facts: Any,
+) -> Plan:
+    """Say what a run will take.
+
+    Args:
+        arguments: Options of the stage.
+        model: The model, with what is trained chosen.
+        row_costs: Tokens of every row.
+        rehearsals: Of the most expensive pass, then of a usual one.
+        steps: Optimiser steps.
+        passes_more: Time of a step that the rehearsals do not have, as a share of theirs. Defaults to 0.
+        operations: Floating-point operations of a token.
+        **facts: Further fields of :class:`Plan`.
+    """
+    world, rows = processes().num_processes, len(row_costs)
+    per_step = arguments.batch_size * arguments.gradient_accumulation_steps * world
+    tokens = int(row_costs.mean() * steps * per_step)
+    largest, usual = rehearsals
+    parameters = list(model.parameters())
+    return Plan(
+        rows=rows,
+        steps=steps,
+        rows_per_step=per_step,
+        passes=steps * per_step / rows,
+        tokens=tokens,
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        weights=sum(p.numel() for p in parameters),
+        flops=tokens * operations,
+        hours=tokens / world * usual.seconds / max(usual.tokens, 1) * (1 + passes_more) / 3600,
+        peak_gib=largest.peak_bytes / 2**30,
+        device=str(model.device),
+        **facts,
+    )

@@ -38,10 +38,10 @@ class Setup:
         rows: The rows to train on.
         loss: The loss.
         collator: The data collator.
+        plan: What the run will take.
         make_batches: Makes the batch sampler; None: the trainer's usual one.
         batch_size: Rows of a forward pass on one device; None: as the options say.
         accumulation: Forward passes of a step; None: as the options say.
-        plan: What the run will take.
         operations_per_token: Floating-point operations that a token takes.
         matrix_rate: Operations per second of a matrix product on this device.
         mean_over_rows: Forward passes of a step count by their rows; False: all the same.
@@ -51,10 +51,10 @@ class Setup:
     rows: Dataset
     loss: nn.Module
     collator: Any
+    plan: Plan
     make_batches: Callable[..., Any] | None = None
     batch_size: int | None = None
     accumulation: int | None = None
-    plan: Plan | None = None
     operations_per_token: float = 0.0
     matrix_rate: float = 0.0
     mean_over_rows: bool = False
@@ -180,10 +180,7 @@ def run_stage(
             "DeepSpeed cannot train with gradient caching: it goes back through the model once a batch. Leave out "
             "mini_batch_size and token_budget and raise gradient_accumulation_steps, or start with torchrun (DDP)."
         )
-    if made.plan is not None:
-        logger.info("%s:\n%s", stage, made.plan)
-    elif arguments.dry_run:
-        logger.info("%s: %d rows; time and memory are estimated for embedders only.", stage, len(made.rows))
+    logger.info("%s:\n%s", stage, made.plan)
     if arguments.dry_run:
         return output
     trainer = _trainer(arguments, model, made, output)
@@ -194,7 +191,7 @@ def run_stage(
     _save(arguments, model, load, trainer, output)
     if trainer.is_world_process_zero():
         facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": trainer.state.log_history[-1]}
-        finish_stage(output, {**facts, "plan": made.plan.facts() if made.plan else None})
+        finish_stage(output, {**facts, "plan": made.plan.facts()})
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     processes().wait_for_everyone()
     return output

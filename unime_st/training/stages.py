@@ -24,6 +24,7 @@ from unime_st.losses import (
     SimilarityDistillationLoss,
     SoftLabelDistillationLoss,
 )
+from unime_st.losses.base import ROWS_AT_ONCE
 from unime_st.model import UniME
 from unime_st.reranking.model import UniMEReranker
 from unime_st.training.arguments import (
@@ -36,9 +37,9 @@ from unime_st.training.arguments import (
 )
 from unime_st.training.embedders import EmbedderSetup
 from unime_st.training.hardest import hardest_negatives, stored_negatives
-from unime_st.training.items import RerankerItemCollator
 from unime_st.training.processes import processes
-from unime_st.training.run import Setup, run_stage
+from unime_st.training.rerankers import RerankerSetup
+from unime_st.training.run import run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def train_in_batch(arguments: InBatchArguments) -> Path:
         return CachedMultipleNegativesRankingLoss(
             model,
             scale=1.0 / arguments.temperature,
-            mini_batch_size=arguments.batch_size,
+            mini_batch_size=ROWS_AT_ONCE,  # of the similarity matrix, which is never held whole
             gather_across_devices=arguments.gather_across_devices,
         )
 
@@ -255,7 +256,7 @@ def train_reranker(arguments: RerankerArguments) -> Path:
     """
     records = _open(arguments)
 
-    def loss(model: Any) -> nn.Module:
+    def loss(model: Any) -> RerankerLoss:
         return RerankerLoss(
             model,
             arguments.pairwise_weight,
@@ -269,15 +270,11 @@ def train_reranker(arguments: RerankerArguments) -> Path:
         stored = stored_negatives(records, arguments.num_negatives)
         return hardest_negatives(rows_with_negatives(records, stored), arguments.num_negatives)
 
-    def setup(model: Any, rows: Dataset) -> Setup:
-        collator = RerankerItemCollator(model.preprocess, records=records)
-        return Setup(rows, loss(model), collator, cached=arguments.mini_batch_size is not None)
-
     return run_stage(
         "reranker",
         arguments,
         load=lambda **options: UniMEReranker(arguments.model, template=arguments.template, **options),
         dataset=rows,
-        setup=setup,
+        setup=RerankerSetup(arguments, records, loss),
         inputs=(arguments.data,),
     )

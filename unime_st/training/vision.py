@@ -190,7 +190,7 @@ class SeenOnce:
         dtype: What training computes in.
 
     Attributes:
-        most_bytes: Visual tokens that may be kept from the first pass to the second: 64 MiB in the memory of a CPU, 1
+        most_bytes: Visual tokens that may be kept from the first pass to the second: 32 MiB in the memory of a CPU, 1
             GiB in that of another device, so that memory does not grow with the batch. The others are made again.
 
     Raises:
@@ -201,12 +201,12 @@ class SeenOnce:
         >>> from unime_st import UniME
         >>> once = SeenOnce(UniME("unime-tiny").requires_grad_(False), torch.float32)
         >>> once.most_bytes >> 20
-        64
+        32
     """
 
     def __init__(self, model: BaseModel, dtype: torch.dtype) -> None:
         check_frozen(model)
-        self.most_bytes = (64 if model.device.type == "cpu" else 1024) << 20
+        self.most_bytes = (32 if model.device.type == "cpu" else 1024) << 20
         self._model, self._dtype = model, dtype
         self._kept: dict[int, Features] = {}
         self._held = 0
@@ -216,6 +216,11 @@ class SeenOnce:
         """Forget the step before."""
         self._kept.clear()
         self._held = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of visual tokens kept in the memory of the host."""
+        return self._held if self._model.device.type == "cpu" else 0
 
     def __contains__(self, number: int) -> bool:
         return number in self._kept

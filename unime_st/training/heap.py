@@ -1,0 +1,65 @@
+"""Keeps the memory of freed buffers from piling up over the mini-batches of a large batch."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import psutil
+
+_SLACK = 160 << 20
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Of glibc: hands free pages back to the system. Other C libraries have none, and need it less."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class Heap:
+    """Watches the resident memory of a step, and gives freed memory back where too much of it is kept.
+
+    Pictures of all sizes, their pixels and activations come and go, small things that stay (embeddings, kernels, random
+    states) lie between them, and glibc's heap grows although the sum of what is in use does not: by hundreds of MiB in
+    a batch of a few hundred pictures. Handing pages back costs their first touch, so it is done where it pays.
+
+    Args:
+        slack: Bytes that may be resident beyond those that the step began with. Defaults to 160 MiB.
+
+    Example:
+        >>> from unime_st.training.heap import Heap
+        >>> heap = Heap()
+        >>> heap.begin()
+        >>> heap.tidy()
+        False
+    """
+
+    def __init__(self, slack: int = _SLACK) -> None:
+        self._slack, self._begun = slack, 0
+
+    def begin(self) -> None:
+        """Start a step with what is in use."""
+        if (trim := _malloc_trim()) is not None:
+            trim(0)
+        self._begun = _resident()
+
+    def tidy(self, kept: int = 0) -> bool:
+        """Call between two mini-batches, when nothing of them is in use.
+
+        Args:
+            kept: Bytes that are kept on purpose since the step began.
+
+        Returns:
+            Whether memory was given back.
+        """
+        trim = _malloc_trim()
+        if trim is None or _resident() <= self._begun + kept + self._slack:
+            return False
+        trim(0)
+        return True
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
