@@ -30,8 +30,8 @@ STOCK, ENGINE = "SentenceTransformer.encode", "UniME.encode"
 
 def _pair(folder: Path | str, device: str) -> dict[str, SentenceTransformer]:
     kind: dict[str, Any] = {"model_kwargs": {"dtype": torch.bfloat16}} if device == "cuda" else {}
-    stock = SentenceTransformer(str(folder), device=device, **kind)
-    return {STOCK: stock, ENGINE: UniME(modules=list(stock.children()), prompts=stock.prompts, device=device)}
+    kinds = {STOCK: SentenceTransformer, ENGINE: UniME}
+    return {label: made(str(folder), device=device, **kind) for label, made in kinds.items()}
 
 
 def _speed(models: dict[str, SentenceTransformer], work: Path, chosen: Any) -> None:

@@ -157,8 +157,9 @@ def measure(side: str) -> dict[str, Any]:
     from mteb_tasks.description import model_meta
     from mteb_tasks.loader import UniMELoader
     from mteb_tasks.mmeb.tasks import mmeb_tasks
+    from unime_st import UniME
 
-    model = SentenceTransformer("unime-tiny", device="cpu")
+    model = (UniME if side == "ours" else SentenceTransformer)("unime-tiny", device="cpu")
     if side == "ours":
         wrapped: Any = UniMELoader("unime/tiny", "1", model=model)
     else:

@@ -26,6 +26,7 @@ from typing import Any
 
 import harness
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from workloads import SIZES, pictures, random_qwen2_vl
@@ -51,9 +52,10 @@ _WORDS = "red green blue small large round square dot line above below two three
 Step = Callable[[], float]
 
 
-def load(folder: Path) -> UniME:
+def load(folder: Path, side: str = OURS) -> SentenceTransformer:
     """The model with an adapter, ready to be trained."""
-    model = UniME(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+    kind = UniME if side == OURS else SentenceTransformer
+    model = kind(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     add_lora(model, TrainArguments(lora_rank=16, lora_dropout=0.0))
     return model.train()
@@ -70,7 +72,7 @@ def write_pairs(folder: Path, count: int, full: int) -> None:
     RecordSet.write(folder / "records", rows, {}, image_root=folder)
 
 
-def stock_step(model: UniME, pairs: list[PairRecord], mini_batch_size: int) -> Step:
+def stock_step(model: SentenceTransformer, pairs: list[PairRecord], mini_batch_size: int) -> Step:
     """What the stock trainer does with a batch: decode and process it whole, then the cached loss."""
     collate = SentenceTransformerDataCollator(model.preprocess)
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
@@ -90,7 +92,7 @@ def stock_step(model: UniME, pairs: list[PairRecord], mini_batch_size: int) -> S
     return step
 
 
-def our_step(model: UniME, records: RecordSet, count: int, mini_batch_size: int, workers: int) -> Step:
+def our_step(model: SentenceTransformer, records: RecordSet, count: int, mini_batch_size: int, workers: int) -> Step:
     """The same batch from positions of items, decoded mini-batch by mini-batch."""
     loss = our_loss(model, records, workers)
     tokens, pixels = item_costs(records, model)
@@ -105,13 +107,13 @@ def our_step(model: UniME, records: RecordSet, count: int, mini_batch_size: int,
     return step
 
 
-def our_loss(model: UniME, records: RecordSet, workers: int) -> DistinctItemsLoss:
+def our_loss(model: SentenceTransformer, records: RecordSet, workers: int) -> DistinctItemsLoss:
     """The stock loss over distinct items that are decoded late, a frozen vision tower run once, as the stages make it."""
     inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=ROWS_AT_ONCE)
     return DistinctItemsLoss(inner, Feed(records, model.preprocess, workers), vision=SeenOnce(model, torch.float32))
 
 
-def _backward(loss: torch.Tensor, model: UniME) -> float:
+def _backward(loss: torch.Tensor, model: SentenceTransformer) -> float:
     loss.backward()
     model.zero_grad()
     return loss.item()
@@ -119,7 +121,7 @@ def _backward(loss: torch.Tensor, model: UniME) -> float:
 
 def make_step(side: str, options: argparse.Namespace, work: Path, count: int) -> Step:
     """One side's step over the first ``count`` pairs."""
-    model, records = load(work / "st"), RecordSet.load(work / "records")
+    model, records = load(work / "st", side), RecordSet.load(work / "records")
     if side == OURS:
         return our_step(model, records, count, options.mini_batch_size, options.workers)
     return stock_step(model, [records[row] for row in range(count)], options.mini_batch_size)
