@@ -9,7 +9,7 @@ from functools import cache
 
 import psutil
 
-_SLACK = 160 << 20
+_SLACK = 96 << 20
 
 
 @cache
@@ -26,7 +26,7 @@ class Heap:
     a batch of a few hundred pictures. Handing pages back costs their first touch, so it is done where it pays.
 
     Args:
-        slack: Bytes that may be resident beyond those that the step began with. Defaults to 160 MiB.
+        slack: Bytes that may be resident beyond those that the step began with. Defaults to 96 MiB.
 
     Example:
         >>> from unime_st.training.heap import Heap
