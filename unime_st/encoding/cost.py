@@ -15,7 +15,7 @@ from unime_st.encoding.inputs import texts_and_sizes
 
 Size = tuple[int, int]
 
-_CPU_PIXELS, _DEVICE_PIXELS = 4_000_000, 64_000_000
+_CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
 
 _MEASURED_STEP = 112
 """Grid in pixels on which picture sizes are measured for processors that cannot tell their token counts."""
@@ -173,7 +173,7 @@ def most_pixels(*devices: torch.device) -> int:
         *devices: Where the model runs.
 
     Returns:
-        int: 4 million where all is computed on a CPU, 64 million otherwise.
+        int: 8 million where all is computed on a CPU, 64 million otherwise.
     """
     return _CPU_PIXELS if all(device.type == "cpu" for device in devices) else _DEVICE_PIXELS
 

@@ -114,7 +114,7 @@ class Forward:
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
-        self.pixels = most_pixels(*devices)
+        self.pixels = most_pixels(*devices) // (self.workers if on_cpu else 1)  # of all threads together
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options

@@ -217,7 +217,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         random_state: Any = None,
     ) -> tuple[Tensor, Any]:
         """Embed planned mini-batch number ``begin``, see :class:`CachedLossMixin`."""
-        self._heap.tidy(self._once.host_bytes if self._once else 0)
+        self._heap.tidy("gradient" if with_grad else "forward", self._once.host_bytes if self._once else 0)
         if self._once and with_grad and begin in self._once:
             features = self._once[begin]
         else:
