@@ -165,6 +165,15 @@ def test_scores_become_log_odds(tmp_path: Path):
     assert to_scores(to_logits(1.0)) == 1.0 and to_logits([0.3], divisor=1.05)[0] == np.float32(math.log(3 / 7) * 1.05)
 
 
+def test_keys_that_only_later_rows_have_are_read(tmp_path: Path):
+    rows: list[dict] = [{"query": f"q{number}", "positive": f"p{number}"} for number in range(600)]
+    rows[300]["dataset"] = "late"
+    rows[590] |= {"negatives": ["n"], "scores": [0.9, 0.1]}
+    records = import_records(write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "records")
+    assert len(records) == 600 and [item.text for item in records[590].negatives] == ["n"]
+    assert records[300].dataset == "late" and len(records[590].negative_logits) == 1
+
+
 def test_nothing_left_is_an_error(tmp_path: Path):
     source = write_lines(tmp_path / "rows.jsonl", [{"query": "", "positive": "x"}])
     with pytest.raises(ValueError, match="all 1 pairs were rejected.*rejected.jsonl"):

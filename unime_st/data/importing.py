@@ -110,6 +110,7 @@ def _import_all(
     groups: list[_Groups] = []
     iterator = iter(rows)
     resolved: list[PairSpec] | None = None
+    columns: set[str] = set()
     while batch := list(islice(iterator, _BATCH)):
         good = []
         for row in batch:
@@ -117,11 +118,12 @@ def _import_all(
                 rejected.add(row.error, file=row.file, row=row.number)
             else:
                 good.append(row)
-        if resolved is None and good:
-            # Rows of JSON may lack keys, so the columns are those of the first batch together.
-            columns = {name for row in good for name in row.values or ()}
+        new = {name for row in good for name in row.values or ()} - columns
+        if good and (resolved is None or (new and specs is None)):
+            # Rows of JSON may lack keys: the columns are those of all batches so far together.
+            columns |= new
             resolved = [resolve_columns(spec, columns) for spec in specs or default_pairs(columns)]
-            groups = [_Groups(spec, spec.join) for spec in resolved if spec.join is not None]
+            groups = groups or [_Groups(spec, spec.join) for spec in resolved if spec.join is not None]
         plain = [spec for spec in resolved or () if spec.join is None]
         write_checked(_pairs_of(good, plain, root, rejected), writer, rejected, checker)
         for group in groups:

@@ -9,7 +9,7 @@ from functools import cache
 
 import psutil
 
-_SLACK = 64 << 20
+_SLACK = 32 << 20
 
 
 @cache
@@ -27,7 +27,7 @@ class Heap:
     than after the first mini-batch, which is the largest.
 
     Args:
-        slack: Bytes that may be kept beyond those after the first mini-batch of a kind. Defaults to 64 MiB.
+        slack: Bytes that may be kept beyond those after the first mini-batch of a kind. Defaults to 32 MiB.
 
     Example:
         >>> from unime_st.training.heap import Heap
