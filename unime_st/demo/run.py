@@ -18,8 +18,9 @@ from typing import Any
 from unime_st.data.manifest import read_json, write_json
 from unime_st.demo.seed import Seed
 from unime_st.demo.settings import RERANKED, DemoArguments
-from unime_st.demo.side_by_side import Job, alone, peak_memory
+from unime_st.demo.side_by_side import Job, alone
 from unime_st.report.demo_results import MODELS, REPORT, render_table
+from unime_st.resident import peak_resident
 from unime_st.training.arguments import LOG
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def run_demo(arguments: DemoArguments) -> Path:
         "rows": rows,
         "seconds": {name: round(statistics.fmean(s[name] for s in seconds.values()), 1) for name in stage_names},
         "seconds_by_seed": seconds,
-        "peak_rss_mb": (peak_memory() + max(peaks)) // 2**20,  # of this process and of those side by side
+        "peak_rss_mb": (peak_resident() + max(peaks)) // 2**20,  # of this process and of those side by side
         "versions": _versions(),
         "settings": settings,
         "notes": _notes(arguments),

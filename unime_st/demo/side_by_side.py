@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import resource
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from unime_st.resident import peak_resident
 from unime_st.training.arguments import set_up_logging
 
 
@@ -63,11 +63,6 @@ class Done:
     peak_memory: int
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 _PROCESSES = 2  # at once, however many cores there are: torch and its friends take a gigabyte in each
 
 
@@ -93,7 +88,7 @@ def _start(quiet: bool) -> None:
 def _run(job: Job) -> Done:
     started = time.perf_counter()
     job.work()
-    return Done(job.name, round(time.perf_counter() - started, 1), os.getpid(), peak_memory())
+    return Done(job.name, round(time.perf_counter() - started, 1), os.getpid(), peak_resident())
 
 
 def _pool(workers: int, *, quiet: bool) -> ProcessPoolExecutor:

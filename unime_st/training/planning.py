@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +15,7 @@ import psutil
 import torch
 from sentence_transformers.base.model import BaseModel
 
+from unime_st.resident import peak_resident
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.feed import Feed
 from unime_st.training.items import MiniBatches
@@ -49,10 +46,7 @@ def peak_bytes(device: torch.device) -> int:
     """Highest memory so far: of the device, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # ru_maxrss would begin with that of the process that started this one
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident()
 
 
 def _free_bytes(device: torch.device) -> int:
