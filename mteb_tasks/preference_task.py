@@ -118,19 +118,20 @@ class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
         Returns:
             Scores by category.
         """
-        if self._told() is not model:  # mteb asks for one category after the other
+        if isinstance(model, (Announcer, PairScorer)) and self._told() is not model:
+            # mteb asks for one category after the other
             self._told = weakref.ref(model)
             self._tell_cost(model, split, **kwargs.get("encode_kwargs", {}))
         return super().evaluate(model, split, subsets_to_run, **kwargs)
 
-    def _tell_cost(self, model: Any, split: str, **encode_kwargs: Any) -> None:
+    def _tell_cost(self, model: Announcer | PairScorer, split: str, **encode_kwargs: Any) -> None:
         self.load_data()
         tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
         if isinstance(model, Announcer):
             texts = {text for table in tables for name in self.texts_column_names for text in table[name]}
             captions = to_dataset({text: Item(text=text) for text in sorted(texts)}, ["text"])
             model.announce(self.metadata.name, [*tables, captions], **encode_kwargs)
-        elif isinstance(model, PairScorer) and logger.isEnabledFor(logging.INFO):
+        elif logger.isEnabledFor(logging.INFO):
             from mteb_tasks.forecast import try_some
 
             count = sum(map(len, tables))

@@ -46,5 +46,6 @@ def test_models_have_it_and_save_what_they_did() -> None:
     for model in (UniME("unime-tiny", device="cpu"), reranker, load_cross_encoder("unime-tiny", template="tiny")):
         found = [name for name, module in model.named_modules() if isinstance(module, PatchProjection)]
         assert len(found) == 1 and f"{found[0]}.weight" in model.state_dict()
+        # As a process of its own gets the model.
         copied = pickle.loads(pickle.dumps(model.get_submodule(found[0])))
         assert type(copied) is PatchProjection

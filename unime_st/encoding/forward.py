@@ -31,8 +31,8 @@ TOKENS_PER_ROW = 256
 _CPU_BUDGET = 1024
 """Tokens after which a larger batch gains nothing on a CPU, and only takes memory."""
 
-_CPU_PIXELS = 2_000_000
-"""Pixels of a batch's pictures as they are stored: every thread holds a batch."""
+_THREAD_PIXELS = 2_000_000
+"""Stored pixels of a batch on a CPU, where every thread holds one: fewer than training allows its only batch."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
@@ -117,7 +117,7 @@ class Forward:
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
-        self.pixels = _CPU_PIXELS if on_cpu else most_pixels(*devices)
+        self.pixels = _THREAD_PIXELS if on_cpu else most_pixels(*devices)
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options

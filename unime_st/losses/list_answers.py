@@ -12,6 +12,29 @@ LIST_ANSWER_START = "Ans: ("
 """What a listwise prompt ends with, so that the number of the best candidate follows."""
 
 
+def check_list_prompt(processor: Any, chat: Sequence[Any]) -> None:
+    """Refuse a chat template that would silently render a list as a pair.
+
+    Args:
+        processor: Processor of a generative model.
+        chat: A query, then two candidates, the later one with the word "second".
+
+    Raises:
+        ValueError: If the template has no prompt for lists.
+    """
+
+    def render(**options: Any) -> str:
+        return str(processor.apply_chat_template(chat, tokenize=False, **options))
+
+    prompt = render(task="listwise")
+    if prompt == render() or not prompt.endswith(LIST_ANSWER_START) or "second" not in prompt:
+        raise ValueError(
+            "The chat template of the model has no listwise prompt: with task='listwise' it must number all "
+            f"documents and end with {LIST_ANSWER_START!r}. Load the model with "
+            "UniMEReranker(folder, template='official') or set listwise_weight=0."
+        )
+
+
 def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
     """Find the tokens that tell the answers "Ans: (1)", ..., "Ans: (count)" apart.
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from unime_st.losses.citations import UNIME_V2_CITATION
 from unime_st.losses.list_answers import (
-    LIST_ANSWER_START,
     answer_cross_entropy,
     append_tokens,
+    check_list_prompt,
     index_answers,
     second_positions,
 )
@@ -151,22 +151,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         self._parts: dict[str, Tensor] = {}
         self.tokens = 0
         if listwise_weight:
-            self._check_listwise()
-
-    def _check_listwise(self) -> None:
-        """Refuse a template that would silently render a list as a pair."""
-        chat = self.chat("query", ["first", "second"], {})
-
-        def render(**options: Any) -> str:
-            return str(self._processor.apply_chat_template(chat, tokenize=False, **options))
-
-        prompt = render(task="listwise")
-        if prompt == render() or not prompt.endswith(LIST_ANSWER_START) or "second" not in prompt:
-            raise ValueError(
-                "The chat template of the model has no listwise prompt: with task='listwise' it must number all "
-                f"documents and end with {LIST_ANSWER_START!r}. Load the model with "
-                "UniMEReranker(folder, template='official') or set listwise_weight=0."
-            )
+            check_list_prompt(self._processor, self.chat("query", ["first", "second"], {}))
 
     def forward(
         self,

@@ -147,6 +147,8 @@ class RerankerSetup:
             return lambda: (torch.stack(list(loss(columns, labels).values())).sum(), int(row_costs[chosen].sum()))
 
         shortest, loss.min_list_length = loss.min_list_length, None
-        largest = rehearse_pass(model, passing(order[:size]), dtype)
-        loss.min_list_length = shortest
+        try:
+            largest = rehearse_pass(model, passing(order[:size]), dtype)
+        finally:
+            loss.min_list_length = shortest
         return [largest, rehearse_pass(model, passing(order[middle : middle + size]), dtype)]
