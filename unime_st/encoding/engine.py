@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -94,18 +94,23 @@ class Engine:
         open_windows: deque[_Window] = deque()
         pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
-        with bar, self.forward.threads() as pool, closing(_ahead(self._windows(iter(inputs), window))) as windows:
+
+        def take(waiting: int = 0) -> None:
+            while len(pending) > waiting:
+                self._take(*pending.popleft(), bar)
+                self._close(open_windows, results, bar)
+            self._close(open_windows, results, bar)
+
+        # A stream that breaks off leaves the vectors of what came before: shards go on from there.
+        ahead = _ahead(self._windows(iter(inputs), window), on_failure=take)
+        with bar, self.forward.threads() as pool, closing(ahead) as windows:
             try:
                 for upcoming in windows:
                     open_windows.append(upcoming)
                     for batch in upcoming.batches:
                         pending.append((upcoming, batch, pool.submit(self.forward.embed, batch)))
-                        if len(pending) > self.forward.workers + 1:
-                            self._take(*pending.popleft(), bar)
-                            self._close(open_windows, results, bar)
-                while pending:
-                    self._take(*pending.popleft(), bar)
-                self._close(open_windows, results, bar)
+                        take(self.forward.workers + 1)
+                take()
             finally:
                 for _, _, future in pending:
                     future.cancel()
@@ -229,11 +234,18 @@ class Engine:
             bar.update(window.size - len(window.jobs))
 
 
-def _ahead(windows: Iterator[_Window]) -> Generator[_Window, None, None]:
+def _ahead(windows: Iterator[_Window], *, on_failure: Callable[[], None]) -> Generator[_Window, None, None]:
     """Prepare the next window while the present one is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="windows") as pool:
         upcoming = pool.submit(next, windows, None)
-        while (window := upcoming.result()) is not None:
+        while True:
+            try:
+                window = upcoming.result()
+            except BaseException:
+                on_failure()
+                raise
+            if window is None:
+                return
             upcoming = pool.submit(next, windows, None)
             yield window
 
