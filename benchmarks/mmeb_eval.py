@@ -161,7 +161,8 @@ def measure(side: str) -> dict[str, Any]:
 
     model = (UniME if side == "ours" else SentenceTransformer)("unime-tiny", device="cpu")
     if side == "ours":
-        wrapped: Any = UniMELoader("unime/tiny", "1", model=model)
+        cache = Path(os.environ["UNIME_HOME"], "embeddings")  # as under `mteb run`
+        wrapped: Any = UniMELoader("unime/tiny", "1", model=model, cache_folder=cache)
     else:
         wrapped = SentenceTransformerEncoderWrapper(model)
         wrapped.mteb_model_meta = model_meta("stock/tiny", "1")

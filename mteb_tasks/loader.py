@@ -27,6 +27,7 @@ from unime_st.encoding import encode_stream
 from unime_st.judging.prompts import clean_text
 from unime_st.model import UniME
 from unime_st.registry import resolve
+from unime_st.resident import give_back
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -200,7 +201,9 @@ class UniMELoader:
     def _embed_tables(self, tables: Sequence[Dataset], **kwargs: Any) -> np.ndarray:
         # One stream, for which the model never waits between two tables.
         windows = chain.from_iterable(iter_items(table, _READ_AT_ONCE, self.model.prompts) for table in tables)
-        return self.embed(windows, style=_style_of(tables[0]), **kwargs)
+        vectors = self.embed(windows, style=_style_of(tables[0]), **kwargs)
+        give_back()  # what threads decoded and computed in; ranking needs memory of another kind
+        return vectors
 
     @contextmanager
     def _in_style(self, style: str | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ _ID_BYTES = 16
 class EmbeddingStore:
     """Vectors by item id.
 
-    On disk, every process appends to a pair of files of its own (``<name>.vectors`` with float32 rows, then
-    ``<name>.ids``), so a vector counts only once its id is written: a process killed at any moment leaves nothing
-    half-written to be read, and two processes do not disturb each other.
+    On disk, every process appends to a pair of files of its own (``<name>-<dim>.vectors`` with float32 rows, then
+    ``<name>-<dim>.ids``), so a vector counts only once its id is written: a process killed at any moment leaves nothing
+    half-written to be read, and two processes do not disturb each other. In memory are only the places of the vectors.
 
     Args:
         folder: Where to keep vectors; None keeps them in memory. The folder must stand for one model at one setting.
@@ -35,10 +35,10 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._blocks: list[np.ndarray] = []
+        self._sources: list[np.ndarray | Path] = []
         self._place: dict[bytes, tuple[int, int]] = {}
         self._folder = None if folder is None else Path(folder)
-        self._own = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._own: Path | None = None
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             for ids in sorted(self._folder.glob("*.ids")):
@@ -65,10 +65,10 @@ class EmbeddingStore:
             broken = ids[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])]
             raise ValueError(f"the embedding of item {broken} is not finite: load the model in float32 or bfloat16")
         keys = [bytes.fromhex(item_id) for item_id in ids]
-        if self._folder is not None:
+        if self._folder is None:
+            self._note(keys, vectors, 0)
+        else:
             self._append(self._folder, keys, vectors)
-        self._place.update((key, (len(self._blocks), row)) for row, key in enumerate(keys))
-        self._blocks.append(vectors)
 
     def take(self, ids: Sequence[str]) -> np.ndarray:
         """Look vectors up.
@@ -83,25 +83,44 @@ class EmbeddingStore:
             KeyError: If an id is unknown.
         """
         places = [self._place[bytes.fromhex(item_id)] for item_id in ids]
-        return np.stack([self._blocks[block][row] for block, row in places])
+        opened = {number: _rows_of(self._sources[number]) for number in {number for number, _ in places}}
+        return np.stack([opened[number][row] for number, row in places])
+
+    def _note(self, keys: Iterable[bytes], source: np.ndarray | Path, first: int) -> None:
+        if not self._sources or self._sources[-1] is not source:
+            self._sources.append(source)
+        self._place.update((key, (len(self._sources) - 1, row)) for row, key in enumerate(keys, first))
 
     def _append(self, folder: Path, keys: list[bytes], vectors: np.ndarray) -> None:
-        base = folder / f"{self._own}-{vectors.shape[1]}"
-        for suffix, content in ((".vectors", vectors.tobytes()), (".ids", b"".join(keys))):
-            with Path(f"{base}{suffix}").open("ab") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        own = self._own or folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}-{vectors.shape[1]}.vectors"
+        self._own = None  # should writing fail, what comes after must not follow half a block
+        with own.open("ab") as file, own.with_suffix(".ids").open("ab") as ids:
+            first = file.tell() // vectors[:1].nbytes
+            for target, content in ((file, vectors.tobytes()), (ids, b"".join(keys))):
+                target.write(content)
+                target.flush()
+                os.fsync(target.fileno())
+        self._own = own
+        self._note(keys, own, first)
 
     def _open(self, ids: Path) -> None:
-        dim = int(ids.stem.rsplit("-", 1)[1])
         names, vectors = ids.read_bytes(), ids.with_suffix(".vectors")
-        whole = min(len(names) // _ID_BYTES, vectors.stat().st_size // (4 * dim))
+        whole = min(len(names) // _ID_BYTES, vectors.stat().st_size // (4 * _dim(vectors)))
         if whole:
-            block = np.memmap(vectors, dtype=np.float32, mode="r", shape=(whole, dim))
             keys = (names[start : start + _ID_BYTES] for start in range(0, whole * _ID_BYTES, _ID_BYTES))
-            self._place.update((key, (len(self._blocks), row)) for row, key in enumerate(keys))
-            self._blocks.append(block)
+            self._note(keys, vectors, 0)
+
+
+def _dim(vectors: Path) -> int:
+    return int(vectors.stem.rsplit("-", 1)[1])
+
+
+def _rows_of(source: np.ndarray | Path) -> np.ndarray:
+    """The array itself, or the whole rows of a file, which other processes may still be writing."""
+    if isinstance(source, np.ndarray):
+        return source
+    dim = _dim(source)
+    return np.memmap(source, dtype=np.float32, mode="r", shape=(source.stat().st_size // (4 * dim), dim))
 
 
 class NewEmbeddings:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import psutil
 import pytest
 
 from mteb_tasks import loader
+from mteb_tasks import store as store_module
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.models import cache_folder, folder_revision, metas
 from mteb_tasks.store import EmbeddingStore
@@ -11,6 +13,10 @@ from unime_st.data.items import Item
 from unime_st.registry import PACKAGED
 
 NAMES = [f"{number:032x}" for number in range(6)]
+
+
+def process_memory() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def _vectors(rows, dim=3):
@@ -38,6 +44,35 @@ def test_a_write_that_was_cut_off_is_not_read(tmp_path):
     again.add([NAMES[3]], _vectors(1))
     third = EmbeddingStore(tmp_path)
     np.testing.assert_array_equal(third.take(NAMES[:4]), [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]])
+
+
+def test_a_write_that_failed_does_not_shift_those_after_it(tmp_path, monkeypatch):
+    store = EmbeddingStore(tmp_path)
+    store.add(NAMES[:1], _vectors(1))
+    calls = iter([None, OSError(28, "No space left on device")])
+
+    def full(_):
+        if (error := next(calls)) is not None:
+            raise error
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(store_module.os, "fsync", full)
+        store.add(NAMES[1:3], _vectors(2) + 50)
+    assert NAMES[1] not in store
+    store.add(NAMES[3:5], _vectors(2) + 100)
+    for found in (store, EmbeddingStore(tmp_path)):
+        np.testing.assert_array_equal(
+            found.take([NAMES[4], NAMES[0], NAMES[3]]), [[103, 104, 105], [0, 1, 2], [100, 101, 102]]
+        )
+
+
+def test_vectors_on_disk_are_not_in_memory(tmp_path):
+    store = EmbeddingStore(tmp_path)
+    before = process_memory()
+    for block in range(64):
+        store.add([f"{block * 1000 + row:032x}" for row in range(1000)], np.ones((1000, 256), dtype=np.float32))
+    assert process_memory() - before < 40 << 20, "64,000 vectors of 1 KiB take 62 MiB"
+    assert store.take([f"{63_999:032x}"]).shape == (1, 256)
 
 
 def test_what_is_not_finite_is_never_kept(tmp_path):
