@@ -5,7 +5,8 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from unime_st.training.heap import Heap, _malloc_trim
+from unime_st.resident import give_back
+from unime_st.training.heap import Heap
 
 PIECE = 100_000  # bytes: of the heap, not a mapping of its own
 
@@ -14,33 +15,41 @@ def test_holes_between_what_stays_are_given_back() -> None:
     heap, process = Heap(slack=64 << 20), psutil.Process()
     heap.begin()
     assert not heap.tidy("forward")  # nothing was done yet
-    assert not heap.tidy("forward")  # what is kept after the first mini-batch is as much as it takes
+    assert not heap.tidy("forward")  # what one mini-batch leaves behind is as much as it takes
     pieces = [bytes([1]) * PIECE for _ in range(2000)]
     kept = pieces[::10]
     del pieces
     full = process.memory_info().rss
     assert not heap.tidy("forward", kept=1 << 30)  # what is kept on purpose does not count
-    glibc = _malloc_trim() is not None
-    assert heap.tidy("gradient") == glibc
+    given_back, glibc = heap.tidy("forward"), give_back()
+    assert given_back == glibc
     assert full - process.memory_info().rss > 100 << 20 or not glibc
-    assert not (glibc and heap.tidy("gradient"))
+    assert not heap.tidy("forward")
     assert all(piece == bytes([1]) * PIECE for piece in kept)
 
 
-def test_as_much_as_the_first_mini_batch_took_is_let_be() -> None:
+def test_as_much_as_one_mini_batch_leaves_is_let_be() -> None:
     heap = Heap(slack=64 << 20)
     heap.begin()
     heap.tidy("forward")
     held = [bytes([1]) * PIECE for _ in range(2000)]
-    assert not heap.tidy("gradient")
-    assert not heap.tidy("gradient")
+    assert not heap.tidy("forward")
+    assert not heap.tidy("forward")
     more = [bytes([1]) * PIECE for _ in range(1000)]
-    assert heap.tidy("gradient") == (_malloc_trim() is not None)
+    assert heap.tidy("forward") == give_back()
+    assert not heap.tidy("forward"), "what stays after tidying is what it takes"
     assert len(held) + len(more) == 3000
 
 
+def test_each_pass_begins_on_a_tidy_heap() -> None:
+    heap = Heap()
+    heap.begin()
+    kinds = ["forward", "forward", "gradient", "gradient"]
+    assert [heap.tidy(kind) for kind in kinds] == [False, False, give_back(), False]
+
+
 def test_other_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unime_st.training.heap._malloc_trim", lambda: None)
+    monkeypatch.setattr("unime_st.resident._malloc_trim", lambda: None)
     heap = Heap(slack=0)
     heap.begin()
-    assert not any(heap.tidy("forward") for _ in range(3))
+    assert not any(heap.tidy(kind) for kind in ("forward", "forward", "gradient"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_moved(part, device) for part in value]
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _all_moved(features: Features, device: torch.device) -> Features:
+    return {name: _moved(value, device) for name, value in features.items()}
 
 
 class Feed:
@@ -94,8 +99,8 @@ class Feed:
         self._mini_batches[:] = [list(positions) for positions in mini_batches]
         if self._loader is None:
             self._loader = self._make_loader(device)
-        for features in self._loader:
-            yield {name: _moved(value, device) for name, value in features.items()}
+        # A loop's variable would hold on to the pixels while the model trains, and while the next ones are decoded.
+        yield from map(partial(_all_moved, device=device), self._loader)
 
     def _make_loader(self, device: torch.device) -> DataLoader:
         options: dict[str, Any] = {}

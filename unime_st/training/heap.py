@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable
-from functools import cache
-
 import psutil
 
-_SLACK = 32 << 20
+from unime_st.resident import give_back
 
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """Of glibc: hands free pages back to the system. Other C libraries have none, and need it less."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_SLACK = 16 << 20
 
 
 class Heap:
@@ -23,11 +14,11 @@ class Heap:
 
     Pictures of all sizes, their pixels and activations come and go, small things that stay (embeddings, kernels, random
     states) lie between them, and glibc's heap grows although the sum of what is in use does not: by hundreds of MiB in
-    a batch of a few hundred pictures. Handing pages back costs their first touch, so it is done only where more is kept
-    than after the first mini-batch, which is the largest.
+    a batch of a few hundred pictures. Handing pages back costs their first touch, so it is done only between the passes
+    and where more is kept than one mini-batch leaves behind on a heap that was just tidied.
 
     Args:
-        slack: Bytes that may be kept beyond those after the first mini-batch of a kind. Defaults to 32 MiB.
+        slack: Bytes that may be kept beyond those of one mini-batch. Defaults to 16 MiB.
 
     Example:
         >>> from unime_st.training.heap import Heap
@@ -38,37 +29,34 @@ class Heap:
     """
 
     def __init__(self, slack: int = _SLACK) -> None:
-        self._slack, self._begun = slack, 0
-        self._usual: dict[str, int] = {}
+        self._slack = slack
+        self._begun = self._usual = 0
+        self._clean = False
         self._last: str | None = None
 
     def begin(self) -> None:
         """Start a step with what is in use."""
-        if (trim := _malloc_trim()) is not None:
-            trim(0)
-        self._begun, self._last = _resident(), None
-        self._usual.clear()
+        self._clean = give_back()
+        self._begun, self._usual, self._last = _resident(), 0, None
 
     def tidy(self, kind: str, kept: int = 0) -> bool:
         """Call before a mini-batch, when nothing of the one before is in use.
 
         Args:
-            kind: Of the mini-batch that is to come; those of one kind come by falling size.
+            kind: Pass of the mini-batch that is to come.
             kept: Bytes that are kept on purpose since the step began.
 
         Returns:
             Whether memory was given back.
         """
         last, self._last = self._last, kind
-        trim = _malloc_trim()
-        if trim is None or last is None:
+        if last is None:
             return False
         above = _resident() - self._begun - kept
-        usual = self._usual.setdefault(last, above)
-        if above <= max(usual, *self._usual.values()) + self._slack:
-            return False
-        trim(0)
-        return True
+        if self._clean:
+            self._usual = max(self._usual, above)
+        self._clean = (kind != last or above > self._usual + self._slack) and give_back()
+        return self._clean
 
 
 def _resident() -> int:

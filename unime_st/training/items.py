@@ -242,7 +242,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         else:  # out of turn: the mixin repeats a mini-batch to let DDP synchronise
             assert self.feed is not None
             features = next(self.feed.stream([self._planned[begin]], self._columns.device))
-        return self._once.look(begin, features) if self._once and not with_grad else features
+        return self._once.look(begin, features, keep=not with_grad) if self._once else features
 
     def _count(self, features: dict[str, Any]) -> None:
         if "attention_mask" in features:

@@ -190,7 +190,7 @@ class SeenOnce:
         dtype: What training computes in.
 
     Attributes:
-        most_bytes: Visual tokens that may be kept from the first pass to the second: 32 MiB in the memory of a CPU, 1
+        most_bytes: Visual tokens that may be kept from the first pass to the second: 16 MiB in the memory of a CPU, 1
             GiB in that of another device, so that memory does not grow with the batch. The others are made again.
 
     Raises:
@@ -201,12 +201,12 @@ class SeenOnce:
         >>> from unime_st import UniME
         >>> once = SeenOnce(UniME("unime-tiny").requires_grad_(False), torch.float32)
         >>> once.most_bytes >> 20
-        32
+        16
     """
 
     def __init__(self, model: BaseModel, dtype: torch.dtype) -> None:
         check_frozen(model)
-        self.most_bytes = (32 if model.device.type == "cpu" else 1024) << 20
+        self.most_bytes = (16 if model.device.type == "cpu" else 1024) << 20
         self._model, self._dtype = model, dtype
         self._kept: dict[int, Features] = {}
         self._held = 0
@@ -229,12 +229,13 @@ class SeenOnce:
         """The features of mini-batch ``number`` as the first pass left them."""
         return dict(self._kept[number])
 
-    def look(self, number: int, features: Features) -> Features:
-        """Put visual tokens in the place of pixels, and keep them while there is room.
+    def look(self, number: int, features: Features, *, keep: bool) -> Features:
+        """Put visual tokens in the place of pixels.
 
         Args:
             number: Of the mini-batch.
             features: Input of the model.
+            keep: For the second pass, while there is room.
 
         Returns:
             dict: Input of the model without pixels.
@@ -247,7 +248,7 @@ class SeenOnce:
             features = {name: value for name, value in features.items() if name != "pixel_values"}
             features[VISUAL_TOKENS] = tokens
         size = sum(layer.nbytes for layer in tokens)
-        if self._held + size <= self.most_bytes:
+        if keep and self._held + size <= self.most_bytes:
             self._held += size
             self._kept[number] = dict(features)
         return features
