@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -198,7 +199,7 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
     lines = [f"# {title}", "", "Percent; in brackets the difference to the published score.", ""]
     lines.append("| task | " + " | ".join(_escape(model.label) for model in models) + " |")
     lines.append("|---|" + "---:|" * len(models))
-    for name in names:
+    for name in sorted(names, key=lambda name: next(rows[name].is_mean for rows in found if name in rows)):
         cells = []
         for rows in found:
             row = rows.get(name)
@@ -217,12 +218,14 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
     for model in models:
         versions = ", ".join(sorted({version for _, version in model.versions.values()}))
         setting = _escape(model.setting) or "–"
-        lines.append(f"| {_escape(model.label)} | {model.revision} | {setting} | {len(model.scores)} | {versions} |")
+        lines.append(
+            f"| {_escape(model.label)} | {_escape(model.revision)} | {setting} | {len(model.scores)} | {versions} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _csv(models: Sequence[ModelResults]) -> str:

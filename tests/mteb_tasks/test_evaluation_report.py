@@ -148,6 +148,18 @@ def test_splits_of_other_tasks_do_not_take_each_other_s_place(tmp_path):
     assert shown == {"Another default (dev)": "50.0000", "Another default (test)": "75.0000"}
 
 
+def test_strange_names_do_not_break_the_tables(tmp_path):
+    meta = {"name": "some/<script>one</script>", "revision": "a|b\nc"}
+    (tmp_path / "model_meta.json").write_text(json.dumps(meta))
+    rows = [{"hf_subset": "default", "main_score": 0.5}]
+    content = {"task_name": "A|<b>task</b>", "scores": {"test": rows}, "dataset_revision": "<i>", "mteb_version": "2"}
+    (tmp_path / "A.json").write_text(json.dumps(content))
+    page = write_report([tmp_path], tmp_path / "out").read_text()
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert not any(mark in text for text in (page, table) for mark in ("<script", "<b>task", "<i>"))
+    assert "| A\\|&lt;b&gt;task&lt;/b&gt; | 50.0 |" in table and "| a\\|b c |" in table
+
+
 def test_captions_are_shown_with_hits_and_recall(tmp_path):
     entry = {"hf_subset": "default", "languages": ["eng-Latn"], "main_score": 0.9}
     entry |= {f"hit_rate_at_{k}": 0.9 + k / 1000 for k in (1, 5, 10)} | {f"recall_at_{k}": k / 100 for k in (1, 5, 10)}
