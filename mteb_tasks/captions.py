@@ -7,7 +7,6 @@ stands first. mteb's recall@1 divides by all right answers, so that a picture wi
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mteb_tasks.local_data import FOLDER_VARIABLE, evaluation_folder, localised, state
+from mteb_tasks.local_data import (
+    FOLDER_VARIABLE,
+    evaluation_folder,
+    localised,
+    picture_fault,
+    read_json,
+    state,
+    version,
+)
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
@@ -51,40 +59,54 @@ def read_karpathy(folder: Path) -> Iterator[Captioned]:
         their number.
 
     Raises:
-        ValueError: If a row has no picture or fewer captions; names file and row.
+        ValueError: If a file cannot be read, or a row has no whole picture or fewer captions; names file and row.
     """
     files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder} has no parquet file")
     pictures = _extracted(files)
-    row = 0
+    for number, (place, texts) in enumerate(_values(files, "text")):
+        captions = tuple((texts or ())[:CAPTIONS_PER_PICTURE])
+        if len(captions) < CAPTIONS_PER_PICTURE or not all(text and text.strip() for text in captions):
+            raise ValueError(f"{place} has fewer than {CAPTIONS_PER_PICTURE} captions, or an empty one")
+        yield Captioned(pictures / f"{number}.image", captions)
+
+
+def _values(files: Sequence[Path], column: str) -> Iterator[tuple[str, Any]]:
+    """Values of a column, each with the place of its row for messages."""
     for file in files:
-        for texts in pq.read_table(file, columns=["text"])["text"].to_pylist():
-            if texts is None or len(texts) < CAPTIONS_PER_PICTURE:
-                raise ValueError(f"{file}: picture {row} has fewer than {CAPTIONS_PER_PICTURE} captions")
-            yield Captioned(pictures / f"{row}.image", tuple(texts[:CAPTIONS_PER_PICTURE]))
-            row += 1
+        row = 0
+        try:
+            opened = pq.ParquetFile(file)
+            if column not in opened.schema_arrow.names:
+                raise ValueError(f"it has no column {column}")
+            for batch in opened.iter_batches(batch_size=64, columns=[column]):
+                for value in batch[column].to_pylist():
+                    yield f"{file}: row {row}", value
+                    row += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): download it again") from error
 
 
 def _extracted(files: Sequence[Path]) -> Path:
     """Write the pictures of parquet files to a folder of the cache, once, and return it."""
     from unime_st.registry import home
 
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    states = [(str(file.resolve()), version(file.stat())) for file in files]
     target = home() / "pictures" / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".extracting-") as scratch:
-        content, row = Path(scratch) / "content", 0
+        content = Path(scratch) / "content"
         content.mkdir()
-        for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=["image"]):
-                for image in batch["image"].to_pylist():
-                    if not image or not image.get("bytes"):
-                        raise ValueError(f"{file}: row {row} has no picture")
-                    (content / f"{row}.image").write_bytes(image["bytes"])
-                    row += 1
+        for number, (place, image) in enumerate(_values(files, "image")):
+            picture = content / f"{number}.image"
+            if not image or not image.get("bytes"):
+                raise ValueError(f"{place} has no picture")
+            picture.write_bytes(image["bytes"])
+            if fault := picture_fault(picture):
+                raise ValueError(f"{place}: its picture {fault}")
         content.rename(target)  # complete or not there at all
     return target
 
@@ -99,7 +121,7 @@ def read_urban1k(folder: Path) -> Iterator[Captioned]:
         One picture with one caption each, sorted by name.
 
     Raises:
-        ValueError: If a picture has no caption.
+        ValueError: If a picture is broken or has no caption.
     """
     pictures = sorted((folder / "image").iterdir(), key=lambda path: (len(path.stem), path.stem))
     for picture in pictures:
@@ -108,6 +130,8 @@ def read_urban1k(folder: Path) -> Iterator[Captioned]:
         first = caption.read_text(encoding="utf-8").partition("\n") if caption.is_file() else ("", "", "")
         if not first[0].strip():
             raise ValueError(f"{picture} has no caption in {caption}")
+        if fault := picture_fault(picture):
+            raise ValueError(f"{picture} {fault}")
         yield Captioned(picture, (first[0] + first[1],))
 
 
@@ -122,18 +146,24 @@ def read_sharegpt4v(folder: Path) -> Iterator[Captioned]:
 
     Raises:
         FileNotFoundError: If the file or a picture is missing.
+        ValueError: If the file, a record or a picture is damaged; names the record.
     """
     found = sorted(folder.glob("share-captioner*.json"))
     if not found:
         raise FileNotFoundError(f"{folder} has no share-captioner_coco_lcs_sam_1246k_1107.json")
-    records = json.loads(found[0].read_text(encoding="utf-8"))
-    for number, record in enumerate(records[:LONG_CAPTION_RECORDS]):
-        picture = next(
-            (base / record["image"] for base in (folder, folder / "data") if (base / record["image"]).is_file()), None
-        )
+    for number, record in enumerate(read_json(found[0])[:LONG_CAPTION_RECORDS]):
+        try:
+            name, caption = record["image"], record["conversations"][1]["value"].replace("\n", " ")
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{found[0]}: record {number} has no image or no second turn ({error!r})") from error
+        picture = next((base / name for base in (folder, folder / "data") if (base / name).is_file()), None)
         if picture is None:
-            raise FileNotFoundError(f"{found[0]}: record {number} names {record['image']}, which is not in {folder}")
-        yield Captioned(picture, (record["conversations"][1]["value"].replace("\n", " "),))
+            raise FileNotFoundError(f"{found[0]}: record {number} names {name}, which is not in {folder}")
+        if not caption.strip():
+            raise ValueError(f"{found[0]}: record {number} has an empty caption")
+        if fault := picture_fault(picture):
+            raise ValueError(f"{found[0]}: record {number}: picture {name} {fault}")
+        yield Captioned(picture, (caption,))
 
 
 class CaptionRetrieval(ItemRetrievalTask):

@@ -66,7 +66,7 @@ def with_scores(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse
         args.tasks = _without_missing(args.tasks)
         with checked_together(args.tasks or ()):
             run(args)
-        table = score_table(_scores_of_run(args), args.model)
+        table = score_table(_scores_of_run(args), args.model.removeprefix("unime/"))
         if table:
             sys.stdout.write(table + "\n" + _costs())
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+
+from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError, ImageRef
 
 FOLDER_VARIABLE = "UNIME_EVAL_DIR"
 LOCAL = "local-"
 """What the revision of data in a folder of the user's begins with."""
+Version = tuple[int, int, int]
+"""From `version`."""
 
 
 def evaluation_folder(*names: str) -> Path:
@@ -34,20 +42,55 @@ def evaluation_folder(*names: str) -> Path:
     raise FileNotFoundError(f"{FOLDER_VARIABLE}={named} has no folder {' or '.join(names)}")
 
 
-def state(folder: Path) -> str:
-    """Digest of the names, sizes and times of change of all files in a folder.
+def state(*folders: Path) -> str:
+    """Digest of the names, sizes and times of change of all files in some folders.
 
     Args:
-        folder: Any folder.
+        *folders: Any folders, links to folders below them included; one that does not exist is an empty one.
 
     Returns:
         12 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        found = file.stat()
-        digest.update(f"{file.relative_to(folder)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    for folder in folders:
+        seen = {os.path.realpath(folder)}
+        for place, below, names in os.walk(folder, followlinks=True):
+            # A link may lead back to a folder above it.
+            behind = {name: os.path.realpath(os.path.join(place, name)) for name in below}
+            below[:] = sorted(name for name in below if behind[name] not in seen)
+            seen.update(behind.values())
+            for name in sorted(names):
+                file = Path(place, name)
+                if file.is_file():
+                    digest.update(f"{file.relative_to(folder)} {version(file.stat())}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def version(found: os.stat_result) -> Version:
+    """Tell a changed file from the one that was there, without reading it.
+
+    Args:
+        found: From ``os.stat``.
+
+    Returns:
+        Size, time of modification and time of change; tools that copy set the former time, nobody can set the latter.
+    """
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class KeepsMetadata:
+    """Task whose metadata tell which data it is about, and stay when these are let go between two models.
+
+    mteb takes metadata of an object for those of filtered data and drops them, too: the second model would be filed
+    under the data of the class, and a task that has metadata as an object only could not be evaluated at all.
+    """
+
+    dataset: Any
+    data_loaded: bool
+
+    def unload_data(self) -> None:
+        """Let the data go."""
+        self.dataset, self.data_loaded = None, False
 
 
 def localised(metadata: Any, revision: str) -> Any:
@@ -65,3 +108,71 @@ def localised(metadata: Any, revision: str) -> Any:
     tag = f"{LOCAL}{revision}"
     names = {f"{subset}-{tag}" if subset else tag: languages for subset, languages in subsets.items()}
     return metadata.model_copy(update={"dataset": {**metadata.dataset, "revision": tag}, "eval_langs": names})
+
+
+def official(subset: str) -> str:
+    """Name of a subset without the digest of local data.
+
+    Example:
+        >>> official("swap_obj-local-4fc98cea1690"), official("default")
+        ('swap_obj', 'default')
+    """
+    return subset.rpartition(f"-{LOCAL}")[0] or subset
+
+
+def picture_fault(file: Path) -> str | None:
+    """What is wrong with a picture as far as its header, its end and, of PNG, its checksums tell.
+
+    Args:
+        file: Any path.
+
+    Returns:
+        The end of a sentence that begins with the name of the picture; None if nothing seems wrong.
+    """
+    if not os.path.lexists(file):
+        return "is missing"
+    if _seems_whole(file):
+        return None
+    reference = ImageRef(path=str(file))
+    try:
+        reference.open()  # unusual, but perhaps whole: decoding decides
+        with Image.open(file) as opened:
+            opened.verify()
+    except (BadImageError, OSError, SyntaxError, ValueError) as error:
+        return f"is broken: {error}"
+    return None
+
+
+def _seems_whole(file: Path) -> bool:
+    """Whether a file is a picture up to its end mark (a cheap test for downloads cut off in the middle)."""
+    try:
+        found = os.stat(file)
+        if not stat.S_ISREG(found.st_mode) or not 12 <= found.st_size <= MAX_BYTES:
+            return False
+        with open(file, "rb") as opened:
+            opened.seek(-12, os.SEEK_END)
+            tail = opened.read()
+            opened.seek(0)
+            picture = Image.open(opened)
+            picture.verify()
+    except Exception:  # decoders raise nearly any type on hostile bytes; a closer look names the fault
+        return False
+    return picture.width * picture.height <= MAX_PIXELS and (tail.endswith(b"\xff\xd9") or b"IEND" in tail)
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: If it is damaged; names it.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): download it again") from error

@@ -20,6 +20,7 @@ from mteb.timing import TimingStack
 from mteb.types import PromptType
 
 from mteb_tasks.columns import PROMPT_NAME, Modality, iter_items, to_dataset
+from mteb_tasks.local_data import KeepsMetadata
 from unime_st.data.items import Item
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Announcer(Protocol):
         """Log what embedding the tables of a task will take."""
 
 
-class CaptionPreferenceTask(AbsTaskImageTextPairClassification):
+class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
     """Share of pictures strictly closer to their caption than to the foil, one subset per category.
 
     Differs from mteb's base class where that would change the result: a tie counts as wrong (a constant model scores

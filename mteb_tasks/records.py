@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mteb_tasks.local_data import localised, official
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.retrieval_task import ItemRetrievalTask
 from unime_st.data.items import Item
@@ -18,7 +19,8 @@ class RecordsRetrieval(ItemRetrievalTask):
     """Find the positive of each query among all positives of its dataset.
 
     One subset per ``dataset`` name in the records. Every positive paired with the same query (by content) counts as
-    relevant, so duplicates in the data are not punished.
+    relevant, so duplicates in the data are not punished. In results, the name of a subset carries a digest of the
+    records, so a score of other records is never taken for that of these.
 
     Args:
         folder: A record folder, for instance made by `unime_st.data.importing.import_records`.
@@ -41,21 +43,22 @@ class RecordsRetrieval(ItemRetrievalTask):
         names = sorted(set(self.records.rows["dataset"].to_pylist()))
         self._dataset_of = {subset or "default": subset for subset in names}
         # Records may mix texts, pictures and both on either side.
-        self.metadata = task_metadata(
+        metadata = task_metadata(
             name=name or f"Records-{Path(folder).name}",
             description=f"Find the positive of each query among the positives of its dataset ({folder}).",
             category="it2it",
-            dataset={"path": str(folder), "revision": _fingerprint(self.records)},
+            dataset={"path": str(folder), "revision": "local"},
             eval_langs={subset: ["eng-Latn"] for subset in self._dataset_of},
         )
+        self.metadata = localised(metadata, _fingerprint(self.records))
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Collect queries, positives and pairs of one dataset."""
-        rows = self.records.rows.select(["query", "positive", "dataset"])
+        rows, dataset = self.records.rows.select(["query", "positive", "dataset"]), self._dataset_of[official(subset)]
         relevant: dict[str, set[str]] = {}
         for row in rows.to_pylist():
-            if row["dataset"] == self._dataset_of[subset]:
+            if row["dataset"] == dataset:
                 relevant.setdefault(row["query"], set()).add(row["positive"])
         positives = {positive: None for found in relevant.values() for positive in sorted(found)}
         return RetrievalData(
@@ -67,6 +70,6 @@ class RecordsRetrieval(ItemRetrievalTask):
 
 
 def _fingerprint(records: RecordSet) -> str:
-    """Revision of the data: changes when a row changes, so that mteb never reuses a score of other records."""
+    """Digest of the records that changes when one of them does."""
     digest = hashlib.sha256(json.dumps(records.rows.to_pydict(), default=str).encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:12]

@@ -10,6 +10,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.timing import TimingStack
 
 from mteb_tasks.columns import category_modalities, to_dataset
+from mteb_tasks.local_data import KeepsMetadata
 
 if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
@@ -78,7 +79,7 @@ def _check(data: RetrievalData) -> None:
             raise ValueError(f"query {query!r} lists documents that the corpus lacks, the first is {unknown[0]!r}")
 
 
-class ItemRetrievalTask(AbsTaskRetrieval):
+class ItemRetrievalTask(KeepsMetadata, AbsTaskRetrieval):
     """A retrieval task whose data are items.
 
     Subclasses give ``metadata`` and `retrieval_data`. Data once loaded stay loaded, so that a list of task objects can

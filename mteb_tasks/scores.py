@@ -8,20 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from mteb_tasks import published
+from mteb_tasks.local_data import official
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS
 from mteb_tasks.mmeb.tasks import mean_scores
 from mteb_tasks.preference_task import group_means
+from mteb_tasks.sugarcrepe import CATEGORIES, SugarCrepeByCategory
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 """``{task: {subset: {metric: value}}}``"""
 
 _MEANS = {"mean": "overall", "ind": "IND", "ood": "OOD", **{name: name for name in META_TASKS}}
+_METRICS = {"hit": "hit_rate", "recall": "recall"}
 _CAPTION_MEANS = {"short captions mean": ("Flickr30k1k", "COCO5k"), "long captions mean": ("ShareGPT4V", "Urban1K")}
 _CAPTIONS = {
     f"{source}{direction}Retrieval": (place, direction)
     for place, source in enumerate(source for sources in _CAPTION_MEANS.values() for source in sources)
     for direction in ("T2I", "I2T")
 }
+CAPTION_METRICS = {f"{name}@{k}": f"{key}_at_{k}" for name, key in _METRICS.items() for k in (1, 5, 10)}
+"""What is shown of caption tasks beside the score, and how mteb calls it. Recall divides by all right answers."""
 _ORDER = {f"MMEB-{subset.name}": place for place, subset in enumerate(SUBSETS)}
 
 
@@ -86,7 +91,35 @@ def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
     for row in rows:
         beside = "" if row.published is None else f"  {row.published:9.1f}  {row.difference:+10.1f}"
         lines.append(f"{row.name:<{width}}  {row.score:5.1f}{beside}")
+    captions = caption_metrics(scores)
+    if captions:
+        width = max(map(len, captions))
+        lines += ["", f"{'captions':<{width}}  " + "  ".join(f"{name:>9}" for name in CAPTION_METRICS)]
+        lines.append("-" * (width + 11 * len(CAPTION_METRICS)))
+        for task, found in captions.items():
+            lines.append(f"{task:<{width}}  " + "  ".join(f"{found[name]:9.1f}" for name in CAPTION_METRICS))
     return "\n".join(lines)
+
+
+def caption_metrics(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """How often a right caption or picture is among the first ones.
+
+    Args:
+        scores: ``{task: {subset: scores}}``.
+
+    Returns:
+        ``{task: {name: per cent}}`` of the caption tasks, with the names of `CAPTION_METRICS`.
+
+    Example:
+        >>> caption_metrics({"MMEB-GQA": {"default": {"main_score": 0.5}}})
+        {}
+    """
+    found = {task: next(iter(scores[task].values())) for task in _CAPTIONS if scores.get(task)}
+    return {
+        task: {name: 100 * float(row[key]) for name, key in CAPTION_METRICS.items()}
+        for task, row in found.items()
+        if all(key in row for key in CAPTION_METRICS.values())
+    }
 
 
 def _mmeb_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> Iterator[Row]:
@@ -116,16 +149,18 @@ def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
         found = scores[task]
         if task in _ORDER or task == "MMEB" or not found:
             continue
-        subsets = {_plain(name): 100 * float(row["main_score"]) for name, row in found.items()}
+        subsets = {official(name): 100 * float(row["main_score"]) for name, row in found.items()}
         groups = group_means(subsets)
         if len(subsets) == 1 and not groups:
             single[task] = next(iter(subsets.values()))
             yield Row(task, single[task], captions.get(task))
             continue
         yield from (Row(f"{task} {name}", score) for name, score in subsets.items())
-        known = published.COMPOSITION.get(model, {}) if task.startswith("SugarCrepe") else {}
+        known = published.COMPOSITION.get(model, {}) if task == SugarCrepeByCategory.metadata.name else {}
         if known:
             known = {**known, "mean": round(statistics.fmean(known.values()), 1)}
+        for category in set(CATEGORIES) - subsets.keys():  # published means are over all categories
+            known = {name: score for name, score in known.items() if name not in (category.split("_")[0], "mean")}
         yield from (Row(f"{task} {name}", score, known.get(name), is_mean=True) for name, score in groups.items())
     for label, sets in _CAPTION_MEANS.items():
         names = [name for name in _CAPTIONS if name.startswith(sets)]
@@ -136,8 +171,3 @@ def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
 
 def _main_score(subsets: Mapping[str, Mapping[str, Any]]) -> float:
     return float(next(iter(subsets.values()))["main_score"])
-
-
-def _plain(subset: str) -> str:
-    """Name of a subset without the digest of local data."""
-    return subset.partition("-local-")[0]

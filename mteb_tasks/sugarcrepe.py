@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mteb_tasks.captions import CAPTION_PROMPT
-from mteb_tasks.local_data import FOLDER_VARIABLE, evaluation_folder, localised, state
+from mteb_tasks.local_data import (
+    FOLDER_VARIABLE,
+    evaluation_folder,
+    localised,
+    official,
+    picture_fault,
+    read_json,
+    state,
+)
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.preference_task import CaptionPreferenceTask
 from unime_st.data.items import Item
@@ -30,20 +37,24 @@ def read_category(folder: Path, category: str) -> list[Foil]:
 
     Raises:
         FileNotFoundError: If the file or a picture is missing; names the pair.
+        ValueError: If the file, a pair or a picture is damaged; names the pair.
     """
     file = folder / "data" / f"{category}.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: it belongs to github.com/RAIVNLab/sugar-crepe")
-    pairs = json.loads(file.read_text(encoding="utf-8"))
-    found = []
+    pairs, found, whole = read_json(file), [], set[Path]()
     for number in sorted(pairs, key=int):
-        pair = pairs[number]
-        picture = folder / "val2017" / pair["filename"]
+        try:
+            name, caption, foil = (pairs[number][key] for key in ("filename", "caption", "negative_caption"))
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{file}: pair {number} lacks a field ({error!r})") from error
+        picture = folder / "val2017" / name
         if not picture.is_file():
-            raise FileNotFoundError(
-                f"{file}: the picture {pair['filename']} of pair {number} is not in {picture.parent}"
-            )
-        found.append(Foil(Item(image=picture), pair["caption"], pair["negative_caption"], category))
+            raise FileNotFoundError(f"{file}: the picture {name} of pair {number} is not in {picture.parent}")
+        if picture not in whole and (fault := picture_fault(picture)):
+            raise ValueError(f"{file}: the picture {name} of pair {number} {fault}")
+        whole.add(picture)
+        found.append(Foil(Item(image=picture), caption, foil, category))
     return found
 
 
@@ -82,7 +93,8 @@ class SugarCrepeByCategory(CaptionPreferenceTask):
     def __init__(self, **kwargs: Any) -> None:
         if os.environ.get(FOLDER_VARIABLE):
             try:
-                revision = state(evaluation_folder("sugarcrepe", "sugar-crepe") / "data")
+                folder = evaluation_folder("sugarcrepe", "sugar-crepe")
+                revision = state(folder / "data", folder / "val2017")
             except FileNotFoundError:
                 revision = "missing"  # said aloud when the data are needed
             self.metadata = localised(self.metadata, revision)
@@ -90,4 +102,4 @@ class SugarCrepeByCategory(CaptionPreferenceTask):
 
     def foils(self, category: str, split: str) -> Sequence[Foil]:
         """Read the pairs of one category."""
-        return read_category(evaluation_folder("sugarcrepe", "sugar-crepe"), category.split("-", 1)[0])
+        return read_category(evaluation_folder("sugarcrepe", "sugar-crepe"), official(category))

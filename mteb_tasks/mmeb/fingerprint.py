@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mteb_tasks.local_data import Version, version
 from mteb_tasks.mmeb.location import IMAGE_FOLDERS, ImageFolders, MMEBDataError, parquet_files
 from mteb_tasks.mmeb.reading import read_table
 
@@ -35,15 +36,14 @@ def fingerprint(root: Path, subset: str) -> str:
     digest = hashlib.sha256()
     named: set[str] = set()
     for table in files:
-        state = table.stat()
-        digest.update(_digest(table, state.st_size, state.st_mtime_ns))
-        named |= _pictures(table, state.st_size, state.st_mtime_ns)
+        digest.update(_digest(table, version(table.stat())))
+        named |= _pictures(table, version(table.stat()))
     folders = ImageFolders(root, archive=False)
     located = {name: file for name in sorted(named) if (file := folders.find(name))}
     digest.update(_picture_digest(located))
     archive, packed = root / "images.zip", sorted(named - located.keys())
     if packed and archive.is_file():
-        sums = _checksums(archive, archive.stat().st_size, archive.stat().st_mtime_ns)
+        sums = _checksums(archive, version(archive.stat()))
         digest.update(
             repr([[sums.get(f"{folder}/{name}".lstrip("/")) for folder in IMAGE_FOLDERS] for name in packed]).encode()
         )
@@ -51,8 +51,8 @@ def fingerprint(root: Path, subset: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _pictures(file: Path, size: int, modified: int) -> frozenset[str]:
-    """Paths of pictures in a table; size and time of change are part of the key so that a changed one is read again."""
+def _pictures(file: Path, version: Version) -> frozenset[str]:
+    """Paths of pictures in a table; its version is part of the key so that a changed one is read again."""
     names: set[object] = set()
     try:
         table = read_table(file)
@@ -72,7 +72,7 @@ def _picture_digest(pictures: Mapping[str, Path]) -> bytes:
     states = {name: state for name, file in pictures.items() if (state := _state(file))}
     if not states:
         return b""
-    known = repr([(n, str(pictures[n]), state.st_size, state.st_mtime_ns) for n, state in states.items()])
+    known = repr([(name, str(pictures[name]), version(state)) for name, state in states.items()])
     kept = home() / "mmeb" / "digests" / hashlib.sha256(known.encode()).hexdigest()
     if kept.is_file():
         return kept.read_bytes()
@@ -96,7 +96,7 @@ def _state(file: Path) -> os.stat_result | None:
 
 
 @lru_cache(maxsize=4)
-def _checksums(archive: Path, size: int, modified: int) -> dict[str, int]:
+def _checksums(archive: Path, version: Version) -> dict[str, int]:
     """Checksums of an archive's files."""
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -106,7 +106,7 @@ def _checksums(archive: Path, size: int, modified: int) -> dict[str, int]:
 
 
 @lru_cache(maxsize=256)
-def _digest(file: Path, size: int, modified: int) -> bytes:
+def _digest(file: Path, version: Version) -> bytes:
     return _hash(file)
 
 

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from mteb_tasks.local_data import version
+
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "MMEB_EVAL_DIR"
@@ -130,8 +132,7 @@ def _unpacked(archive: Path) -> Path | None:
         return None
     from unime_st.registry import home
 
-    state = archive.stat()
-    name = hashlib.sha256(f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{archive.resolve()} {version(archive.stat())}".encode()).hexdigest()[:16]
     for parent in (archive.parent, home() / "mmeb"):
         done = parent / f"unpacked-{name}"
         if done.is_dir():
@@ -144,7 +145,7 @@ def _unpacked(archive: Path) -> Path | None:
         try:
             with zipfile.ZipFile(archive) as opened:
                 opened.extractall(content)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise MMEBDataError(f"{archive} is not a whole zip archive ({error}): download it again") from error
         content.rename(parent / f"unpacked-{name}")  # complete or not there at all
     return parent / f"unpacked-{name}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
+from mteb_tasks.local_data import picture_fault
 from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, Subset
 
@@ -79,7 +77,7 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     document_texts, document_images = texts.at(first), images.at(first)
     if "qry_inst" in table.column_names:
         query_texts = _joined_queries(subset, table, query_texts)
-        document_texts = _joined_targets(subset, files[0], table, document_texts)
+        document_texts = _joined_targets(subset, shards, table, document_texts)
     found = SubsetTable(
         shards,
         query_texts,
@@ -112,7 +110,7 @@ def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = Fal
             if not image or image in located:
                 continue
             file = folders.find(image)
-            fault = "is missing" if file is None else _fault(file) if look else None
+            fault = "is missing" if file is None else picture_fault(file) if look else None
             if file is None or fault is not None:
                 row = number
                 if side == "candidate":
@@ -120,40 +118,6 @@ def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = Fal
                 raise MMEBDataError(f"{table.place(row)}: picture {image} of the {side} {fault}")
             located[image] = file
     return located
-
-
-def _fault(file: Path) -> str | None:
-    """What is wrong with a picture as far as its header, its end and, of PNG, its checksums tell."""
-    from unime_st.data.images import BadImageError, ImageRef
-
-    if _seems_whole(file):
-        return None
-    reference = ImageRef(path=str(file))
-    try:
-        reference.open()  # unusual, but perhaps whole: decoding decides
-        with Image.open(file) as opened:
-            opened.verify()
-    except (BadImageError, OSError, SyntaxError, ValueError) as error:
-        return f"is broken: {error}"
-    return None
-
-
-def _seems_whole(file: Path) -> bool:
-    """Whether a file is a picture up to its end mark (a cheap test for downloads cut off in the middle)."""
-    from unime_st.data.images import MAX_BYTES
-
-    try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode) or not 12 <= found.st_size <= MAX_BYTES:
-            return False
-        with open(file, "rb") as opened:
-            opened.seek(-12, os.SEEK_END)
-            tail = opened.read()
-            opened.seek(0)
-            Image.open(opened).verify()
-    except Exception:  # decoders raise nearly any type on hostile bytes; a closer look names the fault
-        return False
-    return tail.endswith(b"\xff\xd9") or b"IEND" in tail
 
 
 def read_table(file: Path) -> pa.Table:
@@ -266,20 +230,28 @@ def _joined_queries(subset: Subset, table: pa.Table, texts: list[str]) -> list[s
     ]
 
 
-def _joined_targets(subset: Subset, file: Path, table: pa.Table, texts: list[str]) -> list[str]:
-    """Distinct candidates of VLM2Vec-V2 as the strings of V1."""
+def _joined_targets(
+    subset: Subset, shards: Sequence[tuple[Path, int]], table: pa.Table, texts: list[str]
+) -> list[str]:
+    """Distinct candidates of VLM2Vec-V2 as the strings of V1; all candidates of a subset have one instruction."""
     if not subset.has_image("target"):
         return texts
-    column = table["tgt_inst"]
-    flat = column.combine_chunks().flatten() if pa.types.is_list(column.type) else column.combine_chunks()
-    instructions = {text.replace(IMAGE_TOKEN, "").strip() for text in _coded(flat).strings if text}
-    if len(instructions) != 1:
-        raise MMEBDataError(f"{file}: {len(instructions)} different target instructions, expected one")
-    (instruction,) = instructions
+    if "tgt_inst" not in table.column_names:
+        raise MMEBDataError(f"{shards[0][0]}: no column tgt_inst")
+    column = table.select(["tgt_inst"]).unify_dictionaries().combine_chunks()["tgt_inst"].combine_chunks()
+    rows = np.arange(len(column))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        rows, column = np.repeat(rows, lengths), column.flatten()
+    coded = _coded(column)
+    instructions = [text.replace(IMAGE_TOKEN, "").strip() for text in coded.strings]
+    first = instructions[coded.codes[0]] if len(rows) else ""
+    other = np.flatnonzero(np.array([text != first for text in instructions])[coded.codes])
+    if len(other):
+        found = instructions[coded.codes[other[0]]]
+        raise MMEBDataError(f"{_place(shards, rows[other[0]])}: target instruction {found!r}, before {first!r}")
     end = "" if subset.meta == "grounding" and subset.name != "RefCOCO-Matching" else "\n"
-    return [
-        f"{IMAGE_TOKEN}\n" + " ".join(part for part in (instruction, text.strip()) if part) + end for text in texts
-    ]
+    return [f"{IMAGE_TOKEN}\n" + " ".join(part for part in (first, text.strip()) if part) + end for text in texts]
 
 
 def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], lengths: np.ndarray) -> None:

@@ -74,9 +74,10 @@ class Subset:
             return None if IMAGE_TOKEN in text else text
         rest = text.removeprefix(IMAGE_TOKEN).strip()
         before, _, after = template.partition("{}")
-        if not rest.startswith(before.strip()) or not rest.endswith(after):
+        before, end = before.strip(), len(rest) - len(after)
+        if not rest.startswith(before) or not rest.endswith(after, len(before)):
             return None
-        body = rest[len(before.strip()) : len(rest) - len(after)]
+        body = rest[len(before) : end]
         if "{}" not in template and body:
             return None
         expects_token = self.has_image(side) or (side == "query" and self.stray_token and IMAGE_TOKEN in text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mteb_tasks.scores import Row, Scores, score_rows
+from mteb_tasks.scores import Row, Scores, caption_metrics, score_rows
 
 _PREDICTIONS = "_predictions.json"
 
@@ -23,7 +23,7 @@ class ModelResults:
         setting: Further part of mteb's key, for instance the depth of a reranking; "" for none.
         scores: ``{task: {subset: {metric: value}}}`` of the newest data of each task.
         versions: Data revision and mteb version of each task.
-        superseded: Tasks of which scores on older data were left out.
+        superseded: Tasks of which scores on other data were left out.
         predictions: File with the ranked documents of each query, by task.
         label: How the report calls it.
     """
@@ -46,6 +46,11 @@ class ModelResults:
     def rows(self) -> list[Row]:
         """Scores in the order of the papers' tables."""
         return score_rows(self.scores, self.alias)
+
+    @property
+    def captions(self) -> dict[str, dict[str, float]]:
+        """Shares of right captions and pictures among the first ones; see `caption_metrics`."""
+        return caption_metrics(self.scores)
 
 
 def read_results(folders: Iterable[str | Path]) -> list[ModelResults]:
@@ -86,12 +91,16 @@ def _read(file: Path) -> dict[str, Any] | None:
     """Content of a result file, None if it is another kind of file."""
     if file.name == "model_meta.json":
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it and run the evaluation again") from error
+    content = _content(file)
     known = isinstance(content, dict) and isinstance(content.get("scores"), dict) and "task_name" in content
     return content if known else None
+
+
+def _content(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it and run the evaluation again") from error
 
 
 def _identity(file: Path) -> tuple[str, str, str]:
@@ -99,7 +108,7 @@ def _identity(file: Path) -> tuple[str, str, str]:
     for folder in list(file.parents)[:4]:
         meta = folder / "model_meta.json"
         if meta.is_file():
-            content = json.loads(meta.read_text(encoding="utf-8"))
+            content = _content(meta)
             inner = file.parent.relative_to(folder).as_posix()
             setting = "" if inner == "." else inner.removeprefix("experiments/")
             return str(content.get("name")), str(content.get("revision")), setting
@@ -112,7 +121,12 @@ def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
         rows = [row for split in content["scores"].values() for row in split]
         data_of = [str(row["hf_subset"]).partition("local-")[2] for row in rows]
         # One file holds the scores on all data that a task was ever run on, the newest last.
-        newest = {str(row["hf_subset"]): dict(row) for row, data in zip(rows, data_of) if data == data_of[-1]}
+        splits = [split for split, found in content["scores"].items() for _ in found]
+        newest = {
+            _row_name(row, split, len(content["scores"])): dict(row)
+            for row, split, data in zip(rows, splits, data_of)
+            if data == data_of[-1]
+        }
         for row in newest.values():
             row["main_score"] = float(row["main_score"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -120,9 +134,15 @@ def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
     if newest:
         model.scores[task] = newest
         revision = data_of[-1] or str(content.get("dataset_revision"))
+        before, _ = model.versions.get(task, (revision, ""))
         model.versions[task] = (revision, str(content.get("mteb_version")))
-        if len(set(data_of)) > 1:
+        if task not in model.superseded and (len(set(data_of)) > 1 or before != revision):
             model.superseded.append(task)
+
+
+def _row_name(row: Mapping[str, Any], split: str, splits: int) -> str:
+    """Name of a subset; tasks of others may have several splits, which must not take each other's place."""
+    return str(row["hf_subset"]) if splits == 1 else f"{row['hf_subset']} ({split})"
 
 
 def _label(models: list[ModelResults]) -> None:

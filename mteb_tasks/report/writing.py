@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from mteb_tasks.report.failures import gallery
 from mteb_tasks.report.reading import ModelResults, read_results
-from mteb_tasks.scores import Row
+from mteb_tasks.scores import CAPTION_METRICS, Row
 from unime_st.data.manifest import publish
 from unime_st.report.charts import bar_chart
 from unime_st.report.html import Content, Html, element, join, page, table
@@ -58,6 +59,7 @@ def write_report(
     body = [
         element("h1", title),
         *_scores(models, names),
+        *_captions(models),
         *_charts(models),
         *_differences(models),
         *_origin(models),
@@ -110,6 +112,16 @@ def _scores(models: Sequence[ModelResults], names: Sequence[str]) -> Iterator[Ht
         [(label, rows) for label, rows in groups.items() if rows],
         caption=caption,
     )
+
+
+def _captions(models: Sequence[ModelResults]) -> Iterator[Html]:
+    groups: list[tuple[str, list[list[Content]]]] = []
+    for model in models:
+        rows = [[task, *(f"{value:.1f}" for value in found.values())] for task, found in model.captions.items()]
+        groups += [(model.label, list(map(list, rows)))] if rows else []
+    if groups:
+        caption = "Captions: hit@k asks for any right answer among the first k, recall@k for the share of all of them"
+        yield table(["task", *CAPTION_METRICS], groups, caption=caption)
 
 
 def _cell(row: Row | None, best: float | bool) -> Html:
@@ -167,7 +179,7 @@ def _origin(models: Sequence[ModelResults]) -> Iterator[Html]:
     yield table(["model", "filed under", "revision", "setting", "mteb", "data revisions"], [("", rows)])
     for model in models:
         if model.superseded:
-            text = f"{model.label}: scores on older data were left out for {', '.join(model.superseded)}."
+            text = f"{model.label}: scores on other data were left out for {', '.join(model.superseded)}."
             yield element("p", text, class_="muted")
 
 
@@ -187,7 +199,7 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
     lines = [f"# {title}", "", "Percent; in brackets the difference to the published score.", ""]
     lines.append("| task | " + " | ".join(_escape(model.label) for model in models) + " |")
     lines.append("|---|" + "---:|" * len(models))
-    for name in names:
+    for name in sorted(names, key=lambda name: next(rows[name].is_mean for rows in found if name in rows)):
         cells = []
         for rows in found:
             row = rows.get(name)
@@ -195,16 +207,25 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
             cells.append("–" if row is None else f"{row.score:.1f}{beside}")
         bold = "**" if next(rows[name].is_mean for rows in found if name in rows) else ""
         lines.append(f"| {bold}{_escape(name)}{bold} | " + " | ".join(cells) + " |")
+    if any(model.captions for model in models):
+        lines += ["", "| model | captions | " + " | ".join(CAPTION_METRICS) + " |"]
+        lines.append("|---|---|" + "---:|" * len(CAPTION_METRICS))
+    for model in models:
+        for task, metrics in model.captions.items():
+            values = " | ".join(f"{value:.1f}" for value in metrics.values())
+            lines.append(f"| {_escape(model.label)} | {task} | {values} |")
     lines += ["", "| model | revision | setting | tasks | mteb |", "|---|---|---|---:|---|"]
     for model in models:
         versions = ", ".join(sorted({version for _, version in model.versions.values()}))
         setting = _escape(model.setting) or "–"
-        lines.append(f"| {_escape(model.label)} | {model.revision} | {setting} | {len(model.scores)} | {versions} |")
+        lines.append(
+            f"| {_escape(model.label)} | {_escape(model.revision)} | {setting} | {len(model.scores)} | {versions} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _csv(models: Sequence[ModelResults]) -> str:
@@ -219,4 +240,8 @@ def _csv(models: Sequence[ModelResults]) -> str:
             kind = "mean" if row.is_mean else "task"
             head = [model.name, model.revision, model.setting, row.name, kind, f"{row.score:.4f}"]
             writer.writerow([*head, *beside, data, mteb])
+        for task, metrics in model.captions.items():
+            for name, value in metrics.items():
+                head = [model.name, model.revision, model.setting, f"{task} {name}", "metric", f"{value:.4f}"]
+                writer.writerow([*head, "", "", *model.versions[task]])
     return buffer.getvalue()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
+import mteb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from noisy_encoder import Noisy
 from PIL import Image
 
 from mteb_tasks import captions, evaluate
@@ -111,7 +116,7 @@ def test_five_captions_in_both_directions(tiny, home, monkeypatch):
 
 def test_rows_without_five_captions_are_named(home):
     _karpathy(home / "set", [["only one"]])
-    with pytest.raises(ValueError, match="picture 0 has fewer than 5"):
+    with pytest.raises(ValueError, match="data.parquet: row 0 has fewer than 5"):
         list(read_karpathy(home / "set"))
 
 
@@ -137,3 +142,90 @@ def test_sugarcrepe_names_missing_pictures_and_counts_ties_as_wrong(tiny, home, 
     scores = evaluate(tiny, [SugarCrepeByCategory()])["SugarCrepeByCategory"]
     assert {(found["text_acc"], found["tie_rate"]) for found in scores.values()} == {(0.0, 1.0)}
     shutil.rmtree(folder / "val2017")
+
+
+def _sugarcrepe(folder):
+    (folder / "data").mkdir(parents=True)
+    for category in CATEGORIES:
+        pair = {"filename": "1.bmp", "caption": "some words", "negative_caption": "other words"}
+        (folder / "data" / f"{category}.json").write_text(json.dumps({"7": pair}))
+    _picture(folder / "val2017" / "1.bmp")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_another_picture_is_other_data_though_size_and_time_are_the_same(home, monkeypatch, linked):
+    _sugarcrepe(home / "sugarcrepe")
+    _picture(home / "Urban1k" / "image" / "1.bmp")
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(home))
+    pictures = [home / "sugarcrepe" / "val2017" / "1.bmp", home / "Urban1k" / "image" / "1.bmp"]
+    for place, picture in enumerate(pictures):
+        if linked:
+            picture.parent.rename(home / f"elsewhere-{place}")
+            picture.parent.symlink_to(home / f"elsewhere-{place}")
+            (picture.parent / "back").symlink_to(picture.parents[1])  # a link into a folder above
+    tasks = [SugarCrepeByCategory, CAPTION_TASKS[-1]]
+    before = [task().hf_subsets for task in tasks]
+    assert [task().hf_subsets for task in tasks] == before
+    for picture in pictures:
+        found = picture.stat()
+        _picture(picture, "blue")
+        os.utime(picture, ns=(found.st_atime_ns, found.st_mtime_ns))
+        assert picture.stat().st_size == found.st_size
+    assert all(not set(task().hf_subsets) & set(subsets) for task, subsets in zip(tasks, before))
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("sugarcrepe/val2017/1.bmp", "replace_obj.json: the picture 1.bmp of pair 7 is broken"),
+        ("sugarcrepe/data/swap_att.json", "swap_att.json cannot be read"),
+        ("Urban1k/image/1.png", "1.png is broken"),
+        ("shareGPT4v/images/0.png", "record 0: picture images/0.png is broken"),
+        ("shareGPT4v/share-captioner.json", "share-captioner.json cannot be read"),
+        ("flickr30k_test/data.parquet", "data.parquet cannot be read"),
+        ("coco_test/data.parquet", "data.parquet: row 1: its picture is broken"),
+    ],
+)
+def test_damaged_files_are_named_before_anything_is_encoded(home, monkeypatch, file, message):
+    _sugarcrepe(home / "sugarcrepe")
+    _picture(home / "Urban1k" / "image" / "1.png")
+    (home / "Urban1k" / "caption").mkdir()
+    (home / "Urban1k" / "caption" / "1.txt").write_text("a street")
+    _picture(home / "shareGPT4v" / "images" / "0.png")
+    records = [{"image": "images/0.png", "conversations": [{"value": "?"}, {"value": "a"}]}]
+    (home / "shareGPT4v" / "share-captioner.json").write_text(json.dumps(records))
+    for name in ("flickr30k_test", "coco_test"):
+        _karpathy(home / name, [[f"{row} {place}" for place in range(5)] for row in range(2)])
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(home))
+    (name,) = [
+        name for name in ("sugarcrepe", "Urban", "ShareGPT4V", "Flickr", "COCO") if name.lower() in file.lower()
+    ]
+    (task,) = [task for task in (*CAPTION_TASKS[::2], SugarCrepeByCategory) if name.lower() in task.__name__.lower()]
+    task().load_data()
+    if file.startswith("coco"):
+        table = pq.read_table(home / file)
+        images = table["image"].to_pylist()
+        images[1]["bytes"] = images[1]["bytes"][:-20]
+        pq.write_table(table.set_column(0, "image", pa.array(images)), home / file)
+    else:
+        _cut(home / file)
+    with pytest.raises(ValueError, match=message):
+        task().load_data()
+
+
+def test_a_second_model_is_filed_under_the_same_local_data(home, monkeypatch):
+    _sugarcrepe(home / "sugarcrepe")
+    _picture(home / "Urban1k" / "image" / "1.png")
+    (home / "Urban1k" / "caption").mkdir()
+    (home / "Urban1k" / "caption" / "1.txt").write_text("a street")
+    monkeypatch.setenv("UNIME_EVAL_DIR", str(home))
+    tasks = [SugarCrepeByCategory(), CAPTION_TASKS[-1]()]
+    first, second = (mteb.evaluate(Noisy(), tasks, cache=None) for _ in range(2))
+    for one, other in zip(first, second):
+        assert one.dataset_revision == other.dataset_revision and one.dataset_revision.startswith("local-")
+        subsets = [{row["hf_subset"] for row in found.scores["test"]} for found in (one, other)]
+        assert subsets[0] == subsets[1] and all(one.dataset_revision in subset for subset in subsets[0])

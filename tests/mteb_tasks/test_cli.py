@@ -10,7 +10,7 @@ import sys
 import pytest
 from mteb.models.model_implementations import MODEL_REGISTRY
 
-from mteb_tasks import register, two_stage
+from mteb_tasks import published, register, two_stage
 from mteb_tasks.cli import main, score_table
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.mmeb.location import MMEBDataError
@@ -35,12 +35,13 @@ def command(mini, tiny_folder, tmp_path, monkeypatch, capsys):
     register()
     for name, meta in metas().items():  # the variables were not set when this process registered
         monkeypatch.setitem(MODEL_REGISTRY, name, meta)
+        monkeypatch.setitem(MODEL_REGISTRY, meta.name, meta)
 
     def run(*arguments, model="unime-local"):
         monkeypatch.setattr(sys, "argv", [])
         main(["run", "-m", model, *arguments, "--output-folder", str(tmp_path / "out")])
         shown = capsys.readouterr().out
-        return shown[shown.index(f"{model} ") :]
+        return shown[shown.index(f"{model.removeprefix('unime/')} ") :]
 
     return run
 
@@ -67,6 +68,25 @@ def test_single_subsets_are_checked_together_and_left_out_where_allowed(command,
     table = command("-t", "MMEB-OK-VQA", "MMEB-GQA", "--allow-missing")
     assert "MMEB-OK-VQA" in table and "MMEB-GQA" not in table
     assert "no data of them: MMEB-GQA" in caplog.text
+
+
+def test_the_full_name_of_a_model_finds_its_published_scores(command, monkeypatch):
+    monkeypatch.setitem(published.MMEB_TASKS, "unime-local", {"CIRR": 50.0})
+    table = command("-t", "MMEB-CIRR", model="unime/unime-local")
+    assert re.search(r"^MMEB-CIRR +\d+\.\d +50\.0 ", table, re.MULTILINE)
+    assert table == command("-t", "MMEB-CIRR")
+
+
+def test_captions_are_shown_at_all_depths_under_their_names():
+    scores = {"hit_rate_at_1": 0.9, "hit_rate_at_5": 0.95, "hit_rate_at_10": 1.0, "main_score": 0.9}
+    scores |= {"recall_at_1": 0.18, "recall_at_5": 0.76, "recall_at_10": 0.96}
+    table = score_table({"Flickr30k1kI2TRetrieval": {"default": scores}}, "unime-v2")
+    assert re.search(r"^Flickr30k1kI2TRetrieval +90\.0 +93\.7 +-3\.7$", table, re.MULTILINE)
+    head, values = table.splitlines()[-3], table.splitlines()[-1]
+    shown = dict(zip(head.split()[1:], values.split()[1:]))
+    assert shown == {
+        "hit@1": "90.0", "hit@5": "95.0", "hit@10": "100.0", "recall@1": "18.0", "recall@5": "76.0", "recall@10": "96.0"
+    }  # fmt: skip
 
 
 def test_two_stages_end_with_what_reranking_took(command, tmp_path, monkeypatch):
@@ -121,6 +141,9 @@ def test_sugarcrepe_is_shown_by_category_and_group():
     }
     table = score_table(scores, "unime-v2")
     assert re.search(r"SugarCrepeByCategory swap +60\.0 +73\.7 +-13\.7$", table, re.MULTILINE)
+    assert re.search(r"SugarCrepeByCategory mean +60\.0$", table, re.MULTILINE)  # published over seven categories
+    del scores["SugarCrepeByCategory"]["swap_att-local-1"]
+    assert re.search(r"SugarCrepeByCategory swap +50\.0$", score_table(scores, "unime-v2"), re.MULTILINE)
 
 
 def test_no_scores_no_table():

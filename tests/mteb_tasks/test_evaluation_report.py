@@ -120,6 +120,59 @@ def test_published_scores_stand_beside_a_complete_mmeb(tmp_path):
     assert "71.2 (+4.5)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def _result(folder, task, scores, revision="main"):
+    result = TaskResult(
+        dataset_revision=revision, task_name=task, mteb_version="2", evaluation_time=1.0, scores=scores
+    )  # fmt: skip
+    mteb.ResultCache(folder).save_to_cache(result, mteb.get_model_meta("unime-v2"))
+
+
+def test_scores_of_the_same_model_on_other_data_are_said_to_be_left_out(tmp_path):
+    for name, score in (("first", 0.25), ("second", 0.75)):
+        entry = {"hf_subset": f"local-{name}", "languages": ["eng-Latn"], "main_score": score}
+        _result(tmp_path / name, "MMEB-GQA", {"test": [entry]}, f"local-{name}")
+    page = write_report([tmp_path / "first", tmp_path / "second"], tmp_path / "out").read_text()
+    (row,) = _table(tmp_path / "out" / "report.csv")
+    assert (row["score"], row["data"]) == ("75.0000", "second")
+    assert "unime-v2: scores on other data were left out for MMEB-GQA" in page
+    page = write_report([tmp_path / "second", tmp_path / "second"], tmp_path / "out").read_text()
+    assert "left out" not in page
+
+
+def test_splits_of_other_tasks_do_not_take_each_other_s_place(tmp_path):
+    entry = {"hf_subset": "default", "languages": ["eng-Latn"]}
+    scores = {"dev": [{**entry, "main_score": 0.5}], "test": [{**entry, "main_score": 0.75}]}
+    _result(tmp_path, "Another", scores)
+    write_report([tmp_path], tmp_path / "out")
+    shown = {row["name"]: row["score"] for row in _table(tmp_path / "out" / "report.csv")}
+    assert shown == {"Another default (dev)": "50.0000", "Another default (test)": "75.0000"}
+
+
+def test_strange_names_do_not_break_the_tables(tmp_path):
+    meta = {"name": "some/<script>one</script>", "revision": "a|b\nc"}
+    (tmp_path / "model_meta.json").write_text(json.dumps(meta))
+    rows = [{"hf_subset": "default", "main_score": 0.5}]
+    content = {"task_name": "A|<b>task</b>", "scores": {"test": rows}, "dataset_revision": "<i>", "mteb_version": "2"}
+    (tmp_path / "A.json").write_text(json.dumps(content))
+    page = write_report([tmp_path], tmp_path / "out").read_text()
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert not any(mark in text for text in (page, table) for mark in ("<script", "<b>task", "<i>"))
+    assert "| A\\|&lt;b&gt;task&lt;/b&gt; | 50.0 |" in table and "| a\\|b c |" in table
+
+
+def test_captions_are_shown_with_hits_and_recall(tmp_path):
+    entry = {"hf_subset": "default", "languages": ["eng-Latn"], "main_score": 0.9}
+    entry |= {f"hit_rate_at_{k}": 0.9 + k / 1000 for k in (1, 5, 10)} | {f"recall_at_{k}": k / 100 for k in (1, 5, 10)}
+    _result(tmp_path, "Flickr30k1kI2TRetrieval", {"test": [entry]})
+    page = write_report([tmp_path], tmp_path / "out").read_text()
+    assert '<th scope="col">hit@5</th>' in page and "<td>10.0</td>" in page
+    rows = {row["name"]: row for row in _table(tmp_path / "out" / "report.csv")}
+    assert rows["Flickr30k1kI2TRetrieval recall@10"]["score"] == "10.0000"
+    assert rows["Flickr30k1kI2TRetrieval hit@5"]["kind"] == "metric"
+    line = "| unime-v2 | Flickr30k1kI2TRetrieval | 90.1 | 90.5 | 91.0 | 1.0 | 5.0 | 10.0 |"
+    assert line in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_two_revisions_of_a_model_are_two_columns(run, data, tmp_path):
     for revision in ("r1", "r2"):
         shutil.copytree(run / "results", tmp_path / revision)

@@ -8,9 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from mmeb_rows import rewrite
 from noisy_encoder import Noisy
+from PIL import Image
 
 from mteb_tasks import evaluate
 from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb.subsets import subset_named
+from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, Together, mmeb_tasks
 from unime_st.data.images import BadImageError
 
@@ -49,6 +52,36 @@ def _dangling(file):
     picture.symlink_to("nowhere.png")
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("instruction", ["Show it.", "", None])
+def test_a_target_instruction_of_its_own_is_named_in_the_fields_of_v2_too(tmp_path, monkeypatch, listed, instruction):
+    write_synthetic_mmeb(tmp_path, subsets=[subset_named("CIRR")], queries=3, candidates=3, layout="v2")
+    task = next(task for task in MMEB_TASKS if task.subset.name == "CIRR")
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(tmp_path))
+
+    def change(rows, at=None):
+        for row, content in enumerate(rows):
+            given = [content["tgt_inst"]] * 3 if listed else content["tgt_inst"]
+            if row == at:
+                given = [given[0], instruction, given[2]] if listed else instruction
+            content.update(tgt_inst=given)
+
+    rewrite(tmp_path, change, name="CIRR")
+    task().load_data()
+    write_synthetic_mmeb(tmp_path, subsets=[subset_named("CIRR")], queries=3, candidates=3, layout="v2")
+    rewrite(tmp_path, lambda rows: change(rows, 2), name="CIRR")
+    with pytest.raises(MMEBDataError, match=f"row 2: target instruction '{instruction or ''}'"):
+        task().load_data()
+
+
+def test_a_quoted_instruction_needs_both_quotes():
+    assert subset_named("RefCOCO").body("query", subset_named("RefCOCO").query.replace('{}"', "")) is None
+
+
+def _bomb(file):
+    Image.new("1", (10_000, 10_000)).save(file.parents[1] / "images" / "OVEN" / "q0.png")
+
+
 def _other_types(file):
     table = pq.read_table(file)
     lists = pa.array([[{"a": "b"}]] * table.num_rows)
@@ -71,6 +104,7 @@ def _second_shard_at_fault(file):
         (lambda file: file.write_bytes(b""), "test-00000-of-00001.parquet cannot be read"),
         (lambda file: (file.unlink(), file.mkdir()), "subset OVEN is missing"),
         (_dangling, "picture OVEN/q0.png of the query is broken"),
+        (_bomb, "picture OVEN/q0.png of the query is broken: .* 10000 x 10000 is more than"),
     ],
 )
 def test_strange_files_are_named(one, change, message):

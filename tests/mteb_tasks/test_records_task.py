@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import mteb
 import pytest
 from PIL import Image
 
-from mteb_tasks import RecordsRetrieval, evaluate
+from mteb_tasks import RecordsRetrieval, evaluate, wrap
+from mteb_tasks.local_data import official
 from mteb_tasks.retrieval_task import retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
@@ -26,18 +28,22 @@ def test_a_record_folder_becomes_a_task_with_one_subset_per_dataset(tiny, tmp_pa
     task = RecordsRetrieval(tmp_path / "mine")
     scores = evaluate(tiny, [task], tmp_path / "out")
     assert task.metadata.name == "Records-mine"
-    assert set(scores["Records-mine"]) == {"names", "captions"}
-    names = task.dataset["names"]["test"]
+    assert {official(subset) for subset in scores["Records-mine"]} == {"names", "captions"}
+    names = next(tables for subset, tables in task.dataset.items() if official(subset) == "names")["test"]
     assert len(names["queries"]) == 2 and len(names["corpus"]) == 3
     blue = next(query for query in names["queries"]["id"] if len(names["relevant_docs"][query]) == 2)
     assert names["relevant_docs"][blue].keys() < set(names["corpus"]["id"])
 
 
-def test_other_records_are_another_revision(tmp_path):
+def test_other_records_are_evaluated_anew_though_there_is_a_result(tiny, tmp_path):
+    runs = {}
     for name, records in (("a", _records()), ("b", _records()[:-1]), ("c", _records())):
-        RecordSet.write(tmp_path / name, records, {})
-    a, b, c = (RecordsRetrieval(tmp_path / name).metadata.revision for name in "abc")
-    assert a == c != b
+        RecordSet.write(tmp_path / name / "test", records, {})
+        task = RecordsRetrieval(tmp_path / name / "test")
+        runs[name] = task.metadata.revision, set(task.hf_subsets)
+        found = mteb.evaluate(wrap(tiny), task, cache=mteb.ResultCache(tmp_path / "results"))[0]
+        assert {row["hf_subset"] for row in found.scores["test"]} >= set(task.hf_subsets)
+    assert runs["a"] == runs["c"] and not runs["a"][1] & runs["b"][1]
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mteb_tasks.local_data import official
 from mteb_tasks.records import RecordsRetrieval
 from mteb_tasks.run import evaluate as run_mteb
 from unime_st.data.importing import import_records
@@ -81,7 +82,7 @@ def evaluate(arguments: OwnDataArguments, name: str, results: Path) -> None:
     output = Path(arguments.output)
     model = UniME(arguments.model if name == "base" else str(output / name))
     (subsets,) = run_mteb(model, [RecordsRetrieval(str(output / "test"))], results.parent).values()
-    scores = {subset: numbers["hit_rate_at_1"] for subset, numbers in subsets.items()}
+    scores = {official(subset): numbers["hit_rate_at_1"] for subset, numbers in subsets.items()}
     write_json(results, {**scores, "mean": sum(scores.values()) / len(scores)})
 
 
