@@ -17,14 +17,14 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
 from unime_st.training.arguments import LOG, TrainArguments
 from unime_st.training.planning import Plan
 from unime_st.training.processes import computes_on_cpu, processes
-from unime_st.training.trainer import EmbedderTrainer, RerankerTrainer
+from unime_st.training.trainer import WRITE_ERRORS, EmbedderTrainer, RerankerTrainer, not_written
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -109,7 +109,11 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
 
 
 class _LossCurve(TrainerCallback):
-    """Writes the loss curve while it comes, so that a long run can be watched; a resumed run's begins anew."""
+    """Writes the loss curve while it comes, so that a long run can be watched; a resumed run's begins anew.
+
+    Every checkpoint is a point of it: the trainer takes the mean from the last point on, and a resumed one has forgotten
+    the losses before its checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,6 +121,9 @@ class _LossCurve(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._write("w", state.log_history)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -132,7 +139,9 @@ def _begin(stage: str, arguments: TrainArguments, output: Path, inputs: tuple[st
     state = processes()
     with state.main_process_first():
         overwrite = arguments.overwrite and state.is_main_process
-        due = begin_stage(output, stage, inputs=inputs, options=arguments.plan(), overwrite=overwrite)
+        # A step's rows are those of all processes: with more or fewer of them it would be another run.
+        options = {**arguments.plan(), "processes": state.num_processes}
+        due = begin_stage(output, stage, inputs=inputs, options=options, overwrite=overwrite)
         if due and state.is_main_process:
             if not arguments.resume:
                 shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
@@ -244,4 +253,7 @@ def _save(
         model = trained_into(load(**options, device="cpu"), weights, arguments)
     elif arguments.lora_rank:
         merge_lora(model)
-    model.save_pretrained(str(output))
+    try:
+        model.save_pretrained(str(output))
+    except WRITE_ERRORS as error:
+        raise not_written("The trained model", output, "The last checkpoint", error) from error
