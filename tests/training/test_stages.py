@@ -235,35 +235,49 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> 
     assert len(curves[1]) == 11 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-class _FullAfterTheFirstCheckpoint(TrainerCallback):
-    """From the first checkpoint on the system refuses to write files of the size of a checkpoint's."""
+class _FullDisk(TrainerCallback):
+    """From an event on the system refuses to write files of the size of a model's."""
 
-    def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._fill)
+
+    def _fill(self, *args: object, **kwargs: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-class _TrainerOnASmallDisk(EmbedderTrainer):
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(_FullAfterTheFirstCheckpoint())
-
-
+@pytest.mark.parametrize(
+    ("event", "message", "kept"),
+    [
+        ("on_save", "checkpoint of step 2 .* GiB are free .* make room", "checkpoint-1"),
+        ("on_train_end", "trained model could not be written .* GiB are free .* make room", "checkpoint-2"),
+    ],
+)
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, message: str, kept: str
 ) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "log_every": 1, "save_every": 1}
+    common |= {"token_budget": "auto"}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class TrainerOnASmallDisk(EmbedderTrainer):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(_FullDisk(event))
+
     with monkeypatch.context() as patched:
-        patched.setattr("unime_st.training.run.EmbedderTrainer", _TrainerOnASmallDisk)
+        patched.setattr("unime_st.training.run.EmbedderTrainer", TrainerOnASmallDisk)
         try:
-            with pytest.raises(OSError, match=r"checkpoint of step 2 .* GiB are free .* make room"):
+            with pytest.raises(OSError, match=message):
                 stages.train_in_batch(options.InBatchArguments(**common))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-1")
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / kept)
+    (tmp_path / "out" / "token_budget.json").write_text('{"token_budget": 321}')  # other memory was free then
     folder = stages.train_in_batch(options.InBatchArguments(**common))
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2 and _changed(folder) > 1e-4
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["steps"] == manifest["loss"]["step"] == 2 and "321 tokens" in manifest["plan"]["mini_batch"]
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:

@@ -199,7 +199,9 @@ def run_stage(
     trainer.train(resume_from_checkpoint=checkpoint)
     _save(arguments, model, load, trainer, output)
     if trainer.is_world_process_zero():
-        facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": trainer.state.log_history[-1]}
+        # The trainer's own summary divides the losses since the last start by the steps of all.
+        last = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+        facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": last}
         finish_stage(output, {**facts, "plan": made.plan.facts()})
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     processes().wait_for_everyone()

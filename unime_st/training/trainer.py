@@ -134,6 +134,10 @@ class ReportingMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the batches of a step, and find out how much each of them counts."""
+        state = self.state  # type: ignore[attr-defined]
+        if state.global_step >= state.max_steps:  # killed after its last checkpoint: transformers would do a step more
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+            return [], None
         samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._shares = self._shares_of(samples) if self._mean_over_rows else []
         return samples, items
