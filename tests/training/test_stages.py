@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -277,6 +278,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     folder = stages.train_in_batch(options.InBatchArguments(**common))
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2 and _changed(folder) > 1e-4
     manifest = json.loads((folder / "manifest.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert '"stage": "in_batch"' in card and not re.search(r"\b[0-9a-f]{32}\b", card.partition("## Manifest")[0])
     assert manifest["steps"] == manifest["loss"]["step"] == 2 and "321 tokens" in manifest["plan"]["mini_batch"]
 
 

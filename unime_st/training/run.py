@@ -19,7 +19,7 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.manifest import MANIFEST, begin_stage, finish_stage
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
 from unime_st.training.arguments import LOG, TrainArguments
 from unime_st.training.planning import Plan
@@ -203,6 +203,7 @@ def run_stage(
         last = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
         facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": last}
         finish_stage(output, {**facts, "plan": made.plan.facts()})
+        _add_manifest_to_card(output)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     processes().wait_for_everyone()
     return output
@@ -255,7 +256,23 @@ def _save(
         model = trained_into(load(**options, device="cpu"), weights, arguments)
     elif arguments.lora_rank:
         merge_lora(model)
+    _leave_ids_out_of_card(model)
     try:
         model.save_pretrained(str(output))
     except WRITE_ERRORS as error:
         raise not_written("The trained model", output, "The last checkpoint", error) from error
+
+
+def _leave_ids_out_of_card(model: BaseModel) -> None:
+    """Sentence Transformers takes the rows for texts, and would show and count them."""
+    card: Any = model.model_card_data
+    card.widget, card.usage_examples, card.generate_widget_examples = [], None, False
+    for entry in card.train_datasets:
+        for part in ("stats_table", "examples", "examples_table"):
+            entry.pop(part, None)
+
+
+def _add_manifest_to_card(output: Path) -> None:
+    card, manifest = (output / name for name in ("README.md", MANIFEST))
+    with card.open("a", encoding="utf-8") as file:
+        file.write(f"\n## Manifest\n\n```json\n{manifest.read_text(encoding='utf-8')}```\n")
