@@ -128,6 +128,7 @@ def test_split_columns_with_none(tmp_path: Path):
 def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path):
     (tmp_path / "cut.png").write_bytes(encoded(0, size=(64, 64))[:-500])
     (tmp_path.parent / "outside.png").write_bytes(encoded(1))
+    (tmp_path / "\udcff.png").write_bytes(encoded(1))
     bad = {
         "not valid JSON": "{broken",
         "expected a JSON object": "[1]",
@@ -143,6 +144,9 @@ def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path):
         "expected 2 scores": {"query": "q", "positive": "x", "negatives": ["n"], "scores": [0.5]},
         "expected a list": {"query": "q", "positive": "x", "negatives": "n"},
         "surrogates not allowed": '{"query": "\\ud800", "positive": "x"}',
+        "can't encode character '\\ud801'": '{"query": "q", "positive": "x", "dataset": "\\ud801"}',
+        "not a usable path": '{"query": {"image": "\\udcff.png"}, "positive": "x"}',
+        "recursion": "[" * 100_000,
     }
     good = {"query": "q", "positive": "p", "negatives": ["n"], "scores": [1.0, 0.0]}
     source = write_lines(tmp_path / "rows.jsonl", [good, *bad.values(), good])
@@ -155,6 +159,55 @@ def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path):
     for entry, reason in zip(found, bad):
         assert reason in entry["reason"], entry
         assert entry["file"] == "rows.jsonl"
+
+
+def test_absent_negatives_go_with_their_scores(tmp_path: Path):
+    picture = {"text": None, "image": {"bytes": encoded(0), "path": None}}
+    absent = {"text": None, "image": {"bytes": None, "path": None}}
+    rows = [
+        {
+            "query": "q",
+            "positive": "p",
+            "negatives": [absent, picture, None, picture],
+            "scores": [0.9, None, 0.2, 7, 0.4],
+        },
+        {"query": "r", "positive": "p", "negatives": [None], "scores": [0.9, 0.1]},
+        {"query": "s", "positive": "p", "negatives": [None, picture], "scores": [0.9, 0.1]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    records = import_records(tmp_path / "rows.parquet", tmp_path / "out")
+    assert [[item.modality for item in record.negatives] for record in records] == [["image", "image"], []]
+    logits = [records[0].positive_logit, *records[0].negative_logits]
+    np.testing.assert_allclose(to_scores(logits), [0.9, 0.2, 0.4], atol=1e-6)
+    assert [(entry["row"], entry["reason"]) for entry in rejected(tmp_path / "out")] == [
+        (2, "expected 3 scores, found [0.9, 0.1]")
+    ]
+
+
+def test_no_column_is_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [{"query": "q", "positive": "p", "negative": "n", "id": 3}]
+    assert len(import_records(write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out")) == 1
+    assert "columns that are not used: id, negative" in caplog.text
+    rows = [{"query": "What is it?", "query_image": "a.png", "positive": "p"}]
+    with pytest.raises(ValueError, match="columns query and query_image both say what the query is"):
+        import_records(write_lines(tmp_path / "both.jsonl", rows), tmp_path / "both")
+
+
+def test_packed_files_beside_the_data_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "rows.jsonl", [{"query": "q", "positive": "p"}])
+    for name in ("more.jsonl.gz", "MORE.CSV", "README.md", "picture.png"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    assert len(import_records(tmp_path / "data", tmp_path / "out")) == 1
+    assert "not read, for their endings: MORE.CSV, more.jsonl.gz." in caplog.text
+
+
+def test_csv_with_a_long_cell_and_another_encoding(tmp_path: Path):
+    lines = ["query,positive", "x" * 200_000 + ",p", "caf\u00e9,p", '"two\nlines",p']
+    (tmp_path / "rows.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    records = import_records(tmp_path / "rows.csv", tmp_path / "out")
+    assert [len(record.query.text or "") for record in records] == [200_000, 9]
+    assert [entry["row"] for entry in rejected(tmp_path / "out")] == [1]
 
 
 def test_scores_become_log_odds(tmp_path: Path):

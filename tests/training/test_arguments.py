@@ -58,6 +58,11 @@ def test_a_missing_file_is_named(capsys: pytest.CaptureFixture) -> None:
     assert "absent.yaml: no such configuration file" in capsys.readouterr().err
 
 
+def test_frozen_under_an_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match="frozen goes with lora_rank 0"):
+        InBatchArguments(frozen="visual")
+
+
 def test_where_the_result_lies_is_not_part_of_the_plan() -> None:
     first, second = HardNegativeArguments(output="a", workers=2), HardNegativeArguments(output="b")
     assert first.plan() == second.plan() and first.plan() != HardNegativeArguments(num_negatives=4).plan()

@@ -83,7 +83,31 @@ def test_data_sets_by_temperature_and_side_by_side() -> None:
         shares[temperature] = Counter(sum(drawn, []))["small"]
         if temperature == 1.0:
             assert all(len(set(batch[:5])) == len(set(batch[5:])) == 1 for batch in drawn)
-    assert shares == {1.0: 20, 2.0: 33, 1e9: 50} or shares == {1.0: 20, 2.0: 34, 1e9: 50}
+    assert shares == {1.0: 20, 2.0: 35, 1e9: 50}  # of 20, 33.3 and 50, in whole sub-batches
+
+
+def test_sub_batches_are_whole_whatever_the_sizes_and_repetitions() -> None:
+    names = np.array(["large"] * 103 + ["small"] * 50 + ["least"] * 21)
+    rows = _rows([f"{name} {row % 15}" for row, name in enumerate(names)])  # every positive several times
+    batches = sampler(datasets=names.tolist(), sub_batch_size=4)(rows, batch_size=12, drop_last=True)
+    drawn = list(batches)
+    for batch in drawn:
+        assert len({rows[row]["positive"] for row in batch}) == 12
+        assert all(len(set(names[batch[start : start + 4]])) == 1 for start in (0, 4, 8))
+    assert Counter(names[sum(drawn, [])]) == {"large": 104, "small": 44, "least": 20}
+    assert len(set(sum(drawn, []))) >= 160
+
+
+def test_a_data_set_with_few_labels_gives_what_it_has() -> None:
+    rows = _rows([f"p{row}" for row in range(60)] + ["yes", "no"] * 10)
+    batches = sampler(datasets=["large"] * 60 + ["labels"] * 20, sub_batch_size=5)(rows, batch_size=10, drop_last=True)
+    for batch in batches:
+        assert len({rows[row]["positive"] for row in batch}) == 10
+    ring = Dataset.from_dict(
+        {"query": list("abcdefghij"), "positive": list("bcdefghija")}
+    )  # neighbours exclude each other
+    with pytest.raises(ValueError, match="no batch of 10 rows without duplicates was found"):
+        list(sampler(datasets=["one"] * 10, sub_batch_size=5)(ring, batch_size=10, drop_last=True))
 
 
 def test_costs_are_dealt_out_evenly() -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from unime_st.data.manifest import StageConflictError
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.training.arguments import HardNegativeArguments, InBatchArguments, SoftLabelArguments
@@ -110,10 +111,24 @@ def test_two_processes_train_as_one(data: str, tmp_path: Path, script: str) -> N
     _assert_same(outputs, steps=3)
 
 
-def test_a_dead_process_ends_the_run(data: str, tmp_path: Path) -> None:
-    options = {"data": data, "output": tmp_path / "out", "batch_size": 4, "max_steps": 5000}
-    options |= {"drop_last": False, "save_every": 4}  # after the uneven end of the first pass, which must not hang
-    _kill_a_rank(_command("in_batch", 2, **options), tmp_path / "out" / "checkpoints")
+def test_a_dead_process_ends_the_run_and_both_go_on(data: str, tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "data": data,
+        "learning_rate": 1e-4,
+        "lora_dropout": 0.0,
+        "max_steps": 40,
+        "log_every": 3,
+    }
+    common |= {"mini_batch_size": 3, "num_negatives": 4}
+    common |= {"drop_last": False, "save_every": 4}  # after the uneven end of the first pass, which must not hang
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    command = _command("hard_negatives", 2, output=outputs[1], batch_size=4, **common)
+    _kill_a_rank(command, outputs[1] / "checkpoints")
+    with pytest.raises(StageConflictError, match="processes: 2 there, 1 now"):
+        train_hard_negatives(HardNegativeArguments(output=str(outputs[1]), batch_size=4, **common))
+    assert "going on from" in _run(command)
+    train_hard_negatives(HardNegativeArguments(output=str(outputs[0]), batch_size=8, **common))
+    _assert_same(outputs, steps=20)  # every third, and every fourth, where a checkpoint is
 
 
 # With full fine-tuning some weights hardly have a gradient (biases of keys), of which Adam makes steps nevertheless; at a

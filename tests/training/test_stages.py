@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -154,6 +155,22 @@ def test_what_frozen_names_stays_as_it_is(run: Path, tmp_path: Path) -> None:
     assert any("visual" in name for name in before)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lora_rank": 0, "frozen": "vision_towr"}, r"`frozen` \('vision_towr'\) names no weight"),
+        ({"matryoshka_dims": [4096, 32]}, "4096 is no prefix of this model's embeddings of 128"),
+        ({"matryoshka_dims": [64, 0]}, "matryoshka_dims: 0 is no prefix"),
+    ],
+)
+def test_names_and_sizes_that_the_model_lacks_are_refused(
+    run: Path, tmp_path: Path, option: dict, message: str
+) -> None:
+    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), **option}
+    with pytest.raises(ValueError, match=message):
+        stages.train_in_batch(options.InBatchArguments(**common))
+
+
 def test_a_dry_run_says_what_will_happen_and_writes_nothing(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,7 +217,7 @@ def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, 
 
 
 def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> None:
-    common = {**SMALL, "data": str(run / "records"), "max_steps": 16, "log_every": 1, "save_every": 2}
+    common = {**SMALL, "data": str(run / "records"), "max_steps": 16, "log_every": 3, "save_every": 2}
     common |= {"lora_dropout": 0.1, "mini_batch_size": 6}
     words = [str(word) for name, value in common.items() for word in (f"--{name}", value)]
     script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(tmp_path / "cut")]
@@ -216,38 +233,54 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path) -> 
             options.InBatchArguments(**common, output=str(tmp_path / name), workers=workers)
         )
         curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
-    assert len(curves[1]) == 16 and curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert len(curves[1]) == 11 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-class _FullAfterTheFirstCheckpoint(TrainerCallback):
-    """From the first checkpoint on the system refuses to write files of the size of a checkpoint's."""
+class _FullDisk(TrainerCallback):
+    """From an event on the system refuses to write files of the size of a model's."""
 
-    def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._fill)
+
+    def _fill(self, *args: object, **kwargs: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-class _TrainerOnASmallDisk(EmbedderTrainer):
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(_FullAfterTheFirstCheckpoint())
-
-
+@pytest.mark.parametrize(
+    ("event", "message", "kept"),
+    [
+        ("on_save", "checkpoint of step 2 .* GiB are free .* make room", "checkpoint-1"),
+        ("on_train_end", "trained model could not be written .* GiB are free .* make room", "checkpoint-2"),
+    ],
+)
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, message: str, kept: str
 ) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "log_every": 1, "save_every": 1}
+    common |= {"token_budget": "auto"}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class TrainerOnASmallDisk(EmbedderTrainer):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(_FullDisk(event))
+
     with monkeypatch.context() as patched:
-        patched.setattr("unime_st.training.run.EmbedderTrainer", _TrainerOnASmallDisk)
+        patched.setattr("unime_st.training.run.EmbedderTrainer", TrainerOnASmallDisk)
         try:
-            with pytest.raises(OSError, match=r"checkpoint of step 2 .* GiB are free .* make room"):
+            with pytest.raises(OSError, match=message):
                 stages.train_in_batch(options.InBatchArguments(**common))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-1")
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / kept)
+    (tmp_path / "out" / "token_budget.json").write_text('{"token_budget": 321}')  # other memory was free then
     folder = stages.train_in_batch(options.InBatchArguments(**common))
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2 and _changed(folder) > 1e-4
+    manifest = json.loads((folder / "manifest.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert '"stage": "in_batch"' in card and not re.search(r"\b[0-9a-f]{32}\b", card.partition("## Manifest")[0])
+    assert manifest["steps"] == manifest["loss"]["step"] == 2 and "321 tokens" in manifest["plan"]["mini_batch"]
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:

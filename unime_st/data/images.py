@@ -227,6 +227,7 @@ def resolve_inside(root: str | Path, name: str) -> Path:
         BadImageError: If the path leaves ``root`` through ``..``, an absolute path or a symbolic link.
     """
     try:
+        name.encode("utf-8")  # a lone surrogate could not be stored
         base = Path(root).resolve()
         target = (base / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
@@ -16,16 +17,19 @@ from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.scores import check_scores, to_logits
 from unime_st.data.sources import SourceRow, read_rows, source_files
 from unime_st.data.specs import (
+    DEFAULT_COLUMNS,
     JoinSpec,
     PairSpec,
     as_item,
     build_item,
     default_pairs,
+    is_empty,
     matches,
     parse_pairs,
     resolve_columns,
 )
 
+logger = logging.getLogger(__name__)
 _BATCH = 256
 
 
@@ -128,6 +132,8 @@ def _import_all(
         write_checked(_pairs_of(good, plain, root, rejected), writer, rejected, checker)
         for group in groups:
             group.add(good, rejected)
+    if specs is None and (unused := columns - DEFAULT_COLUMNS):
+        logger.warning("columns that are not used: %s; say with `pairs` if they should be.", ", ".join(sorted(unused)))
     for group in groups:
         write_checked(group.pairs(root, rejected), writer, rejected, checker)
 
@@ -149,14 +155,18 @@ def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) ->
     positive = build_item(spec.positive, rows, "positive", root)
     row = rows["positive"]
     dataset = spec.dataset if spec.dataset_column is None else str(row.get(spec.dataset_column) or "")
+    dataset.encode("utf-8")  # a lone surrogate cannot be stored
     found = row.get(spec.negatives) or [] if spec.negatives is not None else []
     if not isinstance(found, (list, tuple)):
         raise ValueError(f"column {spec.negatives} holds {type(found).__name__}, expected a list")
-    negatives = tuple(as_item(value, root) for value in found)
+    # Lists padded to one length: what is missing goes, and its score with it.
+    present = [place for place, value in enumerate(found) if not is_empty(value)]
+    negatives = tuple(as_item(found[place], root) for place in present)
     scores = None if spec.scores is None else row.get(spec.scores)
     if scores is None:
         return PairRecord(query, positive, dataset, negatives)
-    logits = to_logits(check_scores(scores, 1 + len(negatives))).tolist()
+    places = [0, *(1 + place for place in present)]
+    logits = to_logits(check_scores(scores, 1 + len(found), places)).tolist()
     return PairRecord(query, positive, dataset, negatives, logits[0], tuple(logits[1:]))
 
 

@@ -188,6 +188,7 @@ def _imported(
     extra = {"scores": scores, "image_paths": paths, "source": None}
     original = json.dumps(values, ensure_ascii=False)
     if json.dumps(_exported(record, extra, divisor, None, None), ensure_ascii=False) != original:
+        original.encode("utf-8")  # a lone surrogate cannot be stored; UnicodeEncodeError is a ValueError
         extra["source"] = original
     return record, extra
 

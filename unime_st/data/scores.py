@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,24 +54,26 @@ def to_scores(logits: Any, *, divisor: float = 1.0) -> np.ndarray:
     return np.where(values >= 0, 1.0, small) / (1.0 + small)
 
 
-def check_scores(scores: Any, count: int) -> list[float]:
+def check_scores(scores: Any, count: int, places: Sequence[int] | None = None) -> list[float]:
     """Accept a list of scores as found in a file, or say what is wrong with it.
 
     Args:
         scores: The value found.
-        count: How many numbers there must be.
+        count: How many entries there must be.
+        places: Those that matter; the others may hold anything. Defaults to None, all.
 
     Returns:
-        list[float]: The scores.
+        list[float]: The scores that matter.
 
     Raises:
-        ValueError: If it is not a list of ``count`` numbers in [0, 1].
+        ValueError: If it is not a list of ``count`` entries, or one that matters is no number in [0, 1].
     """
     if not isinstance(scores, (list, tuple)) or len(scores) != count:
         raise ValueError(f"expected {count} scores, found {scores!r:.80}")
-    for score in scores:
+    chosen = list(scores) if places is None else [scores[place] for place in places]
+    for score in chosen:
         if isinstance(score, bool) or not isinstance(score, (int, float)):
             raise ValueError(f"score {score!r:.80} is not a number")
         if not 0.0 <= score <= 1.0:
             raise ValueError(f"score {score!r:.80} is outside [0, 1]")
-    return [float(score) for score in scores]
+    return [float(score) for score in chosen]

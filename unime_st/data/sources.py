@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _CHUNK = 1 << 20
 _BATCH = 256
+_LONGEST_CELL = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,17 @@ def source_files(source: str | Path) -> list[Path]:
     if (source / "state.json").is_file():
         return [source]
     files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES)
+    similar = [path.name for path in source.iterdir() if _is_similar(path)]
+    if similar:
+        logger.warning("%s: not read, for their endings: %s.", source, ", ".join(sorted(similar)))
     if not files:
         raise FileNotFoundError(f"{source}: no {', '.join(SUFFIXES)} file and not a saved dataset")
     return files
+
+
+def _is_similar(path: Path) -> bool:
+    """Whether a file's name says that it holds rows, packed or in another spelling: rows.jsonl.gz, ROWS.JSONL."""
+    return path.suffix not in SUFFIXES and any(part.lower() in SUFFIXES for part in path.suffixes)
 
 
 def json_list(path: str | Path) -> Iterator[Any]:
@@ -198,17 +209,23 @@ def _read_lines(path: Path) -> Iterator[SourceRow]:
             if line.strip():
                 try:
                     yield _row(path.name, number, json.loads(line.decode("utf-8-sig")))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield SourceRow(path.name, number, None, f"not valid JSON ({error})")
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow]:
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        for number, values in enumerate(csv.DictReader(handle)):
-            if None in values or None in values.values():  # cells without a header, a header without a cell
-                yield SourceRow(path.name, number, None, "not as many cells as the header has")
-            else:
-                yield SourceRow(path.name, number, dict(values))
+    csv.field_size_limit(_LONGEST_CELL)
+    # Bytes that are no UTF-8 become lone surrogates, and an item refuses these: the row is set aside, not the file.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        reader = csv.DictReader(handle)
+        try:
+            for number, values in enumerate(reader):
+                if None in values or None in values.values():  # cells without a header, a header without a cell
+                    yield SourceRow(path.name, number, None, "not as many cells as the header has")
+                else:
+                    yield SourceRow(path.name, number, dict(values))
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: cannot be read as CSV ({error})") from error
 
 
 def _row(file: str, number: int, element: Any) -> SourceRow:

@@ -14,6 +14,12 @@ from unime_st.data.items import Item
 from unime_st.data.tables import split_zip_path
 
 Row = Mapping[str, Any]
+DEFAULT_COLUMNS = frozenset(
+    [f"{side}{part}" for side in ("query", "positive") for part in ("", "_text", "_image")]
+    + ["negatives", "scores", "dataset"]
+)
+"""What :func:`default_pairs` recognises."""
+
 _WORD = re.compile(r"[\w.\-]+\??")
 
 
@@ -183,7 +189,7 @@ def as_item(value: Any, root: Path) -> Item:
         text, image = value.get("text"), value.get("image")
         if text is not None and not isinstance(text, str):
             raise ValueError(f"text {text!r:.80} is not a string")
-        return Item(text, None if _empty(image) else as_image(image, root))
+        return Item(text, None if is_empty(image) else as_image(image, root))
     if value is None or isinstance(value, str):
         return Item(value)
     return Item(image=as_image(value, root))
@@ -221,15 +227,20 @@ def matches(conditions: Mapping[str, Any], row: Row) -> bool:
         row: The row.
     """
     return all(
-        not _empty(row.get(name))
+        not is_empty(row.get(name))
         if wanted == "*"
-        else row.get(name) == wanted or (_empty(wanted) and _empty(row.get(name)))
+        else row.get(name) == wanted or (is_empty(wanted) and is_empty(row.get(name)))
         for name, wanted in conditions.items()
     )
 
 
 def _default_side(side: str, columns: Collection[str]) -> SideSpec:
     if side in columns:
+        if more := sorted({f"{side}_text", f"{side}_image"} & set(columns)):
+            raise ValueError(
+                f"columns {side} and {', '.join(more)} both say what the {side} is: rename {side} to {side}_text, or "
+                "say with `pairs` which columns make a query and a positive"
+            )
         return SideSpec(item=side)
     image, text = (f"{side}_{part}?" if f"{side}_{part}" in columns else None for part in ("image", "text"))
     if image is None and text is None:
@@ -309,16 +320,21 @@ def _text(text: str, rows: Mapping[str, Row], own: str) -> str | None:
 def _value(row: Row, name: str) -> Any:
     column = name.removesuffix("?")
     value = row.get(column)
-    if not _empty(value):
+    if not is_empty(value):
         return value
     if column != name:
         return None
     raise ValueError(f"column {name} has no value")
 
 
-def _empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Say whether a value found in data stands for nothing: None, nothing in it, or a struct of such values.
+
+    Args:
+        value: Any value.
+    """
     if isinstance(value, Mapping):
-        return all(map(_empty, value.values()))
+        return all(map(is_empty, value.values()))
     return value is None or value in ("", b"", [])
 
 

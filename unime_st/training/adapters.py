@@ -65,14 +65,16 @@ def choose_trainable(model: BaseModel, arguments: TrainArguments) -> None:
             the layers whose names match ``lora_targets`` get an adapter and everything else is frozen.
 
     Raises:
-        ValueError: If ``lora_targets`` matches no layer, or nothing is left to train.
+        ValueError: If ``lora_targets`` matches no layer or ``frozen`` no weight, or nothing is left to train.
     """
     if arguments.lora_rank:
         add_lora(model, arguments)
     elif arguments.frozen:
-        for name, parameter in model.named_parameters():
-            if re.search(arguments.frozen, name):
-                parameter.requires_grad_(False)
+        named = [weight for name, weight in model.named_parameters() if re.search(arguments.frozen, name)]
+        if not named:
+            raise ValueError(f"`frozen` ({arguments.frozen!r}) names no weight of this model: all would be trained.")
+        for weight in named:
+            weight.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"nothing is left to train: `frozen` ({arguments.frozen!r}) names all weights.")
 

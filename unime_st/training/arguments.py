@@ -107,6 +107,11 @@ class TrainArguments:
         _one_of("quantize", self.quantize, (None, "nf4", "int8"))
         if self.quantize and not self.lora_rank:
             raise ValueError("quantize needs an adapter: quantised weights are not trained. Set lora_rank.")
+        if self.frozen and self.lora_rank:
+            raise ValueError(
+                "frozen goes with lora_rank 0: under an adapter all other weights are frozen, and lora_targets says "
+                "which layers have one."
+            )
         if self.token_budget is not None and self.token_budget != "auto" and not str(self.token_budget).isdigit():
             raise ValueError(f"token_budget must be a number, auto or left out, but is {self.token_budget!r}.")
         if self.token_budget is not None and self.mini_batch_size is not None:

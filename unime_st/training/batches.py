@@ -28,7 +28,9 @@ class RowBatches(DefaultBatchSampler):
         datasets: Number of each row's data set; None (default) means one.
         temperature: Data sets are drawn by ``size ** (1 / temperature)``. Defaults to 1, where an epoch is every row
             once.
-        sub_batch_size: Rows of one data set that follow each other. Defaults to 1: all mixed.
+        sub_batch_size: Rows of one data set that follow each other, from the first row of a batch on; a smaller data
+            set, or one with too few distinct rows, gives fewer. An epoch takes whole ones: of each data set half a
+            sub-batch more or less than its rows. Defaults to 1: all mixed.
         distinct: No query and no positive comes twice in the batch of all processes, or it would be its own in-batch
             negative. Defaults to True.
         costs: Tokens of each row. If given, the rows of ``balanced`` batches are dealt out so that all cost the same.
@@ -101,13 +103,43 @@ class RowBatches(DefaultBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed or 0, self.epoch])
+        sizes = [self.unit] * (self.rows // self.unit) + [self.remainder] * (self.remainder > 0)
+        batches = self._mixed(rng, sizes) if self.sub_batch_size == 1 else self._side_by_side(rng, sizes)
+        for number, batch in enumerate(batches):
+            yield from self._dealt(batch, self.pieces if number < self.rows // self.unit else self._last_pieces)
+
+    def _mixed(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[list[int]]:
         stream = self._stream(rng)
         deferred: list[int] = []
-        for _ in range(self.rows // self.unit):
-            batch, deferred = self._take(self.unit, stream, deferred)
-            yield from self._dealt(batch, self.pieces)
-        if self.remainder:
-            yield from self._dealt(self._take(self.remainder, stream, deferred)[0], self._last_pieces)
+        for size in sizes:
+            batch, deferred = self._take(size, stream, deferred)
+            yield batch
+
+    def _side_by_side(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[list[int]]:
+        """Every batch begins with a new sub-batch; a data set fills its own, and what it cannot place waits in it."""
+        queues = [_Queue(members, rng) for members, _ in self._groups]
+        counts = [max(1, round(quota / self.sub_batch_size)) for _, quota in self._groups]
+        turns: list[int] = []
+        for size in sizes:
+            batch: list[int] = []
+            taken: set[int] = set()
+            spent: set[int] = set()
+
+            def fits(row: int, taken: set[int] = taken) -> bool:
+                keys = set() if self._keys is None else set(self._keys[row].tolist())
+                free = taken.isdisjoint(keys)
+                taken |= keys if free else set()
+                return free
+
+            while len(batch) < size:
+                turns = turns or rng.permutation(np.repeat(np.arange(len(queues)), counts)).tolist()
+                turn = turns.pop()
+                rows = queues[turn].take(min(self.sub_batch_size, size - len(batch)), fits)
+                batch += rows
+                spent |= set() if rows else {turn}
+                if len(spent) == len(queues):
+                    raise _no_batch_of(size)
+            yield batch
 
     def _take(self, size: int, stream: Iterator[int], deferred: list[int]) -> tuple[list[int], list[int]]:
         if self._keys is None:
@@ -130,20 +162,15 @@ class RowBatches(DefaultBatchSampler):
             if len(batch) == size:
                 return batch, waiting
             place(next(stream))
-        raise ValueError(
-            f"no batch of {size} rows without duplicates was found: too many rows share their query or positive. "
-            "Lower batch_size, or raise dataset_temperature."
-        )
+        raise _no_batch_of(size)
 
     def _stream(self, rng: np.random.Generator) -> Iterator[int]:
         while True:
-            blocks: list[np.ndarray] = []
+            parts: list[np.ndarray] = []
             for members, quota in self._groups:
                 passes = -(-quota // len(members))
-                rows = np.concatenate([rng.permutation(members) for _ in range(passes)])[:quota]
-                blocks += np.split(rows, range(self.sub_batch_size, len(rows), self.sub_batch_size))
-            for number in rng.permutation(len(blocks)):
-                yield from blocks[number].tolist()
+                parts.append(np.concatenate([rng.permutation(members) for _ in range(passes)])[:quota])
+            yield from rng.permutation(np.concatenate(parts)).tolist()
 
     def _dealt(self, batch: list[int], count: int) -> list[list[int]]:
         if self.costs is None:
@@ -155,6 +182,37 @@ class RowBatches(DefaultBatchSampler):
             turn, position = divmod(place, count)
             pieces[count - 1 - position if turn % 2 else position].append(row)
         return pieces
+
+
+class _Queue:
+    """Rows of a data set in random order, pass after pass; those that do not fit into a batch wait for the next one."""
+
+    def __init__(self, members: np.ndarray, rng: np.random.Generator) -> None:
+        self._members, self._rng = members, rng
+        self._fresh: list[int] = []
+        self._waiting: list[int] = []
+
+    def take(self, count: int, fits: Callable[[int], bool]) -> list[int]:
+        """Return so many rows that fit, or fewer where all others of the data set do not."""
+        rows: list[int] = []
+        waiting: list[int] = []
+        count = min(count, len(self._members))
+        while len(rows) < count and len(waiting) < len(self._members):
+            row = self._waiting.pop(0) if self._waiting else self._next()
+            (rows if fits(row) else waiting).append(row)
+        self._waiting = waiting + self._waiting
+        return rows
+
+    def _next(self) -> int:
+        self._fresh = self._fresh or self._rng.permutation(self._members).tolist()
+        return self._fresh.pop()
+
+
+def _no_batch_of(size: int) -> ValueError:
+    return ValueError(
+        f"no batch of {size} rows without duplicates was found: too many rows share their query or positive. "
+        "Lower batch_size, or raise dataset_temperature."
+    )
 
 
 def _codes(dataset: Dataset) -> np.ndarray:

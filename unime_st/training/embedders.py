@@ -16,6 +16,7 @@ from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.data.items import Item
+from unime_st.data.manifest import read_json, write_json
 from unime_st.data.records import RecordSet
 from unime_st.encoding import most_pixels
 from unime_st.losses.base import CachedEmbeddingLoss
@@ -35,11 +36,12 @@ from unime_st.training.planning import (
     steps_of,
 )
 from unime_st.training.processes import processes
-from unime_st.training.run import Setup
+from unime_st.training.run import CHECKPOINTS, Setup
 from unime_st.training.vision import SeenOnce, VisionCache, check_frozen, most_bytes, picture_keys
 
 logger = logging.getLogger(__name__)
 PICTURES = "pictures.npy"
+BUDGET = "token_budget.json"
 
 
 @dataclass
@@ -64,6 +66,7 @@ class EmbedderSetup:
     def __call__(self, model: BaseModel, rows: Dataset) -> Setup:
         """Count tokens, set rows aside that cannot be used, find the mini-batch and rehearse it."""
         a = self.arguments
+        _check_prefixes(model, a.matryoshka_dims)
         if a.vision_cache is not None:
             check_frozen(model)
         costs, pixels = counted_costs(a, self.records, model)
@@ -155,6 +158,10 @@ class EmbedderSetup:
         wanted = self.arguments.token_budget
         if wanted != "auto":
             return None if wanted is None else int(wanted)
+        path = Path(self.arguments.output) / BUDGET
+        if path.is_file() and any((path.parent / CHECKPOINTS).glob("checkpoint-*")):
+            # Other mini-batches would draw other dropout masks: a resumed run keeps those of its checkpoints.
+            return int(read_json(path)["token_budget"])
         budget = fitting_budget(model, feed, cut, positions, computation_dtype(self.arguments))
         # Processes may share a device, and all should take the smallest.
         state = processes()
@@ -164,6 +171,8 @@ class EmbedderSetup:
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
             budget = max(int(smallest), int(cut(budget).costs[positions].max()))
         logger.info("token_budget auto: %d tokens fit.", budget)
+        if state.is_main_process and not self.arguments.dry_run:
+            write_json(path, {"token_budget": budget})
         return budget
 
     def _rows_per_pass(self, columns: int, row_costs: np.ndarray, budget: int | None) -> int:
@@ -210,6 +219,13 @@ class EmbedderSetup:
             return f"{per_pass} rows at a time, accumulated to {a.batch_size}: one forward pass"
         size = f"{budget:,} tokens" if budget else f"{a.mini_batch_size} items"
         return f"{size} at a time, gradients cached" if lazy else "the whole batch in one pass"
+
+
+def _check_prefixes(model: Any, dims: list[int] | None) -> None:
+    width = model.get_embedding_dimension()
+    for dim in dims or ():
+        if not 0 < dim <= width:
+            raise ValueError(f"matryoshka_dims: {dim} is no prefix of this model's embeddings of {width} numbers.")
 
 
 def _seen_once(model: BaseModel, dtype: torch.dtype) -> SeenOnce | None:

@@ -17,14 +17,14 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.manifest import MANIFEST, begin_stage, finish_stage
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
 from unime_st.training.arguments import LOG, TrainArguments
 from unime_st.training.planning import Plan
 from unime_st.training.processes import computes_on_cpu, processes
-from unime_st.training.trainer import EmbedderTrainer, RerankerTrainer
+from unime_st.training.trainer import WRITE_ERRORS, EmbedderTrainer, RerankerTrainer, not_written
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -109,7 +109,11 @@ def trainer_arguments(arguments: TrainArguments, output: Path) -> dict[str, Any]
 
 
 class _LossCurve(TrainerCallback):
-    """Writes the loss curve while it comes, so that a long run can be watched; a resumed run's begins anew."""
+    """Writes the loss curve while it comes, so that a long run can be watched; a resumed run's begins anew.
+
+    Every checkpoint is a point of it: the trainer takes the mean from the last point on, and a resumed one has forgotten
+    the losses before its checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,6 +121,9 @@ class _LossCurve(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._write("w", state.log_history)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -132,7 +139,9 @@ def _begin(stage: str, arguments: TrainArguments, output: Path, inputs: tuple[st
     state = processes()
     with state.main_process_first():
         overwrite = arguments.overwrite and state.is_main_process
-        due = begin_stage(output, stage, inputs=inputs, options=arguments.plan(), overwrite=overwrite)
+        # A step's rows are those of all processes: with more or fewer of them it would be another run.
+        options = {**arguments.plan(), "processes": state.num_processes}
+        due = begin_stage(output, stage, inputs=inputs, options=options, overwrite=overwrite)
         if due and state.is_main_process:
             if not arguments.resume:
                 shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
@@ -190,8 +199,11 @@ def run_stage(
     trainer.train(resume_from_checkpoint=checkpoint)
     _save(arguments, model, load, trainer, output)
     if trainer.is_world_process_zero():
-        facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": trainer.state.log_history[-1]}
+        # The trainer's own summary divides the losses since the last start by the steps of all.
+        last = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+        facts = {"rows": len(made.rows), "steps": trainer.state.global_step, "loss": last}
         finish_stage(output, {**facts, "plan": made.plan.facts()})
+        _add_manifest_to_card(output)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     processes().wait_for_everyone()
     return output
@@ -244,4 +256,23 @@ def _save(
         model = trained_into(load(**options, device="cpu"), weights, arguments)
     elif arguments.lora_rank:
         merge_lora(model)
-    model.save_pretrained(str(output))
+    _leave_ids_out_of_card(model)
+    try:
+        model.save_pretrained(str(output))
+    except WRITE_ERRORS as error:
+        raise not_written("The trained model", output, "The last checkpoint", error) from error
+
+
+def _leave_ids_out_of_card(model: BaseModel) -> None:
+    """Sentence Transformers takes the rows for texts, and would show and count them."""
+    card: Any = model.model_card_data
+    card.widget, card.usage_examples, card.generate_widget_examples = [], None, False
+    for entry in card.train_datasets:
+        for part in ("stats_table", "examples", "examples_table"):
+            entry.pop(part, None)
+
+
+def _add_manifest_to_card(output: Path) -> None:
+    card, manifest = (output / name for name in ("README.md", MANIFEST))
+    with card.open("a", encoding="utf-8") as file:
+        file.write(f"\n## Manifest\n\n```json\n{manifest.read_text(encoding='utf-8')}```\n")

@@ -44,6 +44,26 @@ class _ReducesAllGradients(TrainerCallback):
         model.set_reduce_scatter_unused_params(True)
 
 
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk raises, as Python, torch and safetensors put it."""
+
+
+def not_written(what: str, folder: Path, intact: str, error: BaseException) -> OSError:
+    """Say that a model could not be written, why, and what to do.
+
+    Args:
+        what: What could not be written.
+        folder: Where to.
+        intact: What a run that is started again goes on from.
+        error: The cause.
+    """
+    free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
+    return OSError(
+        f"{what} could not be written to {folder} ({free:.1f} GiB are free there): {error}. {intact} is intact: make "
+        "room and run the same command again."
+    )
+
+
 class ReportingMixin:
     """Adds to the log: the loss's own statistics, examples and tokens per second, the share of the matrix rate.
 
@@ -95,13 +115,15 @@ class ReportingMixin:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        except (OSError, RuntimeError, SafetensorError) as error:  # as Python, torch and safetensors put it
+        except WRITE_ERRORS as error:
             folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
-            free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
-            raise OSError(
-                f"The checkpoint of step {step} could not be written to {folder} ({free:.1f} GiB are free there): "
-                f"{error}. The one before it is intact: make room and run the same command again."
-            ) from error
+            raise not_written(f"The checkpoint of step {step}", folder, "The one before it", error) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Random states of all processes are there before the first one writes what makes the checkpoint whole."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if dist.is_initialized():
+            dist.barrier()
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         """Sentence Transformers reads whole checkpoints only; a sharded one is left to transformers, as is its writing."""
@@ -112,6 +134,10 @@ class ReportingMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the batches of a step, and find out how much each of them counts."""
+        state = self.state  # type: ignore[attr-defined]
+        if state.global_step >= state.max_steps:  # killed after its last checkpoint: transformers would do a step more
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+            return [], None
         samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._shares = self._shares_of(samples) if self._mean_over_rows else []
         return samples, items
