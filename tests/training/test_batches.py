@@ -83,19 +83,29 @@ def test_data_sets_by_temperature_and_side_by_side() -> None:
         shares[temperature] = Counter(sum(drawn, []))["small"]
         if temperature == 1.0:
             assert all(len(set(batch[:5])) == len(set(batch[5:])) == 1 for batch in drawn)
-    assert shares == {1.0: 20, 2.0: 35, 1e9: 50}  # of 20, 33.3 and 50, in whole sub-batches
+    assert shares == {1.0: 20, 2.0: 33, 1e9: 50} or shares == {1.0: 20, 2.0: 34, 1e9: 50}
 
 
-def test_sub_batches_are_whole_whatever_the_sizes_and_repetitions() -> None:
+def test_sub_batches_are_whole_but_where_a_data_set_ends() -> None:
     names = np.array(["large"] * 103 + ["small"] * 50 + ["least"] * 21)
     rows = _rows([f"{name} {row % 15}" for row, name in enumerate(names)])  # every positive several times
     batches = sampler(datasets=names.tolist(), sub_batch_size=4)(rows, batch_size=12, drop_last=True)
     drawn = list(batches)
+    mixed = 0
     for batch in drawn:
         assert len({rows[row]["positive"] for row in batch}) == 12
-        assert all(len(set(names[batch[start : start + 4]])) == 1 for start in (0, 4, 8))
-    assert Counter(names[sum(drawn, [])]) == {"large": 104, "small": 44, "least": 20}
-    assert len(set(sum(drawn, []))) >= 160
+        runs = [len(set(names[batch[start : start + 4]])) for start in (0, 4, 8)]
+        assert runs == sorted(runs), "what is no whole sub-batch stands at the end"
+        mixed += sum(kinds > 1 for kinds in runs)
+    assert mixed <= 3 and len(set(sum(drawn, []))) >= 160
+
+
+@pytest.mark.parametrize(("sizes", "sub_batch", "size"), [((100, 60, 40), 8, 20), ((1000, 10, 300), 16, 64)])
+def test_a_pass_takes_every_row_once(sizes: tuple[int, ...], sub_batch: int, size: int) -> None:
+    names = [f"set {number}" for number, count in enumerate(sizes) for _ in range(count)]
+    rows = _rows([str(row) for row in range(len(names))])
+    batches = sampler(datasets=names, sub_batch_size=sub_batch)(rows, batch_size=size, drop_last=False)
+    assert sorted(sum(batches, [])) == list(range(len(names)))
 
 
 def test_a_data_set_with_few_labels_gives_what_it_has() -> None:

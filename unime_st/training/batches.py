@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,9 +29,8 @@ class RowBatches(DefaultBatchSampler):
         datasets: Number of each row's data set; None (default) means one.
         temperature: Data sets are drawn by ``size ** (1 / temperature)``. Defaults to 1, where an epoch is every row
             once.
-        sub_batch_size: Rows of one data set that follow each other, from the first row of a batch on; a smaller data
-            set, or one with too few distinct rows, gives fewer. An epoch takes whole ones: of each data set half a
-            sub-batch more or less than its rows. Defaults to 1: all mixed.
+        sub_batch_size: Rows of one data set that follow each other, from the first row of a batch on. A data set that
+            ends, or has too few distinct rows, gives fewer, at the end of a batch. Defaults to 1: all mixed.
         distinct: No query and no positive comes twice in the batch of all processes, or it would be its own in-batch
             negative. Defaults to True.
         costs: Tokens of each row. If given, the rows of ``balanced`` batches are dealt out so that all cost the same.
@@ -116,14 +116,15 @@ class RowBatches(DefaultBatchSampler):
             yield batch
 
     def _side_by_side(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[list[int]]:
-        """Every batch begins with a new sub-batch; a data set fills its own, and what it cannot place waits in it."""
+        """Whole sub-batches first; in a batch in which a data set ends, what was left of it comes last."""
         queues = [_Queue(members, rng) for members, _ in self._groups]
-        counts = [max(1, round(quota / self.sub_batch_size)) for _, quota in self._groups]
-        turns: list[int] = []
+        quotas = np.array([quota for _, quota in self._groups])
+        left = quotas.copy()
         for size in sizes:
-            batch: list[int] = []
+            whole: list[int] = []
+            short: list[int] = []
             taken: set[int] = set()
-            spent: set[int] = set()
+            able = np.ones(len(queues), dtype=bool)  # to add a row to this batch
 
             def fits(row: int, taken: set[int] = taken) -> bool:
                 keys = set() if self._keys is None else set(self._keys[row].tolist())
@@ -131,15 +132,17 @@ class RowBatches(DefaultBatchSampler):
                 taken |= keys if free else set()
                 return free
 
-            while len(batch) < size:
-                turns = turns or rng.permutation(np.repeat(np.arange(len(queues)), counts)).tolist()
-                turn = turns.pop()
-                rows = queues[turn].take(min(self.sub_batch_size, size - len(batch)), fits)
-                batch += rows
-                spent |= set() if rows else {turn}
-                if len(spent) == len(queues):
+            while room := size - len(whole) - len(short):
+                if not able.any():
                     raise _no_batch_of(size)
-            yield batch
+                if not (left * able).any():
+                    left += quotas  # the next pass begins
+                turn = int(rng.choice(len(queues), p=left * able / (left * able).sum()))
+                rows = queues[turn].take(min(self.sub_batch_size, room, int(left[turn])), fits)
+                (whole if len(rows) == self.sub_batch_size else short).extend(rows)
+                left[turn] -= len(rows)
+                able[turn] = bool(rows)
+            yield whole + short
 
     def _take(self, size: int, stream: Iterator[int], deferred: list[int]) -> tuple[list[int], list[int]]:
         if self._keys is None:
@@ -190,7 +193,7 @@ class _Queue:
     def __init__(self, members: np.ndarray, rng: np.random.Generator) -> None:
         self._members, self._rng = members, rng
         self._fresh: list[int] = []
-        self._waiting: list[int] = []
+        self._waiting: deque[int] = deque()
 
     def take(self, count: int, fits: Callable[[int], bool]) -> list[int]:
         """Return so many rows that fit, or fewer where all others of the data set do not."""
@@ -198,9 +201,9 @@ class _Queue:
         waiting: list[int] = []
         count = min(count, len(self._members))
         while len(rows) < count and len(waiting) < len(self._members):
-            row = self._waiting.pop(0) if self._waiting else self._next()
+            row = self._waiting.popleft() if self._waiting else self._next()
             (rows if fits(row) else waiting).append(row)
-        self._waiting = waiting + self._waiting
+        self._waiting.extendleft(reversed(waiting))
         return rows
 
     def _next(self) -> int:
