@@ -29,6 +29,7 @@ from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Features, Feed
 from unime_st.training.items import MiniBatches
 from unime_st.training.processes import processes
+from unime_st.training.spill import Spill
 
 VISUAL_TOKENS = "visual_tokens"
 """Feature with the stored tokens of a mini-batch: those that enter the language model, then those of inner layers."""
@@ -190,8 +191,8 @@ class SeenOnce:
         dtype: What training computes in.
 
     Attributes:
-        most_bytes: Visual tokens that may be kept from the first pass to the second: 16 MiB in the memory of a CPU, 1
-            GiB in that of another device, so that memory does not grow with the batch. The others are made again.
+        most_bytes: Features that may be kept in memory from the first pass to the second: 16 MiB in that of a CPU, 1 GiB
+            in that of another device. The others wait in a temporary file, so that memory does not grow with the batch.
 
     Raises:
         ValueError: See :func:`check_frozen`.
@@ -210,24 +211,28 @@ class SeenOnce:
         self._model, self._dtype = model, dtype
         self._kept: dict[int, Features] = {}
         self._held = 0
+        self._spill = Spill()
         model.register_forward_pre_hook(_put_in)
 
     def begin(self) -> None:
         """Forget the step before."""
         self._kept.clear()
         self._held = 0
+        self._spill.clear()
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of visual tokens kept in the memory of the host."""
+        """Bytes kept in the memory of the host."""
         return self._held if self._model.device.type == "cpu" else 0
 
     def __contains__(self, number: int) -> bool:
-        return number in self._kept
+        return number in self._kept or number in self._spill
 
     def __getitem__(self, number: int) -> Features:
         """The features of mini-batch ``number`` as the first pass left them."""
-        return dict(self._kept[number])
+        if number in self._kept:
+            return dict(self._kept[number])
+        return self._spill.read(number, self._model.device)
 
     def look(self, number: int, features: Features, *, keep: bool) -> Features:
         """Put visual tokens in the place of pixels.
@@ -235,7 +240,7 @@ class SeenOnce:
         Args:
             number: Of the mini-batch.
             features: Input of the model.
-            keep: For the second pass, while there is room.
+            keep: For the second pass.
 
         Returns:
             dict: Input of the model without pixels.
@@ -247,11 +252,18 @@ class SeenOnce:
             tokens = [torch.cat([layer[place] for place in range(len(layer))]) for layer in layers]
             features = {name: value for name, value in features.items() if name != "pixel_values"}
             features[VISUAL_TOKENS] = tokens
-        size = sum(layer.nbytes for layer in tokens)
-        if keep and self._held + size <= self.most_bytes:
+        if keep:
+            self._keep(number, features)
+        return features
+
+    def _keep(self, number: int, features: Features) -> None:
+        parts = [part for value in features.values() for part in (value if isinstance(value, list) else [value])]
+        size = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+        if self._held + size <= self.most_bytes:
             self._held += size
             self._kept[number] = dict(features)
-        return features
+        else:
+            self._spill.add(number, features)
 
 
 def check_frozen(model: BaseModel) -> None:
