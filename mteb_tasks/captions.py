@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from mteb_tasks.local_data import (
     FOLDER_VARIABLE,
+    below,
     evaluation_folder,
     localised,
     picture_fault,
@@ -156,7 +157,7 @@ def read_sharegpt4v(folder: Path) -> Iterator[Captioned]:
             name, caption = record["image"], record["conversations"][1]["value"].replace("\n", " ")
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{found[0]}: record {number} has no image or no second turn ({error!r})") from error
-        picture = next((base / name for base in (folder, folder / "data") if (base / name).is_file()), None)
+        picture = below(folder, name) or below(folder / "data", name)
         if picture is None:
             raise FileNotFoundError(f"{found[0]}: record {number} names {name}, which is not in {folder}")
         if not caption.strip():

@@ -120,6 +120,22 @@ def official(subset: str) -> str:
     return subset.rpartition(f"-{LOCAL}")[0] or subset
 
 
+def below(folder: Path, name: str) -> Path | None:
+    """A file that data name, if it lies below their folder; links there may lead where the user put the file.
+
+    Args:
+        folder: Root of the data.
+        name: Relative path as it stands in the data.
+
+    Returns:
+        The file; None if there is none or the path would leave the folder.
+    """
+    part = Path(name)
+    if part.is_absolute() or ".." in part.parts or not (folder / part).is_file():
+        return None
+    return folder / part
+
+
 def picture_fault(file: Path) -> str | None:
     """What is wrong with a picture as far as its header, its end and, of PNG, its checksums tell.
 

@@ -10,6 +10,7 @@ from typing import Any
 from mteb_tasks.captions import CAPTION_PROMPT
 from mteb_tasks.local_data import (
     FOLDER_VARIABLE,
+    below,
     evaluation_folder,
     localised,
     official,
@@ -48,9 +49,9 @@ def read_category(folder: Path, category: str) -> list[Foil]:
             name, caption, foil = (pairs[number][key] for key in ("filename", "caption", "negative_caption"))
         except (LookupError, TypeError) as error:
             raise ValueError(f"{file}: pair {number} lacks a field ({error!r})") from error
-        picture = folder / "val2017" / name
-        if not picture.is_file():
-            raise FileNotFoundError(f"{file}: the picture {name} of pair {number} is not in {picture.parent}")
+        picture = below(folder / "val2017", name)
+        if picture is None:
+            raise FileNotFoundError(f"{file}: the picture {name} of pair {number} is not in {folder / 'val2017'}")
         if picture not in whole and (fault := picture_fault(picture)):
             raise ValueError(f"{file}: the picture {name} of pair {number} {fault}")
         whole.add(picture)

@@ -87,6 +87,11 @@ def test_sharegpt4v_takes_the_answer_in_one_line_and_names_missing_pictures(tmp_
         list(read_sharegpt4v(tmp_path))
     _picture(tmp_path / "images" / "0.jpg")
     assert [one.captions for one in read_sharegpt4v(tmp_path)] == [("a b",)]
+    _picture(tmp_path.parent / "secret.jpg")
+    for outside in ("../secret.jpg", str(tmp_path.parent / "secret.jpg")):
+        file.write_text(json.dumps([{**records[0], "image": outside}]))
+        with pytest.raises(FileNotFoundError, match="record 0 names .*secret.jpg, which is not in"):
+            list(read_sharegpt4v(tmp_path))
 
 
 def _karpathy(folder, rows):
@@ -141,6 +146,11 @@ def test_sugarcrepe_names_missing_pictures_and_counts_ties_as_wrong(tiny, home, 
     _picture(folder / "val2017" / "1.jpg")
     scores = evaluate(tiny, [SugarCrepeByCategory()])["SugarCrepeByCategory"]
     assert {(found["text_acc"], found["tie_rate"]) for found in scores.values()} == {(0.0, 1.0)}
+    _picture(folder / "outside.jpg")
+    outside = {"filename": "../outside.jpg", "caption": "some words", "negative_caption": "other words"}
+    (folder / "data" / "swap_obj.json").write_text(json.dumps({"3": outside}))
+    with pytest.raises(FileNotFoundError, match="picture ../outside.jpg of pair 3 is not in"):
+        SugarCrepeByCategory().load_data()
     shutil.rmtree(folder / "val2017")
 
 
