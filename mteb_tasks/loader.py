@@ -299,7 +299,7 @@ class UniMELoader:
             common |= {"encode_kwargs": encode_kwargs, "num_proc": num_proc}
             stock.index(corpus, **common)
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
-        query_ids, document_ids = list(queries["id"]), list(corpus["id"])
+        query_ids, document_ids = (table.with_format("arrow")["id"].to_pylist() for table in (queries, corpus))
         try:
             new = self.announce(task_metadata.name, [queries, corpus], **encode_kwargs)
             vectors = self._embed_tables([queries, corpus], total=new, **encode_kwargs)
@@ -315,7 +315,7 @@ class UniMELoader:
             top_k,
         )
         return {
-            query: {document_ids[row]: float(score) for row, score in zip(rows, scores)}
+            query: dict(zip(map(document_ids.__getitem__, rows.tolist()), scores.tolist()))
             for query, (rows, scores) in zip(query_ids, ranked)
         }
 

@@ -96,10 +96,10 @@ class EmbeddingStore:
         self._own = None  # should writing fail, what comes after must not follow half a block
         with own.open("ab") as file, own.with_suffix(".ids").open("ab") as ids:
             first = file.tell() // vectors[:1].nbytes
-            for target, content in ((file, vectors.tobytes()), (ids, b"".join(keys))):
-                target.write(content)
-                target.flush()
-                os.fsync(target.fileno())
+            file.write(vectors.tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # before their ids, also where the power fails
+            ids.write(b"".join(keys))
         self._own = own
         self._note(keys, own, first)
 

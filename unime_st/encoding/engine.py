@@ -80,8 +80,8 @@ class Engine:
         Args:
             inputs: Items or whatever ``SentenceTransformer.encode`` takes; an iterator is read as vectors are made.
             results: Where the vectors go, window by window.
-            window: Inputs among which like lengths are sought. The first window is a quarter as long: the model waits
-                for it. Defaults to None: :data:`WINDOW`, the first one, too.
+            window: Inputs among which like lengths are sought. The first windows, of a sixteenth and a quarter, are
+                soon ready: the model waits for them. Defaults to None: :data:`WINDOW`, the first ones, too.
             total: Length of the stream, for the progress bar.
             progress: Show one.
 
@@ -116,7 +116,7 @@ class Engine:
                     future.cancel()
 
     def _windows(self, inputs: Iterator[Any], size: int | None) -> Iterator[_Window]:
-        sizes = repeat(WINDOW) if size is None else chain([max(1, size // 4)], repeat(size))
+        sizes = repeat(WINDOW) if size is None else chain((max(1, size // 16), max(1, size // 4)), repeat(size))
         start = 0
         while block := list(islice(inputs, next(sizes))):
             window = _Window(start, len(block))
