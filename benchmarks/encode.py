@@ -24,6 +24,7 @@ from workloads import SIZES, mixed, pictures, random_qwen2_vl, sentences
 
 from unime_st import UniME
 from unime_st.encoding import encode_items
+from unime_st.resident import peak_resident
 
 STOCK, ENGINE = "SentenceTransformer.encode", "UniME.encode"
 
@@ -74,9 +75,9 @@ def _measure_memory(name: str, folder: Path) -> None:
     model = _pair("unime-tiny", "cpu")[name]
     paths = sorted(map(str, folder.glob("*.jpg")))
     model.encode(paths[:1])
-    loaded = harness.peak_mb()
+    loaded = peak_resident() / 2**20
     model.encode(paths)
-    _say(f"{loaded:.1f} {harness.peak_mb():.1f}\n")
+    _say(f"{loaded:.1f} {peak_resident() / 2**20:.1f}\n")
 
 
 def _overhead(count: int) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -50,12 +49,6 @@ def machine() -> dict[str, Any]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
-
-
-def peak_mb() -> float:
-    """Highest resident memory of this process in MiB; ru_maxrss would start at that of the process it came from."""
-    found = [line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
-    return float(found[0]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def compare(

@@ -138,13 +138,8 @@ class Meter:
                     self.seconds += time.perf_counter() - self._since
 
 
-def _memory_mib(field: str) -> float:
-    """Resident memory of this process: "VmRSS" now, "VmHWM" the highest since `_forget_peak`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def _forget_peak() -> None:
+    """Let `peak_resident` begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -158,6 +153,7 @@ def measure(side: str) -> dict[str, Any]:
     from mteb_tasks.loader import UniMELoader
     from mteb_tasks.mmeb.tasks import mmeb_tasks
     from unime_st import UniME
+    from unime_st.resident import peak_resident, resident
 
     model = (UniME if side == "ours" else SentenceTransformer)("unime-tiny", device="cpu")
     if side == "ours":
@@ -167,11 +163,11 @@ def measure(side: str) -> dict[str, Any]:
         wrapped = SentenceTransformerEncoderWrapper(model)
         wrapped.mteb_model_meta = model_meta("stock/tiny", "1")
     model.encode([{"text": "warm up"}])
-    meter, before = Meter(model), _memory_mib("VmRSS")
+    meter, before = Meter(model), resident() / 2**20
     _forget_peak()
     started = time.perf_counter()
     result = mteb.evaluate(wrapped, mmeb_tasks(), cache=None, co2_tracker=False, show_progress_bar=False)
-    seconds, peak = time.perf_counter() - started, _memory_mib("VmHWM")
+    seconds, peak = time.perf_counter() - started, peak_resident() / 2**20
     scores = {found.task_name: float(found.get_score()) for found in result.task_results}
     return {
         "seconds": round(seconds, 2),

@@ -14,6 +14,7 @@ import harness
 import numpy as np
 import torch
 
+from unime_st.resident import peak_resident
 from unime_st.retrieval import top_k
 
 FAISS, PRODUCTS, OURS = "faiss.IndexFlatIP", "matrix products alone", "top_k"
@@ -101,9 +102,9 @@ def measure_memory(chosen: Any) -> None:
     """Print by how much a search raises this process's peak memory."""
     queries, corpus = vectors(chosen.queries, chosen.dim, 0), vectors(chosen.corpus, chosen.dim, 1)
     top_k(queries[:8], corpus[:256], chosen.k, device=chosen.device)  # what libraries allocate once
-    before = harness.peak_mb()
+    before = peak_resident() / 2**20
     top_k(queries, corpus, chosen.k, device=chosen.device)
-    sys.stdout.write(f"{harness.peak_mb() - before:.1f}\n")
+    sys.stdout.write(f"{peak_resident() / 2**20 - before:.1f}\n")
 
 
 def main() -> None:

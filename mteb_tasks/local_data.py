@@ -54,10 +54,10 @@ def state(*folders: Path) -> str:
     digest = hashlib.sha256()
     for folder in folders:
         seen = {os.path.realpath(folder)}
-        for place, below, names in os.walk(folder, followlinks=True):
+        for place, inner, names in os.walk(folder, followlinks=True):
             # A link may lead back to a folder above it.
-            behind = {name: os.path.realpath(os.path.join(place, name)) for name in below}
-            below[:] = sorted(name for name in below if behind[name] not in seen)
+            behind = {name: os.path.realpath(os.path.join(place, name)) for name in inner}
+            inner[:] = sorted(name for name in inner if behind[name] not in seen)
             seen.update(behind.values())
             for name in sorted(names):
                 file = Path(place, name)

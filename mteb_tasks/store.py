@@ -92,10 +92,13 @@ class EmbeddingStore:
         self._place.update((key, (len(self._sources) - 1, row)) for row, key in enumerate(keys, first))
 
     def _append(self, folder: Path, keys: list[bytes], vectors: np.ndarray) -> None:
-        own = self._own or folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}-{vectors.shape[1]}.vectors"
+        dim = vectors.shape[1]
+        own = self._own
+        if own is None or _dim(own) != dim:
+            own = folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}-{dim}.vectors"
         self._own = None  # should writing fail, what comes after must not follow half a block
         with own.open("ab") as file, own.with_suffix(".ids").open("ab") as ids:
-            first = file.tell() // vectors[:1].nbytes
+            first = file.tell() // (4 * dim)
             file.write(vectors.tobytes())
             file.flush()
             os.fsync(file.fileno())  # before their ids, also where the power fails

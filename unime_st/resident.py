@@ -10,6 +10,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+
+def resident() -> int:
+    """Resident memory of this process.
+
+    Returns:
+        int: Bytes.
+
+    Example:
+        >>> resident() > 1 << 20
+        True
+    """
+    return int(psutil.Process().memory_info().rss)
+
 
 def peak_resident() -> int:
     """Highest resident memory of this process so far.

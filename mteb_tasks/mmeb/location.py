@@ -145,7 +145,12 @@ def _unpacked(archive: Path) -> Path | None:
         try:
             with zipfile.ZipFile(archive) as opened:
                 opened.extractall(content)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise MMEBDataError(f"{archive} is not a whole zip archive ({error}): download it again") from error
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            RuntimeError,
+        ) as error:  # the last: encrypted, unknown method
+            raise MMEBDataError(f"{archive} cannot be unpacked ({error}): download it again") from error
         content.rename(parent / f"unpacked-{name}")  # complete or not there at all
     return parent / f"unpacked-{name}"

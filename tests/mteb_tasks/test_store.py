@@ -34,6 +34,16 @@ def test_vectors_come_back_in_the_order_asked(tmp_path, on_disk):
         store.take([NAMES[5]])
 
 
+def test_vectors_of_another_width_do_not_shift_the_others(tmp_path):
+    store = EmbeddingStore(tmp_path)
+    for place, dim in enumerate((3, 5, 3)):
+        store.add([NAMES[place]], _vectors(1, dim) + place)
+    store.add([], _vectors(0))
+    for found in (store, EmbeddingStore(tmp_path)):
+        taken = [found.take([name]).tolist() for name in NAMES[:3]]
+        assert taken == [(_vectors(1, dim) + place).tolist() for place, dim in enumerate((3, 5, 3))]
+
+
 def test_a_write_that_was_cut_off_is_not_read(tmp_path):
     store = EmbeddingStore(tmp_path)
     store.add(NAMES[:4], _vectors(4))

@@ -93,15 +93,8 @@ class ImageRef:
             return self.data
         try:
             return _read_member(str(self.path), self.member) if self.member is not None else _read_file(str(self.path))
-        except (
-            OSError,
-            EOFError,
-            KeyError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            # RuntimeError is what zipfile raises where a member is encrypted or packed by a method that it lacks.
             raise BadImageError(f"image {self.label}: cannot be read ({error})") from error
 
     def size(self) -> tuple[int, int]:

@@ -95,22 +95,22 @@ class Engine:
         pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
 
-        def take(waiting: int = 0) -> None:
-            while len(pending) > waiting:
+        def finish(but: int = 0) -> None:
+            while len(pending) > but:
                 self._take(*pending.popleft(), bar)
                 self._close(open_windows, results, bar)
             self._close(open_windows, results, bar)
 
         # A stream that breaks off leaves the vectors of what came before: shards go on from there.
-        ahead = _ahead(self._windows(iter(inputs), window), on_failure=take)
+        ahead = _ahead(self._windows(iter(inputs), window), on_failure=finish)
         with bar, self.forward.threads() as pool, closing(ahead) as windows:
             try:
                 for upcoming in windows:
                     open_windows.append(upcoming)
                     for batch in upcoming.batches:
                         pending.append((upcoming, batch, pool.submit(self.forward.embed, batch)))
-                        take(self.forward.workers + 1)
-                take()
+                        finish(but=self.forward.workers + 1)
+                finish()
             finally:
                 for _, _, future in pending:
                     future.cancel()

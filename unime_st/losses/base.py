@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ class RowwiseLoss:
     losses: Callable[[slice, Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-class CachedEmbeddingLoss(CachedLossMixin, nn.Module):
+class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
     """Base of the embedding losses: plain or gradient-cached, on one process or on many.
 
     A subclass implements :meth:`prepare`; everything is computed on unit vectors in at least float32.
@@ -175,6 +176,7 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module):
         self._statistics.clear()
         return means
 
+    @abstractmethod
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
         """Check a batch and arrange it for the computation row by row.
 
@@ -186,11 +188,10 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module):
         Returns:
             The tensors to differentiate and the function from a chunk of them to its losses.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
         """Raise a ValueError if columns or labels are not what this loss takes."""
-        raise NotImplementedError
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss; with caching, its backward pass re-embeds the mini-batches."""

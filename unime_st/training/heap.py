@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import psutil
-
-from unime_st.resident import give_back
+from unime_st.resident import give_back, resident
 
 _SLACK = 16 << 20
 
@@ -37,7 +35,7 @@ class Heap:
     def begin(self) -> None:
         """Start a step with what is in use."""
         self._clean = give_back()
-        self._begun, self._usual, self._last = _resident(), 0, None
+        self._begun, self._usual, self._last = resident(), 0, None
 
     def tidy(self, kind: str, kept: int = 0) -> bool:
         """Call before a mini-batch, when nothing of the one before is in use.
@@ -52,12 +50,8 @@ class Heap:
         last, self._last = self._last, kind
         if last is None:
             return False
-        above = _resident() - self._begun - kept
+        above = resident() - self._begun - kept
         if self._clean:
             self._usual = max(self._usual, above)
         self._clean = (kind != last or above > self._usual + self._slack) and give_back()
         return self._clean
-
-
-def _resident() -> int:
-    return psutil.Process().memory_info().rss

@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 class Spill:
     """Mini-batches in a nameless temporary file, which goes with the process.
 
+    Each is written and read once: no folder to share and clean, as :class:`FeatureStore` needs for what is kept for good.
+
     Example:
         >>> spill = Spill()
         >>> spill.add(7, {"tokens": [torch.ones(2)], "kind": "image"})
-        True
         >>> 7 in spill, spill.read(7, torch.device("cpu"))
         (True, {'kind': 'image', 'tokens': [tensor([1., 1.])]})
     """
@@ -42,25 +43,22 @@ class Spill:
             self._file.seek(0)
             self._file.truncate()
 
-    def add(self, number: int, features: Features) -> bool:
-        """Keep a mini-batch.
+    def add(self, number: int, features: Features) -> None:
+        """Keep a mini-batch, or say once that the disk is full and keep none.
 
         Args:
             number: Of the mini-batch.
             features: Tensors, lists of tensors, and other things, which stay in memory.
-
-        Returns:
-            bool: Whether there was room on the disk; it is said once when there is none, and not tried again.
         """
         if self._full:
-            return False
+            return
         tensors: dict[str, torch.Tensor] = {}
         others: Features = {}
         for name, value in features.items():
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
             elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-                tensors |= {f"{name}/{place}": tensor for place, tensor in enumerate(value)}
+                tensors |= {f"{name}/{place:04d}": tensor for place, tensor in enumerate(value)}
             else:
                 others[name] = value
         content = save({n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in tensors.items()})
@@ -71,9 +69,8 @@ class Spill:
             self._file.flush()
         except OSError as error:
             self._give_up(error)
-            return False
+            return
         self._places[number] = (start, len(content), others)
-        return True
 
     def _give_up(self, error: OSError) -> None:
         logger.warning(
@@ -100,7 +97,7 @@ class Spill:
         assert self._file is not None
         self._file.seek(start)
         features: dict[str, Any] = dict(others)
-        for name, tensor in sorted(load(self._file.read(length)).items(), key=lambda found: _order(found[0])):
+        for name, tensor in sorted(load(self._file.read(length)).items()):  # the parts of a list in their order
             whole, is_part, _ = name.partition("/")
             moved = tensor.to(device)
             if is_part:
@@ -108,8 +105,3 @@ class Spill:
             else:
                 features[name] = moved
         return features
-
-
-def _order(name: str) -> tuple[str, int]:
-    whole, _, place = name.partition("/")
-    return whole, int(place or 0)
