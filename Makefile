@@ -11,7 +11,7 @@ SEEDS ?= 1
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/python train_scripts/demo.py --seeds $(SEEDS)
+	$(BIN)/python -m train_scripts.demo --seeds $(SEEDS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ test: lint
 bench: export BENCH_RESULTS ?= runs/bench
 bench: .venv/.installed
 	$(BIN)/python benchmarks/encode.py --inputs 18 --repeats 2 --throughput_images 12 --memory_images 500 --texts 10000
-	$(BIN)/python benchmarks/mmeb_eval.py --subsets 2 --queries 50 --candidates 50 --documents 100 --pictures 0 --repeats 1
+	$(BIN)/python benchmarks/mmeb_eval.py --subsets 2 --queries 50 --candidates 50 --documents 100 --images 0 --repeats 1
 	$(BIN)/python benchmarks/retrieval.py --queries 1024 --corpus 20000 --repeats 2
 	$(BIN)/python benchmarks/judge.py --queries 1 --candidates 20 --repeats 1
 	$(BIN)/python benchmarks/rerank.py --queries 2 --repeats 1

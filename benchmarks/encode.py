@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from throughput import throughput
-from workloads import SIZES, mixed, pictures, random_qwen2_vl, sentences
+from workloads import SIZES, images, mixed, random_qwen2_vl, sentences
 
 from unime_st import UniME
 from unime_st.encoding import encode_items
-from unime_st.resident import peak_resident
+from unime_st.memory import peak_resident
 
 STOCK, ENGINE = "SentenceTransformer.encode", "UniME.encode"
 
@@ -48,10 +48,10 @@ def _speed(models: dict[str, SentenceTransformer], work: Path, chosen: Any) -> N
 
 def _memory(work: Path, count: int) -> None:
     """Peak memory above the loaded model, each variant in a process of its own."""
-    files = pictures(work / "memory", min(count, 200))
+    files = images(work / "memory", min(count, 200))
     links = work / "links"
     links.mkdir()
-    for number in range(count):  # other names, so they are not the same picture to anybody
+    for number in range(count):  # other names, so they are not the same image to anybody
         (links / f"{number}.jpg").symlink_to(files[number % len(files)])
     found = {}
     for name in (STOCK, ENGINE):
@@ -59,7 +59,7 @@ def _memory(work: Path, count: int) -> None:
         told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
         loaded, peak = map(float, told.split()[-2:])
         found[name] = {"loaded_mb": loaded, "peak_mb": peak, "above_mb": round(peak - loaded, 1)}
-    # A few pictures may fit into what loading left behind.
+    # A few images may fit into what loading left behind.
     ratio = {key: round(found[ENGINE][key] / max(found[STOCK][key], 1.0), 2) for key in ("peak_mb", "above_mb")}
     result = {"name": "encode_memory", "machine": harness.machine(), "images": count, "found": found, "ratio": ratio}
     lines = [f"{count} JPEG files given by path, unime-tiny", "", "| variant | loaded MB | peak MB | above MB |"]
@@ -119,7 +119,7 @@ def _scaling(models: dict[str, SentenceTransformer], work: Path) -> None:
         return {label: partial(model.encode, rows) for label, model in models.items()}
 
     def by_size(side: int) -> dict[str, Any]:
-        paths = pictures(work / f"s{side}", 6, shortest=side, longest=side)
+        paths = images(work / f"s{side}", 6, shortest=side, longest=side)
         return {label: partial(model.encode, paths) for label, model in models.items()}
 
     def by_batch(size: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _scaling(models: dict[str, SentenceTransformer], work: Path) -> None:
 
     axes = {
         "inputs: 6 12 24": by_count,
-        "picture side in pixels: 224 448 896": by_size,
+        "image side in pixels: 224 448 896": by_size,
         "batch size: 2 8 24": by_batch,
     }
     harness.scaling("encode_scaling", axes)
@@ -144,9 +144,9 @@ def main() -> None:
     parser = harness.options(__doc__, repeats=3)
     parser.add_argument("--size", choices=tuple(SIZES), default="mid", help="of the random Qwen2-VL")
     parser.add_argument("--inputs", type=int, default=60, help="inputs of the mixed workload")
-    parser.add_argument("--throughput_images", type=int, default=24, help="pictures of the throughput, 0: none")
+    parser.add_argument("--throughput_images", type=int, default=24, help="images of the throughput, 0: none")
     parser.add_argument("--batch_tokens", type=int, help="tokens of its batches; by default 2048, 16384 on a GPU")
-    parser.add_argument("--memory_images", type=int, default=5000, help="pictures of the memory measurement, 0: none")
+    parser.add_argument("--memory_images", type=int, default=5000, help="images of the memory measurement, 0: none")
     parser.add_argument("--texts", type=int, default=20_000, help="short texts of the overhead measurement, 0: none")
     parser.add_argument("--no_scaling", action="store_true", help="leave out the scaling plot")
     parser.add_argument("--measure_memory", choices=(STOCK, ENGINE), help="one process of the memory measurement")

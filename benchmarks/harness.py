@@ -98,16 +98,16 @@ def save(result: dict[str, Any], markdown: str) -> None:
 
 def bars(result: dict[str, Any]) -> None:
     """Draw medians with their spread, ``results/<name>.png``."""
-    place, figure = axes(result)
+    index, figure = axes(result)
     labels = list(result["seconds"])
     medians = [result["median"][label] for label in labels]
     spread = [
         [middle - min(result["seconds"][label]) for label, middle in zip(labels, medians)],
         [max(result["seconds"][label]) - middle for label, middle in zip(labels, medians)],
     ]
-    place.barh(labels, medians, xerr=spread, capsize=4)
-    place.invert_yaxis()
-    place.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
+    index.barh(labels, medians, xerr=spread, capsize=4)
+    index.invert_yaxis()
+    index.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
     figure.savefig(RESULTS / f"{result['name']}.png", dpi=120)
 
 
@@ -133,13 +133,13 @@ def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], 
                 seconds.setdefault(axis.split(":")[0], {}).setdefault(label, {})[str(point)] = spent
     result = {"name": name, "machine": machine(), "seconds": seconds}
     save(result, _scaling_table(result))
-    places, figure = axes(result, len(seconds))
-    for place, (axis, lines) in zip(places if len(seconds) > 1 else [places], seconds.items()):
+    indices, figure = axes(result, len(seconds))
+    for index, (axis, lines) in zip(indices if len(seconds) > 1 else [indices], seconds.items()):
         for label, found in lines.items():
-            place.plot([int(point) for point in found], list(found.values()), marker="o", label=label)
-        place.set_xlabel(axis)
-        place.set_ylabel("seconds")
-        place.legend()
+            index.plot([int(point) for point in found], list(found.values()), marker="o", label=label)
+        index.set_xlabel(axis)
+        index.set_ylabel("seconds")
+        index.legend()
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
     return result
 
@@ -159,10 +159,10 @@ def axes(result: dict[str, Any], count: int = 1) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, places = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
+    figure, indices = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
     info = result["machine"]
     figure.suptitle(f"{result['name']}, {info['date']}, {info['processor']}", fontsize=9)
-    return places, figure
+    return indices, figure
 
 
 def where(result: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from torch.nn import Identity
 from torch.utils.flop_counter import FlopCounterMode
-from workloads import SIZES, pictures, random_qwen2_5_vl, sentences
+from workloads import SIZES, images, random_qwen2_5_vl, sentences
 
 from unime_st import Item
 from unime_st.judging import Group, LocalJudge
@@ -30,23 +30,23 @@ def mixes(work: Path, queries: int, candidates: int) -> dict[str, list[Group]]:
     """Workloads: what is asked and what is judged.
 
     Args:
-        work: Where pictures are written.
+        work: Where images are written.
         queries: Queries of each.
         candidates: Candidates of each query.
     """
-    shown = [Item(image=path) for path in pictures(work, max(queries, candidates), shortest=300, longest=400)]
+    shown = [Item(image=path) for path in images(work, max(queries, candidates), shortest=300, longest=400)]
     captions = [Item(text) for text in sentences(queries * candidates, least=5, most=15)]
     rng = np.random.default_rng(0)
 
     def drawn(number: int) -> list[Item]:
-        return [captions[number * candidates + place] for place in range(candidates)]
+        return [captions[number * candidates + index] for index in range(candidates)]
 
     def recurring() -> list[Item]:
-        return [shown[place] for place in rng.permutation(candidates // 2)]
+        return [shown[index] for index in rng.permutation(candidates // 2)]
 
     return {
         "image query, short texts": [Group(shown[number], drawn(number)) for number in range(queries)],
-        # As in mining, where a picture is a candidate of many queries.
+        # As in mining, where an image is a candidate of many queries.
         "text query, recurring images": [Group(captions[number], recurring()) for number in range(4 * queries)],
         "text query, short texts": [Group(captions[number], drawn(number)) for number in range(queries)],
     }
@@ -69,7 +69,7 @@ def measure(judge: LocalJudge, groups: list[Group], name: str, chosen: Any) -> d
         scores[STOCK] = CrossEncoder.predict(judge.model, pairs, batch_size=size, activation_fn=Identity())
 
     def engine() -> None:
-        judge.scorer.clear()  # every run sees its pictures anew
+        judge.scorer.clear()  # every run sees its images anew
         scores[ENGINE] = np.concatenate(judge.score(groups))
 
     variants = {STOCK: stock, ENGINE: engine}
@@ -144,7 +144,7 @@ def main() -> None:
         )
         if judge.scorer.obstacle:
             raise SystemExit(f"nothing to compare: {judge.scorer.obstacle}")
-        for name, groups in mixes(work / "pictures", chosen.queries, chosen.candidates).items():
+        for name, groups in mixes(work / "images", chosen.queries, chosen.candidates).items():
             stem = "judge_" + name.replace(",", "").replace(" ", "_")
             result = measure(judge, groups, stem, chosen)
             sys.stdout.write(f"{name}\n{harness.table(result)}{summary(result)}\n")

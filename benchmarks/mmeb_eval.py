@@ -5,8 +5,8 @@ python benchmarks/mmeb_eval.py [--queries 1000 --candidates 1000 --documents 200
 Either side runs in a process of its own on the same synthetic data in the official layout, tasks made and checked
 included, and tells what it used: seconds while no thread was in the model's forward pass, rows put through the model,
 and how far memory rose above that of the process with the model loaded. Candidates are shared as in the real data.
-What a batch of pictures takes in memory shows with large ones only: that is measured on NIGHTS (picture to picture), once
-with `--pictures` of `--picture-side` pixels and once with twice as many.
+What a batch of images takes in memory shows with large ones only: that is measured on NIGHTS (image to image), once
+with `--images` of `--image-side` pixels and once with twice as many.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> None:
             for side in SIDES:
                 runs[side].append(_in_process(side, Path(scratch) / "mmeb"))
         memory = {
-            str(count): _memory(Path(scratch) / f"pictures-{count}", count, options.picture_side)
-            for count in (options.pictures, 2 * options.pictures)
+            str(count): _memory(Path(scratch) / f"images-{count}", count, options.image_side)
+            for count in (options.images, 2 * options.images)
             if count
         }
     result = {
@@ -52,7 +52,7 @@ def main() -> None:
         "options": vars(options),
         "distinct_items": distinct,
         "runs": runs,
-        "grown_mib_by_pictures": memory,
+        "grown_mib_by_images": memory,
         **ratios(runs),
     }
     text = table(result)
@@ -68,21 +68,22 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--documents", type=int, default=2000, help="distinct candidates of each subset")
     parser.add_argument("--subsets", type=int, default=36, help="how many subsets, taken evenly from the 36")
-    parser.add_argument("--side", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--side", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each path")
-    parser.add_argument("--pictures", type=int, default=150, help="pictures of the memory measurement; 0: none")
-    parser.add_argument("--picture-side", type=int, default=1600, help="their side in pixels")
+    parser.add_argument("--images", type=int, default=150, help="images of the memory measurement; 0: none")
+    parser.add_argument("--image-side", type=int, default=1600, help="their side in pixels")
     parser.add_argument("--side-to-run", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_data(folder: Path, options: argparse.Namespace) -> int:
     """Write the subsets; return how many distinct items they have."""
-    from mteb_tasks.mmeb.reading import read_subset
-    from mteb_tasks.mmeb.subsets import SUBSETS
-    from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
+    from synthetic_mmeb import write_synthetic_mmeb
 
-    chosen = [SUBSETS[place * len(SUBSETS) // options.subsets] for place in range(options.subsets)]
+    from mteb_tasks.mmeb.subset_reader import read_subset
+    from mteb_tasks.mmeb.subsets import SUBSETS
+
+    chosen = [SUBSETS[index * len(SUBSETS) // options.subsets] for index in range(options.subsets)]
     sizes = {"queries": options.queries, "candidates": options.candidates, "documents": options.documents}
     write_synthetic_mmeb(folder, subsets=chosen, side=options.side, duplicates=False, shared=True, **sizes)
     items = set()
@@ -94,9 +95,10 @@ def write_data(folder: Path, options: argparse.Namespace) -> int:
 
 
 def _memory(folder: Path, count: int, side: int) -> dict[str, int]:
-    """MiB by which the evaluation of so many large pictures raises each path's memory."""
+    """MiB by which the evaluation of so many large images raises each path's memory."""
+    from synthetic_mmeb import write_synthetic_mmeb
+
     from mteb_tasks.mmeb.subsets import subset_named
-    from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 
     half = count // 2
     sizes = {"queries": half, "candidates": half, "documents": half}
@@ -153,7 +155,7 @@ def measure(side: str) -> dict[str, Any]:
     from mteb_tasks.loader import UniMELoader
     from mteb_tasks.mmeb.tasks import mmeb_tasks
     from unime_st import UniME
-    from unime_st.resident import peak_resident, resident
+    from unime_st.memory import peak_resident, resident
 
     model = (UniME if side == "ours" else SentenceTransformer)("unime-tiny", device="cpu")
     if side == "ours":
@@ -203,7 +205,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}; "
         f"{options['subsets']} subsets of {options['queries']} queries x up to {options['candidates']} candidates, "
-        f"pictures of {options['side']} pixels, medians of {options['repeats']} runs",
+        f"images of {options['side']} pixels, medians of {options['repeats']} runs",
         "",
         "| path | seconds | of these outside the forward | rows through the model | peak MiB | grown by MiB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -218,10 +220,10 @@ def table(result: dict[str, Any]) -> str:
         f"times faster; {result['peak_memory_share']} of the peak memory "
         f"({result['grown_memory_share']} of what was added by the evaluation).",
         "",
-        f"| pictures of {options['picture_side']} pixels | stock grows by MiB | ours by MiB | ours / stock |",
+        f"| images of {options['image_side']} pixels | stock grows by MiB | ours by MiB | ours / stock |",
         "|---|---:|---:|---:|",
     ]
-    for count, found in result["grown_mib_by_pictures"].items():
+    for count, found in result["grown_mib_by_images"].items():
         stock, ours = found["stock"], found["ours"]
         lines.append(f"| {count} | {stock} | {ours} | {ours / max(stock, 1):.2f} |")
     return "\n".join(lines) + "\n"

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from harness import compare, table
+from official_reranker import Choice, choose
 from sentence_transformers import CrossEncoder
 from torch.nn import Identity
-from workloads import pictures, random_qwen2_5_vl, sentences
+from workloads import images, random_qwen2_5_vl, sentences
 
 from unime_st import Item, UniMEReranker
 from unime_st.data.records import PairRecord
 from unime_st.data.scenes import training_records
 from unime_st.losses.list_answers import LIST_ANSWER_START, append_tokens
-from unime_st.reranking.cost import measured
-from unime_st.reranking.official import Choice, choose
+from unime_st.reranking.forward_counter import measured
 
 
 def _scores(ranking: list[dict[str, Any]]) -> np.ndarray:
@@ -33,16 +33,15 @@ def _scores(ranking: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _image_queries(count: int) -> list[tuple[Item, list[Item]]]:
-    """Pictures, each with 50 short captions."""
+    """Images, each with 50 short captions."""
     pairs: list[PairRecord] = [
         pair for pair in training_records(8000) if pair.query.image is not None and pair.positive.image is None
     ]
     short = sorted(pairs, key=lambda pair: len(pair.positive.text or ""))[: 50 * count]
     texts = list(dict.fromkeys(pair.positive for pair in short))
-    pictures = [pair.query for pair in short[:count]]
+    images = [pair.query for pair in short[:count]]
     return [
-        (picture, [texts[(number + place) % len(texts)] for place in range(50)])
-        for number, picture in enumerate(pictures)
+        (image, [texts[(number + index) % len(texts)] for index in range(50)]) for number, image in enumerate(images)
     ]
 
 
@@ -55,13 +54,13 @@ def _teach(reranker: UniMEReranker, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(steps):
-        place = draw.randrange(10)  # the same in the whole batch, so that all answers are as long
+        index = draw.randrange(10)  # the same in the whole batch, so that all answers are as long
         rows = draw.sample(pairs, 4)
         lists = [[pair.positive for pair in draw.sample(pairs, 10)] for _ in rows]
         for row, listed in zip(rows, lists, strict=True):
-            listed[place] = row.positive
+            listed[index] = row.positive
         features = reranker.preprocess_lists([row.query for row in rows], lists, share=False)
-        given = tokenizer.encode(f"{LIST_ANSWER_START}{place + 1})", add_special_tokens=False)
+        given = tokenizer.encode(f"{LIST_ANSWER_START}{index + 1})", add_special_tokens=False)
         begun = len(tokenizer.encode(LIST_ANSWER_START, add_special_tokens=False))
         for token in (*given[begun:], tokenizer.eos_token_id):
             append_tokens(features, [token] * len(rows))
@@ -88,7 +87,7 @@ def lists(options: argparse.Namespace) -> None:
         winners["generated"] = [choice.index for choice in answers["generated"]]
 
     def listed() -> None:
-        reranker._engine().pairs.clear()  # so that every run sees its pictures anew
+        reranker._engine().pairs.clear()  # so that every run sees its images anew
         winners["listed"] = [int(reranker.listwise_scores(query, texts[:10]).argmax()) for query, texts in queries]
 
     variants = {"generate up to 128 tokens (official)": generated, "one list of 10": listed}
@@ -103,9 +102,9 @@ def lists(options: argparse.Namespace) -> None:
 
 
 def pairs(options: argparse.Namespace, work: Path) -> None:
-    """Stock pair by pair against ours, with a random model of middle size and pictures of 300 to 400 pixels."""
+    """Stock pair by pair against ours, with a random model of middle size and images of 300 to 400 pixels."""
     reranker = UniMEReranker(str(random_qwen2_5_vl(work / "model", "mid", "cpu")), template="tiny")
-    shown, said = pictures(work, options.queries, shortest=300, longest=400), sentences(50, least=5, most=15)
+    shown, said = images(work, options.queries, shortest=300, longest=400), sentences(50, least=5, most=15)
     scores: dict[str, np.ndarray] = {}
 
     def stock() -> None:

@@ -14,7 +14,7 @@ import harness
 import numpy as np
 import torch
 
-from unime_st.resident import peak_resident
+from unime_st.memory import peak_resident
 from unime_st.retrieval import top_k
 
 FAISS, PRODUCTS, OURS = "faiss.IndexFlatIP", "matrix products alone", "top_k"

@@ -1,4 +1,4 @@
-"""Pictures a second with and without decoding, the share of the device's matrix rate, and where the time goes."""
+"""Images a second with and without decoding, the share of the device's matrix rate, and where the time goes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from workloads import pictures
+from workloads import images
 
 from unime_st.encoding import CostModel, encode_items, pack
 
 
 def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats: int, budget: int) -> str:
-    """Measure the engine on JPEG files, and the bare forward passes on the same pictures prepared beforehand.
+    """Measure the engine on JPEG files, and the bare forward passes on the same images prepared beforehand.
 
     Args:
         model: The embedder.
-        folder: Where pictures are written.
-        count: How many pictures; each becomes about 336 x 336 pixels.
+        folder: Where images are written.
+        count: How many images; each becomes about 336 x 336 pixels.
         repeats: Timed runs, after one warm-up.
         budget: Tokens of a batch.
 
     Returns:
-        The table that was written: pictures a second, share of the matrix rate, milliseconds a picture by stage.
+        The table that was written: images a second, share of the matrix rate, milliseconds an image by stage.
     """
-    paths = pictures(folder, count, shortest=336, longest=500)
+    paths = images(folder, count, shortest=336, longest=500)
     rows = [{"image": path} for path in paths]
     batches = pack(CostModel(model)(rows), budget)
-    ready = [_prepared(model, [rows[place] for place in batch]) for batch in batches]
+    ready = [_prepared(model, [rows[index] for index in batch]) for batch in batches]
     with FlopCounterMode(display=False) as counter:
         _forward(model, ready)
     work = counter.get_total_flops()
@@ -45,11 +45,11 @@ def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats:
     result = {
         "name": "encode_throughput",
         "machine": harness.machine(),
-        "pictures": count,
+        "images": count,
         "tokens_a_batch": budget,
-        "gflop_a_picture": round(work / count / 1e9, 1),
+        "gflop_a_image": round(work / count / 1e9, 1),
         "matrix_tflops": round(rate / 1e12, 2),
-        "pictures_per_second": {
+        "images_per_second": {
             "with decoding": round(count / with_decoding, 1),
             "without decoding": round(count / without, 1),
         },
@@ -57,7 +57,7 @@ def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats:
             "with decoding": round(work / with_decoding / rate, 3),
             "without decoding": round(work / without / rate, 3),
         },
-        "milliseconds_a_picture": _stages(model, rows, ready, without / count * 1e3),
+        "milliseconds_a_image": _stages(model, rows, ready, without / count * 1e3),
         "operations": _operations(model, ready),
     }
     table = _table(result)
@@ -145,17 +145,17 @@ def _operations(model: SentenceTransformer, ready: list[dict[str, Any]], most: i
 
 
 def _table(result: dict[str, Any]) -> str:
-    speed, share = result["pictures_per_second"], result["share_of_matrix_rate"]
+    speed, share = result["images_per_second"], result["share_of_matrix_rate"]
     lines = [
-        f"{harness.where(result)}; {result['pictures']} JPEG files, {result['gflop_a_picture']} GFLOP each, "
+        f"{harness.where(result)}; {result['images']} JPEG files, {result['gflop_a_image']} GFLOP each, "
         f"{result['matrix_tflops']} TFLOP/s in a large product",
         "",
-        "| | pictures/s | share of the matrix rate |",
+        "| | images/s | share of the matrix rate |",
         "|---|---|---|",
     ]
     lines += [f"| {name} | {speed[name]} | {share[name]:.1%} |" for name in speed]
-    lines += ["", "| stage, by itself in one thread | ms a picture |", "|---|---|"]
-    lines += [f"| {name} | {spent} |" for name, spent in result["milliseconds_a_picture"].items()]
+    lines += ["", "| stage, by itself in one thread | ms an image |", "|---|---|"]
+    lines += [f"| {name} | {spent} |" for name, spent in result["milliseconds_a_image"].items()]
     lines += ["", "| operation | share of the forward passes |", "|---|---|"]
     lines += [f"| `{name}` | {share:.1%} |" for name, share in result["operations"].items()]
     return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from workloads import SIZES, pictures, random_qwen2_vl
+from workloads import SIZES, images, random_qwen2_vl
 
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
@@ -38,15 +38,15 @@ from unime_st.losses.base import ROWS_AT_ONCE
 from unime_st.model import UniME
 from unime_st.training.adapters import add_lora
 from unime_st.training.arguments import TrainArguments
-from unime_st.training.costs import item_costs
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.feed import Feed
-from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.item_tokens import item_costs
 from unime_st.training.planning import matrix_rate, operations_per_token, peak_bytes
 from unime_st.training.stages import pair_rows
 from unime_st.training.vision import SeenOnce
 
 STOCK, OURS = "Sentence Transformers, eager images", "unime_st"
-_PIXELS = 448 * 448  # most pixels of a picture after the image processor
+_PIXELS = 448 * 448  # most pixels of an image after the image processor
 _SIDES = {"shortest": 100, "longest": 1600}  # pixels of a photo's sides as it is stored
 _WORDS = "red green blue small large round square dot line above below two three striped plain shape".split()
 Step = Callable[[], float]
@@ -65,8 +65,8 @@ def write_pairs(folder: Path, count: int, full: int) -> None:
     """Texts of 3 to 30 words, each with a JPEG file; the first ``full`` have as many tokens, and no more pixels."""
     rng = random.Random(0)
     side = math.isqrt(_PIXELS)
-    photos = pictures(folder / "full", full, shortest=side, longest=side)
-    photos += pictures(folder / "photos", max(0, count - full), **_SIDES)
+    photos = images(folder / "full", full, shortest=side, longest=side)
+    photos += images(folder / "photos", max(0, count - full), **_SIDES)
     texts = [f"{number} " + " ".join(rng.choices(_WORDS, k=rng.randint(3, 30))) for number in range(count)]
     rows = (PairRecord(Item(text), Item(image=Path(photo))) for text, photo in zip(texts, photos))
     RecordSet.write(folder / "records", rows, {}, image_root=folder)
@@ -136,7 +136,7 @@ def prepare(options: argparse.Namespace, work: Path, count: int, full: int = 0) 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What both sides have in common."""
     return {
-        "model": {"size": options.size, **SIZES[options.size], "largest_picture": _PIXELS},
+        "model": {"size": options.size, **SIZES[options.size], "largest_image": _PIXELS},
         "photos": _SIDES,
         "mini_batch_size": options.mini_batch_size,
         "workers": options.workers,

@@ -29,7 +29,7 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     Args:
         folder: Where to.
         size: Row of :data:`SIZES`.
-        pixels: Most pixels of a picture after the image processor.
+        pixels: Most pixels of an image after the image processor.
         device: Where weights are made; bfloat16 on CUDA.
     """
     tiny = SentenceTransformer("unime-tiny", device="cpu")
@@ -76,7 +76,7 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
         device: Where weights are made; bfloat16 on CUDA.
     """
     tiny = UniMEReranker("unime-tiny", template="tiny", device="cpu")[0]
-    processor, pictured = tiny.processor, tiny.model.config.vision_config
+    processor, vision_config = tiny.processor, tiny.model.config.vision_config
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 400 * 400}
     tokenizer, row = processor.tokenizer, SIZES[size]
     heads = row.get("heads", row["hidden"] // 64)
@@ -88,10 +88,10 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     vision = {"depth": row["depth"], "hidden_size": row["vision"], "out_hidden_size": row["hidden"]}
     vision |= {"num_heads": row["vision"] // (64 if row["vision"] % 80 else 80)}
     shape = ("patch_size", "spatial_merge_size", "temporal_patch_size", "in_channels")
-    vision |= {name: getattr(pictured, name) for name in shape}
+    vision |= {name: getattr(vision_config, name) for name in shape}
     vision |= {
         "intermediate_size": row["vision"] * 8 // 3,
-        "window_size": 4 * pictured.patch_size * pictured.spatial_merge_size,
+        "window_size": 4 * vision_config.patch_size * vision_config.spatial_merge_size,
     }
     vision |= {"fullatt_block_indexes": list(range(row["depth"] // 4 - 1, row["depth"], max(1, row["depth"] // 4)))}
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -106,7 +106,7 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     return folder
 
 
-def pictures(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600) -> list[str]:
+def images(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600) -> list[str]:
     """Write JPEG files of smooth noise, about as large as photographs of their size.
 
     Args:
@@ -138,16 +138,16 @@ def sentences(count: int, *, least: int = 5, most: int = 400) -> list[str]:
 
 
 def mixed(folder: Path, count: int, *, repeats: float) -> list[Any]:
-    """A third pictures, a third texts, a third both, in random order.
+    """A third images, a third texts, a third both, in random order.
 
     Args:
-        folder: Where pictures are written.
+        folder: Where images are written.
         count: How many inputs.
         repeats: Share of inputs that occurred before.
     """
     rng = random.Random(1)
     fresh = max(3, round(count * (1 - repeats)))
-    paths, texts = pictures(folder, fresh), sentences(fresh)
+    paths, texts = images(folder, fresh), sentences(fresh)
     rows: list[Any] = []
     for number in range(fresh):
         path = paths[number]

@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mteb_tasks.in_process import evaluate
     from mteb_tasks.loader import UniMELoader, wrap
-    from mteb_tasks.records import RecordsRetrieval
-    from mteb_tasks.run import evaluate
+    from mteb_tasks.records_task import RecordsRetrieval
     from mteb_tasks.two_stage import TwoStage
 
 _HOMES = {
     "UniMELoader": "loader",
     "wrap": "loader",
-    "RecordsRetrieval": "records",
-    "evaluate": "run",
+    "RecordsRetrieval": "records_task",
+    "evaluate": "in_process",
     "TwoStage": "two_stage",
 }
 

@@ -1,7 +1,7 @@
 """Short and long captions: Flickr30k, COCO 5k, ShareGPT4V and Urban1K, in both directions.
 
 Data lie in ``$UNIME_EVAL_DIR``, in the layouts they are published in. The score is hit@1: whether a right answer
-stands first. mteb's recall@1 divides by all right answers, so that a picture with five captions cannot exceed 0.2.
+stands first. mteb's recall@1 divides by all right answers, so that an image with five captions cannot exceed 0.2.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mteb_tasks.local_data import (
     FOLDER_VARIABLE,
     below,
     evaluation_folder,
+    image_fault,
     localised,
-    picture_fault,
     read_json,
     state,
     version,
@@ -36,41 +36,41 @@ if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 CAPTION_PROMPT = "find_caption"
-"""Name of the prompt that UniME-V2 puts to pictures here; UniME v1 has none, its template does it."""
-CAPTIONS_PER_PICTURE = 5
+"""Name of the prompt that UniME-V2 puts to images here; UniME v1 has none, its template does it."""
+CAPTIONS_PER_IMAGE = 5
 LONG_CAPTION_RECORDS = 1000
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture and what was said about it."""
+    """An image and what was said about it."""
 
-    picture: Path
+    image: Path
     captions: tuple[str, ...]
 
 
 def read_karpathy(folder: Path) -> Iterator[Captioned]:
-    """Read a set of pictures with five captions each (``royokong/flickr30k_test``, ``royokong/coco_test``).
+    """Read a set of images with five captions each (``royokong/flickr30k_test``, ``royokong/coco_test``).
 
     Args:
         folder: Holds ``data/*.parquet`` or ``*.parquet`` with the columns ``image`` and ``text``.
 
     Yields:
-        Pictures with their first five captions. Pictures are written to files once, so that memory does not grow with
+        Images with their first five captions. Images are written to files once, so that memory does not grow with
         their number.
 
     Raises:
-        ValueError: If a file cannot be read, or a row has no whole picture or fewer captions; names file and row.
+        ValueError: If a file cannot be read, or a row has no whole image or fewer captions; names file and row.
     """
     files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder} has no parquet file")
-    pictures = _extracted(files)
+    images = _extracted(files)
     for number, (place, texts) in enumerate(_values(files, "text")):
-        captions = tuple((texts or ())[:CAPTIONS_PER_PICTURE])
-        if len(captions) < CAPTIONS_PER_PICTURE or not all(text and text.strip() for text in captions):
-            raise ValueError(f"{place} has fewer than {CAPTIONS_PER_PICTURE} captions, or an empty one")
-        yield Captioned(pictures / f"{number}.image", captions)
+        captions = tuple((texts or ())[:CAPTIONS_PER_IMAGE])
+        if len(captions) < CAPTIONS_PER_IMAGE or not all(text and text.strip() for text in captions):
+            raise ValueError(f"{place} has fewer than {CAPTIONS_PER_IMAGE} captions, or an empty one")
+        yield Captioned(images / f"{number}.image", captions)
 
 
 def _values(files: Sequence[Path], column: str) -> Iterator[tuple[str, Any]]:
@@ -90,11 +90,11 @@ def _values(files: Sequence[Path], column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _extracted(files: Sequence[Path]) -> Path:
-    """Write the pictures of parquet files to a folder of the cache, once, and return it."""
-    from unime_st.registry import home
+    """Write the images of parquet files to a folder of the cache, once, and return it."""
+    from unime_st.paths import home
 
     states = [(str(file.resolve()), version(file.stat())) for file in files]
-    target = home() / "pictures" / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    target = home() / "images" / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +102,12 @@ def _extracted(files: Sequence[Path]) -> Path:
         content = Path(scratch) / "content"
         content.mkdir()
         for number, (place, image) in enumerate(_values(files, "image")):
-            picture = content / f"{number}.image"
+            file = content / f"{number}.image"
             if not image or not image.get("bytes"):
-                raise ValueError(f"{place} has no picture")
-            picture.write_bytes(image["bytes"])
-            if fault := picture_fault(picture):
-                raise ValueError(f"{place}: its picture {fault}")
+                raise ValueError(f"{place} has no image")
+            file.write_bytes(image["bytes"])
+            if fault := image_fault(file):
+                raise ValueError(f"{place}: its image {fault}")
         content.rename(target)  # complete or not there at all
     return target
 
@@ -119,35 +119,35 @@ def read_urban1k(folder: Path) -> Iterator[Captioned]:
         folder: Holds ``image`` and ``caption``.
 
     Yields:
-        One picture with one caption each, sorted by name.
+        One image with one caption each, sorted by name.
 
     Raises:
-        ValueError: If a picture is broken or has no caption.
+        ValueError: If an image is broken or has no caption.
     """
-    pictures = sorted((folder / "image").iterdir(), key=lambda path: (len(path.stem), path.stem))
-    for picture in pictures:
-        caption = folder / "caption" / f"{picture.stem}.txt"
+    images = sorted((folder / "image").iterdir(), key=lambda path: (len(path.stem), path.stem))
+    for image in images:
+        caption = folder / "caption" / f"{image.stem}.txt"
         # The official reader keeps the line break of a first line that is not the last one; models see it.
         first = caption.read_text(encoding="utf-8").partition("\n") if caption.is_file() else ("", "", "")
         if not first[0].strip():
-            raise ValueError(f"{picture} has no caption in {caption}")
-        if fault := picture_fault(picture):
-            raise ValueError(f"{picture} {fault}")
-        yield Captioned(picture, (first[0] + first[1],))
+            raise ValueError(f"{image} has no caption in {caption}")
+        if fault := image_fault(image):
+            raise ValueError(f"{image} {fault}")
+        yield Captioned(image, (first[0] + first[1],))
 
 
 def read_sharegpt4v(folder: Path) -> Iterator[Captioned]:
     """Read the first 1000 records of ``share-captioner_coco_lcs_sam_1246k_1107.json``.
 
     Args:
-        folder: Holds the file and, below it, the pictures it names.
+        folder: Holds the file and, below it, the images it names.
 
     Yields:
-        One picture with one long caption each.
+        One image with one long caption each.
 
     Raises:
-        FileNotFoundError: If the file or a picture is missing.
-        ValueError: If the file, a record or a picture is damaged; names the record.
+        FileNotFoundError: If the file or an image is missing.
+        ValueError: If the file, a record or an image is damaged; names the record.
     """
     found = sorted(folder.glob("share-captioner*.json"))
     if not found:
@@ -157,18 +157,18 @@ def read_sharegpt4v(folder: Path) -> Iterator[Captioned]:
             name, caption = record["image"], record["conversations"][1]["value"].replace("\n", " ")
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{found[0]}: record {number} has no image or no second turn ({error!r})") from error
-        picture = below(folder, name) or below(folder / "data", name)
-        if picture is None:
+        image = below(folder, name) or below(folder / "data", name)
+        if image is None:
             raise FileNotFoundError(f"{found[0]}: record {number} names {name}, which is not in {folder}")
         if not caption.strip():
             raise ValueError(f"{found[0]}: record {number} has an empty caption")
-        if fault := picture_fault(picture):
-            raise ValueError(f"{found[0]}: record {number}: picture {name} {fault}")
-        yield Captioned(picture, (caption,))
+        if fault := image_fault(image):
+            raise ValueError(f"{found[0]}: record {number}: image {name} {fault}")
+        yield Captioned(image, (caption,))
 
 
 class CaptionRetrieval(ItemRetrievalTask):
-    """Pictures and captions, each to be found by the other.
+    """Images and captions, each to be found by the other.
 
     Args:
         **kwargs: mteb's task arguments.
@@ -176,7 +176,7 @@ class CaptionRetrieval(ItemRetrievalTask):
 
     folder_names: ClassVar[tuple[str, ...]]
     read: ClassVar[Callable[[Path], Iterator[Captioned]]]
-    to_picture: ClassVar[bool]
+    to_image: ClassVar[bool]
 
     def __init__(self, **kwargs: Any) -> None:
         if os.environ.get(FOLDER_VARIABLE):
@@ -188,27 +188,27 @@ class CaptionRetrieval(ItemRetrievalTask):
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
-        """Read the pairs: a caption looks for its own picture, a picture for any text that is one of its captions."""
-        pictures: dict[str, Item] = {}
+        """Read the pairs: a caption looks for its own image, an image for any text that is one of its captions."""
+        images: dict[str, Item] = {}
         captions: dict[str, Item] = {}
         own: dict[str, str] = {}
         for number, one in enumerate(type(self).read(evaluation_folder(*self.folder_names))):
-            pictures[f"i{number}"] = Item(image=one.picture)
+            images[f"i{number}"] = Item(image=one.image)
             for place, text in enumerate(one.captions):
                 captions[f"t{number}-{place}"] = Item(text=text)
                 own[f"t{number}-{place}"] = f"i{number}"
-        if self.to_picture:
-            return RetrievalData(captions, pictures, {caption: {picture} for caption, picture in own.items()})
+        if self.to_image:
+            return RetrievalData(captions, images, {caption: {image} for caption, image in own.items()})
         said: dict[str | None, list[str]] = {}
         for caption, item in captions.items():
             said.setdefault(item.text, []).append(caption)
         relevant: dict[str, set[str]] = {}
-        for caption, picture in own.items():
-            relevant.setdefault(picture, set()).update(said[captions[caption].text])
-        return RetrievalData(pictures, captions, relevant)
+        for caption, image in own.items():
+            relevant.setdefault(image, set()).update(said[captions[caption].text])
+        return RetrievalData(images, captions, relevant)
 
     def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
-        """Build the tables; our models put their caption prompt to pictures."""
+        """Build the tables; our models put their caption prompt to images."""
         return retrieval_split(data, self.metadata.category or "t2i", image_prompt=CAPTION_PROMPT)
 
 
@@ -230,7 +230,7 @@ _SOURCES = (
         ("flickr30k_test",),
         read_karpathy,
         "royokong/flickr30k_test",
-        "short captions; the 1000 test pictures of Karpathy's split with five captions each",
+        "short captions; the 1000 test images of Karpathy's split with five captions each",
         "https://aclanthology.org/Q14-1006/",
         r"""
 @article{young2014image,
@@ -247,7 +247,7 @@ _SOURCES = (
         ("coco_test",),
         read_karpathy,
         "royokong/coco_test",
-        "short captions; the 5000 test pictures of Karpathy's split with their first five captions each",
+        "short captions; the 5000 test images of Karpathy's split with their first five captions each",
         "https://arxiv.org/abs/1405.0312",
         r"""
 @inproceedings{lin2014microsoft,
@@ -280,7 +280,7 @@ _SOURCES = (
         ("Urban1k", "Urban1K", "urban1k"),
         read_urban1k,
         "BeichenZhang/Urban1k",
-        "long captions; 1000 pictures of streets",
+        "long captions; 1000 images of streets",
         "https://arxiv.org/abs/2403.15378",
         r"""
 @article{zhang2024long,
@@ -294,13 +294,13 @@ _SOURCES = (
 )
 
 
-def _task_class(source: _Source, to_picture: bool) -> type[CaptionRetrieval]:
-    direction = "T2I" if to_picture else "I2T"
+def _task_class(source: _Source, to_image: bool) -> type[CaptionRetrieval]:
+    direction = "T2I" if to_image else "I2T"
     name = f"{source.name}{direction}Retrieval"
     metadata = task_metadata(
         name=name,
-        description=f"Find the {'picture of a caption' if to_picture else 'caption of a picture'} ({source.text}).",
-        category="t2i" if to_picture else "i2t",
+        description=f"Find the {'image of a caption' if to_image else 'caption of an image'} ({source.text}).",
+        category="t2i" if to_image else "i2t",
         dataset={"path": source.path, "revision": "main"},
         reference=source.reference,
         date=("2014-01-01", "2024-12-31"),
@@ -315,12 +315,12 @@ def _task_class(source: _Source, to_picture: bool) -> type[CaptionRetrieval]:
         "metadata": metadata,
         "folder_names": source.folders,
         "read": staticmethod(source.read),
-        "to_picture": to_picture,
+        "to_image": to_image,
     }
     return type(name, (CaptionRetrieval,), fields)
 
 
 CAPTION_TASKS: tuple[type[CaptionRetrieval], ...] = tuple(
-    _task_class(source, to_picture) for source in _SOURCES for to_picture in (False, True)
+    _task_class(source, to_image) for source in _SOURCES for to_image in (False, True)
 )
 """Both directions of the four data sets."""

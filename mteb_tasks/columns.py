@@ -57,7 +57,7 @@ def to_dataset(
     prompt_name: str | None = None,
     prompt_style: str | None = None,
 ) -> Dataset:
-    """Build the query or corpus table of a retrieval task without decoding a picture.
+    """Build the query or corpus table of a retrieval task without decoding an image.
 
     Args:
         items: Row id to item.
@@ -68,7 +68,7 @@ def to_dataset(
 
     Returns:
         A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
-        `modalities` names it). Pictures stay encoded: paths stay paths, bytes stay bytes.
+        `modalities` names it). Images stay encoded: paths stay paths, bytes stay bytes.
 
     Example:
         >>> from unime_st.data.items import Item
@@ -119,11 +119,11 @@ def has_encoded_items(dataset: Any) -> bool:
 def iter_items(
     dataset: Dataset, window: int = 1024, prompts: Mapping[str, str | None] | None = None
 ) -> Iterator[list[Item]]:
-    """Read items from a table made by `to_dataset`, a window at a time, pictures undecoded.
+    """Read items from a table made by `to_dataset`, a window at a time, images undecoded.
 
     Args:
         dataset: The table.
-        window: Rows held at once. Bounds the encoded pictures in memory.
+        window: Rows held at once. Bounds the encoded images in memory.
         prompts: The model's own prompts, for tables that name one; None puts none.
 
     Yields:

@@ -96,17 +96,17 @@ def forecast(
         embed: Embeds items and keeps what it found.
 
     Returns:
-        What to expect. Equal pictures in different files count as different here; they are embedded once nevertheless.
+        What to expect. Equal images in different files count as different here; they are embedded once nevertheless.
 
     Raises:
-        BadImageError: If a picture of the sample cannot be read.
+        BadImageError: If an image of the sample cannot be read.
     """
     first: dict[tuple[str, str, object], tuple[int, int]] = {}
     for number, table in enumerate(tables):
         for row, content in enumerate(_contents(table)):
             first.setdefault(content, (number, row))
     distinct = list(first.values())
-    chosen = [distinct[place] for place in np.linspace(0, len(distinct) - 1, min(SAMPLE, len(distinct)), dtype=int)]
+    chosen = [distinct[index] for index in np.linspace(0, len(distinct) - 1, min(SAMPLE, len(distinct)), dtype=int)]
     fresh = []
     for number, table in enumerate(tables):
         part = table.select([row for owner, row in chosen if owner == number])
@@ -127,9 +127,9 @@ def _contents(table: Dataset) -> Iterator[tuple[str, str, object]]:
     """What tells the rows of a table apart, without reading files."""
     if "image" in table.column_names:
         table = table.cast_column("image", Image(decode=False))
-    for rows in table.iter(_WINDOW):  # a table may hold the encoded pictures themselves
+    for rows in table.iter(_WINDOW):  # a table may hold the encoded images themselves
         size = len(rows[OFFICIAL_TEXT])
-        pictures = rows.get("image") or [None] * size
+        images = rows.get("image") or [None] * size
         prompts = rows.get(PROMPT_NAME) or [""] * size
-        for text, prompt, picture in zip(rows[OFFICIAL_TEXT], prompts, pictures):
-            yield text or "", prompt, picture and (picture["path"] or hash(picture["bytes"]))
+        for text, prompt, image in zip(rows[OFFICIAL_TEXT], prompts, images):
+            yield text or "", prompt, image and (image["path"] or hash(image["bytes"]))

@@ -18,16 +18,16 @@ from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_STYLE, has_encoded_items, iter_items
 from mteb_tasks.description import model_meta
+from mteb_tasks.embedding_store import EmbeddingStore, NewEmbeddings
 from mteb_tasks.forecast import forecast
 from mteb_tasks.ranking import rank_candidates, tie_order
-from mteb_tasks.store import EmbeddingStore, NewEmbeddings
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.encoding import encode_stream
-from unime_st.judging.prompts import clean_text
+from unime_st.memory import give_back
 from unime_st.model import UniME
 from unime_st.registry import resolve
-from unime_st.resident import give_back
+from unime_st.scoring.prompts import clean_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ _READ_AT_ONCE = 64
 class UniMELoader:
     """Run a SentenceTransformer on mteb's tasks.
 
-    Reads the exact text of our tasks where they carry it, encodes each distinct item once, keeps pictures undecoded
+    Reads the exact text of our tasks where they carry it, encodes each distinct item once, keeps images undecoded
     until their mini-batch, and ranks by itself (it is an encoder and a search model), which spares mteb's row-wise
     conversion of every corpus and its loop over queries.
 
@@ -87,7 +87,7 @@ class UniMELoader:
         self.mteb_model_meta = model_meta(model_name, revision)
         self.store = EmbeddingStore(cache_folder)
         self._corpus: Dataset | None = None
-        # UniME's templates put the picture where MMEB's token stands; others would read the token as a word.
+        # UniME's templates put the image where MMEB's token stands; others would read the token as a word.
         processor = getattr(self.model[0], "processor", None)
         self._template = str(getattr(processor, "chat_template", None))
         self._knows_token = IMAGE_TOKEN in self._template
@@ -180,7 +180,7 @@ class UniMELoader:
             About how many are still to be embedded; None where messages are off and nobody was told.
 
         Raises:
-            BadImageError: If a picture of these cannot be read.
+            BadImageError: If an image of these cannot be read.
         """
         if not logger.isEnabledFor(logging.INFO) or not any(len(table) for table in tables):
             return None
@@ -305,7 +305,7 @@ class UniMELoader:
             vectors = self._embed_tables([queries, corpus], total=new, **encode_kwargs)
         except BadImageError as error:
             # It names an item by its place among the new ones of a window, which nobody can look up.
-            where = _place_of(error, queries, corpus, top_ranked)
+            where = _index_of(error, queries, corpus, top_ranked)
             raise BadImageError(f"{task_metadata.name}, {where}: {error}") from error
         ranked = rank_candidates(
             vectors[: len(queries)],
@@ -343,16 +343,16 @@ def wrap(
     return loader
 
 
-def _place_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None) -> str:
-    """Which query or document has the picture that an error is about; our tasks name queries by their rows."""
+def _index_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None) -> str:
+    """Which query or document has the image that an error is about; our tasks name queries by their rows."""
     for kind, table in (("query", queries), ("document", corpus)):
-        pictures = table.cast_column("image", Image(decode=False))["image"] if "image" in table.column_names else []
-        for name, picture in zip(table["id"], pictures):
-            if picture and picture["path"] and f"image {picture['path']}:" in str(error):
+        images = table.cast_column("image", Image(decode=False))["image"] if "image" in table.column_names else []
+        for name, image in zip(table["id"], images):
+            if image and image["path"] and f"image {image['path']}:" in str(error):
                 listed = top_ranked or {} if kind == "document" else {}
                 query = next((query for query, documents in listed.items() if name in documents), None)
                 return f"{kind} {name}" + (f" of query {query}" if query else "")
-    return "a picture"
+    return "an image"
 
 
 def _style_of(table: Dataset) -> str | None:

@@ -136,14 +136,14 @@ def below(folder: Path, name: str) -> Path | None:
     return folder / part
 
 
-def picture_fault(file: Path) -> str | None:
-    """What is wrong with a picture as far as its header, its end and, of PNG, its checksums tell.
+def image_fault(file: Path) -> str | None:
+    """What is wrong with an image as far as its header, its end and, of PNG, its checksums tell.
 
     Args:
         file: Any path.
 
     Returns:
-        The end of a sentence that begins with the name of the picture; None if nothing seems wrong.
+        The end of a sentence that begins with the name of the image; None if nothing seems wrong.
     """
     if not os.path.lexists(file):
         return "is missing"
@@ -160,7 +160,7 @@ def picture_fault(file: Path) -> str | None:
 
 
 def _seems_whole(file: Path) -> bool:
-    """Whether a file is a picture up to its end mark (a cheap test for downloads cut off in the middle)."""
+    """Whether a file is an image up to its end mark (a cheap test for downloads cut off in the middle)."""
     try:
         found = os.stat(file)
         if not stat.S_ISREG(found.st_mode) or not 12 <= found.st_size <= MAX_BYTES:
@@ -169,11 +169,11 @@ def _seems_whole(file: Path) -> bool:
             opened.seek(-12, os.SEEK_END)
             tail = opened.read()
             opened.seek(0)
-            picture = Image.open(opened)
-            picture.verify()
+            image = Image.open(opened)
+            image.verify()
     except Exception:  # decoders raise nearly any type on hostile bytes; a closer look names the fault
         return False
-    return picture.width * picture.height <= MAX_PIXELS and (tail.endswith(b"\xff\xd9") or b"IEND" in tail)
+    return image.width * image.height <= MAX_PIXELS and (tail.endswith(b"\xff\xd9") or b"IEND" in tail)
 
 
 def read_json(file: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from mteb_tasks.local_data import LOCAL
-from unime_st.registry import home
+from unime_st.paths import home
 
 UNIME_V2_BIBTEX = r"""
 @article{gu2025unimev2,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mteb_tasks.description import model_meta
+from unime_st.paths import PACKAGED, TINY, home, local_folder
 from unime_st.recipes import RELEASED
-from unime_st.registry import PACKAGED, TINY, home, is_alias, known_aliases, local_folder, resolve
+from unime_st.registry import is_alias, known_aliases, resolve
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
@@ -74,7 +75,7 @@ def cache_folder(folder: Path, dtype: str, settings: dict[str, Any]) -> Path | N
     """Where the embeddings of a model at a setting are kept.
 
     Args:
-        folder: Model folder; its content, which includes template and picture size, is part of the key.
+        folder: Model folder; its content, which includes template and image size, is part of the key.
         dtype: Type the model computes in.
         settings: Arguments the model was loaded with.
 
@@ -171,10 +172,10 @@ def _folder(alias: str) -> Path:
 
 def _revision(name: str) -> str:
     """Digest of the folder that an alias or a path stands for; the pinned commit of a model that is not here yet."""
-    places = [Path(name).expanduser()]
-    places += [local_folder(name)] if is_alias(name) else []
-    places += [PACKAGED] if name == TINY else []
-    for folder in places:
+    indices = [Path(name).expanduser()]
+    indices += [local_folder(name)] if is_alias(name) else []
+    indices += [PACKAGED] if name == TINY else []
+    for folder in indices:
         if folder.is_dir():
             return folder_revision(folder)
     recipe = RELEASED.get(name)

@@ -1,4 +1,4 @@
-"""Compositional understanding: does a picture prefer its caption to a foil?
+"""Compositional understanding: does an image prefer its caption to a foil?
 
 Tasks are registered whenever mteb is imported, so torch is imported only where it is used.
 """
@@ -37,7 +37,7 @@ GROUPS = ("replace", "swap", "add")
 
 @runtime_checkable
 class PairScorer(Protocol):
-    """A model that judges a picture and a text together (a reranker).
+    """A model that judges an image and a text together (a reranker).
 
     Args:
         prompts: The model's own prompts by name.
@@ -60,16 +60,16 @@ class Announcer(Protocol):
 
 
 class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
-    """Share of pictures strictly closer to their caption than to the foil, one subset per category.
+    """Share of images strictly closer to their caption than to the foil, one subset per category.
 
     Differs from mteb's base class where that would change the result: a tie counts as wrong (a constant model scores
-    0, not 1), and each distinct picture and text is encoded once, in batches. Rerankers are scored pairwise.
+    0, not 1), and each distinct image and text is encoded once, in batches. Rerankers are scored pairwise.
     """
 
     images_column_names = "image"
     texts_column_names = ("caption", "negative_caption")
     image_prompt: str | None = None
-    """Name of the prompt that our models put to the pictures."""
+    """Name of the prompt that our models put to the images."""
     _support_search = True
     _told: Callable[[], Any] = staticmethod(lambda: None)
     """Gives the model that has said what the task will take, as long as somebody else holds it."""
@@ -83,14 +83,14 @@ class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
             split: Name of the split.
 
         Returns:
-            Picture, caption and foil of each pair.
+            Image, caption and foil of each pair.
         """
 
     def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
         """Load all categories (a second call does nothing).
 
         Args:
-            num_proc: Unused; pictures are decoded by the model, batch by batch.
+            num_proc: Unused; images are decoded by the model, batch by batch.
             timer: mteb's stop watch.
             **kwargs: Unused arguments of mteb.
         """
@@ -138,7 +138,7 @@ class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
             count = sum(map(len, tables))
             sample = [group for table in tables for group in _groups(model, table.select(range(min(2, len(table)))))]
             _, time = try_some(model.score_groups, sample, count)
-            logger.info("%s: %s pairs of picture and text to judge: %s", self.metadata.name, f"{2 * count:,}", time)
+            logger.info("%s: %s pairs of image and text to judge: %s", self.metadata.name, f"{2 * count:,}", time)
 
     def _evaluate_subset(
         self,
@@ -160,7 +160,7 @@ class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
                 context = {"task_metadata": self.metadata, "hf_split": hf_split, "hf_subset": hf_subset}
                 scores = _embedded(model, data_split, encode_kwargs, context)
             else:
-                raise TypeError(f"{type(model).__name__} neither encodes nor scores pairs of picture and text")
+                raise TypeError(f"{type(model).__name__} neither encodes nor scores pairs of image and text")
         if prediction_folder is not None:
             rows = {str(i): dict(zip(self.texts_column_names, map(float, pair))) for i, pair in enumerate(scores)}
             self._save_task_predictions(rows, model, prediction_folder, hf_split=hf_split, hf_subset=hf_subset)
@@ -188,37 +188,37 @@ def group_means(scores: dict[str, float]) -> dict[str, float]:
 
 def _pair_table(foils: Sequence[Foil], prompt_name: str | None) -> Dataset:
     items = {str(row): foil.image for row, foil in enumerate(foils)}
-    pictures = to_dataset(items, ["image"], prompt_name=prompt_name)
+    images = to_dataset(items, ["image"], prompt_name=prompt_name)
     columns = {"caption": [foil.caption for foil in foils], "negative_caption": [foil.foil for foil in foils]}
     for name, values in columns.items():
-        pictures = pictures.add_column(name, values)
-    return pictures
+        images = images.add_column(name, values)
+    return images
 
 
 def _items(
     data: Dataset, prompts: Mapping[str, str | None] | None = None
 ) -> tuple[list[Item], list[Item], list[Item]]:
-    pictures = [item for window in iter_items(data, prompts=prompts) for item in window]
+    images = [item for window in iter_items(data, prompts=prompts) for item in window]
     captions, foils = ([Item(text=text) for text in data[name]] for name in ("caption", "negative_caption"))
-    return pictures, captions, foils
+    return images, captions, foils
 
 
 def _groups(model: PairScorer, data: Dataset) -> list[Group]:
     from unime_st.judging import Group
 
-    return [Group(picture, list(texts)) for picture, *texts in zip(*_items(data, model.prompts))]
+    return [Group(image, list(texts)) for image, *texts in zip(*_items(data, model.prompts))]
 
 
 def _embedded(
     model: EncoderProtocol, data: Dataset, encode_kwargs: EncodeKwargs, context: dict[str, Any]
 ) -> np.ndarray:
-    """Cosine of each picture with caption and foil: float32 ``(num_pairs, 2)``."""
-    pictures, captions, foils = _items(data)
+    """Cosine of each image with caption and foil: float32 ``(num_pairs, 2)``."""
+    images, captions, foils = _items(data)
     context = {**context, **encode_kwargs}
     prompt_name = data[PROMPT_NAME][0] if PROMPT_NAME in data.column_names else None
-    picture_of = _unit_vectors(model, pictures, "image", prompt_name, prompt_type=PromptType.query, **context)
+    image_of = _unit_vectors(model, images, "image", prompt_name, prompt_type=PromptType.query, **context)
     text_of = _unit_vectors(model, captions + foils, "text", None, prompt_type=PromptType.document, **context)
-    left = np.stack([picture_of[item.id] for item in pictures])
+    left = np.stack([image_of[item.id] for item in images])
     right = (np.stack([text_of[item.id] for item in texts]) for texts in (captions, foils))
     return np.stack([(left * texts).sum(axis=1) for texts in right], axis=1)
 

@@ -34,7 +34,7 @@ def retrieval_split(
         category: mteb's modality code of the task.
         query_body: Takes the instruction off a query for foreign models; None leaves texts as they are.
         document_body: The same for documents.
-        image_prompt: Name of the prompt that our models put to pictures without a text.
+        image_prompt: Name of the prompt that our models put to images without a text.
         prompt_style: Style of chat template that the benchmark prescribes, for models that have it.
 
     Returns:
@@ -117,7 +117,7 @@ class ItemRetrievalTask(KeepsMetadata, AbsTaskRetrieval):
         """Load all subsets (a second call does nothing).
 
         Args:
-            num_proc: Unused; pictures are decoded by the model, batch by batch.
+            num_proc: Unused; images are decoded by the model, batch by batch.
             timer: mteb's stop watch.
             **kwargs: Unused arguments of mteb.
         """

@@ -45,35 +45,35 @@ class _ScenesRetrieval(ItemRetrievalTask):
 
 
 class ScenesShortT2IRetrieval(_ScenesRetrieval):
-    """Find the picture of a short caption."""
+    """Find the image of a short caption."""
 
     scene_task = "short_t2i"
     metadata = _metadata("ScenesShortT2IRetrieval", "Find the drawn scene that a short caption describes.", "t2i")
 
 
 class ScenesShortI2TRetrieval(_ScenesRetrieval):
-    """Find the short caption of a picture."""
+    """Find the short caption of an image."""
 
     scene_task = "short_i2t"
     metadata = _metadata("ScenesShortI2TRetrieval", "Find the short caption of a drawn scene.", "i2t")
 
 
 class ScenesLongT2IRetrieval(_ScenesRetrieval):
-    """Find the picture of a long caption."""
+    """Find the image of a long caption."""
 
     scene_task = "long_t2i"
     metadata = _metadata("ScenesLongT2IRetrieval", "Find the drawn scene that a long caption describes.", "t2i")
 
 
 class ScenesLongI2TRetrieval(_ScenesRetrieval):
-    """Find the long caption of a picture."""
+    """Find the long caption of an image."""
 
     scene_task = "long_i2t"
     metadata = _metadata("ScenesLongI2TRetrieval", "Find the long caption of a drawn scene.", "i2t")
 
 
 class ScenesVQA(_ScenesRetrieval):
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
 
     scene_task = "vqa"
     metadata = _metadata(
@@ -97,7 +97,7 @@ class ScenesGrounding(_ScenesRetrieval):
 
 
 class ScenesComposedRetrieval(_ScenesRetrieval):
-    """Find the picture that differs from another as a text says."""
+    """Find the image that differs from another as a text says."""
 
     scene_task = "composed"
     metadata = _metadata(
@@ -106,7 +106,7 @@ class ScenesComposedRetrieval(_ScenesRetrieval):
 
 
 class ScenesClassification(_ScenesRetrieval):
-    """Find the class of a picture."""
+    """Find the class of an image."""
 
     scene_task = "classification"
     metadata = _metadata(

@@ -21,13 +21,13 @@ _MEANS = {"mean": "overall", "ind": "IND", "ood": "OOD", **{name: name for name 
 _METRICS = {"hit": "hit_rate", "recall": "recall"}
 _CAPTION_MEANS = {"short captions mean": ("Flickr30k1k", "COCO5k"), "long captions mean": ("ShareGPT4V", "Urban1K")}
 _CAPTIONS = {
-    f"{source}{direction}Retrieval": (place, direction)
-    for place, source in enumerate(source for sources in _CAPTION_MEANS.values() for source in sources)
+    f"{source}{direction}Retrieval": (index, direction)
+    for index, source in enumerate(source for sources in _CAPTION_MEANS.values() for source in sources)
     for direction in ("T2I", "I2T")
 }
 CAPTION_METRICS = {f"{name}@{k}": f"{key}_at_{k}" for name, key in _METRICS.items() for k in (1, 5, 10)}
 """What is shown of caption tasks beside the score, and how mteb calls it. Recall divides by all right answers."""
-_ORDER = {f"MMEB-{subset.name}": place for place, subset in enumerate(SUBSETS)}
+_ORDER = {f"MMEB-{subset.name}": index for index, subset in enumerate(SUBSETS)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
 
 
 def caption_metrics(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """How often a right caption or picture is among the first ones.
+    """How often a right caption or image is among the first ones.
 
     Args:
         scores: ``{task: {subset: scores}}``.

@@ -12,9 +12,9 @@ from mteb_tasks.local_data import (
     FOLDER_VARIABLE,
     below,
     evaluation_folder,
+    image_fault,
     localised,
     official,
-    picture_fault,
     read_json,
     state,
 )
@@ -37,8 +37,8 @@ def read_category(folder: Path, category: str) -> list[Foil]:
         The pairs, in the order of their numbers.
 
     Raises:
-        FileNotFoundError: If the file or a picture is missing; names the pair.
-        ValueError: If the file, a pair or a picture is damaged; names the pair.
+        FileNotFoundError: If the file or an image is missing; names the pair.
+        ValueError: If the file, a pair or an image is damaged; names the pair.
     """
     file = folder / "data" / f"{category}.json"
     if not file.is_file():
@@ -49,24 +49,24 @@ def read_category(folder: Path, category: str) -> list[Foil]:
             name, caption, foil = (pairs[number][key] for key in ("filename", "caption", "negative_caption"))
         except (LookupError, TypeError) as error:
             raise ValueError(f"{file}: pair {number} lacks a field ({error!r})") from error
-        picture = below(folder / "val2017", name)
-        if picture is None:
-            raise FileNotFoundError(f"{file}: the picture {name} of pair {number} is not in {folder / 'val2017'}")
-        if picture not in whole and (fault := picture_fault(picture)):
-            raise ValueError(f"{file}: the picture {name} of pair {number} {fault}")
-        whole.add(picture)
-        found.append(Foil(Item(image=picture), caption, foil, category))
+        image = below(folder / "val2017", name)
+        if image is None:
+            raise FileNotFoundError(f"{file}: the image {name} of pair {number} is not in {folder / 'val2017'}")
+        if image not in whole and (fault := image_fault(image)):
+            raise ValueError(f"{file}: the image {name} of pair {number} {fault}")
+        whole.add(image)
+        found.append(Foil(Item(image=image), caption, foil, category))
     return found
 
 
 class SugarCrepeByCategory(CaptionPreferenceTask):
-    """Tell the caption of a COCO picture from a foil; one subset per category, a tie is wrong."""
+    """Tell the caption of a COCO image from a foil; one subset per category, a tie is wrong."""
 
     image_prompt = CAPTION_PROMPT
     metadata = task_metadata(
         name="SugarCrepeByCategory",
         description=(
-            "Tell the caption of a picture from a foil that replaces, swaps or adds an object, attribute or relation. "
+            "Tell the caption of an image from a foil that replaces, swaps or adds an object, attribute or relation. "
             "Strict comparison as in the original, seven categories, 7511 pairs."
         ),
         category="i2t",

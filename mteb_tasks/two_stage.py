@@ -17,7 +17,7 @@ from mteb_tasks.forecast import try_some
 from mteb_tasks.loader import WINDOW, UniMELoader
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.losses.list_answers import longest_list
-from unime_st.reranking.cost import Cost, measured
+from unime_st.reranking.forward_counter import Cost, measured
 from unime_st.reranking.model import UniMEReranker
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class TwoStage:
 
     @property
     def prompts(self) -> Mapping[str, str | None]:
-        """The embedder's prompts: officially both stages read the same text beside a picture."""
+        """The embedder's prompts: officially both stages read the same text beside an image."""
         return self.embedder.model.prompts
 
     def index(self, corpus: Dataset, **kwargs: Any) -> None:
@@ -195,7 +195,7 @@ class TwoStage:
             return [self.reranker.listwise_scores(group.query, group.candidates) for group in groups]
         options = {"method": self.method, "window": self.window, "batch_size": self.batch_size}
         return [
-            _by_place(self.reranker.rank(group.query, group.candidates, **options))
+            _by_index(self.reranker.rank(group.query, group.candidates, **options))
             if group.candidates
             else np.zeros(0)
             for group in groups
@@ -207,11 +207,11 @@ def _ranks(reranker: Any) -> bool:
     return isinstance(reranker, UniMEReranker)
 
 
-def _by_place(ranking: list[dict[str, Any]]) -> np.ndarray:
+def _by_index(ranking: list[dict[str, Any]]) -> np.ndarray:
     """A score for each candidate that says at which place it is: probabilities of 0 and 1 would make ties."""
     scores = np.zeros(len(ranking))
-    for place, entry in enumerate(ranking):
-        scores[entry["corpus_id"]] = len(ranking) - place
+    for index, entry in enumerate(ranking):
+        scores[entry["corpus_id"]] = len(ranking) - index
     return scores
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unime_st.selection import select_negatives
+from unime_st.judging.select import select_negatives
 
-SUBSET = Path(__file__).resolve().parent / "data" / "golden"
+SUBSET = Path(__file__).resolve().parent / "golden"
 
 scores = st.floats(0.0, 1.0)
 pools = st.lists(scores, min_size=1, max_size=60)
@@ -57,13 +57,13 @@ def test_survivors_are_walked_fairly(pool: list[float], positive: float, margin:
 
 
 @given(pools, scores, counts, st.integers(0, 60))
-def test_filtered_candidates_have_no_influence(pool: list[float], positive: float, n: int, place: int) -> None:
+def test_filtered_candidates_have_no_influence(pool: list[float], positive: float, n: int, position: int) -> None:
     indices, chosen = select_negatives(pool, positive, num_negatives=n)
     if not any(score <= positive - 0.01 for score in pool):
         return
-    place %= len(pool) + 1
-    extended, extended_scores = select_negatives([*pool[:place], 1.0, *pool[place:]], positive, num_negatives=n)
-    assert [index - (index > place) for index in extended] == indices.tolist()
+    position %= len(pool) + 1
+    extended, extended_scores = select_negatives([*pool[:position], 1.0, *pool[position:]], positive, num_negatives=n)
+    assert [index - (index > position) for index in extended] == indices.tolist()
     assert extended_scores.tolist() == chosen.tolist()
 
 

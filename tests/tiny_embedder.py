@@ -48,7 +48,7 @@ def write_tiny_embedder(folder: str | Path, *, sides: tuple[int, int] = (56, 112
 
     Args:
         folder: Where to write.
-        sides: Sides in pixels of the smallest and the largest square that pictures are fitted to.
+        sides: Sides in pixels of the smallest and the largest square that images are fitted to.
         vision_depth: Layers of the vision tower.
 
     Returns:
@@ -82,6 +82,6 @@ def write_tiny_embedder(folder: str | Path, *, sides: tuple[int, int] = (56, 112
 
 @lru_cache(maxsize=1)
 def tiny_embedder() -> SentenceTransformer:
-    """Random weights, the same in every process; takes texts, pictures of any size and both."""
+    """Random weights, the same in every process; takes texts, images of any size and both."""
     with TemporaryDirectory() as folder:
         return SentenceTransformer(write_tiny_embedder(folder), device="cpu")

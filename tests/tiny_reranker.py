@@ -34,7 +34,7 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-WORDS = "a red blue green big small square circle triangle on the left of right picture Query Candidate Ans".split()
+WORDS = "a red blue green big small square circle triangle on the left of right image Query Candidate Ans".split()
 ANSWERS = ("Yes", "No")
 
 PAIR = (
@@ -107,7 +107,7 @@ def checkpoint(folder: Path, family: str = "qwen2_vl", *, seed: int = 0, words: 
 
 
 @lru_cache(maxsize=64)
-def picture(seed: int, size: tuple[int, int] = (60, 90)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (60, 90)) -> Image.Image:
     """Noise, different for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -116,7 +116,7 @@ def picture(seed: int, size: tuple[int, int] = (60, 90)) -> Image.Image:
 def png(seed: int, size: tuple[int, int] = (60, 90)) -> bytes:
     """The same as an encoded image."""
     buffer = io.BytesIO()
-    picture(seed, size).save(buffer, "PNG")
+    make_image(seed, size).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -1,6 +1,6 @@
 """UniME stage 1: distil a text-embedding teacher into the language model.
 
-python train_scripts/distill.py train_scripts/configs/distill/tiny.yaml [--option value ...]
+python train_scripts/distill.py tiny [--option value ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """UniME stage 2: in-batch hard negatives after filtering false ones.
 
-python train_scripts/hard_negatives.py train_scripts/configs/hard_negatives/tiny.yaml [--option value ...]
+python train_scripts/hard_negatives.py tiny [--option value ...]
 """
 
 from __future__ import annotations

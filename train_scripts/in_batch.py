@@ -1,6 +1,6 @@
 """Control: plain in-batch InfoNCE on the same records.
 
-python train_scripts/in_batch.py train_scripts/configs/in_batch/tiny.yaml [--option value ...]
+python train_scripts/in_batch.py tiny [--option value ...]
 """
 
 from __future__ import annotations

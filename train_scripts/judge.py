@@ -1,6 +1,6 @@
 """Let a multimodal language model judge mined candidates, and choose the negatives.
 
-python train_scripts/judge.py train_scripts/configs/judge/tiny.yaml [--option value ...]
+python train_scripts/judge.py tiny [--option value ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Global retrieval: find the hard candidates of every pair.
 
-python train_scripts/mine.py train_scripts/configs/mine/tiny.yaml [--option value ...]
+python train_scripts/mine.py tiny [--option value ...]
 """
 
 from __future__ import annotations

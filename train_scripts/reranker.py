@@ -1,6 +1,6 @@
 """UniME-V2-Reranker: pairwise and listwise answers from the judged rows.
 
-python train_scripts/reranker.py train_scripts/configs/reranker/tiny.yaml [--option value ...]
+python train_scripts/reranker.py tiny [--option value ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """UniME-V2: align similarities with the judge's scores.
 
-python train_scripts/soft_labels.py train_scripts/configs/soft_labels/tiny.yaml [--option value ...]
+python train_scripts/soft_labels.py tiny [--option value ...]
 """
 
 from __future__ import annotations

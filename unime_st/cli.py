@@ -29,7 +29,7 @@ def _image_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size",
         metavar="SIZE",
-        help="official (default), training, native, or the side of a square in pixels; what pictures are squashed to",
+        help="official (default), training, native, or the side of a square in pixels; what images are squashed to",
     )
 
 
@@ -80,7 +80,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ALIAS_OR_FOLDER")
-    parser.add_argument("--demo-image", metavar="FILE", help="picture of the authors' demo, to check its score")
+    parser.add_argument("--demo-image", metavar="FILE", help="image of the authors' demo, to check its score")
     parser.add_argument("--full", action="store_true", help="save and load again even a large model")
     parser.add_argument("--device", help="e.g. cpu or cuda")
 

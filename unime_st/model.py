@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from unime_st.backbones.patches import project_patches
 from unime_st.backbones.pickling import remove_output_hooks, restore_output_registry
 from unime_st.backbones.sharding import ShardedByLayer
-from unime_st.encoding.lists import distinct_inputs, embed_list
+from unime_st.encoding.list_inputs import distinct_inputs, embed_list
 
 
 class UniME(ShardedByLayer, SentenceTransformer):
@@ -25,13 +25,13 @@ class UniME(ShardedByLayer, SentenceTransformer):
     - a bare vision-language checkpoint is refused, where the plain class would silently use mean pooling;
     - embeddings cut with ``truncate_dim`` are normalised again, so they stay unit vectors;
     - :meth:`encode` runs on the engine of :mod:`unime_st.encoding`, with the same vectors: equal inputs are embedded
-      once, like lengths share a batch, pictures are decoded ahead of the device, URLs have a time-out;
+      once, like lengths share a batch, images are decoded ahead of the device, URLs have a time-out;
     - a pool of processes works for LLaVA backbones, whose registry of outputs is lost when they are pickled;
     - mixed batches of LLaVA-OneVision can be cut into mini-batches (cached losses), which needs image counts per row.
 
     Args:
         model_name_or_path: Alias (``"unime-v2"``, ``"unime-tiny"``), folder, or hub name of a native model.
-        image_size: Side in pixels of the square that pictures are squashed to, ``"official"``, ``"training"`` or
+        image_size: Side in pixels of the square that images are squashed to, ``"official"``, ``"training"`` or
             ``"native"``; None keeps what the folder says. Only for folders that :command:`unime` wrote with an image
             rule.
         **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`.
@@ -157,9 +157,9 @@ class UniME(ShardedByLayer, SentenceTransformer):
         return super().start_multi_process_pool(target_devices)
 
     def _multi_process(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        distinct, places = distinct_inputs(inputs)
+        distinct, indices = distinct_inputs(inputs)
         found = super()._multi_process(distinct, *args, **kwargs)
-        return found[places] if isinstance(found, Tensor) else [found[place] for place in places]
+        return found[indices] if isinstance(found, Tensor) else [found[index] for index in indices]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

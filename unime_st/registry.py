@@ -9,79 +9,15 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from unime_st._after_import import AfterImport, run
+from unime_st.paths import ALIAS, PACKAGED, RESERVED_PREFIX, TINY, AliasError, home, local_folder
 
-TINY = "unime-tiny"
-PACKAGED = Path(__file__).parent / "tiny" / "model"
-"""Folder of ``unime-tiny`` inside this package."""
-RESERVED_PREFIX = "unime-"
-_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _done: set[str] = set()
-
-
-class AliasError(OSError):
-    """A model name that stands for no usable folder; the message says which command makes one."""
-
-
-def home() -> Path:
-    """Folder for converted models and caches.
-
-    Returns:
-        ``$UNIME_HOME`` when set, else ``unime`` in the cache directory of the user.
-
-    Example:
-        >>> home().name != ""
-        True
-    """
-    if named := os.environ.get("UNIME_HOME"):
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "unime"
-
-
-def check_alias(name: str) -> str:
-    """Return ``name`` if it can serve as an alias.
-
-    Args:
-        name: Letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit.
-
-    Raises:
-        AliasError: The name has other characters, so it could leave ``$UNIME_HOME/models``.
-
-    Example:
-        >>> check_alias("unime-v2-2b")
-        'unime-v2-2b'
-    """
-    if not _ALIAS.fullmatch(name):
-        raise AliasError(f"{name!r} cannot be an alias: use letters, digits, '.', '_' and '-', e.g. 'unime-v2-2b'.")
-    return name
-
-
-def local_folder(name: str) -> Path:
-    """Folder that ``unime pull`` and ``unime convert --alias`` write for an alias, whether or not it exists.
-
-    Args:
-        name: An alias, see :func:`check_alias`.
-
-    Returns:
-        ``$UNIME_HOME/models/<name>``.
-
-    Example:
-        >>> local_folder("unime-v2").parts[-2:]
-        ('models', 'unime-v2')
-    """
-    return home() / "models" / check_alias(name)
 
 
 def known_aliases() -> list[str]:
@@ -94,7 +30,7 @@ def known_aliases() -> list[str]:
     from unime_st.recipes import RELEASED
 
     made = home() / "models"
-    local = [path.name for path in made.iterdir() if _ALIAS.fullmatch(path.name)] if made.is_dir() else []
+    local = [path.name for path in made.iterdir() if ALIAS.fullmatch(path.name)] if made.is_dir() else []
     return sorted({*RELEASED, TINY, *local})
 
 
@@ -108,7 +44,7 @@ def is_alias(name: str) -> bool:
         >>> is_alias("unime-v2"), is_alias("all-MiniLM-L6-v2"), is_alias("./unime-v2")
         (True, False, False)
     """
-    if not _ALIAS.fullmatch(name):
+    if not ALIAS.fullmatch(name):
         return False
     return name.startswith(RESERVED_PREFIX) or local_folder(name).is_dir()
 
@@ -131,11 +67,11 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
 
     Example:
         >>> resolve("unime-tiny").name
-        'model'
+        'unime-tiny'
     """
     if Path(name).is_dir():
         return Path(name)
-    if not _ALIAS.fullmatch(name):
+    if not ALIAS.fullmatch(name):
         raise AliasError(f"No folder {name!r}, and it is not an alias. Known aliases: {', '.join(known_aliases())}.")
     folder = local_folder(name)
     if folder.is_dir():

@@ -88,7 +88,7 @@ def parquet_files(root: Path, subset: str) -> list[Path]:
 class ImageFolders:
     """Finds the image files that rows name.
 
-    Pictures may lie in ``images/``, ``eval_images/``, ``image-tasks/`` or directly in the data folder or beside it. A
+    Images may lie in ``images/``, ``eval_images/``, ``image-tasks/`` or directly in the data folder or beside it. A
     ``images.zip`` is unpacked once: reading through the archive is many times slower.
 
     Args:
@@ -97,14 +97,14 @@ class ImageFolders:
     """
 
     def __init__(self, root: Path, *, archive: bool = True) -> None:
-        places = [root, root.parent] if root.name == "MMEB-eval" else [root]
+        indices = [root, root.parent] if root.name == "MMEB-eval" else [root]
         unpacked = _unpacked(root / "images.zip") if archive else None
-        self._bases = [place / name for place in places for name in IMAGE_FOLDERS]
+        self._bases = [index / name for index in indices for name in IMAGE_FOLDERS]
         self._bases += [unpacked / name for name in IMAGE_FOLDERS] if unpacked else []
         self._listed: dict[str, list[tuple[Path, set[str]]]] = {}
 
     def find(self, relative: str) -> Path | None:
-        """Locate one picture.
+        """Locate one image.
 
         Args:
             relative: Path as it stands in the table, for instance ``"OK-VQA/1.jpg"``.
@@ -115,22 +115,22 @@ class ImageFolders:
         folder, _, name = relative.rpartition("/")
         if folder not in self._listed:
             self._listed[folder] = self._listings(folder)
-        return next((place / name for place, names in self._listed[folder] if name in names), None)
+        return next((index / name for index, names in self._listed[folder] if name in names), None)
 
     def _listings(self, folder: str) -> list[tuple[Path, set[str]]]:
-        """Where a folder is, and the names in it: one listing of each instead of a look-up for every picture."""
+        """Where a folder is, and the names in it: one listing of each instead of a look-up for every image."""
         part = Path(folder)
         if part.is_absolute() or ".." in part.parts:
             return []
-        places = [base / part for base in self._bases]
-        return [(place, set(os.listdir(place))) for place in places if place.is_dir()]
+        indices = [base / part for base in self._bases]
+        return [(index, set(os.listdir(index))) for index in indices if index.is_dir()]
 
 
 def _unpacked(archive: Path) -> Path | None:
     """Unpack an archive once, next to it or in the cache of this project, and return the folder."""
     if not archive.is_file():
         return None
-    from unime_st.registry import home
+    from unime_st.paths import home
 
     name = hashlib.sha256(f"{archive.resolve()} {version(archive.stat())}".encode()).hexdigest()[:16]
     for parent in (archive.parent, home() / "mmeb"):

@@ -18,7 +18,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from mteb_tasks.local_data import localised
 from mteb_tasks.metadata import task_metadata
-from mteb_tasks.mmeb.fingerprint import fingerprint
+from mteb_tasks.mmeb.content_digest import fingerprint
 from mteb_tasks.mmeb.location import (
     HUB_DATASET,
     HUB_REVISION,
@@ -28,7 +28,7 @@ from mteb_tasks.mmeb.location import (
     local_root,
     parquet_files,
 )
-from mteb_tasks.mmeb.reading import locate_images, read_subset
+from mteb_tasks.mmeb.subset_reader import locate_images, read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
@@ -58,7 +58,7 @@ _SUBTYPES = {
 
 
 def preflight(root: Path, subsets: Iterable[Subset]) -> None:
-    """Check tables and pictures of several subsets before anything is encoded.
+    """Check tables and images of several subsets before anything is encoded.
 
     Args:
         root: Folder of the evaluation data.
@@ -127,7 +127,7 @@ class MMEBTask(ItemRetrievalTask):
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
-        """Read the rows; see `mteb_tasks.mmeb.reading.read_subset`."""
+        """Read the rows; see `mteb_tasks.mmeb.subset_reader.read_subset`."""
         together = self.together or Together((self.subset,))
         root = data_root([found.name for found in together.subsets])
         state = fingerprint(root, self.subset.name)

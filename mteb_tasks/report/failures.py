@@ -1,4 +1,4 @@
-"""Queries that a model got wrong, with their pictures."""
+"""Queries that a model got wrong, with their images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mteb
 
 from mteb_tasks import register
 from mteb_tasks.preference_task import CaptionPreferenceTask
-from mteb_tasks.report.reading import ModelResults
+from mteb_tasks.report.result_reader import ModelResults
 from mteb_tasks.retrieval_task import ItemRetrievalTask
 from unime_st.data.items import Item
 from unime_st.data.scenes import RetrievalData
@@ -105,9 +105,9 @@ def _card(miss: _Miss) -> Html:
     if not any(right for _, _, right in miss.found):
         left += [element("h4", "Right answer", style="margin-top:.7rem"), show_item(miss.right, style="plain")]
     documents = []
-    for place, (item, score, right) in enumerate(miss.found, 1):
-        lines = [element("div", f"{place}. score {score:.3f}", class_="facts")]
+    for index, (item, score, right) in enumerate(miss.found, 1):
+        lines = [element("div", f"{index}. score {score:.3f}", class_="facts")]
         lines += [element("b", "✓ right", class_="good")] if right else []
-        documents.append((item, lines, "good" if right else "bad" if place == 1 else ""))
+        documents.append((item, lines, "good" if right else "bad" if index == 1 else ""))
     ranked = element("div", element("h4", "What came first"), show_items(documents))
     return element("div", element("div", element("div", *left), ranked, class_="sides"), class_="card")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mteb_tasks.report.failures import gallery
-from mteb_tasks.report.reading import ModelResults, read_results
+from mteb_tasks.report.result_reader import ModelResults, read_results
 from mteb_tasks.scores import CAPTION_METRICS, Row
 from unime_st.data.manifest import publish
 from unime_st.report.charts import bar_chart
@@ -29,7 +29,7 @@ def write_report(
 ) -> Path:
     """Write ``report.html``, ``report.md`` and ``report.csv`` of all results below some folders.
 
-    The page is static and loads nothing: pictures are embedded, charts are inline SVG.
+    The page is static and loads nothing: images are embedded, charts are inline SVG.
 
     Args:
         folders: Output folders of ``mteb run``.
@@ -83,13 +83,13 @@ def _row_names(models: Sequence[ModelResults]) -> list[str]:
     """Names of all rows: those of the first model, those of others where they stand after the row before them."""
     names: list[str] = []
     for model in models:
-        place = 0
+        index = 0
         for row in model.rows:
             if row.name in names:
-                place = names.index(row.name) + 1
+                index = names.index(row.name) + 1
             else:
-                names.insert(place, row.name)
-                place += 1
+                names.insert(index, row.name)
+                index += 1
     return names
 
 

@@ -15,33 +15,33 @@ from PIL import Image
 Tensors = dict[str, torch.Tensor]
 
 
-def fit(picture: Image.Image, num_crops: int, size: int) -> Image.Image:
+def fit(image: Image.Image, num_crops: int, size: int) -> Image.Image:
     """The published HD transform."""
-    width, height = picture.size
+    width, height = image.size
     turned = False
     if width < height:
-        picture = picture.transpose(Image.Transpose.TRANSPOSE)
-        turned, (width, height) = True, picture.size
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+        turned, (width, height) = True, image.size
     ratio = width / height
     scale = 1
     while scale * np.ceil(scale / ratio) <= num_crops:
         scale += 1
     scale -= 1
     new_width = int(scale * size)
-    picture = picture.resize((new_width, int(new_width / ratio)), Image.Resampling.BILINEAR)
-    target = int(np.ceil(picture.height / size) * size)
-    top = int((target - picture.height) / 2)
-    array = np.full((target, picture.width, 3), 255, np.uint8)
-    array[top : top + picture.height] = np.asarray(picture)
-    picture = Image.fromarray(array)
-    return picture.transpose(Image.Transpose.TRANSPOSE) if turned else picture
+    image = image.resize((new_width, int(new_width / ratio)), Image.Resampling.BILINEAR)
+    target = int(np.ceil(image.height / size) * size)
+    top = int((target - image.height) / 2)
+    array = np.full((target, image.width, 3), 255, np.uint8)
+    array[top : top + image.height] = np.asarray(image)
+    image = Image.fromarray(array)
+    return image.transpose(Image.Transpose.TRANSPOSE) if turned else image
 
 
-def crops_of(picture: Image.Image, num_crops: int, size: int) -> tuple[torch.Tensor, int, int]:
+def crops_of(image: Image.Image, num_crops: int, size: int) -> tuple[torch.Tensor, int, int]:
     """Global view first, then the crops row by row; also the number of rows and columns."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-    fitted = torch.from_numpy(np.array(fit(picture, num_crops, size))).permute(2, 0, 1).float().div(255)
+    fitted = torch.from_numpy(np.array(fit(image, num_crops, size))).permute(2, 0, 1).float().div(255)
     fitted = (fitted - mean) / std
     rows, columns = fitted.shape[1] // size, fitted.shape[2] // size
     views = [F.interpolate(fitted[None], size=(size, size), mode="bicubic")[0]]
@@ -136,14 +136,14 @@ def language(tensors: Tensors, x: torch.Tensor, config: dict) -> torch.Tensor:
     return rms(x, t["norm.weight"])
 
 
-def embed(tensors: Tensors, config: dict, ids: list[int], pictures: list[Image.Image], num_crops: int) -> np.ndarray:
+def embed(tensors: Tensors, config: dict, ids: list[int], images: list[Image.Image], num_crops: int) -> np.ndarray:
     """Unit vector of one row; negative ids are places for image tokens."""
     vision = config["vision_config"]
     row = torch.tensor(ids)
     x = F.embedding(row.clamp_min(0), tensors["model.embed_tokens.weight"].double())
     tokens = []
-    for picture in pictures:
-        crops, rows, columns = crops_of(picture, num_crops, vision["image_size"])
+    for image in images:
+        crops, rows, columns = crops_of(image, num_crops, vision["image_size"])
         patches = clip_patches(tensors, crops, vision["num_attention_heads"], vision["num_hidden_layers"])
         tokens.append(image_tokens(tensors, patches, rows, columns))
     if tokens:

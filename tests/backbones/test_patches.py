@@ -11,7 +11,7 @@ from torch import nn
 
 from unime_st import UniME, UniMEReranker
 from unime_st.backbones.patches import PatchProjection, project_patches
-from unime_st.judging.loading import load_cross_encoder
+from unime_st.scoring.loading import load_cross_encoder
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -16,7 +16,7 @@ from tiny_checkpoints import phi3_v
 
 from unime_st.backbones.phi3_v import UniMEPhi3VConfig, UniMEPhi3VImageProcessor
 from unime_st.checkpoints import convert
-from unime_st.checkpoints.verification import picture
+from unime_st.checkpoints.verification import sample_image
 
 SIZES = [(56, 56), (200, 60), (60, 200), (113, 111), (300, 290), (500, 40), (33, 90)]
 
@@ -36,18 +36,18 @@ def model(folder: Path) -> SentenceTransformer:
     return SentenceTransformer(str(folder), device="cpu")
 
 
-def reference(published: Path, model: SentenceTransformer, item: dict[str, Any], pictures: list) -> np.ndarray:
+def reference(published: Path, model: SentenceTransformer, item: dict[str, Any], images: list) -> np.ndarray:
     features = model.preprocess([item])
     ids = features["input_ids"][0].tolist()
     config = json.loads((published / "config.json").read_text())
-    return embed(load_file(published / "model.safetensors"), config, ids, pictures, 4)
+    return embed(load_file(published / "model.safetensors"), config, ids, images, 4)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_are_cut_as_published(size: tuple[int, int]) -> None:
+def test_images_are_cut_as_published(size: tuple[int, int]) -> None:
     processor = UniMEPhi3VImageProcessor(num_crops=4, crop_size=56)
-    made = processor.preprocess([picture(*size)])
-    crops, rows, columns = crops_of(picture(*size), 4, 56)
+    made = processor.preprocess([sample_image(*size)])
+    crops, rows, columns = crops_of(sample_image(*size), 4, 56)
     assert processor.grid(*size) == (rows, columns)
     assert made["image_sizes"].tolist() == [[rows * 56, columns * 56]]
     assert (made["pixel_values"][0, : len(crops)].double() - crops).abs().max() < 1e-5
@@ -56,7 +56,7 @@ def test_pictures_are_cut_as_published(size: tuple[int, int]) -> None:
 
 def test_published_size_and_token_count() -> None:
     processor = UniMEPhi3VImageProcessor(num_crops=16)
-    made = processor.preprocess([picture(1000, 700)])
+    made = processor.preprocess([sample_image(1000, 700)])
     height, width = made["image_sizes"][0].tolist()
     assert (height, width) == (3 * 336, 4 * 336)
     assert made["pixel_values"].shape == (1, 17, 3, 336, 336)
@@ -65,7 +65,7 @@ def test_published_size_and_token_count() -> None:
 
 @pytest.mark.parametrize("size", SIZES[:5])
 def test_image_rows_equal_the_published_forward(published: Path, model: SentenceTransformer, size: tuple) -> None:
-    item = {"image": picture(*size), "text": "What is this?"}
+    item = {"image": sample_image(*size), "text": "What is this?"}
     expected = reference(published, model, item, [item["image"]])
     assert np.abs(model.encode(item) - expected).max() < 1e-5
 
@@ -82,21 +82,26 @@ def test_long_rows_use_the_long_factors(published: Path, model: SentenceTransfor
 
 
 def test_batches_equal_single_rows(model: SentenceTransformer) -> None:
-    rows = ["a", {"image": picture(90, 50)}, {"image": picture(50, 190), "text": "and a longer text"}, "word " * 9]
+    rows = [
+        "a",
+        {"image": sample_image(90, 50)},
+        {"image": sample_image(50, 190), "text": "and a longer text"},
+        "word " * 9,
+    ]
     single = np.stack([model.encode(row) for row in rows])
     assert np.abs(model.encode(rows, batch_size=4) - single).max() < 1e-5
 
 
 def test_pieces_of_text_are_tokenised_on_their_own(model: SentenceTransformer) -> None:
-    ids = model.preprocess([{"image": picture(56, 56)}])["input_ids"][0].tolist()
+    ids = model.preprocess([{"image": sample_image(56, 56)}])["input_ids"][0].tolist()
     start = model.tokenizer.bos_token_id
     assert ids[0] == start
     last = max(index for index, token in enumerate(ids) if token < 0)
     assert ids[last + 1] == start
 
 
-def test_a_picture_without_its_place_is_an_error(model: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match="Row 1 of the batch has 0 pictures and 1 image placeholders"):
+def test_a_image_without_its_place_is_an_error(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match="Row 1 of the batch has 0 images and 1 image placeholders"):
         model.preprocess(["fine", {"text": "<|image_1|>"}], processing_kwargs={"chat_template": {"style": "mmeb"}})
 
 
@@ -118,6 +123,6 @@ def test_default_tower_is_the_published_one() -> None:
 def test_image_rule_applies(folder: Path) -> None:
     small = SentenceTransformer(str(folder), device="cpu", processor_kwargs={"image_size": 56})
     squashed = Image.new("RGB", (56, 56))
-    squashed.paste(picture(200, 90).resize((56, 56)))
+    squashed.paste(sample_image(200, 90).resize((56, 56)))
     native = SentenceTransformer(str(folder), device="cpu")
-    assert np.abs(small.encode(picture(200, 90)) - native.encode(squashed)).max() < 1e-6
+    assert np.abs(small.encode(sample_image(200, 90)) - native.encode(squashed)).max() < 1e-6

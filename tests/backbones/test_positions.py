@@ -13,12 +13,12 @@ from transformers import AutoModel, AutoProcessor, Qwen2VLModel
 
 from unime_st.backbones.qwen import UniMEQwen2VLConfig, UniMEQwen2VLModel, UniMEQwen2VLProcessor
 from unime_st.checkpoints import convert
-from unime_st.checkpoints.verification import picture
+from unime_st.checkpoints.verification import sample_image
 
 ROWS = [
-    {"image": picture(90, 60), "text": "\nWhat?\n"},
+    {"image": sample_image(90, 60), "text": "\nWhat?\n"},
     {"text": "words"},
-    {"image": picture(60, 140), "text": "x " * 9},
+    {"image": sample_image(60, 140), "text": "x " * 9},
 ]
 
 

@@ -26,7 +26,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def native(bare: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Converted folder by the name of a recipe; released recipes squash pictures to 84 pixels."""
+    """Converted folder by the name of a recipe; released recipes squash images to 84 pixels."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:

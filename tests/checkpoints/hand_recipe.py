@@ -48,9 +48,9 @@ def embed(checkpoint: Path, name: str, text: str | None, image: Image.Image | No
     processor = AutoProcessor.from_pretrained(checkpoint)
     processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     model = AutoModel.from_pretrained(checkpoint).eval()
-    picture = _square(image, side, exif=recipe["exif"]) if image is not None else None
+    pil_image = _square(image, side, exif=recipe["exif"]) if image is not None else None
     inputs = processor(
-        text=[recipe["prompt"](text, image)], images=[picture] if picture else None, return_tensors="pt"
+        text=[recipe["prompt"](text, image)], images=[pil_image] if pil_image else None, return_tensors="pt"
     )
     if name == "unime-v2-2b":
         inputs.pop("mm_token_type_ids")

@@ -19,10 +19,15 @@ from transformers import AutoModelForImageTextToText
 
 from unime_st.checkpoints import CheckpointError, convert
 from unime_st.checkpoints.folder import link_file
-from unime_st.checkpoints.verification import picture
+from unime_st.checkpoints.verification import sample_image
 
 Get = Callable[[str], Path]
-ROWS: list[Any] = ["a cat", {"image": picture(), "text": "What?"}, {"image": picture(60, 90)}, {"text": "word " * 9}]
+ROWS: list[Any] = [
+    "a cat",
+    {"image": sample_image(), "text": "What?"},
+    {"image": sample_image(60, 90)},
+    {"text": "word " * 9},
+]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -67,7 +72,7 @@ def test_folder(bare: Get, native: Get, name: str) -> None:
 def test_image_size_at_convert_time_and_at_load(bare: Get, tmp_path: Path) -> None:
     def tokens(folder: Path, **load: Any) -> int:
         model = SentenceTransformer(str(folder), device="cpu", processor_kwargs=load or None)
-        ids = model.preprocess([{"image": picture(200, 120), "text": "x"}])["input_ids"]
+        ids = model.preprocess([{"image": sample_image(200, 120), "text": "x"}])["input_ids"]
         return int((ids == model.processor.image_token_id).sum())
 
     small = convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / "small", image_size=84)

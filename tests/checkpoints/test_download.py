@@ -16,7 +16,7 @@ from local_hub import COMMIT, Hub, local_hub
 from tiny_checkpoints import qwen2_vl
 
 from unime_st.checkpoints import pull
-from unime_st.registry import AliasError
+from unime_st.paths import AliasError
 
 REPOSITORY = "TianchengGu/UniME-V2-Qwen2VL-2B"
 

@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers.utils import output_capturing
 
 from unime_st import UniME
-from unime_st.checkpoints.verification import picture
+from unime_st.checkpoints.verification import sample_image
 
 Get = Callable[[str], Path]
 EMBEDDERS = ["unime-v2-2b", "unime-v2", "unime-v1-llava1.6", "unime-v1-phi3.5"]
@@ -37,7 +37,7 @@ EMBEDDERS = ["unime-v2-2b", "unime-v2", "unime-v1-llava1.6", "unime-v1-phi3.5"]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("files")
-    picture(90, 60).save(folder / "a.png")
+    sample_image(90, 60).save(folder / "a.png")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: Any) -> None:
@@ -69,14 +69,14 @@ def test_every_kind_of_input(model: SentenceTransformer, files: tuple[Path, str]
     assert np.abs(both - both[0]).max() < 1e-5
     assert np.abs(both[0] - vectors[0]).max() > 1e-3
     assert model.encode("one").ndim == 1
-    two = model.encode({"image": [image, picture(60, 60)], "text": "two"})
+    two = model.encode({"image": [image, sample_image(60, 60)], "text": "two"})
     assert np.abs(two - both[0]).max() > 1e-3
     text = model.encode({"text": str(path)})
     assert np.abs(text - vectors[0]).max() > 1e-3, "a path can be meant as text"
 
 
 def test_queries_documents_and_prompts(model: SentenceTransformer) -> None:
-    rows = ["a cat", {"image": picture(), "text": "x"}]
+    rows = ["a cat", {"image": sample_image(), "text": "x"}]
     plain = model.encode(rows)
     assert np.abs(model.encode_query(rows) - plain).max() < 1e-6
     assert np.abs(model.encode_document(rows) - plain).max() < 1e-6
@@ -84,8 +84,8 @@ def test_queries_documents_and_prompts(model: SentenceTransformer) -> None:
     assert np.abs(prompted[0] - model.encode("Find: a cat")).max() < 1e-5
     assert np.abs(prompted - plain).max() > 1e-3
     if "represent_image" in model.prompts:
-        named = model.encode(picture(), prompt_name="represent_image")
-        written = model.encode({"image": picture(), "text": "\nRepresent the given image.\n"})
+        named = model.encode(sample_image(), prompt_name="represent_image")
+        written = model.encode({"image": sample_image(), "text": "\nRepresent the given image.\n"})
         assert np.abs(named - written).max() < 1e-5
 
 
@@ -100,7 +100,7 @@ def test_precision_and_dimensions(model: SentenceTransformer) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(native: Get, model: SentenceTransformer, dtype: torch.dtype) -> None:
-    rows = ["a cat", {"image": picture(), "text": "x"}]
+    rows = ["a cat", {"image": sample_image(), "text": "x"}]
     folder = str(model.transformers_model.name_or_path)
     half = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})
     assert half.dtype == dtype
@@ -109,7 +109,7 @@ def test_half_precision(native: Get, model: SentenceTransformer, dtype: torch.dt
 
 
 def test_save_load_and_card(model: SentenceTransformer, tmp_path: Path) -> None:
-    rows = ["a cat", {"image": picture(), "text": "x"}]
+    rows = ["a cat", {"image": sample_image(), "text": "x"}]
     model.save_pretrained(str(tmp_path / "again"))
     again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
     np.testing.assert_allclose(again.encode(rows), model.encode(rows), atol=1e-6)
@@ -125,7 +125,7 @@ def test_save_load_and_card(model: SentenceTransformer, tmp_path: Path) -> None:
 
 def test_pool_of_processes(native: Get) -> None:
     """Plain class and LLaVA: transformers forgets which outputs of a pickled model it may record."""
-    rows = ["a cat", {"image": picture(), "text": "x"}, picture(60, 90), "words"]
+    rows = ["a cat", {"image": sample_image(), "text": "x"}, sample_image(60, 90), "words"]
     model = SentenceTransformer(str(native("unime-v2")), device="cpu")
     assert np.abs(model.encode(rows, device=["cpu"], chunk_size=2) - model.encode(rows)).max() < 1e-5
 
@@ -135,7 +135,7 @@ def test_lora_training_and_adapter(native: Get, tmp_path: Path) -> None:
     targets = r".*language_model.*\.(q_proj|v_proj)"
     model.add_adapter(LoraConfig(r=2, target_modules=targets, task_type=TaskType.FEATURE_EXTRACTION))
     words = [f"word {index}" for index in range(8)]
-    data = Dataset.from_dict({"anchor": words, "positive": [picture(60 + 9 * index, 60) for index in range(8)]})
+    data = Dataset.from_dict({"anchor": words, "positive": [sample_image(60 + 9 * index, 60) for index in range(8)]})
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "run"),
         max_steps=2,
@@ -161,8 +161,13 @@ def test_lora_training_and_adapter(native: Get, tmp_path: Path) -> None:
 def test_gradient_cache_with_mixed_columns(native: Get, name: str) -> None:
     """Mini-batches are cut from the features of a batch, so every feature must count rows alike."""
     model = SentenceTransformer(str(native(name)), device="cpu")
-    column = ["text only", {"image": picture(), "text": "both"}, {"text": "text"}, {"image": picture(60, 90)}]
-    other = [picture(90, 60), "words", {"image": picture(70, 70), "text": "y"}, "end"]
+    column = [
+        "text only",
+        {"image": sample_image(), "text": "both"},
+        {"text": "text"},
+        {"image": sample_image(60, 90)},
+    ]
+    other = [sample_image(90, 60), "words", {"image": sample_image(70, 70), "text": "y"}, "end"]
     gradients = []
     for loss in (MultipleNegativesRankingLoss(model), CachedMultipleNegativesRankingLoss(model, mini_batch_size=1)):
         model.zero_grad()
@@ -175,7 +180,7 @@ def test_unime_class(native: Get, bare: Get) -> None:
     model = UniME(native("unime-v2-2b"), device="cpu")
     assert np.abs(np.linalg.norm(model.encode(["a", "b"], truncate_dim=8), axis=1) - 1).max() < 1e-5
     squares = [UniME(native("unime-v2-2b"), device="cpu", image_size=size) for size in (56, "native")]
-    counts = [square.preprocess([picture(200, 90)])["input_ids"].shape[1] for square in squares]
+    counts = [square.preprocess([sample_image(200, 90)])["input_ids"].shape[1] for square in squares]
     assert counts[0] == 4 < counts[1]
     with pytest.raises(ValueError, match="has no image rule, so image_size=56 would have no effect"):
         UniME("unime-tiny", device="cpu", image_size=56)
@@ -186,7 +191,7 @@ def test_unime_class(native: Get, bare: Get) -> None:
 def test_unime_class_fixes_native_llava(native: Get) -> None:
     """Folders of bare backbones hold transformers' classes, which only our subclass can mend."""
     model = UniME(native("llava-onevision"), device="cpu")
-    rows = ["a cat", {"image": picture(), "text": "x"}, "words"]
+    rows = ["a cat", {"image": sample_image(), "text": "x"}, "words"]
     assert model.preprocess(rows)["batch_num_images"].tolist() == [0, 1, 0]
     expected = model.encode(rows)
     known = dict(output_capturing._CAN_RECORD_REGISTRY)
@@ -201,8 +206,8 @@ def test_unime_class_fixes_native_llava(native: Get) -> None:
 
 def test_reranker(native: Get, files: tuple[Path, str], tmp_path: Path) -> None:
     model = CrossEncoder(str(native("unime-v2-reranker")), device="cpu")
-    documents = ["a cat", {"image": picture()}, str(files[0]), {"image": files[1], "text": "seen on the web"}]
-    ranking = model.rank({"image": picture(80, 120), "text": "find it"}, documents)
+    documents = ["a cat", {"image": sample_image()}, str(files[0]), {"image": files[1], "text": "seen on the web"}]
+    ranking = model.rank({"image": sample_image(80, 120), "text": "find it"}, documents)
     assert sorted(entry["corpus_id"] for entry in ranking) == [0, 1, 2, 3]
     scores = [entry["score"] for entry in ranking]
     assert scores == sorted(scores, reverse=True)
@@ -213,7 +218,7 @@ def test_reranker(native: Get, files: tuple[Path, str], tmp_path: Path) -> None:
 
 
 def test_long_rows_keep_the_end_of_their_prompt(model: SentenceTransformer) -> None:
-    row = {"image": picture(), "text": "word " * 500}
+    row = {"image": sample_image(), "text": "word " * 500}
     full = model.preprocess([row])["input_ids"][0].tolist()
     before = model.max_seq_length
     try:

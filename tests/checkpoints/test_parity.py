@@ -19,7 +19,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from tiny_checkpoints import FAMILIES
 
 from unime_st.checkpoints import convert
-from unime_st.checkpoints.verification import picture
+from unime_st.checkpoints.verification import sample_image
 
 STRICT, LOOSE = 1e-5, 2e-2
 SIDES = {None: "native", "low": 128, "mid_336": 336, "high": 1344}
@@ -86,15 +86,15 @@ def _compare_with_hand_recipe(tmp_path: Path, name: str) -> None:
     folder = convert(bare, name, output=tmp_path / "hand")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(90, 50).save(tmp_path / "turned.jpg", exif=exif)
-    pictures = [picture(120, 80), picture(40, 133).convert("P"), picture(99, 61).convert("RGBA")]
-    pictures += [picture(77, 77).convert("L"), Image.open(tmp_path / "turned.jpg")]
+    sample_image(90, 50).save(tmp_path / "turned.jpg", exif=exif)
+    pil_images = [sample_image(120, 80), sample_image(40, 133).convert("P"), sample_image(99, 61).convert("RGBA")]
+    pil_images += [sample_image(77, 77).convert("L"), Image.open(tmp_path / "turned.jpg")]
     for side in (None, 84, 112):
         size = "native" if side is None else side
         model = SentenceTransformer(str(folder), device="cpu", processor_kwargs={"image_size": size})
         rows: list[tuple[str | None, Image.Image | None]] = [("A cat.\n", None), (" Two\nlines", None)]
         instruction = "\nRepresent the given image.\n" if name != "unime-v1-llava1.6" else None
-        rows += [(instruction, image) for image in pictures]
+        rows += [(instruction, image) for image in pil_images]
         expected = np.stack([hand_recipe.embed(bare, name, text, image, side) for text, image in rows])
         items = [
             {key: value for key, value in (("image", image), ("text", text)) if value is not None}
@@ -118,7 +118,7 @@ def test_torchvision_backend_is_the_loose_tier(tmp_path: Path, name: str) -> Non
     kinds = [type(model.processor.image_processor).__name__ for model in models]
     assert kinds[0].endswith("Pil")
     assert not kinds[1].endswith("Pil")
-    left, right = (model.encode([{"image": picture()}, {"text": "words"}]) for model in models)
+    left, right = (model.encode([{"image": sample_image()}, {"text": "words"}]) for model in models)
     assert np.abs(left[1] - right[1]).max() == 0
     assert left[0] @ right[0] > 0.999
 
@@ -149,7 +149,7 @@ def test_golden_reranker(golden: Path | None, tmp_path: Path) -> None:
 def _check_random_reranker(tmp_path: Path) -> None:
     bare = FAMILIES["qwen2.5-vl"](tmp_path / "bare")
     model = CrossEncoder(str(convert(bare, "unime-v2-reranker", output=tmp_path / "model")), device="cpu")
-    rows = [({"image": picture(), "text": "find"}, text) for text in ("a cat", "a much longer candidate")]
+    rows = [({"image": sample_image(), "text": "find"}, text) for text in ("a cat", "a much longer candidate")]
     together, alone = model.predict(rows), np.concatenate([model.predict([row]) for row in rows])
     assert np.abs(together - alone).max() < STRICT
     assert ((together > 0) & (together < 1)).all()

@@ -13,8 +13,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tiny_checkpoints import FAMILY_OF
 
 from unime_st.checkpoints import verify
-from unime_st.checkpoints.verification import picture, table
-from unime_st.registry import AliasError
+from unime_st.checkpoints.verification import sample_image, table
+from unime_st.paths import AliasError
 
 Get = Callable[[str], Path]
 NAMES = [
@@ -107,7 +107,7 @@ def test_finds_foreign_modules_and_damage(copy: Path) -> None:
 
 
 def test_demo_score(native: Get, tmp_path: Path) -> None:
-    picture(300, 200).save(tmp_path / "demo.png")
+    sample_image(300, 200).save(tmp_path / "demo.png")
     without = {check.name: check for check in verify(str(native("unime-v2-2b")))}["demo score"]
     assert without.passed is None
     assert "--demo-image" in without.detail

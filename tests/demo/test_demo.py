@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from unime_st.demo.settings import GROUPS
-from unime_st.report.demo_results import MODELS, TASKS
+from train_scripts.demo.results import MODELS, TASKS
+from train_scripts.demo.settings import GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -30,9 +30,9 @@ SMALL = {
 }
 
 
-def _command(script: str, **options: object) -> list[str]:
+def _command(**options: object) -> list[str]:
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / "train_scripts" / script), *pairs]
+    return [sys.executable, "-m", "train_scripts.demo", *pairs]
 
 
 def _environment() -> dict[str, str]:
@@ -41,7 +41,7 @@ def _environment() -> dict[str, str]:
 
 def test_the_demo_survives_a_kill_and_writes_every_number(tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    command = _command("demo.py", output=output, **SMALL)
+    command = _command(output=output, **SMALL)
     with subprocess.Popen(command, env=_environment(), stdout=-3, stderr=-3) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not (output / "seed-0" / "pools" / "manifest.json").exists():
@@ -63,20 +63,20 @@ def test_the_demo_survives_a_kill_and_writes_every_number(tmp_path: Path) -> Non
     assert "<html" in (output / "report.html").read_text().lower()
 
     other = subprocess.run(
-        _command("demo.py", output=output, **{**SMALL, "steps": 3}), capture_output=True, text=True, check=False
+        _command(output=output, **{**SMALL, "steps": 3}), capture_output=True, text=True, check=False
     )
     assert other.returncode != 0 and "begun with other settings (steps)" in other.stderr
 
 
 def _own_data(folder: Path, count: int) -> Path:
-    """Transparent, palette and odd-sized pictures with names, and two rows that are no good."""
+    """Transparent, palette and odd-sized images with names, and two rows that are no good."""
     lines = []
     for number in range(count):
         color = ("red", "green", "blue")[number % 3]
         mode = ("RGBA", "P", "RGB", "L")[number % 4]
-        picture = Image.new("RGBA", (40 + 9 * number, 60), (0, 0, 0, 0))
-        ImageDraw.Draw(picture).ellipse((5, 5, 35, 50), fill=color)
-        picture.convert(mode).save(folder / f"{number}.png")
+        image = Image.new("RGBA", (40 + 9 * number, 60), (0, 0, 0, 0))
+        ImageDraw.Draw(image).ellipse((5, 5, 35, 50), fill=color)
+        image.convert(mode).save(folder / f"{number}.png")
         lines.append({"image": f"{number}.png", "name": f"{color} ellipse number {number}"})
     (folder / "broken.png").write_bytes(b"\x89PNG broken")
     lines += [{"image": "broken.png", "name": "broken"}, {"image": "0.png", "name": None}]
@@ -85,24 +85,24 @@ def _own_data(folder: Path, count: int) -> Path:
     return path
 
 
-def test_own_pictures_train_and_bad_ones_are_set_aside(tmp_path: Path) -> None:
+def test_own_images_train_and_bad_ones_are_set_aside(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
     train, test = _own_data(tmp_path / "train", 24), _own_data(tmp_path / "test", 12)
     config = tmp_path / "own.yaml"
     config.write_text(
         "pairs:\n"
-        "  - {dataset: name-to-picture, query: {text: name}, positive: {image: image}}\n"
-        "  - {dataset: picture-to-name, query: {image: image}, positive: {text: name}}\n"
+        "  - {dataset: name-to-image, query: {text: name}, positive: {image: image}}\n"
+        "  - {dataset: image-to-name, query: {image: image}, positive: {text: name}}\n"
         "warm_steps: 1\nsteps: 1\nbatch_size: 8\nnum_candidates: 6\nnum_negatives: 3\n"
     )
-    command = [sys.executable, str(ROOT / "train_scripts" / "own_data.py"), str(config)]
+    command = [sys.executable, "-m", "train_scripts.demo.own_data", str(config)]
     command += ["--data", str(train), "--test", str(test), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
     assert set(results) == {"base", "warm", "in_batch", "v2"}
-    assert all(set(scores) == {"name-to-picture", "picture-to-name", "mean"} for scores in results.values())
+    assert all(set(scores) == {"name-to-image", "image-to-name", "mean"} for scores in results.values())
     rejected = [
         json.loads(line) for line in (tmp_path / "run" / "records" / "rejected.jsonl").read_text().splitlines()
     ]
@@ -112,6 +112,6 @@ def test_own_pictures_train_and_bad_ones_are_set_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["--data", "--test"])
 def test_own_data_names_what_is_missing(tmp_path: Path, missing: str) -> None:
     given = "--test" if missing == "--data" else "--data"
-    command = [sys.executable, str(ROOT / "train_scripts" / "own_data.py"), given, str(tmp_path)]
+    command = [sys.executable, "-m", "train_scripts.demo.own_data", given, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "--data TRAIN --test TEST" in done.stderr

@@ -16,7 +16,7 @@ CHECKPOINT_OF = {
     "unime-v1-llava1.6": "llava-1.6",
     "unime-v1-phi3.5": "phi3.5-v",
 }
-"""Released recipes squash pictures to 84 pixels here; bare ones keep their shape."""
+"""Released recipes squash images to 84 pixels here; bare ones keep their shape."""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Pictures that cannot be used, servers that hang, memory that runs out."""
+"""Images that cannot be used, servers that hang, memory that runs out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bomb() -> bytes:
     return encoded(Image.new("1", (20_000, 20_000)))
 
 
-def test_good_and_bad_pictures_together():
+def test_good_and_bad_images_together():
     turned = Image.Exif()
     turned[0x0112] = 6
     frames = [noise(), noise().rotate(90)]
@@ -54,7 +54,7 @@ def test_good_and_bad_pictures_together():
     bad = {
         "truncated": encoded(noise(600, 400), "JPEG")[:9000],
         "bomb": bomb(),
-        "text": b"no picture",
+        "text": b"no image",
         "empty": b"",
     }
     items = [Item(image=data) for data in (*good.values(), *bad.values())] + [Item("a text")]
@@ -80,7 +80,7 @@ def test_an_input_that_the_processor_refuses_is_found_in_its_batch():
     assert np.isfinite(encode_items(tiny_embedder(), ["", "a"])).all()
 
 
-def test_hostile_pictures_that_the_processor_opens(tmp_path: Path):
+def test_hostile_images_that_the_processor_opens(tmp_path: Path):
     """Given by path or as a Pillow image, where the decoder of another library meets them."""
     (tmp_path / "truncated.jpg").write_bytes(encoded(noise(600, 400), "JPEG")[:9000])
     (tmp_path / "bomb.png").write_bytes(bomb())
@@ -106,7 +106,7 @@ def test_texts_that_are_no_unicode():
         encode_items(tiny_embedder(), rows)
 
 
-def test_one_picture_in_every_form(tmp_path: Path):
+def test_one_image_in_every_form(tmp_path: Path):
     noise().save(tmp_path / "a.png")
     path, array = str(tmp_path / "a.png"), np.asarray(noise())
     forms = [noise(), path, {"image": path}, Item(image=path), Item(image=noise()), array, np.moveaxis(array, -1, 0)]

@@ -18,42 +18,42 @@ FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-
 SIZES = [(90, 60), (60, 140), (300, 40), (28, 28), (5000, 10)]
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
+def make_image(size: tuple[int, int]) -> Image.Image:
     return Image.new("RGB", size, "red")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cost_is_the_length_after_the_processor(embedder: Callable[[str], UniME], name: str):
     model = embedder(name)
-    items = [Item("a red circle"), Item("words" + " words" * 30), *(Item(image=picture(size)) for size in SIZES)]
-    items += [Item("both of them", picture((90, 60)))]
+    items = [Item("a red circle"), Item("words" + " words" * 30), *(Item(image=make_image(size)) for size in SIZES)]
+    items += [Item("both of them", make_image((90, 60)))]
     for prompt in (None, "Find: "):
         expected = [int(model.preprocess([item.to_input()], prompt=prompt)["attention_mask"].sum()) for item in items]
         costs = CostModel(model, prompt)(items)
         assert costs[:2].tolist() == expected[:2]
-        # Templates say "image" where they say "sentence", and frame pictures: letters are tokens here.
+        # Templates say "image" where they say "sentence", and frame images: letters are tokens here.
         assert np.abs(costs[2:] - expected[2:]).max() <= 24
         apart = costs[3:7] - np.array(expected[3:7])
-        assert (apart == apart[0]).all(), "pictures are counted exactly"
+        assert (apart == apart[0]).all(), "images are counted exactly"
 
 
 def test_parts_of_every_kind_of_input(tmp_path):
     file = tmp_path / "a.png"
-    picture((7, 5)).save(file)
+    make_image((7, 5)).save(file)
     chat = [{"role": "user", "content": [{"type": "image", "image": str(file)}, {"type": "text", "text": "what"}]}]
-    for value in (picture((7, 5)), str(file), {"image": str(file)}, np.zeros((5, 7, 3), dtype=np.uint8)):
+    for value in (make_image((7, 5)), str(file), {"image": str(file)}, np.zeros((5, 7, 3), dtype=np.uint8)):
         assert texts_and_sizes(value) == ([], [(7, 5)])
     assert texts_and_sizes(Item("x", file)) == (["x"], [(7, 5)])
     assert texts_and_sizes({"text": str(file)}) == ([str(file)], [])
     assert texts_and_sizes(chat) == (["what"], [(7, 5)])
     assert texts_and_sizes({"role": "user", "content": "what"}) == (["what"], [])
-    assert texts_and_sizes({"text": ["a", "b"], "image": [str(file), picture((1, 2))]}) == (
+    assert texts_and_sizes({"text": ["a", "b"], "image": [str(file), make_image((1, 2))]}) == (
         ["a", "b"],
         [(7, 5), (1, 2)],
     )
     assert texts_and_sizes("https://example.org/a.png")[1] == [(512, 512)]
     buffer = io.BytesIO()
-    picture((7, 5)).save(buffer, "PNG")
+    make_image((7, 5)).save(buffer, "PNG")
     assert texts_and_sizes(Item(image=buffer.getvalue())) == ([], [(7, 5)])
     assert texts_and_sizes(Item(image=ImageRef(path="absent.png"))) == ([], [])
     assert texts_and_sizes({"image": "absent.png"}) == ([], [])
@@ -74,7 +74,7 @@ def test_batches_hold_every_row_once_within_the_budget(costs: list[int], budget:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=9), st.integers(0, 20))
-def test_batches_are_cut_where_their_pictures_are_too_large(batches: list[list[int]], most: int):
+def test_batches_are_cut_where_their_images_are_too_large(batches: list[list[int]], most: int):
     pixels = [count for batch in batches for count in batch]
     starts = np.cumsum([0, *map(len, batches)])
     rows = [np.arange(start, end) for start, end in zip(starts, starts[1:])]

@@ -17,15 +17,15 @@ from unime_st.data.manifest import StageConflictError
 from unime_st.encoding import encode_items, encode_to_shards, engine
 
 
-def picture(seed: int, size: tuple[int, int] = (30, 40)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (30, 40)) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 def mixed() -> list[Item]:
     texts = ["a", "a longer text " * 5, "readme.png", "été ☃"]
-    images = [picture(0), picture(1, (200, 90)), Image.new("RGB", (1, 1)), Image.new("RGB", (3000, 10))]
-    return [*map(Item, texts), *(Item(image=image) for image in images), Item("both", picture(2)), Item("a")]
+    images = [make_image(0), make_image(1, (200, 90)), Image.new("RGB", (1, 1)), Image.new("RGB", (3000, 10))]
+    return [*map(Item, texts), *(Item(image=image) for image in images), Item("both", make_image(2)), Item("a")]
 
 
 def test_vectors_equal_one_by_one_encoding_in_order():
@@ -49,7 +49,7 @@ def rows_embedded(model: SentenceTransformer, items: Iterable[Item], **options: 
 
 
 def test_equal_items_are_encoded_once(monkeypatch: pytest.MonkeyPatch):
-    items = [Item("a"), Item("b"), Item("a"), Item(image=picture(0)), Item(image=picture(0))]
+    items = [Item("a"), Item("b"), Item("a"), Item(image=make_image(0)), Item(image=make_image(0))]
     model = tiny_embedder()
     count, vectors = rows_embedded(model, items)
     assert count == 3
@@ -82,7 +82,7 @@ def test_stream_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wind
 def test_a_killed_stream_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int):
     """Also where a later item repeats an earlier one, and where an earlier one has no vector."""
     monkeypatch.setattr(engine, "WINDOW", 2)
-    model, items = tiny_embedder(), [Item(image=b"no picture"), *mixed()] * 2
+    model, items = tiny_embedder(), [Item(image=b"no image"), *mixed()] * 2
     expected, readable = encode_items(model, items, on_error="skip")
 
     def killed(after: int) -> Iterator[Item]:
@@ -140,20 +140,20 @@ def test_half_precision(tmp_path: Path):
 
 def test_shards_name_what_has_no_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine, "WINDOW", 2)
-    bad = Item(image=b"no picture")
+    bad = Item(image=b"no image")
     items = [bad, bad, Item("a"), bad, Item("b"), Item("a")]
     with pytest.raises(BadImageError, match="item 0: "):
         encode_to_shards(tiny_embedder(), items, tmp_path / "vectors")
     shards = encode_to_shards(tiny_embedder(), items, tmp_path / "vectors", on_error="skip")
     assert np.isnan(shards[:]).all(axis=1).tolist() == [True, True, False, True, False, False]
     rejected = [json.loads(line) for line in (tmp_path / "vectors" / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["row"] for entry in rejected] == [0, 1, 3] and "no picture" not in rejected[0]["reason"]
+    assert [entry["row"] for entry in rejected] == [0, 1, 3] and "no image" not in rejected[0]["reason"]
     assert "not an image" in rejected[0]["reason"]
     np.testing.assert_array_equal(shards[2], shards[5])
 
 
 def test_bad_image_is_named_or_skipped(tmp_path: Path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     items = [Item("a"), Item(image=tmp_path / "bad.png"), Item(image=tmp_path / "absent.png"), Item("b")]
     with pytest.raises(BadImageError, match="item 1: .*bad.png"):
         encode_items(tiny_embedder(), items[:2])

@@ -21,15 +21,28 @@ FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-
 FAMILIES += ["unime-v1-phi3.5"]
 
 
-def picture(seed: int, width: int = 90, height: int = 60) -> Image.Image:
+def make_image(seed: int, width: int = 90, height: int = 60) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def inputs() -> list[Any]:
-    chat = [{"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "what"}]}]
+    chat = [{"role": "user", "content": [{"type": "image", "image": make_image(0)}, {"type": "text", "text": "what"}]}]
     some: list[Any] = [f"text {number} " + "word " * (number % 7) for number in range(70)]
-    some += [picture(0), picture(1, 40, 150), {"image": picture(2), "text": "both"}, {"text": "a"}, " padded\n", chat]
-    return [*some, {"image": [picture(3), picture(4, 60, 90)], "text": "two"}, some[0], picture(0), {"text": "a"}]
+    some += [
+        make_image(0),
+        make_image(1, 40, 150),
+        {"image": make_image(2), "text": "both"},
+        {"text": "a"},
+        " padded\n",
+        chat,
+    ]
+    return [
+        *some,
+        {"image": [make_image(3), make_image(4, 60, 90)], "text": "two"},
+        some[0],
+        make_image(0),
+        {"text": "a"},
+    ]
 
 
 def one_by_one(model: SentenceTransformer, rows: list[Any], **options: Any) -> np.ndarray:
@@ -123,7 +136,7 @@ def test_prompts_by_name_queries_and_documents(embedder: Get):
 
 def test_items_and_pool_of_processes(embedder: Get):
     model = embedder("unime-v2")
-    rows = [*inputs()[66:72], Item("an item"), Item("an item"), Item("both", picture(5))]
+    rows = [*inputs()[66:72], Item("an item"), Item("an item"), Item("both", make_image(5))]
     expected = model.encode(rows)
     np.testing.assert_array_equal(expected[6], expected[7])
     np.testing.assert_allclose(model.encode(rows, device=["cpu"], chunk_size=3), expected, atol=2e-5)
@@ -132,7 +145,7 @@ def test_items_and_pool_of_processes(embedder: Get):
 def test_threads_do_not_disturb_each_other(embedder: Get):
     """A fast tokenizer keeps padding and truncation in itself."""
     model = embedder("unime-v2-2b")
-    rows = [{"image": picture(number), "text": "word " * (number % 11)} for number in range(24)]
+    rows = [{"image": make_image(number), "text": "word " * (number % 11)} for number in range(24)]
     before = torch.get_num_threads()
     expected = one_by_one(model, rows)
     for _ in range(2):

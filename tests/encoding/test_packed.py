@@ -23,14 +23,14 @@ FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-
 FAMILIES += ["unime-v1-phi3.5"]
 
 
-def picture(seed: int, width: int = 90, height: int = 60) -> Image.Image:
+def make_image(seed: int, width: int = 90, height: int = 60) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def rows() -> list[Any]:
     some: list[Any] = [f"text {number} " + "word " * number for number in range(9)]
-    some += [picture(0), picture(1, 40, 150), {"image": picture(2), "text": "both"}, {"text": "a"}]
-    return [*some, {"image": [picture(3), picture(4, 60, 90)], "text": "two"}]
+    some += [make_image(0), make_image(1, 40, 150), {"image": make_image(2), "text": "both"}, {"text": "a"}]
+    return [*some, {"image": [make_image(3), make_image(4, 60, 90)], "text": "two"}]
 
 
 def one_by_one(model: SentenceTransformer) -> np.ndarray:

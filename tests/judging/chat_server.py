@@ -19,7 +19,7 @@ import torch
 
 from unime_st.data import Item
 from unime_st.judging import LocalJudge
-from unime_st.judging.prompts import conversation
+from unime_st.scoring.prompts import conversation
 
 torch.set_num_threads(1)
 
@@ -34,8 +34,8 @@ class Model:
 
     @torch.inference_mode()
     def answer(self, content: list[dict[str, Any]], top: int) -> dict[str, Any]:
-        places = [place for place, part in enumerate(content) if part.get("text") in ("Query:", "Candidate:")]
-        query, candidate = (_item(content[places[0] + 1 : places[1]]), _item(content[places[1] + 1 :]))
+        indices = [index for index, part in enumerate(content) if part.get("text") in ("Query:", "Candidate:")]
+        query, candidate = (_item(content[indices[0] + 1 : indices[1]]), _item(content[indices[1] + 1 :]))
         with self.lock:
             options = {"chat_template": {"chat_template": self.template}}
             features = self.transformer.preprocess([conversation(query, [candidate])], processing_kwargs=options)

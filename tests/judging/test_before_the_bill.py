@@ -15,7 +15,7 @@ from unime_st.data import Item, RecordSet, StageConflictError
 from unime_st.data.scenes import training_records
 from unime_st.judging import CascadeJudge, Group, LocalJudge, PairError
 from unime_st.judging.calibration import calibrate, report
-from unime_st.judging.cost import estimate_cost
+from unime_st.judging.estimate import estimate_cost
 from unime_st.judging.stage import Scores, judge_part, judge_pools
 from unime_st.model import UniME
 from unime_st.retrieval import Pools, mine

@@ -73,7 +73,7 @@ def test_scores_equal_those_of_the_model_itself_and_faults_are_survived(start: S
 
 
 def test_a_run_survives_a_killed_server_and_a_bad_one(start: Start, tmp_path: Path):
-    pairs = [PairRecord(Item(f"find number {n}"), Item(f"a picture of number {n}"), "plain") for n in range(12)]
+    pairs = [PairRecord(Item(f"find number {n}"), Item(f"an image of number {n}"), "plain") for n in range(12)]
     records = RecordSet.write(tmp_path / "records", pairs, {})
     pools = mine(records, tiny_embedder(), tmp_path / "pools", num_candidates=3, max_similarity=None)
 

@@ -16,8 +16,8 @@ from tiny_pairs import ITEMS
 
 from unime_st.data import BadImageError, Item
 from unime_st.judging import Group, Judge, LocalJudge, PairError, clean_text, load_template
-from unime_st.judging.loading import generative_modules
-from unime_st.judging.prompts import conversation
+from unime_st.scoring.loading import generative_modules
+from unime_st.scoring.prompts import conversation
 
 GROUPS = [Group(query, [item for item in ITEMS if item is not query]) for query in (ITEMS[0], ITEMS[3], ITEMS[6])]
 
@@ -54,8 +54,8 @@ def test_authors_log_odds(golden: Path | None, judge: LocalJudge):
             texts, images = ([pair[f"{side}_{kind}"] for side in ("qry", "cand")] for kind in ("text", "image"))
             if not texts[1] and not images[1]:
                 continue  # an item is never empty; the reranker's test has this pair
-            pictures = [golden_image(golden, image, squash) for image in images]
-            query, candidate = (Item(text, picture) for text, picture in zip(texts, pictures))
+            pil_images = [golden_image(golden, image, squash) for image in images]
+            query, candidate = (Item(text, pil_image) for text, pil_image in zip(texts, pil_images))
             groups.append(Group(query, [candidate]))
             expected.append(answer["yes_logit"] - answer["no_logit"])
         assert len(groups) == 33

@@ -14,8 +14,8 @@ from sentence_transformers.util import batch_to_device
 from tiny_pairs import ITEMS
 
 from unime_st.judging import Group, LocalJudge
-from unime_st.judging.loading import load_cross_encoder
-from unime_st.judging.prompts import conversation
+from unime_st.scoring.loading import load_cross_encoder
+from unime_st.scoring.prompts import conversation
 
 GROUPS = [Group(ITEMS[query], [item for item in ITEMS if item is not ITEMS[query]]) for query in (0, 3, 6)]
 GROUPS.append(Group(ITEMS[1], ITEMS[4:5]))

@@ -20,7 +20,7 @@ from unime_st.judging import (
     index_token_ids,
     load_template,
 )
-from unime_st.judging.prompts import conversation
+from unime_st.scoring.prompts import conversation
 
 QUERY = Item("<|image_1|>\nWhich is it?\n", tiny.png(0))
 DOCUMENTS = [Item("a red square"), Item(image=tiny.png(1)), Item("<|image_1|> that <image>one", tiny.png(2))]
@@ -140,8 +140,8 @@ def test_a_template_in_a_file(tmp_path: Path):
 
 def test_as_item():
     assert as_item("a") == as_item({"text": "a", "image": None}) == as_item(Item("a"))
-    assert as_item(tiny.picture(3)).modality == "image"
-    assert as_item({"text": "a", "image": tiny.picture(3)}).modality == "image+text"
+    assert as_item(tiny.image(3)).modality == "image"
+    assert as_item({"text": "a", "image": tiny.image(3)}).modality == "image+text"
     for wrong in (3, {"txt": "a"}, None):
         with pytest.raises(TypeError, match="expected an Item"):
             as_item(wrong)  # type: ignore[arg-type]

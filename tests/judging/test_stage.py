@@ -16,20 +16,20 @@ from tqdm import tqdm
 from word_judge import WordJudge
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
+from unime_st.data.logits import CERTAIN_LOGIT, to_scores
 from unime_st.data.manifest import begin_stage, read_manifest
-from unime_st.data.scores import CERTAIN_LOGIT, to_scores
 from unime_st.judging import Group, Judge, LocalJudge, PairError
+from unime_st.judging.score_store import ScoreShards
+from unime_st.judging.select import select_negatives
 from unime_st.judging.stage import Scores, judge_pools, select_rows
-from unime_st.judging.store import ScoreShards
 from unime_st.retrieval import Pools, mine
-from unime_st.selection import select_negatives
 
 COLOURS, SHAPES = ("red", "blue", "green"), ("square", "circle", "star")
 
 
 def pairs() -> list[PairRecord]:
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    made = [PairRecord(Item(f"find a {name}"), Item(f"a picture of a {name}"), "plain") for name in names]
+    made = [PairRecord(Item(f"find a {name}"), Item(f"an image of a {name}"), "plain") for name in names]
     # One query with several right answers, whose rows share their candidates.
     return made + [PairRecord(Item("find a square"), made[index].positive, "many") for index in (0, 3, 6)]
 
@@ -150,7 +150,7 @@ def test_corrupt_images_are_set_aside_and_the_rest_is_judged(tmp_path: Path):
     for index in range(5):
         pixels = np.random.default_rng(index).integers(0, 255, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-        records.append(PairRecord(Item(f"find {index}"), Item(f"picture {index}", tmp_path / f"{index}.png")))
+        records.append(PairRecord(Item(f"find {index}"), Item(f"image {index}", tmp_path / f"{index}.png")))
     stored = RecordSet.write(tmp_path / "records", records, {}, image_root=tmp_path)
     pools = mine(stored, tiny_embedder(), tmp_path / "pools", max_similarity=None)
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
@@ -205,11 +205,11 @@ def scored(folder: Path, rows: list[tuple[float, list[float]]]) -> Scores:
         query = Item(f"query {number}")
         records.append(PairRecord(query, Item(f"answer {number}"), f"{number}"))
         records += [
-            PairRecord(Item(f"other {number} {place}"), Item(f"candidate {number} {place}"), f"{number}")
-            for place in range(len(logits))
+            PairRecord(Item(f"other {number} {index}"), Item(f"candidate {number} {index}"), f"{number}")
+            for index in range(len(logits))
         ]
         table[query.text] = {f"answer {number}": positive}
-        table[query.text] |= {f"candidate {number} {place}": logit for place, logit in enumerate(logits)}
+        table[query.text] |= {f"candidate {number} {index}": logit for index, logit in enumerate(logits)}
     pools = mine(
         RecordSet.write(folder / "records", records, {}),
         tiny_embedder(),
@@ -231,8 +231,8 @@ def test_selection_follows_the_rule(tmp_path: Path):
             pool, positive, num_negatives=8, relax_low_positive=True, generator=np.random.default_rng(0)
         )
         if (pool <= positive - 0.01).any():
-            assert list(record.negatives) == [judged.candidates[place] for place in chosen]
-            assert record.negative_logits == tuple(judged.logits[place] for place in chosen)
+            assert list(record.negatives) == [judged.candidates[index] for index in chosen]
+            assert record.negative_logits == tuple(judged.logits[index] for index in chosen)
         assert record.positive_logit == judged.positive_logit and record.dataset == judged.dataset
 
 
@@ -307,9 +307,9 @@ def test_shards_are_plain_parquet(pools: Pools, tmp_path: Path):
 
 def test_a_real_judge(judge: LocalJudge, tmp_path: Path):
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)) for _ in range(3)]
-    records = [PairRecord(Item(f"find {index}"), Item(image=picture)) for index, picture in enumerate(pictures)]
-    records.append(PairRecord(Item("like it", pictures[0]), Item(image=pictures[1])))
+    images = [Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)) for _ in range(3)]
+    records = [PairRecord(Item(f"find {index}"), Item(image=image)) for index, image in enumerate(images)]
+    records.append(PairRecord(Item("like it", images[0]), Item(image=images[1])))
     stored = RecordSet.write(tmp_path / "records", records, {})
     pools = mine(stored, tiny_embedder(), tmp_path / "pools", max_similarity=None)
     scores = judge_pools(pools, judge, tmp_path / "scores", shard_size=2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unime_st.data import RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.judging.store import Scores
+from unime_st.judging.score_store import Scores
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train_scripts"
 ROWS, CANDIDATES = 400, 25

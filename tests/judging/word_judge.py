@@ -25,14 +25,14 @@ class WordJudge:
         answers = []
         for row, group in enumerate(groups):
             logits = np.full(len(group.candidates), np.nan, dtype=np.float32)
-            for place, candidate in enumerate(group.candidates):
+            for index, candidate in enumerate(group.candidates):
                 self.seen.append((group.query.id, candidate.id))
                 try:
-                    logits[place] = self._logit(group.query, candidate)
+                    logits[index] = self._logit(group.query, candidate)
                 except BadImageError as error:
                     if errors is None:
                         raise
-                    errors.append(PairError(row, place, str(error)))
+                    errors.append(PairError(row, index, str(error)))
             answers.append(logits)
         return answers
 

@@ -1,4 +1,4 @@
-"""Tiny random models of real classes with real processors, which take texts, pictures and both."""
+"""Tiny random models of real classes with real processors, which take texts, images and both."""
 
 from __future__ import annotations
 

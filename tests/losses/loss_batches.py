@@ -1,4 +1,4 @@
-"""Small batches of texts, pictures and both for the three embedding losses; imported by spawned processes, too."""
+"""Small batches of texts, images and both for the three embedding losses; imported by spawned processes, too."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def text(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))
 
 
-def picture(rng: random.Random) -> Image.Image:
+def make_image(rng: random.Random) -> Image.Image:
     size = (rng.choice([28, 56]), rng.choice([28, 56]))
     return Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
 
 
 def column(kind: str, num_rows: int, seed: int) -> list[Any]:
-    """Inputs of one column; "mixed" alternates texts, pictures and image+text."""
+    """Inputs of one column; "mixed" alternates texts, images and image+text."""
     rng = random.Random(seed)
     makers = {
         "text": [text],
-        "image": [picture],
-        "mixed": [text, lambda r: {"image": picture(r), "text": text(r)}, picture],
+        "image": [make_image],
+        "mixed": [text, lambda r: {"image": make_image(r), "text": text(r)}, make_image],
     }[kind]
     return [makers[row % len(makers)](rng) for row in range(num_rows)]
 

@@ -19,13 +19,13 @@ SHADES = ["red", "blue", "green", "big", "small", "left", "right", "triangle"]
 
 
 def rows(count: int, negatives: int = 3) -> list[list[Any]]:
-    """Columns query, positive, negative_1, ...: texts, pictures and both."""
-    columns: list[list[Any]] = [[f"a {SHADES[row % 8]} picture" for row in range(count)]]
-    columns.append([{"image": tiny.picture(row % 5), "text": None} for row in range(count)])
-    for place in range(negatives):
+    """Columns query, positive, negative_1, ...: texts, images and both."""
+    columns: list[list[Any]] = [[f"a {SHADES[row % 8]} image" for row in range(count)]]
+    columns.append([{"image": tiny.make_image(row % 5), "text": None} for row in range(count)])
+    for index in range(negatives):
         columns.append(
             [
-                f"the {SHADES[(row + place) % 8]} one" if row % 2 else {"text": "b", "image": tiny.picture(place)}
+                f"the {SHADES[(row + index) % 8]} one" if row % 2 else {"text": "b", "image": tiny.make_image(index)}
                 for row in range(count)
             ]
         )

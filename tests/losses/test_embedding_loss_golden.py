@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 
-SUBSET = Path(__file__).resolve().parents[1] / "data" / "golden"
+SUBSET = Path(__file__).resolve().parents[1] / "golden"
 
 
 def golden_losses(golden: Path | None, name: str) -> tuple[dict, dict[str, np.ndarray]]:

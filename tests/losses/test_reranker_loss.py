@@ -46,19 +46,19 @@ def test_value_and_gradient_equal_the_formula(model: UniMEReranker, weights: tup
     logits = [scale * draw.normal(size=(6, len(model.tokenizer))) for _ in range(3)]
     indices = draw.choice([model.tokenizer.encode(digit)[0] for digit in "1234"], 6)
     answers = [np.full(6, loss.yes_id), np.full(6, loss.no_id), indices]
-    used = [place for place in range(3) if weights[place // 2]]
+    used = [index for index in range(3) if weights[index // 2]]
     for with_backward in (False, True):
-        reps = [[*torch.from_numpy(logits[place].copy()).split(4)] for place in used]
+        reps = [[*torch.from_numpy(logits[index].copy()).split(4)] for index in used]
         reps = [[part.requires_grad_() for part in column] for column in reps]
         value = loss.calculate_loss(reps, torch.from_numpy(indices), with_backward=with_backward)
         if not with_backward:
             value.backward()
-        expected = [reference(logits[place], answers[place]) for place in used]
-        total = sum(weights[place // 2] * part for place, (part, _) in zip(used, expected))
+        expected = [reference(logits[index], answers[index]) for index in used]
+        total = sum(weights[index // 2] * part for index, (part, _) in zip(used, expected))
         assert value.item() == pytest.approx(total, rel=1e-6)
-        for place, column, (_, gradient) in zip(used, reps, expected):
+        for index, column, (_, gradient) in zip(used, reps, expected):
             found = torch.cat([part.grad for part in column]).numpy()
-            assert np.allclose(found, weights[place // 2] * gradient, rtol=1e-6, atol=1e-12)
+            assert np.allclose(found, weights[index // 2] * gradient, rtol=1e-6, atol=1e-12)
 
 
 def by_hand(model: CrossEncoder, columns: list[list[Any]], hardest: list[int], slots: list[int]) -> dict[str, float]:
@@ -74,14 +74,14 @@ def by_hand(model: CrossEncoder, columns: list[list[Any]], hardest: list[int], s
 
     totals = {"pair": 0.0, "list": 0.0}
     for row, (query, positive, *negatives) in enumerate(zip(*columns)):
-        (asked, picture), count = side(query), len(columns[0])
+        (asked, pil_image), count = side(query), len(columns[0])
         for candidate, answer in ((positive, "Yes"), (negatives[hardest[row]], "No")):
             text, image = side(candidate)
-            totals["pair"] += cross_entropy(tiny.PAIR.format(asked, text), [picture, image], answer) / count
+            totals["pair"] += cross_entropy(tiny.PAIR.format(asked, text), [pil_image, image], answer) / count
         listed = [*negatives[: slots[row]], positive, *negatives[slots[row] :]]
         parts = [side(candidate) for candidate in listed]
-        candidates = "".join(f"({place}) {text}" for place, (text, _) in enumerate(parts, start=1))
-        images = [picture, *(image for _, image in parts)]
+        candidates = "".join(f"({index}) {text}" for index, (text, _) in enumerate(parts, start=1))
+        images = [pil_image, *(image for _, image in parts)]
         answer = str(slots[row] + 1)
         totals["list"] += cross_entropy(tiny.LIST.format(asked, candidates), images, answer) / count
     return totals
@@ -142,7 +142,7 @@ def trained_lists(loss: RerankerLoss, batches: int, rows: int, count: int) -> li
 
     loss._logits = logits  # type: ignore[method-assign]
     for _ in range(batches):
-        loss([["query"] * rows, *([str(place)] * rows for place in range(count))])
+        loss([["query"] * rows, *([str(index)] * rows for index in range(count))])
     return seen
 
 
@@ -168,7 +168,7 @@ def test_the_place_of_the_positive_in_training_rows_is_uniform(model: UniMEReran
         pairs = torch.bincount(6 * slots[:-1] + slots[1:], minlength=36).double()
         assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() < 66.6  # 35 degrees
     else:
-        members = torch.bincount(torch.tensor([int(place) for listed in lists for place in listed]), minlength=6)
+        members = torch.bincount(torch.tensor([int(index) for listed in lists for index in listed]), minlength=6)
         assert members[1:].max() < 1.1 * members[1:].min()
 
 
@@ -187,19 +187,19 @@ def test_places_follow_torchs_generator(model: UniMEReranker):
 def test_ten_candidates_through_their_digits(model: UniMEReranker):
     """-log P(1) is -log P(1) - log P( ")" | 1) where 10 begins alike; against prompts by hand."""
     documents = ["red", "blue", "green", "big", "small", "left", "right", "triangle", "square", "circle"]
-    columns = [["a picture"] * 12, *([document] * 12 for document in documents)]
+    columns = [["an image"] * 12, *([document] * 12 for document in documents)]
     plain = RerankerLoss(model, pairwise_weight=0)
     torch.manual_seed(1)
-    places = plain._draw_lists(12, 10)
+    indices = plain._draw_lists(12, 10)
     expected = 0.0
-    for listed in places:
-        prompt = tiny.LIST.format("a picture", "".join(f"({n}) {documents[p]}" for n, p in enumerate(listed, start=1)))
+    for listed in indices:
+        prompt = tiny.LIST.format("an image", "".join(f"({n}) {documents[p]}" for n, p in enumerate(listed, start=1)))
         slot = listed.index(0) + 1
         for piece in {1: ["1", ")"], 10: ["1", "0"]}.get(slot, [str(slot)]):
             logits = tiny.answer_logits(model, prompt, []).double().log_softmax(-1)
             expected -= float(logits[model.tokenizer.encode(piece)[0]]) / 12
             prompt += piece
-    assert {1, 10} & {listed.index(0) + 1 for listed in places}
+    assert {1, 10} & {listed.index(0) + 1 for listed in indices}
     for size in (None, 5):
         torch.manual_seed(1)
         parts = RerankerLoss(model, pairwise_weight=0, mini_batch_size=size)(columns)
@@ -212,13 +212,13 @@ def test_soft_targets_equal_the_formula(model: UniMEReranker, mini_batch_size: i
     columns, labels = worker.rows(4), worker.scores(4)
     loss = RerankerLoss(model, pairwise_weight=0, target_temperature=0.2, mini_batch_size=mini_batch_size)
     torch.manual_seed(5)
-    places = loss._draw_lists(4, 4)
+    indices = loss._draw_lists(4, 4)
     torch.manual_seed(5)
     found = loss(columns, labels)["list"].item()
     digits = [model.tokenizer.encode(digit)[0] for digit in "1234"]
     expected = 0.0
-    for row, listed in enumerate(places):
-        features = model.preprocess_lists([columns[0][row]], [[columns[1 + place][row] for place in listed]])
+    for row, listed in enumerate(indices):
+        features = model.preprocess_lists([columns[0][row]], [[columns[1 + index][row] for index in listed]])
         with torch.inference_mode():
             logits = model(features)["causal_logits"][0, -1].double().log_softmax(-1)[digits]
         target = (labels[row, listed].double() / 0.2).softmax(0)
@@ -240,7 +240,7 @@ def test_stock_trainer_with_lora_learns(reranker_folder: str, mini_batch_size: i
         )
     )
     shades = worker.SHADES
-    others = [[shades[(row + place) % 8] for row in range(8)] for place in (1, 2)]
+    others = [[shades[(row + index) % 8] for row in range(8)] for index in (1, 2)]
     data = {"query": [f"a {shade}" for shade in shades], "positive": shades}
     data |= {"negative_1": others[0], "negative_2": others[1], "label": [[0.9, 0.1, 0.4]] * 8}
     args = CrossEncoderTrainingArguments(

@@ -68,7 +68,7 @@ def test_images_are_decoded_for_their_mini_batch_only(model: UniMEReranker, monk
     monkeypatch.setattr(Item, "to_input", lambda self: opened.append(1) or original(self))
     per_forward = []
     hook = model[0].register_forward_pre_hook(lambda *_: per_forward.append(len(opened)) or opened.clear())
-    columns = [[Item(image=tiny.png(4 * place + row)) for row in range(4)] for place in range(4)]
+    columns = [[Item(image=tiny.png(4 * index + row)) for row in range(4)] for index in range(4)]
     RerankerLoss(model, mini_batch_size=1)(columns)
     hook.remove()
     assert max(per_forward) == 4  # a query and three candidates, of 4 rows

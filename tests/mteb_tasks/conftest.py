@@ -8,7 +8,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from tiny_embedder import write_tiny_embedder
 
-KEPT = Path(__file__).parents[1] / "data" / "golden"
+KEPT = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a native SentenceTransformer with random weights that takes texts, pictures and both."""
+    """Folder of a native SentenceTransformer with random weights that takes texts, images and both."""
     return write_tiny_embedder(tmp_path_factory.mktemp("embedder"), sides=(56, 56))
 
 
@@ -49,8 +49,8 @@ def released(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Senten
 @pytest.fixture
 def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two small subsets of MMEB, OVEN and CIRR, in `$MMEB_EVAL_DIR`."""
+    from benchmarks.synthetic_mmeb import write_synthetic_mmeb
     from mteb_tasks.mmeb.subsets import subset_named
-    from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 
     write_synthetic_mmeb(tmp_path, subsets=[subset_named("OVEN"), subset_named("CIRR")], queries=3, candidates=3)
     monkeypatch.setenv("MMEB_EVAL_DIR", str(tmp_path))

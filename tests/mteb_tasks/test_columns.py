@@ -9,13 +9,13 @@ from mteb_tasks.ranking import rank_candidates, tie_order
 from unime_st.data.items import Item
 
 
-def _picture(color: str) -> Image.Image:
+def _image(color: str) -> Image.Image:
     return Image.new("RGB", (9, 7), color)
 
 
 def test_items_survive_the_table_byte_for_byte(tmp_path):
     path = tmp_path / "red.png"
-    _picture("red").save(path)
+    _image("red").save(path)
     items = {
         "text": Item(text="<|image_1|>\nkeep the newline\n"),
         "bytes": Item(image=path.read_bytes()),
@@ -26,7 +26,7 @@ def test_items_survive_the_table_byte_for_byte(tmp_path):
     assert [item.id for item in found] == [item.id for item in items.values()]
     assert found[0].text == "<|image_1|>\nkeep the newline\n"
     assert "text" not in table.column_names  # the category gives this side no text for foreign models
-    assert table[1]["image"].size == (9, 7)  # but mteb decodes pictures for them
+    assert table[1]["image"].size == (9, 7)  # but mteb decodes images for them
 
 
 def test_category_modalities_follow_mteb():

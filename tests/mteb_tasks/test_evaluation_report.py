@@ -15,7 +15,7 @@ from mteb_tasks import wrap
 from mteb_tasks.mmeb.subsets import SUBSETS
 from mteb_tasks.mmeb.tasks import MMEB, mmeb_tasks
 from mteb_tasks.report import write_report
-from mteb_tasks.report.reading import read_results
+from mteb_tasks.report.result_reader import read_results
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 from unime_st.cli import main
 
@@ -48,15 +48,15 @@ def data(official, monkeypatch):
 
 
 class _Page(html.parser.HTMLParser):
-    """Text and pictures of a page; fails on anything that is loaded from elsewhere."""
+    """Text and images of a page; fails on anything that is loaded from elsewhere."""
 
     def __init__(self, source):
         super().__init__()
-        self.text, self.pictures, self.bars = "", 0, 0
+        self.text, self.images, self.bars = "", 0, 0
         self.feed(source)
 
     def handle_starttag(self, tag, attributes):
-        self.pictures += tag == "img"
+        self.images += tag == "img"
         self.bars += tag == "rect"
         for name, value in attributes:
             if name in ("src", "href"):
@@ -87,7 +87,7 @@ def test_the_command_writes_page_markdown_and_table(run, data, tmp_path, capsys)
     page = _Page((tmp_path / "report.html").read_text())
     for expected in ("MMEB-RefCOCO: ", "wrong", "Right answer", "tiny-random", "MMEB (4 of 36) overall"):
         assert expected in page.text
-    assert page.pictures > 4 and page.bars > 4
+    assert page.images > 4 and page.bars > 4
     assert "| **MMEB (4 of 36) overall** |" in (tmp_path / "report.md").read_text()
 
 
@@ -190,7 +190,7 @@ def test_data_that_changed_since_are_not_shown_as_the_model_s_mistakes(run, tmp_
     monkeypatch.delenv("UNIME_EVAL_DIR", raising=False)
     page = _Page(write_report([run], tmp_path).read_text())
     assert "MMEB-OK-VQA: the data cannot be read (the predictions were made on other data" in page.text
-    assert page.pictures == 0
+    assert page.images == 0
 
 
 def test_faulty_folders_are_named(tmp_path, capsys):

@@ -14,13 +14,13 @@ from mmeb_rows import rewrite
 from noisy_encoder import Noisy
 from PIL import Image
 
+from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import evaluate, wrap
-from mteb_tasks.mmeb import fingerprint as fingerprints
-from mteb_tasks.mmeb.fingerprint import fingerprint
+from mteb_tasks.mmeb import content_digest as fingerprints
+from mteb_tasks.mmeb.content_digest import fingerprint
 from mteb_tasks.mmeb.location import MMEBDataError
-from mteb_tasks.mmeb.reading import read_subset
+from mteb_tasks.mmeb.subset_reader import read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
-from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, mean_scores, mmeb_tasks
 
 
@@ -179,12 +179,12 @@ def test_changed_data_are_never_scored_from_an_old_result(one, tiny, monkeypatch
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_picture_of_the_same_size_in_bytes_is_other_data(tmp_path, monkeypatch, zipped):
+def test_a_image_of_the_same_size_in_bytes_is_other_data(tmp_path, monkeypatch, zipped):
     root = write_synthetic_mmeb(
         tmp_path, subsets=[subset_named("CIRR"), subset_named("OVEN")], queries=2, candidates=2
     )
-    picture = root / "images" / "Shared" / "deep" / "a.bmp"
-    picture.parent.mkdir(parents=True)
+    image = root / "images" / "Shared" / "deep" / "a.bmp"
+    image.parent.mkdir(parents=True)
     rewrite(root, lambda rows: rows[0].update(qry_img_path="Shared/deep/a.bmp"), name="CIRR")
 
     def found():
@@ -198,14 +198,14 @@ def test_a_picture_of_the_same_size_in_bytes_is_other_data(tmp_path, monkeypatch
                 (root / "aside").rename(root / "images")
 
     def paint(color):
-        Image.new("RGB", (8, 8), color).save(picture)
+        Image.new("RGB", (8, 8), color).save(image)
 
     paint("red")
     first = found()
     assert found() == first
-    before = picture.stat()
+    before = image.stat()
     paint("blue")
-    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))  # as tools that copy do
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))  # as tools that copy do
     second = found()
     assert second[0] != first[0] and second[1] == first[1]
     monkeypatch.setattr(fingerprints, "_hash", lambda file: pytest.fail(f"{file} was read again"))
@@ -246,7 +246,7 @@ def _loader_of(table):
     return DataLoader(table, batch_size=4)
 
 
-def test_pictures_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):
+def test_images_in_an_archive_are_unpacked_once(tmp_path, monkeypatch):
     root = write_synthetic_mmeb(tmp_path, subsets=[subset_named("CIRR")], queries=2, candidates=2, documents=3)
     shutil.make_archive(str(root / "images"), "zip", root / "images")
     shutil.rmtree(root / "images")

@@ -10,10 +10,10 @@ from mmeb_rows import rewrite
 from noisy_encoder import Noisy
 from PIL import Image
 
+from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import evaluate
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subsets import subset_named
-from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, Together, mmeb_tasks
 from unime_st.data.images import BadImageError
 
@@ -29,11 +29,11 @@ from unime_st.data.images import BadImageError
         (lambda rows: rows[0].update(tgt_text=["x"] * 1001, tgt_img_path=["y"] * 1001), "row 0 has 1001 candidates"),
         (
             lambda rows: rows[0].update(qry_img_path="OVEN/gone.png"),
-            "row 0: picture OVEN/gone.png of the query is missing",
+            "row 0: image OVEN/gone.png of the query is missing",
         ),
         (
             lambda rows: rows[2]["tgt_img_path"].__setitem__(1, "OVEN/gone.png"),
-            "row 2: picture OVEN/gone.png of the candidate is missing",
+            "row 2: image OVEN/gone.png of the candidate is missing",
         ),
         (lambda rows: rows[0].update(qry_img_path="../OVEN/q0.png"), "is missing"),
     ],
@@ -47,9 +47,9 @@ def test_a_faulty_row_is_named_before_anything_is_encoded(one, change, message):
 
 
 def _dangling(file):
-    picture = file.parents[1] / "images" / "OVEN" / "q0.png"
-    picture.unlink()
-    picture.symlink_to("nowhere.png")
+    image = file.parents[1] / "images" / "OVEN" / "q0.png"
+    image.unlink()
+    image.symlink_to("nowhere.png")
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -103,8 +103,8 @@ def _second_shard_at_fault(file):
         (_second_shard_at_fault, "test-00001-of-00002.parquet: row 0: the query text 'other words'"),
         (lambda file: file.write_bytes(b""), "test-00000-of-00001.parquet cannot be read"),
         (lambda file: (file.unlink(), file.mkdir()), "subset OVEN is missing"),
-        (_dangling, "picture OVEN/q0.png of the query is broken"),
-        (_bomb, "picture OVEN/q0.png of the query is broken: .* 10000 x 10000 is more than"),
+        (_dangling, "image OVEN/q0.png of the query is broken"),
+        (_bomb, "image OVEN/q0.png of the query is broken: .* 10000 x 10000 is more than"),
     ],
 )
 def test_strange_files_are_named(one, change, message):
@@ -118,13 +118,13 @@ def test_a_second_run_in_the_same_process_checks_all_again(one, monkeypatch):
     mteb.evaluate(Noisy(), MMEB(), cache=None)
     (one / "images" / "OVEN" / "q0.png").unlink()  # CIRR, which comes first, is as it was
     monkeypatch.setattr(Noisy, "encode", lambda *args, **kwargs: pytest.fail("encoded before all was checked"))
-    with pytest.raises(MMEBDataError, match="picture OVEN/q0.png of the query is missing"):
+    with pytest.raises(MMEBDataError, match="image OVEN/q0.png of the query is missing"):
         mteb.evaluate(Noisy(), MMEB(), cache=None)
 
 
 def test_truncated_files_are_found(one):
-    picture = one / "images" / "OVEN" / "q0.png"
-    picture.write_bytes(picture.read_bytes()[:-60])
+    image = one / "images" / "OVEN" / "q0.png"
+    image.write_bytes(image.read_bytes()[:-60])
     table = one / "CIRR" / "test-00000-of-00001.parquet"
     table.write_bytes(table.read_bytes()[:-20])
     tasks = [task for task in mmeb_tasks() if task.subset.name in ("OVEN", "CIRR")]
@@ -136,21 +136,21 @@ def test_truncated_files_are_found(one):
     assert "q0.png" in str(caught.value) and "CIRR/test-00000-of-00001.parquet cannot be read" in str(caught.value)
 
 
-def _damage(picture):
-    content = bytearray(picture.read_bytes())
+def _damage(image):
+    content = bytearray(image.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
-    picture.write_bytes(content)
+    image.write_bytes(content)
 
 
-def test_damage_in_the_middle_of_a_picture_is_found_before_and_named_after_the_start(one, tiny):
-    picture = one / "images" / "CIRR" / "t1.png"
+def test_damage_in_the_middle_of_a_image_is_found_before_and_named_after_the_start(one, tiny):
+    image = one / "images" / "CIRR" / "t1.png"
     task = next(task for task in mmeb_tasks() if task.subset.name == "CIRR")
     task.together = None
     task.load_data()
-    _damage(picture)
+    _damage(image)
     with pytest.raises(BadImageError, match=r"MMEB-CIRR, document \w+ of query q\d: .*t1.png: cannot be decoded"):
         evaluate(tiny, [task])
-    with pytest.raises(MMEBDataError, match=r"row \d: picture CIRR/t1.png of the candidate is broken") as caught:
+    with pytest.raises(MMEBDataError, match=r"row \d: image CIRR/t1.png of the candidate is broken") as caught:
         next(task for task in MMEB_TASKS if task.subset.name == "CIRR")().load_data()
     assert "MMEB_ALLOW_MISSING" not in str(caught.value)
 

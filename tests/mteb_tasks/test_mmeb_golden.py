@@ -14,7 +14,7 @@ from mteb_tasks.ranking import rank_candidates, tie_order
 
 
 def test_the_authors_scores_give_the_authors_hits():
-    rows = json.loads((Path(__file__).parents[1] / "data" / "mmeb_official_rows.json").read_text())
+    rows = json.loads((Path(__file__).parents[1] / "golden" / "mmeb_official_rows.json").read_text())
     for name, found in rows.items():
         for row in found:
             distinct = sorted(set(row["document"]))

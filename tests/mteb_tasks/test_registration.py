@@ -36,7 +36,7 @@ def test_a_name_that_mteb_has_stays_its_own(caplog):
     assert "already has a task named Banking77Classification" in caplog.text
 
 
-@pytest.mark.parametrize("module", ["mteb_tasks.records"])
+@pytest.mark.parametrize("module", ["mteb_tasks.records_task"])
 def test_whatever_is_imported_first_the_tasks_are_known(module):
     code = f"import {module}, mteb_tasks, mteb; mteb_tasks.register(); print(mteb.get_task('ScenesVQA').metadata.name)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

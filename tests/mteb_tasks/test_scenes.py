@@ -104,7 +104,7 @@ def test_compositional_scores_are_strict_comparisons_of_cosines(tiny, tmp_path):
     saved = json.loads((tmp_path / "ScenesCompositional_predictions.json").read_text())
     for category in task.hf_subsets:
         pairs = task.foils(category, "test")
-        picture, caption, foil = (
+        image, caption, foil = (
             tiny.encode(side)
             for side in (
                 [pair.image.to_input() for pair in pairs],
@@ -112,7 +112,7 @@ def test_compositional_scores_are_strict_comparisons_of_cosines(tiny, tmp_path):
                 [{"text": pair.foil} for pair in pairs],
             )
         )
-        right, wrong = (picture * caption).sum(axis=1), (picture * foil).sum(axis=1)
+        right, wrong = (image * caption).sum(axis=1), (image * foil).sum(axis=1)
         assert scores[category]["text_acc"] == pytest.approx((right > wrong).mean())
         kept = [row["caption"] for row in saved[category]["test"].values()]
         np.testing.assert_allclose(kept, right, atol=2e-5)

@@ -4,13 +4,13 @@ import numpy as np
 import psutil
 import pytest
 
+from mteb_tasks import embedding_store as store_module
 from mteb_tasks import loader
-from mteb_tasks import store as store_module
+from mteb_tasks.embedding_store import EmbeddingStore
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.models import cache_folder, folder_revision, metas
-from mteb_tasks.store import EmbeddingStore
 from unime_st.data.items import Item
-from unime_st.registry import PACKAGED
+from unime_st.paths import PACKAGED
 
 NAMES = [f"{number:032x}" for number in range(6)]
 
@@ -36,12 +36,12 @@ def test_vectors_come_back_in_the_order_asked(tmp_path, on_disk):
 
 def test_vectors_of_another_width_do_not_shift_the_others(tmp_path):
     store = EmbeddingStore(tmp_path)
-    for place, dim in enumerate((3, 5, 3)):
-        store.add([NAMES[place]], _vectors(1, dim) + place)
+    for index, dim in enumerate((3, 5, 3)):
+        store.add([NAMES[index]], _vectors(1, dim) + index)
     store.add([], _vectors(0))
     for found in (store, EmbeddingStore(tmp_path)):
         taken = [found.take([name]).tolist() for name in NAMES[:3]]
-        assert taken == [(_vectors(1, dim) + place).tolist() for place, dim in enumerate((3, 5, 3))]
+        assert taken == [(_vectors(1, dim) + index).tolist() for index, dim in enumerate((3, 5, 3))]
 
 
 def test_a_write_that_was_cut_off_is_not_read(tmp_path):

@@ -97,7 +97,7 @@ def test_a_real_reranker_reorders_all_ten(tiny, caplog, method, window):
     assert found["ScenesVQA"]["default"]["hit_rate_at_10"] == alone["hit_rate_at_10"]
     if window == 10:
         categories = len(found["ScenesCompositional"])
-        assert f"ScenesCompositional: {2 * 2 * categories} pairs of picture and text to judge: " in caplog.text
+        assert f"ScenesCompositional: {2 * 2 * categories} pairs of image and text to judge: " in caplog.text
         assert all(0 <= scores["text_acc"] <= 1 for scores in found["ScenesCompositional"].values())
 
 
@@ -124,7 +124,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("name", ["Flickr30k1kI2TRetrieval", "Flickr30k1kT2IRetrieval", "SugarCrepeByCategory"])
-def test_the_reranker_reads_the_embedder_s_prompt_beside_a_picture(released, official, tmp_path, monkeypatch, name):
+def test_the_reranker_reads_the_embedder_s_prompt_beside_a_image(released, official, tmp_path, monkeypatch, name):
     monkeypatch.setenv("UNIME_EVAL_DIR", str(official / "eval"))
     monkeypatch.setenv("UNIME_HOME", str(tmp_path))
     recorder = Recorder()

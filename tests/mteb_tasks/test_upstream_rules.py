@@ -10,16 +10,16 @@ import re
 
 import pytest
 
+from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks.mmeb.benchmark import make_benchmark
 from mteb_tasks.mmeb.subsets import subset_named
-from mteb_tasks.mmeb.synthetic import write_synthetic_mmeb
 from mteb_tasks.mmeb.tasks import MMEB_TASKS
 from mteb_tasks.registration import registered_tasks
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
 TASKS = registered_tasks()
 EACH = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.metadata.name)
-# By construction: answers of one word, questions and crops that fit several drawings, two captions to a picture.
+# By construction: answers of one word, questions and crops that fit several drawings, two captions to an image.
 # mteb keeps such a list, too, with every VQA set and SugarCrepe on it.
 KNOWN = {
     "ScenesVQA": {"short_text", "duplicate_text"},

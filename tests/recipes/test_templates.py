@@ -93,7 +93,7 @@ def test_v1_styles() -> None:
     assert render("unime-v1-llava-ov", IMAGE, mmeb, style="mmeb") == body
 
 
-def test_a_prompt_comes_between_picture_and_text() -> None:
+def test_a_prompt_comes_between_image_and_text() -> None:
     got = render("unime-v1-llava1.6", IMAGE, "what?", prompt="Answer. ")
     assert got == "[INST] <image>\nAnswer. what?\nSummary above image and sentence in one word: [/INST]"
 

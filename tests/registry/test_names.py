@@ -14,7 +14,8 @@ from transformers import AutoModel
 
 import unime_st
 from unime_st.checkpoints import convert
-from unime_st.registry import AliasError, check_alias, home, is_alias, known_aliases, local_folder, resolve
+from unime_st.paths import AliasError, check_alias, home, local_folder
+from unime_st.registry import is_alias, known_aliases, resolve
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_order_of_resolution(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     inside_package = resolve("unime-tiny")
-    assert inside_package.parts[-2:] == ("tiny", "model")
+    assert inside_package.parts[-2:] == ("models", "unime-tiny")
     in_home = native(models / "unime-tiny")
     assert resolve("unime-tiny") == in_home
     native(tmp_path / "unime-tiny")

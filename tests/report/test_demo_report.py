@@ -12,16 +12,16 @@ import pytest
 from report_page import Page
 from tiny_embedder import tiny_embedder
 
-from mteb_tasks.run import evaluate
+from mteb_tasks.in_process import evaluate
 from mteb_tasks.scenes import ScenesVQA
+from train_scripts.demo.demo_report import MODELS, DemoResults, render_table, write_demo_report
+from train_scripts.demo.results import COLUMNS, TASKS
 from unime_st.data import ImageRef, Item, RecordSet, read_manifest
 from unime_st.data.scenes import FOIL_CATEGORIES, retrieval_data, training_records
 from unime_st.judging import Group
 from unime_st.judging.stage import judge_pools, select_rows
 from unime_st.report.charts import histogram, line_chart, ticks
-from unime_st.report.demo_report import MODELS, DemoResults, render_table, write_demo_report
-from unime_st.report.demo_results import COLUMNS, TASKS
-from unime_st.report.html import element, picture, show_item
+from unime_st.report.html import element, embed_image, show_item
 from unime_st.retrieval import mine
 
 SIZE, FOILS, SEEDS = 12, 100, (3, 5)
@@ -73,7 +73,7 @@ def write_predictions(folder: Path, model: str, right: Sequence[bool]) -> None:
         for hit, (query, relevant) in zip(right, data.relevant.items()):
             wrong = [d for d in (data.candidates or {}).get(query, data.corpus) if d not in relevant][:3]
             best = min(relevant) if hit else wrong.pop()
-            found[query] = {**{document: 0.1 * place for place, document in enumerate(wrong)}, best: 0.9}
+            found[query] = {**{document: 0.1 * index for index, document in enumerate(wrong)}, best: 0.9}
         (folder / "eval" / model).mkdir(parents=True, exist_ok=True)
         path = folder / "eval" / model / f"{name}_predictions.json"
         path.write_text(json.dumps({"mteb_model_meta": {}, "default": {"test": found}}))
@@ -88,8 +88,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = RecordSet.write(seed / "records", training_records(60), {})
     pools = mine(records, tiny_embedder(), seed / "pools", num_candidates=12, max_similarity=None)
     select_rows(judge_pools(pools, LotteryJudge(), seed / "scores"), seed / "rows", num_negatives=4)
-    write_predictions(seed, "v2", [place % 2 == 0 for place in range(SIZE)])
-    write_predictions(seed, "in_batch", [place % 3 == 0 for place in range(SIZE)])
+    write_predictions(seed, "v2", [index % 2 == 0 for index in range(SIZE)])
+    write_predictions(seed, "in_batch", [index % 3 == 0 for index in range(SIZE)])
     for number in SEEDS:
         for model in list(MODELS)[1:]:
             log = [{"loss": 3.0 / step, "step": step, "learning_rate": 0.1} for step in range(1, 7)]
@@ -130,13 +130,13 @@ def test_headline_numbers(report: Page):
     table = report.table("model", "short t2i")
     assert list(table) == list(MODELS.values())
     for model, name in MODELS.items():
-        for place, column in enumerate(COLUMNS):
+        for index, column in enumerate(COLUMNS):
             found = values(model, column)
             expected = f"{100 * statistics.mean(found):.1f} ±{100 * statistics.stdev(found):.1f}"
-            assert table[name][place] == expected
+            assert table[name][index] == expected
         means = [statistics.mean(pair) for pair in zip(*(values(model, column) for column in COLUMNS))]
         assert table[name][-2] == f"{100 * statistics.mean(means):.1f} ±{100 * statistics.stdev(means):.1f}"
-    columns = [[row[place] for row in table.values()] for place in range(len(COLUMNS) + 1)]
+    columns = [[row[index] for row in table.values()] for index in range(len(COLUMNS) + 1)]
     best = [max((cell.split()[0] for cell in column), key=float) for column in columns]
     assert sorted(report.bold) == sorted(best)
 
@@ -157,9 +157,9 @@ def test_differences_are_paired_and_signed(report: Page):
         ("UniME-V2 − control, equal compute", "v2", "in_batch_compute"),
         ("reranker − UniME-V2 alone", "v2_reranker", "v2"),
     ):
-        for place, column in enumerate(COLUMNS):
+        for index, column in enumerate(COLUMNS):
             paired = [a - b for a, b in zip(values(ours, column), values(theirs, column))]
-            cell = table[label][place].replace("−", "-")
+            cell = table[label][index].replace("−", "-")
             assert float(cell.split()[0]) == pytest.approx(100 * statistics.mean(paired), abs=0.051)
             assert cell.split()[1] == f"±{100 * statistics.stdev(paired):.1f}"
             assert cell[0] in "+-"
@@ -339,10 +339,10 @@ def test_elements_escape():
     assert element("p", "a < b", element("b", 1), class_="x\"'", title=None) == (
         '<p class="x&quot;&#x27;">a &lt; b<b>1</b></p>'
     )
-    long = " ".join(f"word{place}" for place in range(60))
+    long = " ".join(f"word{index}" for index in range(60))
     folded = Page(show_item(Item(long), style="good"))
     assert long in folded.text and folded.classes("div", "good") == 1
-    assert "cannot be" in picture(ImageRef(data=b"no picture"))
+    assert "cannot be" in embed_image(ImageRef(data=b"no image"))
 
 
 def test_charts():

@@ -1,4 +1,4 @@
-"""Ranking by pairs, lists, windows and both: equal to the plain ways, each picture seen once, bad documents last."""
+"""Ranking by pairs, lists, windows and both: equal to the plain ways, each image seen once, bad documents last."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder
 
+from benchmarks.official_reranker import choose
 from unime_st import Item, UniMEReranker
 from unime_st.data import BadImageError
 from unime_st.data.images import padded_to_aspect
 from unime_st.losses.list_answers import index_answers, longest_list
-from unime_st.reranking.cost import measured
-from unime_st.reranking.features import PLACES, like_lengths
-from unime_st.reranking.lists import rotations, slide
-from unime_st.reranking.official import choose
+from unime_st.reranking.chat_features import PLACES, like_lengths
+from unime_st.reranking.forward_counter import measured
+from unime_st.scoring.list_scorer import rotations, slide
 
-QUERY = {"image": tiny.picture(0), "text": "Which is it?"}
+QUERY = {"image": tiny.make_image(0), "text": "Which is it?"}
 TEXTS = [
     f"the {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "circle", "triangle", "a")
 ]
 MIXED = [
     *TEXTS[:4],
-    tiny.picture(1),
-    {"text": "a small picture", "image": tiny.picture(2, (40, 100))},
-    tiny.picture(1),
+    tiny.make_image(1),
+    {"text": "a small image", "image": tiny.make_image(2, (40, 100))},
+    tiny.make_image(1),
 ]
 RAW = torch.nn.Identity()
 
 
-def by_place(ranking: list[dict[str, Any]]) -> np.ndarray:
+def by_index(ranking: list[dict[str, Any]]) -> np.ndarray:
     return np.array([entry["score"] for entry in sorted(ranking, key=lambda entry: entry["corpus_id"])])
 
 
-@pytest.mark.parametrize("query", [QUERY, "a red square", tiny.picture(3)])
+@pytest.mark.parametrize("query", [QUERY, "a red square", tiny.make_image(3)])
 def test_pairs_that_share_their_beginning_score_as_alone(reranker: UniMEReranker, query: Any):
-    expected = by_place(CrossEncoder.rank(reranker, query, MIXED, activation_fn=RAW))
+    expected = by_index(CrossEncoder.rank(reranker, query, MIXED, activation_fn=RAW))
     for size in (2, 32):
         ranking = reranker.rank(query, MIXED, activation_fn=RAW, batch_size=size)
-        assert np.abs(by_place(ranking) - expected).max() < 1e-4
+        assert np.abs(by_index(ranking) - expected).max() < 1e-4
         assert [entry["score"] for entry in ranking] == sorted((entry["score"] for entry in ranking), reverse=True)
 
 
 def test_other_options_go_to_sentence_transformers(reranker: UniMEReranker):
     expected = reranker.predict([(QUERY, text) for text in TEXTS], prompt="Mind the colour.")
-    assert np.abs(by_place(reranker.rank(QUERY, TEXTS, prompt="Mind the colour.")) - expected).max() < 1e-6
+    assert np.abs(by_index(reranker.rank(QUERY, TEXTS, prompt="Mind the colour.")) - expected).max() < 1e-6
 
 
 def list_by_hand(model: UniMEReranker, documents: list[str], given: str = "") -> torch.Tensor:
-    listed = "".join(f"({place}) {text}" for place, text in enumerate(documents, start=1))
+    listed = "".join(f"({index}) {text}" for index, text in enumerate(documents, start=1))
     prompt = tiny.LIST.format(tiny.written(QUERY["text"], QUERY["image"]), listed) + given
     return tiny.answer_logits(model, prompt, [QUERY["image"]])
 
@@ -111,7 +111,7 @@ def test_permutations_remove_the_place(reranker: UniMEReranker):
     assert np.abs(np.roll(reranker.listwise_scores(QUERY, documents), -2) - once).max() > 1e-2
     by_hand = np.zeros(6)
     for order in rotations(6, 6):
-        found = reranker.listwise_scores(QUERY, [documents[place] for place in order])
+        found = reranker.listwise_scores(QUERY, [documents[index] for index in order])
         by_hand[order] += torch.from_numpy(found).log_softmax(0).numpy() / 6
     assert np.abs(scores - by_hand).max() < 1e-4
 
@@ -119,8 +119,8 @@ def test_permutations_remove_the_place(reranker: UniMEReranker):
 def test_orders():
     assert rotations(4, 1) == [[0, 1, 2, 3]]
     assert sorted(order[0] for order in rotations(7, 20)) == list(range(7))
-    places = np.array(rotations(5, 5))
-    assert all(sorted(column) == list(range(5)) for column in places.T)
+    indices = np.array(rotations(5, 5))
+    assert all(sorted(column) == list(range(5)) for column in indices.T)
 
 
 @pytest.mark.parametrize("count, window", [(1, 2), (2, 2), (7, 3), (12, 5), (10, 10), (31, 4)])
@@ -148,7 +148,7 @@ def test_windows(reranker: UniMEReranker):
     assert sum(entry["score"] for entry in ranking) == pytest.approx(1)
     one = reranker.rank(QUERY, TEXTS, method="listwise", window=12)
     expected = torch.from_numpy(reranker.listwise_scores(QUERY, TEXTS)).softmax(0).numpy()
-    assert np.abs(by_place(one) - expected).max() < 1e-5
+    assert np.abs(by_index(one) - expected).max() < 1e-5
 
 
 def test_hybrid_lists_the_best_of_the_pairs(reranker: UniMEReranker):
@@ -156,7 +156,7 @@ def test_hybrid_lists_the_best_of_the_pairs(reranker: UniMEReranker):
     best = [entry["corpus_id"] for entry in pairs[:4]]
     ranking = reranker.rank(QUERY, TEXTS, method="hybrid", window=4)
     assert {entry["corpus_id"] for entry in ranking[:4]} == set(best)
-    listed = reranker.rank(QUERY, [TEXTS[place] for place in best], method="listwise")
+    listed = reranker.rank(QUERY, [TEXTS[index] for index in best], method="listwise")
     assert [entry["corpus_id"] for entry in ranking[:4]] == [best[entry["corpus_id"]] for entry in listed]
     for entry, pair in zip(ranking[4:], pairs[4:], strict=True):
         assert entry == {**pair, "score": pytest.approx(pair["score"], abs=1e-6)}
@@ -165,10 +165,10 @@ def test_hybrid_lists_the_best_of_the_pairs(reranker: UniMEReranker):
 
 @pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
 def test_equal_documents_score_alike(reranker: UniMEReranker, method: Any):
-    scores = by_place(reranker.rank(QUERY, [*TEXTS[:3], TEXTS[1], Item(TEXTS[1])], method=method))
+    scores = by_index(reranker.rank(QUERY, [*TEXTS[:3], TEXTS[1], Item(TEXTS[1])], method=method))
     assert scores[1] == scores[3] == scores[4]
     if method == "listwise":
-        assert np.abs(scores[:3] - by_place(reranker.rank(QUERY, TEXTS[:3], method=method))).max() < 1e-6
+        assert np.abs(scores[:3] - by_index(reranker.rank(QUERY, TEXTS[:3], method=method))).max() < 1e-6
 
 
 @pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
@@ -183,8 +183,8 @@ def test_an_unreadable_document_comes_last_and_is_reported(
     assert {entry["corpus_id"] for entry in ranking[3:]} == {0, 4}
     assert all(entry["score"] == 0.0 and "image" in entry["error"] for entry in ranking[3:])
     assert not any("error" in entry for entry in ranking[:3]) and "none.png" in caplog.text
-    expected = by_place(reranker.rank(QUERY, TEXTS[:3], method=method))
-    assert np.abs(by_place(ranking)[1:4] - expected).max() < 1e-6
+    expected = by_index(reranker.rank(QUERY, TEXTS[:3], method=method))
+    assert np.abs(by_index(ranking)[1:4] - expected).max() < 1e-6
     raw = reranker.rank(QUERY, documents, activation_fn=RAW)
     assert np.isfinite([entry["score"] for entry in raw]).all()
 
@@ -203,7 +203,7 @@ def test_the_batch_size_holds_for_one_call(reranker: UniMEReranker):
 @pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
 def test_empty_texts_are_ranked(reranker: UniMEReranker, method: Any):
     documents = ["a red square", "", {"text": "  ", "image": None}, {"text": ""}]
-    scores = by_place(reranker.rank(QUERY, documents, method=method))
+    scores = by_index(reranker.rank(QUERY, documents, method=method))
     assert scores[1] == scores[3] != scores[2]
     if method == "pairwise":
         assert (
@@ -234,52 +234,52 @@ def test_every_way_to_be_unreadable(reranker: UniMEReranker, method: Any, tmp_pa
     words = ["none.png", "cut.png", "not a regular file"]
     ranking = reranker.rank(QUERY, [TEXTS[0], *bad, TEXTS[1]], method=method)
     errors = {entry["corpus_id"]: entry["error"] for entry in ranking[2:]}
-    assert all(word in errors[place] for place, word in enumerate(words, start=1))
-    expected = by_place(reranker.rank(QUERY, TEXTS[:2], method=method))
-    assert np.abs(by_place(ranking)[[0, 4]] - expected).max() < 1e-6
+    assert all(word in errors[index] for index, word in enumerate(words, start=1))
+    expected = by_index(reranker.rank(QUERY, TEXTS[:2], method=method))
+    assert np.abs(by_index(ranking)[[0, 4]] - expected).max() < 1e-6
     for query in (*bad[:2], Item(image=cut)):
         with pytest.raises(BadImageError):
             reranker.rank(query, TEXTS[:2], method=method)
 
 
 @pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
-def test_a_very_long_picture_gets_margins(reranker: UniMEReranker, method: Any, tmp_path: Path):
-    """Its image processor refuses more than 200:1; the embedder shows such pictures with margins, so this does, too."""
+def test_a_very_long_image_gets_margins(reranker: UniMEReranker, method: Any, tmp_path: Path):
+    """Its image processor refuses more than 200:1; the embedder shows such images with margins, so this does, too."""
     path = tmp_path / "thin.png"
     thin = Image.new("RGB", (2, 500), "red")
     thin.save(path)
     wide = padded_to_aspect(thin)
     assert wide.size == (3, 500)
-    expected = by_place(reranker.rank(QUERY, [TEXTS[0], wide], method=method))
+    expected = by_index(reranker.rank(QUERY, [TEXTS[0], wide], method=method))
     for form in (thin, {"image": str(path)}, str(path), Item(image=path)):
-        assert np.abs(by_place(reranker.rank(QUERY, [TEXTS[0], form], method=method)) - expected).max() < 1e-5
+        assert np.abs(by_index(reranker.rank(QUERY, [TEXTS[0], form], method=method)) - expected).max() < 1e-5
         assert reranker.predict([(QUERY, form)])[0] == pytest.approx(reranker.predict([(QUERY, wide)])[0], abs=1e-5)
     assert len(reranker.rank(thin, TEXTS[:2], method=method)) == 2
 
 
 def test_unreadable_documents_come_last_where_nothing_is_shared(reranker: UniMEReranker, tmp_path: Path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     documents = [{"image": str(tmp_path / "bad.png")}, TEXTS[0], {"image": str(tmp_path / "none.png")}, TEXTS[1]]
     for activation in (torch.nn.Sigmoid(), RAW):
         options: dict[str, Any] = {"prompt": "Mind the colour.", "activation_fn": activation}
         ranking = reranker.rank(QUERY, documents, return_documents=True, **options)
         assert [entry["corpus_id"] for entry in ranking[2:]] == [0, 2] and "bad.png" in ranking[2]["error"]
         expected = reranker.predict([(QUERY, text) for text in TEXTS[:2]], **options)
-        assert np.abs(by_place(ranking)[[1, 3]] - expected).max() < 1e-6
+        assert np.abs(by_index(ranking)[[1, 3]] - expected).max() < 1e-6
         assert all(entry["text"] is documents[entry["corpus_id"]] for entry in ranking)
 
 
 @pytest.mark.parametrize("method", ["pairwise", "listwise", "hybrid"])
 def test_other_forms_of_an_image(reranker: UniMEReranker, method: Any, tmp_path: Path):
-    """As an array, a path, in a list, in memory: the same picture, so one score."""
-    path = tmp_path / "picture.png"
+    """As an array, a path, in a list, in memory: the same image, so one score."""
+    path = tmp_path / "image.png"
     path.write_bytes(tiny.png(5))
-    picture = Image.open(path).convert("RGB")
-    forms = [picture, np.asarray(picture), path, [str(path)], path.read_bytes()]
-    scores = by_place(reranker.rank(QUERY, [TEXTS[0], *({"image": form} for form in forms)], method=method))
+    image = Image.open(path).convert("RGB")
+    forms = [image, np.asarray(image), path, [str(path)], path.read_bytes()]
+    scores = by_index(reranker.rank(QUERY, [TEXTS[0], *({"image": form} for form in forms)], method=method))
     if method == "pairwise":
         assert np.ptp(scores[1:]) < 1e-5
-        assert scores[1] == pytest.approx(reranker.predict((QUERY, {"image": picture})), abs=1e-5)
+        assert scores[1] == pytest.approx(reranker.predict((QUERY, {"image": image})), abs=1e-5)
     else:
         assert scores[1] == scores[2] and scores[3] == scores[4] == scores[5]
 
@@ -299,8 +299,8 @@ def test_urls_are_fetched_and_one_that_fails_comes_last(
         ranking = reranker.rank(QUERY, documents, **options)
         server.shutdown()
     assert ranking[-1]["corpus_id"] == 1 and "none.png: cannot be fetched" in ranking[-1]["error"]
-    expected = by_place(reranker.rank(QUERY, [TEXTS[0], *[Item(image=tmp_path / "good.png")] * 2], **options))
-    assert np.abs(by_place(ranking)[[0, 2, 3]] - expected).max() < 1e-5
+    expected = by_index(reranker.rank(QUERY, [TEXTS[0], *[Item(image=tmp_path / "good.png")] * 2], **options))
+    assert np.abs(by_index(ranking)[[0, 2, 3]] - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("method", ["listwise", "hybrid"])
@@ -310,9 +310,9 @@ def test_what_is_no_item_is_named(reranker: UniMEReranker, method: Any):
             reranker.rank("a", ["b", value], method=method)
 
 
-def test_each_picture_is_seen_once_and_the_query_passes_once(reranker: UniMEReranker):
-    """One query picture and 12 texts: of the beginning no token and no patch is computed again."""
-    query = {"image": tiny.picture(77), "text": "Which is it?"}
+def test_each_image_is_seen_once_and_the_query_passes_once(reranker: UniMEReranker):
+    """One query image and 12 texts: of the beginning no token and no patch is computed again."""
+    query = {"image": tiny.make_image(77), "text": "Which is it?"}
     with measured(reranker) as plain:
         reranker.predict([(query, text) for text in TEXTS])
     with measured(reranker) as shared:
@@ -320,10 +320,10 @@ def test_each_picture_is_seen_once_and_the_query_passes_once(reranker: UniMERera
     features = reranker.preprocess([(query, TEXTS[0])])
     assert shared.patches == plain.patches == len(features["pixel_values"])
     assert shared.tokens < plain.tokens / 3
-    pictures = [tiny.picture(seed) for seed in (80, 81, 82)]
+    images = [tiny.make_image(seed) for seed in (80, 81, 82)]
     with measured(reranker) as cost:
-        reranker.rank("which", pictures * 2, method="hybrid", window=3, permutations=3)
-    assert cost.patches == sum(len(reranker.preprocess([("a", picture)])["pixel_values"]) for picture in pictures)
+        reranker.rank("which", images * 2, method="hybrid", window=3, permutations=3)
+    assert cost.patches == sum(len(reranker.preprocess([("a", image)])["pixel_values"]) for image in images)
 
 
 def test_the_cost_is_logged(reranker: UniMEReranker, caplog: pytest.LogCaptureFixture):
@@ -333,8 +333,8 @@ def test_the_cost_is_logged(reranker: UniMEReranker, caplog: pytest.LogCaptureFi
 
 
 def test_batches_equal_the_processors_own(reranker: UniMEReranker):
-    """Token ids, positions and logits of a batch with repeated pictures and very different lengths."""
-    pairs = [(QUERY, value) for value in MIXED] + [(tiny.picture(1), "red " * 60), ("a", "b")]
+    """Token ids, positions and logits of a batch with repeated images and very different lengths."""
+    pairs = [(QUERY, value) for value in MIXED] + [(tiny.make_image(1), "red " * 60), ("a", "b")]
     shared = reranker.preprocess(pairs)
     stock = reranker.preprocess(pairs, processing_kwargs={})
     assert PLACES in shared and PLACES not in stock

@@ -19,13 +19,13 @@ from unime_st import Item, UniMEReranker
 from unime_st.data import BadImageError
 from unime_st.judging import clean_text, load_template
 
-QUERY = {"image": tiny.picture(0), "text": "<|image_1|>\nWhich is it?\n"}
+QUERY = {"image": tiny.make_image(0), "text": "<|image_1|>\nWhich is it?\n"}
 DOCUMENTS = [
     "a red square",
-    tiny.picture(1),
-    {"text": "a small picture", "image": tiny.picture(2, (40, 100))},
+    tiny.make_image(1),
+    {"text": "a small image", "image": tiny.make_image(2, (40, 100))},
     {"text": "<|image_1|> on the left", "image": None},
-    {"image": tiny.picture(3)},
+    {"image": tiny.make_image(3)},
 ]
 RAW = torch.nn.Identity()
 
@@ -42,7 +42,7 @@ def sides(value: Any) -> tuple[str | None, Image.Image | None]:
 
 def list_by_hand(model: CrossEncoder, query: Any, documents: list[Any]) -> torch.Tensor:
     parts = [sides(value) for value in (query, *documents)]
-    candidates = "".join(f"({place}) {tiny.written(*part)}" for place, part in enumerate(parts[1:], start=1))
+    candidates = "".join(f"({index}) {tiny.written(*part)}" for index, part in enumerate(parts[1:], start=1))
     prompt = tiny.LIST.format(tiny.written(*parts[0]), candidates)
     return tiny.answer_logits(model, prompt, [image for _, image in parts if image is not None])
 
@@ -113,7 +113,7 @@ def test_lists_equal_the_recipe_by_hand(folder: str, template: str):
         expected = list_by_hand(model, QUERY, DOCUMENTS)[digits]
     else:
         parts = [sides(value) for value in (QUERY, *DOCUMENTS)]
-        listed = "".join(f"({place}) {tiny.written(*part)}" for place, part in enumerate(parts[1:], start=1))
+        listed = "".join(f"({index}) {tiny.written(*part)}" for index, part in enumerate(parts[1:], start=1))
         prompt = f"Query:{tiny.written(*parts[0])}Candidates:{listed}<|im_end|><|im_start|>Ans: ("
         expected = tiny.answer_logits(model, prompt, [image for _, image in parts if image is not None])[digits]
     scores = model.listwise_scores(QUERY, DOCUMENTS)
@@ -135,22 +135,22 @@ def changed(value: Any, part: str) -> Any:
     text, image = sides(value)
     if part == "text":
         return {"text": "something else", "image": image}
-    return {"text": text, "image": tiny.picture(99, image.size if image else (60, 60))}
+    return {"text": text, "image": tiny.make_image(99, image.size if image else (60, 60))}
 
 
 @pytest.mark.parametrize("part", ["text", "image"])
-@pytest.mark.parametrize("place", range(6))
-def test_every_text_and_image_reaches_the_list(reranker: UniMEReranker, place: int, part: str):
+@pytest.mark.parametrize("index", range(6))
+def test_every_text_and_image_reaches_the_list(reranker: UniMEReranker, index: int, part: str):
     everything: list[Any] = [QUERY, *DOCUMENTS]
-    other = [changed(value, part) if row == place else value for row, value in enumerate(everything)]
+    other = [changed(value, part) if row == index else value for row, value in enumerate(everything)]
     before, after = (reranker.preprocess_lists([row[0]], [row[1:]]) for row in (everything, other))
     if part == "text":
         assert "something else" in reranker.tokenizer.decode(after["input_ids"][0])
-        text = sides(everything[place])[0]
+        text = sides(everything[index])[0]
         assert text is None or text in reranker.tokenizer.decode(before["input_ids"][0])
     else:
         grids = [len(features["image_grid_thw"]) for features in (before, after)]
-        assert grids[1] - grids[0] == (sides(everything[place])[1] is None)
+        assert grids[1] - grids[0] == (sides(everything[index])[1] is None)
         assert before["pixel_values"].shape != after["pixel_values"].shape or not torch.equal(
             before["pixel_values"], after["pixel_values"]
         )
@@ -158,11 +158,11 @@ def test_every_text_and_image_reaches_the_list(reranker: UniMEReranker, place: i
     assert np.abs(scores[0] - scores[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("part", ["text", "image"])
-def test_every_text_and_image_reaches_the_pair(reranker: UniMEReranker, place: int, part: str):
+def test_every_text_and_image_reaches_the_pair(reranker: UniMEReranker, index: int, part: str):
     pair = [QUERY, DOCUMENTS[2]]
-    other = [changed(value, part) if row == place else value for row, value in enumerate(pair)]
+    other = [changed(value, part) if row == index else value for row, value in enumerate(pair)]
     scores = reranker.predict([tuple(pair), tuple(other)], activation_fn=RAW)
     assert abs(scores[0] - scores[1]) > 1e-4
 
@@ -200,10 +200,10 @@ def test_one_document_and_none(reranker: UniMEReranker):
 
 
 def test_items_and_plain_inputs_are_alike(reranker: UniMEReranker, tmp_path: Path):
-    path = tmp_path / "picture.png"
-    tiny.picture(1).save(path)
-    items = [Item("a red square"), Item(image=path), Item("a small picture", tiny.picture(2, (40, 100)))]
-    plain = ["a red square", str(path), {"text": "a small picture", "image": tiny.picture(2, (40, 100))}]
+    path = tmp_path / "image.png"
+    tiny.make_image(1).save(path)
+    items = [Item("a red square"), Item(image=path), Item("a small image", tiny.make_image(2, (40, 100)))]
+    plain = ["a red square", str(path), {"text": "a small image", "image": tiny.make_image(2, (40, 100))}]
     query = Item(QUERY["text"], QUERY["image"])
     expected = reranker.predict([(QUERY, document) for document in DOCUMENTS[:3]])
     assert np.allclose(reranker.predict([(query, item) for item in items]), expected, atol=1e-6)
@@ -213,7 +213,7 @@ def test_items_and_plain_inputs_are_alike(reranker: UniMEReranker, tmp_path: Pat
     assert np.allclose(reranker.listwise_scores(query, items), listed, atol=1e-5)
 
 
-def test_transparent_pictures_stand_on_white(reranker: UniMEReranker):
+def test_transparent_images_stand_on_white(reranker: UniMEReranker):
     clear = Image.new("RGBA", (56, 56), (255, 0, 0, 0))
     white = Image.new("RGB", (56, 56), "white")
     scores = reranker.predict([("a", clear), ("a", white), ("a", {"image": clear}), ("a", Image.new("RGB", (56, 56)))])

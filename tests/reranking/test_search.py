@@ -18,7 +18,7 @@ from unime_st.data import BadImageError
 from unime_st.judging import LocalJudge
 from unime_st.reranking import search
 
-QUERIES = ["a red square", {"image": tiny.picture(0), "text": "which one"}, Item(image=tiny.png(3))]
+QUERIES = ["a red square", {"image": tiny.make_image(0), "text": "which one"}, Item(image=tiny.png(3))]
 CORPUS = [f"a {size} {shape}" for size in ("big", "small", "red") for shape in ("square", "circle")] + [
     Item(image=tiny.png(seed)) for seed in range(4)
 ]
@@ -88,7 +88,7 @@ def test_unreadable_documents_are_set_aside(
 
 
 def test_a_text_that_names_an_image_is_the_image(reranker: UniMEReranker, tmp_path: Path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(tiny.png(2))
     found = search([str(path)], ["a", str(path), Item(image=path)], tiny_embedder(), reranker)[0]
     same = {entry["corpus_id"]: entry for entry in found}

@@ -20,17 +20,17 @@ from unime_st.retrieval import Pools, mine, mining
 from unime_st.retrieval import vectors as embedding
 
 
-def picture(seed: int) -> Image.Image:
+def make_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 20, 3), dtype=np.uint8))
 
 
 def pairs() -> list[PairRecord]:
-    """Names to pictures, pictures to names, and a query with several right answers."""
+    """Names to images, images to names, and a query with several right answers."""
     made = []
     for index in range(12):
-        name, image = Item(f"thing number {index}"), Item(image=picture(index))
+        name, image = Item(f"thing number {index}"), Item(image=make_image(index))
         made += [PairRecord(name, image, "t2i"), PairRecord(image, name, "i2t")]
-    made += [PairRecord(Item("any thing"), Item(image=picture(index)), "many") for index in range(5)]
+    made += [PairRecord(Item("any thing"), Item(image=make_image(index)), "many") for index in range(5)]
     return made
 
 
@@ -95,19 +95,19 @@ def test_pool_kinds(records: RecordSet, tmp_path: Path):
     assert [len(pool.candidates) for pool in everything][:24] == [22] * 24
 
 
-def test_same_picture_in_other_bytes_is_not_below_the_ceiling(tmp_path: Path):
-    picture(0).save(tmp_path / "a.bmp")
-    twins = [Item(image=picture(0)), Item(image=tmp_path / "a.bmp")]
+def test_same_image_in_other_bytes_is_not_below_the_ceiling(tmp_path: Path):
+    make_image(0).save(tmp_path / "a.bmp")
+    twins = [Item(image=make_image(0)), Item(image=tmp_path / "a.bmp")]
     rows = [PairRecord(Item(f"name {index}"), twin) for index, twin in enumerate(twins)]
     pools = mine(RecordSet.write(tmp_path / "set", rows, {}), tiny_embedder(), tmp_path / "pools")
     assert [len(pool.candidates) for pool in pools] == [0, 0]
 
 
 def test_unreadable_images_are_set_aside(tmp_path: Path):
-    picture(0).save(tmp_path / "0.png")
-    picture(1).save(tmp_path / "1.png")
+    make_image(0).save(tmp_path / "0.png")
+    make_image(1).save(tmp_path / "1.png")
     rows = [PairRecord(Item(f"name {index}"), Item(image=tmp_path / f"{index}.png")) for index in (0, 1)]
-    rows += [PairRecord(Item("other"), Item(image=picture(2)))]
+    rows += [PairRecord(Item("other"), Item(image=make_image(2)))]
     records = RecordSet.write(tmp_path / "set", rows, {}, image_root=tmp_path)
     (tmp_path / "1.png").write_bytes(b"gone")
     pools = mine(records, tiny_embedder(), tmp_path / "pools", max_similarity=None)
@@ -209,16 +209,16 @@ def test_ceilings_are_exact_for_the_stored_vectors(records: RecordSet, tmp_path:
     """Against a brute force in float64 over what lies on disk."""
     pools = mine(records, tiny_embedder(), tmp_path / "pools", num_candidates=4, pool="global")
     stored = VectorShards(tmp_path / "pools" / "vectors")[:].astype(np.float64)
-    place = {item_id: row for row, item_id in enumerate(records.item_ids)}
+    index = {item_id: row for row, item_id in enumerate(records.item_ids)}
     rows = pairs()
     positives = {record.positive.id for record in rows}
     for pool in pools:
-        query = stored[place[pool.query.id]]
-        ceiling = (query * stored[place[pool.positive.id]]).sum()
+        query = stored[index[pool.query.id]]
+        ceiling = (query * stored[index[pool.positive.id]]).sum()
         hidden = {pool.query.id, *(row.positive.id for row in rows if row.query == pool.query)}
-        scores = {item: (query * stored[place[item]]).sum() for item in positives - hidden}
+        scores = {item: (query * stored[index[item]]).sum() for item in positives - hidden}
         below = sorted(
-            (item for item in scores if scores[item] < ceiling), key=lambda item: (-scores[item], place[item])
+            (item for item in scores if scores[item] < ceiling), key=lambda item: (-scores[item], index[item])
         )
         assert [item.id for item in pool.candidates] == below[:4]
         assert pool.positive_similarity == pytest.approx(ceiling, abs=1e-6)

@@ -16,9 +16,9 @@ def brute_force(queries, corpus, k, ceiling=None, exclude=None):
         similarity = (corpus.astype(np.float64) * query).sum(-1)
         allowed = np.ones(len(corpus), dtype=bool) if ceiling is None else similarity < ceiling[row]
         allowed[list(exclude[row]) if exclude is not None else []] = False
-        places = np.flatnonzero(allowed)
-        places = places[np.lexsort((places, -similarity[places]))][:k]
-        scores[row, : len(places)], indices[row, : len(places)] = similarity[places], places
+        positions = np.flatnonzero(allowed)
+        positions = positions[np.lexsort((positions, -similarity[positions]))][:k]
+        scores[row, : len(positions)], indices[row, : len(positions)] = similarity[positions], positions
     return scores, indices
 
 

@@ -96,7 +96,7 @@ def test_an_unknown_kind_is_refused() -> None:
         foils("audio")
 
 
-def test_pictures_differ_by_what_they_show() -> None:
+def test_images_differ_by_what_they_show() -> None:
     scene = sample_scene(random.Random(5))
     same = [np.asarray(draw_scene(scene, random.Random(seed)), dtype=float) for seed in (0, 1)]
     other = np.asarray(draw_scene(edit(scene, random.Random(0))[1], random.Random(0)), dtype=float)
@@ -122,7 +122,7 @@ def test_every_query_has_a_right_answer_among_its_candidates(task: str) -> None:
         assert right and right <= set(candidates) and len(right) < len(candidates)
 
 
-def test_short_captions_are_true_of_several_pictures() -> None:
+def test_short_captions_are_true_of_several_images() -> None:
     """Without them there would be no false negatives to filter."""
     data = retrieval_data("short_t2i", size=200)
     assert sum(len(right) > 1 for right in data.relevant.values()) > 10

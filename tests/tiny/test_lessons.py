@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from unime_st.tiny.collation import collate
-from unime_st.tiny.curriculum import CURRICULA, Example, draw_batch
+from train_scripts.tiny.collation import collate
+from train_scripts.tiny.curriculum import CURRICULA, Example, draw_batch
 
 FOLDER = Path(str(resources.files("unime_st"))) / "tiny" / "model"
 PICTURE = "<|vision_start|>"

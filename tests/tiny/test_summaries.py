@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from train_scripts.tiny.collation import collate_summaries
+from train_scripts.tiny.curriculum import draw_batch
+from train_scripts.tiny.summaries import Summary, summary_loss
 from unime_st import UniME
-from unime_st.tiny.collation import collate_summaries
-from unime_st.tiny.curriculum import draw_batch
-from unime_st.tiny.summaries import Summary, summary_loss
 
 FOLDER = Path(str(resources.files("unime_st"))) / "tiny" / "model"
 

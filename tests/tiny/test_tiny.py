@@ -15,11 +15,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import unime_st
+from train_scripts.tiny.build import SPECIAL_TOKENS
+from train_scripts.tiny.package import package
+from train_scripts.tiny.pretrain import PretrainArguments, pretrain
 from unime_st.data.scenes import FOIL_CATEGORIES, foils
 from unime_st.judging import Group, LocalJudge
-from unime_st.tiny.build import SPECIAL_TOKENS
-from unime_st.tiny.package import package
-from unime_st.tiny.pretrain import PretrainArguments, pretrain
 
 FOLDER = Path(str(resources.files("unime_st"))) / "tiny" / "model"
 
@@ -92,7 +92,7 @@ def test_pretraining_and_packaging_from_scratch(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
     assert lines[0]["arguments"]["steps"] == 2 and [line["step"] for line in lines[1:]] == [1, 2]
     folder = package(checkpoint, tmp_path / "model")
-    assert "pretrain_tiny.py" in (folder / "README.md").read_text()
+    assert "train_scripts.tiny" in (folder / "README.md").read_text()
     generator = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     prompt = processor.apply_chat_template(

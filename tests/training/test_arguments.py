@@ -100,7 +100,7 @@ def test_every_script_explains_itself(
     assert end.value.code in (0, None) and "--output" in capsys.readouterr().out
 
 
-CONFIGS = ROOT / "train_scripts" / "configs"
+CONFIGS = ROOT / "unime_st" / "configs"
 
 
 @pytest.mark.parametrize("config", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))

@@ -1,4 +1,4 @@
-"""On every backbone of the papers: columns that mix texts and pictures have the gradients of their items one by one."""
+"""On every backbone of the papers: columns that mix texts and images have the gradients of their items one by one."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.losses import HardNegativeRankingLoss
 from unime_st.model import UniME
-from unime_st.training.costs import item_costs
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.feed import Feed
-from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.item_tokens import item_costs
 from unime_st.training.stages import pair_rows
 
 FAMILY_NAMES = ["qwen2-vl", "llava-1.6", "llava-onevision", "phi3.5-v"]
 
 
 def _item(number: int) -> Item:
-    """A text, a picture or both in turn; sizes and lengths vary."""
+    """A text, an image or both in turn; sizes and lengths vary."""
     pixels = np.random.default_rng(number).integers(0, 255, (40 + 13 * number, 90 - 5 * number, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    return Item(*(("word " * number + str(number), None), (None, picture), (f"{number}?", picture))[number % 3])
+    image = Image.fromarray(pixels)
+    return Item(*(("word " * number + str(number), None), (None, image), (f"{number}?", image))[number % 3])
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> RecordSet:
-    """Five pairs; both columns hold texts, pictures and both."""
+    """Five pairs; both columns hold texts, images and both."""
     pairs = [PairRecord(_item(number), _item(9 - number)) for number in range(5)]
     return RecordSet.write(tmp_path_factory.mktemp("records") / "rows", pairs, {})
 

@@ -16,10 +16,10 @@ from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
 from unime_st.training.arguments import InBatchArguments
-from unime_st.training.costs import item_costs
+from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.embedders import EmbedderSetup
 from unime_st.training.feed import Feed
-from unime_st.training.items import COLUMNS, DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.item_tokens import item_costs
 from unime_st.training.stages import judged_rows, pair_rows
 
 
@@ -93,15 +93,15 @@ def test_distinct_items_equal_columns(
     lazy = cut != "one pass"
     collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, **CUTS[cut]), lazy=lazy)
     batch = collator(rows)
-    places = batch[f"bucket0_{COLUMNS}"]
-    assert places.shape == (len(columns), len(rows)) and len(places.unique()) < places.numel()
+    indices = batch[f"bucket0_{COLUMNS}"]
+    assert indices.shape == (len(columns), len(rows)) and len(indices.unique()) < indices.numel()
     feed = Feed(records, model.preprocess, workers=2 if "workers" in cut else 0)
     distinct = DistinctItemsLoss(inner, feed if lazy else None)
     found = distinct(_features(batch), batch.get("label"))
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert torch.allclose(_gradient(model), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
-    assert distinct.items == len(places.unique())
+    assert distinct.items == len(indices.unique())
 
 
 def test_a_mini_batch_decodes_eight_million_pixels_at_most(model: UniME, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_mini_batch_decodes_eight_million_pixels_at_most(model: UniME, tmp_pat
     pairs = []
     for number, size in enumerate(sides):
         Image.new("RGB", size, (40 * number, 10, 10)).save(tmp_path / f"{number}.jpg")
-        pairs.append(PairRecord(Item(f"picture {number}"), Item(image=tmp_path / f"{number}.jpg")))
+        pairs.append(PairRecord(Item(f"image {number}"), Item(image=tmp_path / f"{number}.jpg")))
     records = RecordSet.write(tmp_path / "records", pairs, {}, image_root=tmp_path)
     options = InBatchArguments(batch_size=6, mini_batch_size=6, output=str(tmp_path / "out"))
     Path(options.output).mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from unime_st.resident import give_back
+from unime_st.memory import give_back
 from unime_st.training.heap import Heap
 
 PIECE = 100_000  # bytes: of the heap, not a mapping of its own
@@ -49,7 +49,7 @@ def test_each_pass_begins_on_a_tidy_heap() -> None:
 
 
 def test_other_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unime_st.resident._malloc_trim", lambda: None)
+    monkeypatch.setattr("unime_st.memory._malloc_trim", lambda: None)
     heap = Heap(slack=0)
     heap.begin()
     assert not any(heap.tidy(kind) for kind in ("forward", "forward", "gradient"))

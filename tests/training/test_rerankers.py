@@ -24,14 +24,14 @@ SMALL: dict[str, Any] = {"template": "tiny", "num_negatives": 4, "batch_size": 4
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> RecordSet:
-    """Queries and candidates with and without pictures, whose files can be spoilt."""
+    """Queries and candidates with and without images, whose files can be spoilt."""
     folder = tmp_path_factory.mktemp("rows")
     (folder / "images").mkdir()
     found, pairs = list(training_records(24, seed=3)), []
     for number, record in enumerate(found):
-        picture = record.query.image or record.positive.image
+        image = record.query.image or record.positive.image
         path = folder / "images" / f"{number}.png"
-        path.write_bytes(picture.read())
+        path.write_bytes(image.read())
         text = record.query.text or record.positive.text
         negatives = [Item(f"{other.query.text or other.positive.text}, {n}") for n, other in enumerate(found[:4])]
         pairs.append(
@@ -60,7 +60,7 @@ def test_the_planned_tokens_are_those_of_the_prompts(
         loss(columns, torch.tensor(table["label"]))
     assert made.plan.tokens / made.plan.rows_per_step / made.plan.steps * len(table) == pytest.approx(
         loss.tokens,
-        rel=0.05,  # two tokens around a picture are not counted
+        rel=0.05,  # two tokens around an image are not counted
     )
 
 
@@ -98,17 +98,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         assert word in caplog.text
 
 
-def test_rows_with_an_unreadable_picture_are_set_aside_and_the_curves_are_whole(tmp_path: Path) -> None:
+def test_rows_with_an_unreadable_image_are_set_aside_and_the_curves_are_whole(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     pairs = []
     for number, record in enumerate(training_records(12, seed=5)):
         path = tmp_path / "images" / f"{number}.png"
         path.write_bytes((record.query.image or record.positive.image).read())
         pairs.append(
-            PairRecord(Item(f"picture {number}"), Item(image=path), "", [Item("a"), Item("b")], 1.0, [0.0, 0.0])
+            PairRecord(Item(f"image {number}"), Item(image=path), "", [Item("a"), Item("b")], 1.0, [0.0, 0.0])
         )
     records = RecordSet.write(tmp_path / "records", pairs, {}, image_root=tmp_path / "images")
-    (tmp_path / "images" / "7.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "7.png").write_bytes(b"no image")
     options = {
         **SMALL,
         "num_negatives": 2,

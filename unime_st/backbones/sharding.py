@@ -29,7 +29,7 @@ class ShardedByLayer:
     def _no_split_modules(self) -> list[str]:
         """The layers of the language model that the backbone names.
 
-        Those of the vision tower stay with the rest, which is gathered in every forward pass: devices without a picture
+        Those of the vision tower stay with the rest, which is gathered in every forward pass: devices without an image
         in their mini-batch do not run the tower, and would leave the others waiting for its layers.
         """
         backbone = self.transformers_model

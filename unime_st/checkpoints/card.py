@@ -94,7 +94,7 @@ def _facts(recipe: Recipe, processor: Any) -> list[str]:
     rule = getattr(processor, "image_rule", None)
     if rule is not None:
         side = processor._side
-        facts.append("Pictures: " + (f"squashed to {side} x {side} pixels." if side else "native size."))
+        facts.append("Images: " + (f"squashed to {side} x {side} pixels." if side else "native size."))
         facts.append(f"EXIF orientation {'applied' if rule['exif'] else 'ignored'}; transparency: {rule['alpha']}.")
         facts.append(f"Image backend: {processor.image_backend}.")
     return facts

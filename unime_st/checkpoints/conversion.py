@@ -15,8 +15,8 @@ from unime_st.backbones.families import Family
 from unime_st.checkpoints.card import write_card
 from unime_st.checkpoints.folder import MANIFEST, link_file, new_folder, quiet, write_json, write_modules
 from unime_st.checkpoints.source import CheckpointError, Source, family_of, read_source
+from unime_st.paths import local_folder
 from unime_st.recipes import ImageRule, Recipe, get_recipe
-from unime_st.registry import local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def convert(
         made = _processor(full, processor, recipe, family, ours, image_size, image_backend)
         made.save_pretrained(part)
         if source.adapter is not None:
-            from unime_st.checkpoints.adapters import write_merged
+            from unime_st.checkpoints.adapter_merge import write_merged
 
             weights = [write_merged(part, source, full, config, recipe)]
         else:
@@ -141,7 +141,7 @@ def _needs_our_classes(
     asked = image_size not in (None, "native", "official") or image_backend is not None
     if (recipe.image is not None or asked) and family.module is None:
         raise ValueError(
-            f"{family.name} has no image rule here: its pictures go to its own image processor as they are. Drop "
+            f"{family.name} has no image rule here: its images go to its own image processor as they are. Drop "
             "--image-size and --image-backend."
         )
     return recipe.image is not None or recipe.positions != "native" or asked or not family.native
@@ -224,7 +224,7 @@ def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor:
         variables["style"] = style
     kwargs: dict[str, Any] = {"chat_template": variables} if variables else {}
     if not ours or recipe.task == "reranker":
-        # transformers' processors cut the end of the prompt off long rows with pictures, and the embedding is read
+        # transformers' processors cut the end of the prompt off long rows with images, and the embedding is read
         # there. Ours put it back; with theirs the only safe way is not to cut. In a pair, a long query would push the
         # candidate out, so pairs are never cut.
         kwargs["text"] = {"truncation": False}

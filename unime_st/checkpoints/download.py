@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError
 
 from unime_st.checkpoints import resuming
+from unime_st.paths import AliasError, local_folder
 from unime_st.recipes import RELEASED, Recipe, get_recipe
-from unime_st.registry import AliasError, local_folder
 
 logger = logging.getLogger(__name__)
 

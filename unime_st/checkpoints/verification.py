@@ -21,7 +21,7 @@ from unime_st.checkpoints.source import CheckpointError, read_source
 from unime_st.recipes import RECIPES, Demo, Recipe
 from unime_st.registry import resolve
 
-_LONG = "A long caption that goes on and on about the picture. " * 400
+_LONG = "A long caption that goes on and on about the image. " * 400
 _SMALL = 4 * 1024**3
 """Folders up to this many bytes are saved and loaded again without being asked to."""
 
@@ -52,7 +52,7 @@ def verify(
 
     Args:
         alias_or_folder: What would be given to ``SentenceTransformer`` or ``CrossEncoder``.
-        demo_image: The picture of the authors' demo; with it the published score of a released model is checked too.
+        demo_image: The image of the authors' demo; with it the published score of a released model is checked too.
         full: Save and load again however large the model is.
         device: Where to run, e.g. ``"cuda"``; default as Sentence Transformers chooses.
 
@@ -61,7 +61,7 @@ def verify(
 
     Raises:
         CheckpointError: The folder is no model.
-        unime_st.registry.AliasError: The alias stands for nothing here.
+        unime_st.paths.AliasError: The alias stands for nothing here.
 
     Example:
         >>> all(check.passed for check in verify("unime-tiny"))
@@ -104,15 +104,15 @@ def _recipe_of(folder: Path, name: str) -> Recipe | None:
     return RECIPES.get(name)
 
 
-def picture(width: int = 200, height: int = 140) -> Image.Image:
-    """Return a test picture with colours, edges and a gradient, the same on every machine.
+def sample_image(width: int = 200, height: int = 140) -> Image.Image:
+    """Return a test image with colours, edges and a gradient, the same on every machine.
 
     Args:
         width: In pixels.
         height: In pixels.
 
     Example:
-        >>> picture(40, 30).size
+        >>> sample_image(40, 30).size
         (40, 30)
     """
     ramp = Image.linear_gradient("L").resize((width, height))
@@ -149,9 +149,9 @@ class _Subject:
     def samples(self) -> list[Any]:
         return [
             self.row("A man is crossing the street.", None),
-            self.row("What is this?", picture()),
-            self.row(None, picture(90, 160)),
-            self.row("Represent the given image with the following question: how many?\n", picture(240, 90)),
+            self.row("What is this?", sample_image()),
+            self.row(None, sample_image(90, 160)),
+            self.row("Represent the given image with the following question: how many?\n", sample_image(240, 90)),
         ]
 
 
@@ -200,7 +200,7 @@ def _check_template(subject: _Subject, recipe: Recipe | None) -> Check:
 def _check_image_tokens(subject: _Subject) -> Check:
     counts = []
     for size in ((200, 140), (90, 160)):
-        with_image = subject.features([subject.row("x", picture(*size))])
+        with_image = subject.features([subject.row("x", sample_image(*size))])
         counts.append(int(_image_mask(subject, with_image["input_ids"]).sum()))
         with torch.no_grad():  # the model compares the number of tokens with the number of image features itself
             subject.model(_to_device(subject.model, with_image))
@@ -224,7 +224,7 @@ def _check_positions(subject: _Subject, recipe: Recipe | None) -> Check:
     backbone = getattr(backbone, "model", backbone)
     if not hasattr(backbone, "get_rope_index"):
         return Check("positions", recipe is None or recipe.positions == "native", "one per token")
-    features = _to_device(subject.model, subject.features([subject.row("x", picture())]))
+    features = _to_device(subject.model, subject.features([subject.row("x", sample_image())]))
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     positions, _ = backbone.get_rope_index(**{name: features[name] for name in names if name in features})
     flat = bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
@@ -233,8 +233,8 @@ def _check_positions(subject: _Subject, recipe: Recipe | None) -> Check:
 
 
 def _check_truncation(subject: _Subject) -> Check:
-    """Cut an over-long row with a picture: the end of the prompt must stay, or the processor must refuse."""
-    model, image = subject.model, picture()
+    """Cut an over-long row with an image: the end of the prompt must stay, or the processor must refuse."""
+    model, image = subject.model, sample_image()
     short = [subject.features([subject.row(text, image)])["input_ids"][0].tolist() for text in ("0", "1 2 3 4")]
     tail = 0
     while tail < min(map(len, short)) and short[0][-1 - tail] == short[1][-1 - tail]:
@@ -248,9 +248,9 @@ def _check_truncation(subject: _Subject) -> Check:
     finally:
         model.max_seq_length = before
     kept = ids[len(ids) - tail :].tolist() == short[0][len(short[0]) - tail :]
-    pictured = int(_image_mask(subject, ids).sum()) == int(_image_mask(subject, torch.tensor(short[0])).sum())
+    same_images = int(_image_mask(subject, ids).sum()) == int(_image_mask(subject, torch.tensor(short[0])).sum())
     what = f"{tail} tokens after the text kept in {len(ids)}" if kept else f"the last {tail} tokens were lost"
-    return Check("truncation", kept and pictured, what)
+    return Check("truncation", kept and same_images, what)
 
 
 def _check_batches(subject: _Subject) -> Check:
@@ -288,7 +288,7 @@ def _room_for(size: int) -> Iterator[Path]:
 
 def _check_demo(subject: _Subject, demo: Demo, image: str | Path | None) -> Check:
     if image is None:
-        return Check("demo score", None, f"give the authors' picture {demo.image} with --demo-image")
+        return Check("demo score", None, f"give the authors' image {demo.image} with --demo-image")
     query = subject.row(demo.image_text, Image.open(image))
     vectors = subject.outputs([query, subject.row(demo.text, None)], 1)
     score = float(vectors[0] @ vectors[1])

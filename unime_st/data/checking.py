@@ -103,9 +103,9 @@ class ImageChecker:
         Returns:
             dict[int, str]: Reason by ``id(item)`` for those whose image is unreadable.
         """
-        pictured = [item for item in items if item.image is not None]
-        reasons = self._pool.map(self._reason, pictured)
-        return {id(item): reason for item, reason in zip(pictured, reasons) if reason is not None}
+        with_images = [item for item in items if item.image is not None]
+        reasons = self._pool.map(self._reason, with_images)
+        return {id(item): reason for item, reason in zip(with_images, reasons) if reason is not None}
 
     def _reason(self, item: Item) -> str | None:
         image = item.image

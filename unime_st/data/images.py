@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 28
 """Largest encoded image that is read, in bytes."""
 
 MAX_ASPECT = 200
-"""Longest picture for its width: the image processors of the Qwen-VL family refuse anything beyond."""
+"""Longest image for its width: the image processors of the Qwen-VL family refuse anything beyond."""
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -58,8 +58,8 @@ class ImageRef:
         >>> from unime_st.data import ImageRef
         >>> buffer = io.BytesIO()
         >>> Image.new("RGBA", (2, 3)).save(buffer, "PNG")
-        >>> picture = ImageRef(data=buffer.getvalue()).open()
-        >>> picture.mode, picture.size, picture.getpixel((0, 0))
+        >>> image = ImageRef(data=buffer.getvalue()).open()
+        >>> image.mode, image.size, image.getpixel((0, 0))
         ('RGB', (2, 3), (255, 255, 255))
     """
 
@@ -167,7 +167,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image:
-    """Widen an extremely long picture with white margins, so that every image processor takes it.
+    """Widen an extremely long image with white margins, so that every image processor takes it.
 
     Args:
         image: An RGB image.

@@ -12,9 +12,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
+from unime_st.data.logits import check_scores, to_logits
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.data.scores import check_scores, to_logits
 from unime_st.data.sources import SourceRow, read_rows, source_files
 from unime_st.data.specs import (
     DEFAULT_COLUMNS,
@@ -160,13 +160,13 @@ def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) ->
     if not isinstance(found, (list, tuple)):
         raise ValueError(f"column {spec.negatives} holds {type(found).__name__}, expected a list")
     # Lists padded to one length: what is missing goes, and its score with it.
-    present = [place for place, value in enumerate(found) if not is_empty(value)]
-    negatives = tuple(as_item(found[place], root) for place in present)
+    present = [index for index, value in enumerate(found) if not is_empty(value)]
+    negatives = tuple(as_item(found[index], root) for index in present)
     scores = None if spec.scores is None else row.get(spec.scores)
     if scores is None:
         return PairRecord(query, positive, dataset, negatives)
-    places = [0, *(1 + place for place in present)]
-    logits = to_logits(check_scores(scores, 1 + len(found), places)).tolist()
+    indices = [0, *(1 + index for index in present)]
+    logits = to_logits(check_scores(scores, 1 + len(found), indices)).tolist()
     return PairRecord(query, positive, dataset, negatives, logits[0], tuple(logits[1:]))
 
 

@@ -107,7 +107,7 @@ class Item:
         """Return what ``SentenceTransformer.encode`` takes.
 
         Returns:
-            dict: "image" (decoded, RGB) and "text", only those present, image first: chat templates keep this order. Pictures
+            dict: "image" (decoded, RGB) and "text", only those present, image first: chat templates keep this order. Images
                 more than 200 times as long as wide get white margins up to that ratio.
 
         Raises:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.data.released import released_item
+from unime_st.data.released_judgements import released_item
 from unime_st.data.sources import read_rows
 
 logger = logging.getLogger(__name__)

@@ -91,7 +91,7 @@ def parse_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[PairSpec]:
 
     Example:
         >>> from unime_st.data.specs import parse_pairs
-        >>> parse_pairs([{"query": {"image": "picture"}, "positive": {"text": "name"}}])[0].positive.text
+        >>> parse_pairs([{"query": {"image": "image"}, "positive": {"text": "name"}}])[0].positive.text
         'name'
     """
     return [_parse(PairSpec, pair, f"pairs[{number}]") for number, pair in enumerate(pairs)]

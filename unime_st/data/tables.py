@@ -266,10 +266,10 @@ class ItemReader:
             KeyError: If there is no such item.
         """
         key = item_id.encode("ascii", "replace")
-        place = int(np.searchsorted(self._keys, np.bytes_(key)))
-        if place == len(self._keys) or self._keys[place] != key:
+        index = int(np.searchsorted(self._keys, np.bytes_(key)))
+        if index == len(self._keys) or self._keys[index] != key:
             raise KeyError(f"item {item_id!r} is not in {self.folder}")
-        return int(self._order[place])
+        return int(self._order[index])
 
     def positions(self, item_ids: Sequence[str]) -> np.ndarray:
         """Return where items are stored.
@@ -284,11 +284,11 @@ class ItemReader:
             KeyError: If there is no such item.
         """
         wanted = np.array([item_id.encode("ascii", "replace") for item_id in item_ids], dtype="S32")
-        places = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        missing = np.flatnonzero(self._keys[places] != wanted)
+        indices = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        missing = np.flatnonzero(self._keys[indices] != wanted)
         if len(missing):
             raise KeyError(f"item {item_ids[missing[0]]!r} is not in {self.folder}")
-        return self._order[places].astype(np.int64)
+        return self._order[indices].astype(np.int64)
 
     def at(self, position: int) -> Item:
         """Return the item that is stored at a position.

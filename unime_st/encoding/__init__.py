@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from unime_st.encoding.cost import CostModel, most_pixels, pack, within_pixels
-from unime_st.encoding.fingerprint import weights_fingerprint
-from unime_st.encoding.items import encode_items, encode_stream, encode_to_shards
+from unime_st.encoding.encode import encode_items, encode_stream, encode_to_shards
+from unime_st.encoding.model_identity import weights_fingerprint
 from unime_st.encoding.results import Results, VectorShards
+from unime_st.encoding.token_cost import CostModel, most_pixels, pack, within_pixels
 
 __all__ = [
     "CostModel",

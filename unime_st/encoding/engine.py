@@ -17,11 +17,11 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from unime_st.data.images import BadImageError
-from unime_st.encoding.cost import CostModel, pack, within_pixels
 from unime_st.encoding.forward import Forward, Job, named_error
 from unime_st.encoding.inputs import content_key, is_chat, refuse_single
 from unime_st.encoding.results import Results
 from unime_st.encoding.texts import TextPath, plain_text
+from unime_st.encoding.token_cost import CostModel, pack, within_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class Engine:
     """Embeds a stream of inputs with one model.
 
     The stream is read in windows of :data:`WINDOW`. Of equal inputs one is embedded. The cost of each is known before
-    its pictures are decoded; batches of like cost, the costliest first, fill a token budget. Threads decode and process
-    the next batches while the device works on the present one, so the pictures of few batches are in memory at a time.
+    its images are decoded; batches of like cost, the costliest first, fill a token budget. Threads decode and process
+    the next batches while the device works on the present one, so the images of few batches are in memory at a time.
 
     Args:
         forward: The model and how it is run.
@@ -87,7 +87,7 @@ class Engine:
 
         Raises:
             TypeError: If ``inputs`` is a single input.
-            BadImageError: If a picture cannot be read and ``on_error`` is "raise"; the message names its item. Other
+            BadImageError: If an image cannot be read and ``on_error`` is "raise"; the message names its item. Other
                 inputs that the processor refuses raise ValueError in the same way.
         """
         refuse_single(inputs)
@@ -155,9 +155,9 @@ class Engine:
             kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
-            places = pack([job.cost for job in jobs], self.forward.budget)
-            places = within_pixels(places, [job.pixels for job in jobs], self.forward.pixels)
-            window.batches += [[jobs[place] for place in batch] for batch in places]
+            indices = pack([job.cost for job in jobs], self.forward.budget)
+            indices = within_pixels(indices, [job.pixels for job in jobs], self.forward.pixels)
+            window.batches += [[jobs[index] for index in batch] for batch in indices]
         window.batches.sort(key=lambda batch: -batch[0].cost)
         window.waiting = len(window.batches)
 
@@ -199,7 +199,7 @@ class Engine:
         self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[Any]
     ) -> None:
         for job, vector in zip(batch, future.result()):
-            job.value = None  # encoded pictures need not wait for the rest of their window
+            job.value = None  # encoded images need not wait for the rest of their window
             if vector is None:
                 assert job.error is not None
                 if self.on_error == "raise":

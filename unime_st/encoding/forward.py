@@ -1,4 +1,4 @@
-"""From a batch of inputs to its vectors: pictures, features, device, and what happens when memory runs out."""
+"""From a batch of inputs to its vectors: images, features, device, and what happens when memory runs out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 
 from unime_st.data.images import BadImageError
-from unime_st.encoding.cost import most_pixels, pack
 from unime_st.encoding.inputs import load
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
+from unime_st.encoding.token_cost import most_pixels, pack
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Job:
         row: Its place in the stream.
         value: The input.
         cost: Tokens it will become.
-        pixels: Pixels of its pictures as they are stored.
+        pixels: Pixels of its images as they are stored.
         tokens: The tokens themselves, where the input is a plain text.
         error: Why there is no vector.
     """
@@ -108,7 +108,7 @@ class Forward:
         if not several:
             raise ValueError("device is an empty list: name at least one device, or None for where the model is")
         devices = [model._resolve_inference_device(several[0]), *map(torch.device, several[1:])]
-        on_cpu = all(place.type == "cpu" for place in devices)
+        on_cpu = all(index.type == "cpu" for index in devices)
         cores = torch.get_num_threads()
         turns = min(cores, _CPU_THREADS) if on_cpu else len(devices)
         self.workers = workers or (turns + 1 if on_cpu else min(max(cores, 2), _DEVICE_THREADS))
@@ -128,8 +128,8 @@ class Forward:
             copies = [without_padding(copy) for copy in copies]
         self.model = shared_by_threads(copies[0])
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
-        for copy, place in zip(copies, devices):
-            self._free.put((shared_by_threads(copy), place))
+        for copy, index in zip(copies, devices):
+            self._free.put((shared_by_threads(copy), index))
         for _ in range(turns - 1 if on_cpu else 0):
             self._free.put((self.model, devices[0]))
         self._shrinking = threading.Lock()
@@ -172,8 +172,8 @@ class Forward:
     def _in_parts(self, jobs: list[Job], parts: list[np.ndarray]) -> list[torch.Tensor | None]:
         vectors: list[torch.Tensor | None] = [None] * len(jobs)
         for part in parts:
-            for place, vector in zip(part, self.embed([jobs[place] for place in part])):
-                vectors[place] = vector
+            for index, vector in zip(part, self.embed([jobs[index] for index in part])):
+                vectors[index] = vector
         return vectors
 
     def _embed_at_once(self, jobs: list[Job]) -> list[torch.Tensor | None]:
@@ -188,8 +188,8 @@ class Forward:
             self._free.put((model, device))
         # A GPU is still at work: the next thread may queue its batch while this one waits.
         found = found if self.output_device is None else found.to(self.output_device)
-        for place, vector in zip(good, found):
-            vectors[place] = vector
+        for index, vector in zip(good, found):
+            vectors[index] = vector
         return vectors
 
     def _prepare(self, jobs: list[Job]) -> tuple[list[int], dict[str, Any]]:
@@ -198,10 +198,10 @@ class Forward:
             rows = [job.tokens for job in jobs if job.tokens is not None]
             return list(range(len(jobs))), self.text_features(rows)
         good, inputs = [], []
-        for place, job in enumerate(jobs):
+        for index, job in enumerate(jobs):
             try:
                 inputs.append(load(job.value))
-                good.append(place)
+                good.append(index)
             except BadImageError as error:
                 job.error = error
         if not good:
@@ -214,17 +214,17 @@ class Forward:
             if len(good) == 1:
                 jobs[good[0]].error = error
                 return [], {}
-        for place, value in zip(good, inputs):  # one of them; find it
+        for index, value in zip(good, inputs):  # one of them; find it
             try:
                 self._features([value])
             except Exception as error:
                 if _out_of_memory(error):
                     raise
-                jobs[place].error = error
-        kept = [(place, value) for place, value in zip(good, inputs) if jobs[place].error is None]
+                jobs[index].error = error
+        kept = [(index, value) for index, value in zip(good, inputs) if jobs[index].error is None]
         if len(kept) == len(good):
             self._features(inputs)  # each alone is fine, so say what is wrong with all of them
-        return ([place for place, _ in kept], self._features([value for _, value in kept])) if kept else ([], {})
+        return ([index for index, _ in kept], self._features([value for _, value in kept])) if kept else ([], {})
 
     def _features(self, inputs: list[Any]) -> dict[str, Any]:
         return self.model.preprocess(inputs, **self.prompting)

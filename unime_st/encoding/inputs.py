@@ -1,4 +1,4 @@
-"""What an input holds, without decoding its pictures."""
+"""What an input holds, without decoding its images."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError
 from unime_st.data.items import Item
 
 _UNKNOWN_SIZE = (512, 512)
-"""What a picture counts for that has to be fetched first."""
+"""What an image counts for that has to be fetched first."""
 
 FETCH_SECONDS = 20.0
-"""Time after which a picture behind a URL is given up."""
+"""Time after which an image behind a URL is given up."""
 
 
 def texts_and_sizes(value: Any) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the texts of an input and the sizes of its pictures, from their headers alone.
+    """Return the texts of an input and the sizes of its images, from their headers alone.
 
     Args:
         value: An :class:`~unime_st.Item`, or whatever ``SentenceTransformer.encode`` takes: text, image (PIL, path,
             URL, data URI, array), ``{"image": ..., "text": ...}`` with single values or lists, chat.
 
     Returns:
-        tuple: Texts, and (width, height) of every picture that can be opened.
+        tuple: Texts, and (width, height) of every image that can be opened.
 
     Example:
         >>> from PIL import Image
@@ -71,10 +71,10 @@ def _collect(value: Any, kind: str | None, texts: list[str], sizes: list[tuple[i
         for part in value:
             _collect(part, kind if kind in ("text", "image") else None, texts, sizes)
     else:
-        sizes += _size_of_picture(value)
+        sizes += _size_of_image(value)
 
 
-def _size_of_picture(value: Any) -> list[tuple[int, int]]:
+def _size_of_image(value: Any) -> list[tuple[int, int]]:
     if isinstance(value, Image.Image):
         return [value.size]
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 3:
@@ -107,11 +107,11 @@ def content_key(value: Any) -> Hashable:
     """Return what two inputs share exactly when they have the same content.
 
     Args:
-        value: As for :func:`texts_and_sizes`. Pictures that lie in a file are known by its path, others by their pixels;
+        value: As for :func:`texts_and_sizes`. Images that lie in a file are known by its path, others by their pixels;
             something of an unknown kind equals nothing.
 
     Returns:
-        Hashable: A key that holds no picture alive.
+        Hashable: A key that holds no image alive.
 
     Raises:
         BadImageError: If the image of an :class:`~unime_st.Item` cannot be read.
@@ -155,7 +155,7 @@ def content_key(value: Any) -> Hashable:
 
 
 def load(value: Any) -> Any:
-    """Make an input ready for the processor: items are decoded, pictures behind URLs are fetched, bombs are refused.
+    """Make an input ready for the processor: items are decoded, images behind URLs are fetched, bombs are refused.
 
     Args:
         value: As for :func:`texts_and_sizes`.
@@ -164,7 +164,7 @@ def load(value: Any) -> Any:
         What ``SentenceTransformer.preprocess`` takes.
 
     Raises:
-        BadImageError: If a picture cannot be read, fetched or decoded.
+        BadImageError: If an image cannot be read, fetched or decoded.
     """
     return value.to_input() if isinstance(value, Item) else _fetched(value, None)
 
@@ -191,7 +191,7 @@ def _fetched(value: Any, kind: str | None) -> Any:
 
 
 def _refuse_bomb(source: str) -> None:
-    """Raise for a picture of too many pixels; whatever else is wrong with it, the processor will say."""
+    """Raise for an image of too many pixels; whatever else is wrong with it, the processor will say."""
     label = source if len(source) <= 200 else source[:60] + "..."
     try:
         with Image.open(_opened(source)) as image:
@@ -205,14 +205,14 @@ def _refuse_bomb(source: str) -> None:
 
 
 def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
-    """Fetch a picture, within a time limit for the whole of it.
+    """Fetch an image, within a time limit for the whole of it.
 
     Args:
         url: ``http`` or ``https`` address.
         seconds: Time after which it is given up, also when the server sends bytes, but slowly.
 
     Returns:
-        PIL.Image.Image: The picture, not yet decoded.
+        PIL.Image.Image: The image, not yet decoded.
 
     Raises:
         BadImageError: If there is none in time, or it is larger than :data:`~unime_st.data.images.MAX_BYTES`.
@@ -224,7 +224,7 @@ def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
 
 
 def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
-    """Fetch the file of a picture, within a time limit for the whole of it.
+    """Fetch the file of an image, within a time limit for the whole of it.
 
     Args:
         url: ``http`` or ``https`` address.
@@ -273,7 +273,7 @@ def refuse_single(inputs: Any) -> None:
         inputs: What should be a list or an iterator.
 
     Raises:
-        TypeError: If it is a text, bytes, a dict, an item or a picture.
+        TypeError: If it is a text, bytes, a dict, an item or an image.
     """
     if isinstance(inputs, (str, bytes, dict, Item, Image.Image)):
         raise TypeError(

@@ -17,7 +17,7 @@ def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
     """Return a model with the same weights whose tokenizer is used by one thread at a time.
 
     A fast tokenizer keeps its truncation and padding in itself, and every call may change them, so two threads would
-    disturb each other. Pictures, which are what costs, are processed side by side.
+    disturb each other. Images, which are what costs, are processed side by side.
 
     Args:
         model: Any Sentence Transformers model; it stays as it is.

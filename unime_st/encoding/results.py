@@ -127,9 +127,9 @@ class VectorShards:
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Read one row, a slice or any rows."""
-        places = np.arange(len(self))[rows]
-        found = _read(self.folder, self._sizes, self.dim, np.atleast_1d(places))
-        return found[0] if np.ndim(places) == 0 else found
+        indices = np.arange(len(self))[rows]
+        found = _read(self.folder, self._sizes, self.dim, np.atleast_1d(indices))
+        return found[0] if np.ndim(indices) == 0 else found
 
     def shards(self) -> list[np.ndarray]:
         """All vectors as read-only memory maps, in order."""

@@ -65,8 +65,8 @@ class TextPath:
         limit = model.max_seq_length
         self._limit = int(min(limit if limit else 10**9, 10**9))
         names = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        pictures = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
-        names |= {"<|image_", *(name for name in pictures if name)}
+        images = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
+        names |= {"<|image_", *(name for name in images if name)}
         self._reserved = re.compile("|".join(map(re.escape, sorted(names))))
         expected = model.preprocess(list(_PROBES), prompt=prompt, **options)
         self._names = [name for name in expected if name not in ("input_ids", "attention_mask")]
@@ -119,9 +119,9 @@ class TextPath:
         ids = np.full((len(rows), width), self._tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for number, row in enumerate(rows):
-            place = slice(width - len(row), None) if self._tokenizer.padding_side == "left" else slice(len(row))
-            ids[number, place] = row
-            mask[number, place] = 1
+            index = slice(width - len(row), None) if self._tokenizer.padding_side == "left" else slice(len(row))
+            ids[number, index] = row
+            mask[number, index] = 1
         features: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         for name in self._names:
             features[name] = self._modality if name == "modality" else torch.zeros(ids.shape, dtype=torch.long)

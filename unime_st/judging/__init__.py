@@ -5,7 +5,7 @@ from __future__ import annotations
 from unime_st.judging.cascade import CascadeJudge
 from unime_st.judging.http import HttpJudge, ServerError
 from unime_st.judging.judge import Group, Judge, LocalJudge, PairError
-from unime_st.judging.prompts import (
+from unime_st.scoring.prompts import (
     LIST_PROMPT,
     PAIR_PROMPT,
     answer_token_ids,

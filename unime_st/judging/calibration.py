@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from unime_st.data.scores import to_scores
+from unime_st.data.logits import to_scores
 from unime_st.judging.judge import Group, Judge
 from unime_st.retrieval.mining import Pools
 
@@ -83,7 +83,7 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
         "judges": {name: _quality(found, kinds) for name, found in scores.items()},
     }
     names = list(scores)
-    pairs = [(left, right) for place, left in enumerate(names) for right in names[place + 1 :]]
+    pairs = [(left, right) for index, left in enumerate(names) for right in names[index + 1 :]]
     if pairs:
         result["agreement"] = {f"{a} / {b}": _agreement(scores[a], scores[b]) for a, b in pairs}
     return result
@@ -143,8 +143,8 @@ def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, bins:
     """
     if not len(probability):
         return None
-    places = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = [abs((probability[places == place] - truth[places == place]).sum()) for place in range(bins)]
+    indices = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = [abs((probability[indices == index] - truth[indices == index]).sum()) for index in range(bins)]
     return float(sum(gaps) / len(probability))
 
 

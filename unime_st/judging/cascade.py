@@ -59,8 +59,8 @@ class CascadeJudge:
         scores = self.cheap.score(groups, errors=errors)
         # NaN, a pair set aside, is in no band.
         inside = [np.flatnonzero((found >= self.band[0]) & (found <= self.band[1])) for found in scores]
-        rows = [row for row, places in enumerate(inside) if len(places)]
-        again = [Group(groups[row].query, [groups[row].candidates[place] for place in inside[row]]) for row in rows]
+        rows = [row for row, indices in enumerate(inside) if len(indices)]
+        again = [Group(groups[row].query, [groups[row].candidates[index] for index in inside[row]]) for row in rows]
         late: list[PairError] = []  # their places are not the caller's
         for row, found in zip(rows, self.strong.score(again, errors=late), strict=True):
             scores[row][inside[row]] = found

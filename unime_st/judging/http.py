@@ -20,7 +20,7 @@ import numpy as np
 
 from unime_st.data import Item
 from unime_st.judging.judge import Group, PairError, set_aside
-from unime_st.judging.prompts import ANSWERS, PAIR_PROMPT, clean_text, prompt_hash
+from unime_st.scoring.prompts import ANSWERS, PAIR_PROMPT, clean_text, prompt_hash
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +105,11 @@ class HttpJudge:
         """
         scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
         before = len(errors or ())
-        places = [(row, column) for row, group in enumerate(groups) for column in range(len(group.candidates))]
+        indices = [(row, column) for row, group in enumerate(groups) for column in range(len(group.candidates))]
         with ThreadPoolExecutor(self.concurrency) as pool:
-            pairs = ((groups[row].query, groups[row].candidates[column]) for row, column in places)
+            pairs = ((groups[row].query, groups[row].candidates[column]) for row, column in indices)
             try:
-                for (row, column), answer in zip(places, pool.map(self._outcome, pairs), strict=True):
+                for (row, column), answer in zip(indices, pool.map(self._outcome, pairs), strict=True):
                     if isinstance(answer, ValueError):
                         set_aside(errors, row, column, answer)
                     else:
@@ -118,9 +118,9 @@ class HttpJudge:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         aside = [error.reason for error in (errors or ())[before:]]
-        if len(aside) == len(places) >= _MANY and len(set(aside)) == 1:
+        if len(aside) == len(indices) >= _MANY and len(set(aside)) == 1:
             raise ServerError(
-                f"{self.url}: none of {len(places)} pairs could be judged ({aside[0]}): check url and model"
+                f"{self.url}: none of {len(indices)} pairs could be judged ({aside[0]}): check url and model"
             )
         return scores
 
@@ -202,12 +202,12 @@ def _parts(item: Item) -> list[dict[str, Any]]:
     """Content of a message: image before text."""
     parts: list[dict[str, Any]] = []
     if item.image is not None:
-        picture = item.image.open()  # a broken image is told from a broken server
+        image = item.image.open()  # a broken image is told from a broken server
         data = item.image.read()
         kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
         if kind == "png" and not data.startswith(b"\x89PNG"):  # what not every server reads
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            image.save(buffer, "PNG")
             data = buffer.getvalue()
         encoded = base64.b64encode(data).decode("ascii")
         parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}})

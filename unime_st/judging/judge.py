@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import weights_fingerprint
-from unime_st.judging.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
-from unime_st.judging.prompts import ItemLike, as_item, check_template, load_template, prompt_hash
-from unime_st.judging.scoring import PairScorer
+from unime_st.scoring.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
+from unime_st.scoring.pair_scorer import PairScorer
+from unime_st.scoring.prompts import ItemLike, as_item, check_template, load_template, prompt_hash
 
 logger = logging.getLogger(__name__)
 
@@ -187,18 +187,18 @@ class LocalJudge:
         """
         groups = self._shorten(groups)
         scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
-        places = _distinct_pairs(groups, errors)
+        indices = _distinct_pairs(groups, errors)
         queries: dict[Item, list[Item]] = defaultdict(list)
-        for query, candidate in places:
+        for query, candidate in indices:
             queries[query].append(candidate)
         with (
             _evaluating(self.model),
-            tqdm(total=len(places), desc="Judging", unit="pair", disable=not self.show_progress_bar) as progress,
+            tqdm(total=len(indices), desc="Judging", unit="pair", disable=not self.show_progress_bar) as progress,
         ):
             for pair, outcome in self.scorer.score(list(queries.items())):
                 # Subtracted in float32: a bfloat16 difference of two logits near 20 would move in steps of 0.125.
                 answer = outcome if isinstance(outcome, ValueError) else float(outcome[0] - outcome[1])
-                for row, column in places[pair]:
+                for row, column in indices[pair]:
                     if isinstance(answer, ValueError):
                         set_aside(errors, row, column, answer)
                     elif not np.isfinite(answer):
@@ -251,14 +251,14 @@ def _distinct_pairs(
     groups: Sequence[Group], errors: list[PairError] | None
 ) -> dict[tuple[Item, Item], list[tuple[int, int]]]:
     """Map each distinct pair to all places where it occurs, query-major."""
-    places: dict[tuple[Item, Item], list[tuple[int, int]]] = {}
+    indices: dict[tuple[Item, Item], list[tuple[int, int]]] = {}
     for row, group in enumerate(groups):
         for column, candidate in enumerate(group.candidates):
             try:
-                places.setdefault((group.query, candidate), []).append((row, column))
+                indices.setdefault((group.query, candidate), []).append((row, column))
             except BadImageError as error:  # the content that makes items equal cannot be read
                 set_aside(errors, row, column, error)
-    return places
+    return indices
 
 
 def set_aside(errors: list[PairError] | None, group: int, candidate: int, error: ValueError) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st.data.checking import RejectedWriter
+from unime_st.data.logits import CERTAIN_LOGIT, to_logits, to_scores
 from unime_st.data.manifest import alone_in, begin_stage, finish_stage
 from unime_st.data.records import ROW_SCHEMA, RecordSet
-from unime_st.data.scores import CERTAIN_LOGIT, to_logits, to_scores
 from unime_st.data.tables import ShardWriter, link_items
 from unime_st.judging.judge import Group, Judge, PairError
-from unime_st.judging.store import Scores, ScoreShards
+from unime_st.judging.score_store import Scores, ScoreShards
+from unime_st.judging.select import select_negatives
 from unime_st.retrieval.mining import Pools
-from unime_st.selection import select_negatives
 
 logger = logging.getLogger(__name__)
 
@@ -212,9 +212,9 @@ def _judge_shard(pools: Pools, judge: Judge, shards: ScoreShards, number: int, r
     for group, (query, found) in enumerate(wanted.items()):
         if len(answers[group]) != len(found):
             raise ValueError(f"judge {judge.name} gave {len(answers[group])} scores for {len(found)} candidates")
-        for place, (item, logit) in enumerate(zip(found, answers[group])):
-            if (group, place) in reasons:
-                failed[query, item] = reasons[group, place]
+        for index, (item, logit) in enumerate(zip(found, answers[group])):
+            if (group, index) in reasons:
+                failed[query, item] = reasons[group, index]
             elif np.isfinite(logit):
                 logits[query, item] = float(logit)
             else:
@@ -240,7 +240,7 @@ def select_rows(
     Args:
         scores: Judged pools, or their folder.
         output: Folder to write.
-        margin: See :func:`~unime_st.selection.select_negatives`. Defaults to the paper's 0.01.
+        margin: See :func:`~unime_st.judging.select.select_negatives`. Defaults to the paper's 0.01.
         stride: The same. Defaults to the paper's 5.
         num_negatives: The same. Defaults to the paper's 10.
         seed: Of the random draw where nothing survives; a row's draw does not depend on other rows.
@@ -255,7 +255,7 @@ def select_rows(
 
     Returns:
         RecordSet: Judged records. Negatives taken because nothing survived count as matches (score 1.0) and carry the
-        log-odds :data:`~unime_st.data.scores.CERTAIN_LOGIT`. Pairs without candidates are in ``rejected.jsonl``. The
+        log-odds :data:`~unime_st.data.logits.CERTAIN_LOGIT`. Pairs without candidates are in ``rejected.jsonl``. The
         manifest holds the statistics: filtered false negatives, short and empty selections, histograms of scores and
         ranks.
 
@@ -316,12 +316,12 @@ def _select(
     relaxed = rule["relax_low_positive"] and positive <= rule["margin"]
     survives = pool < positive if relaxed else pool <= positive - rule["margin"]
     statistics.add(positive, pool, survives, chosen, chosen_scores)
-    logits = [row["logits"][place] if survives.any() else CERTAIN_LOGIT for place in chosen]
+    logits = [row["logits"][index] if survives.any() else CERTAIN_LOGIT for index in chosen]
     return {
         "query": row["query"],
         "positive": row["positive"],
         "dataset": row["dataset"],
-        "negatives": [row["candidates"][place] for place in chosen],
+        "negatives": [row["candidates"][index] for index in chosen],
         "positive_logit": row["positive_logit"],
         "negative_logits": logits,
     }

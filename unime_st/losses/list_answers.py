@@ -158,10 +158,10 @@ def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Seq
     weights = weights.to(logits[0].dtype)
     first = torch.tensor([answer[0] for answer in answers], device=weights.device)
     loss = -(weights * logits[0].log_softmax(-1)[:, first]).sum()
-    for place, (row, token) in enumerate(zip(*second_positions(weights, answers), strict=True)):
+    for index, (row, token) in enumerate(zip(*second_positions(weights, answers), strict=True)):
         members = [number for number, answer in enumerate(answers) if len(answer) > 1 and answer[0] == token]
         second = torch.tensor([answers[number][1] for number in members], device=weights.device)
-        loss = loss - (weights[row, members] * logits[1][place].log_softmax(-1)[second]).sum()
+        loss = loss - (weights[row, members] * logits[1][index].log_softmax(-1)[second]).sum()
     return loss / len(weights)
 
 

@@ -185,13 +185,13 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         if self.pairwise_weight:
             columns.append({"queries": queries, "candidates": [[positive] for positive in positives]})
             columns.append(
-                {"queries": queries, "candidates": [[negatives[place][row]] for row, place in enumerate(hardest)]}
+                {"queries": queries, "candidates": [[negatives[index][row]] for row, index in enumerate(hardest)]}
             )
         if self.listwise_weight:
-            places = self._draw_lists(len(queries), count)
+            indices = self._draw_lists(len(queries), count)
             candidates = list(zip(*inputs[1:], strict=True))
-            lists = [[candidates[row][place] for place in listed] for row, listed in enumerate(places)]
-            weights = self._targets(places, scores, count)
+            lists = [[candidates[row][index] for index in listed] for row, listed in enumerate(indices)]
+            weights = self._targets(indices, scores, count)
             options = {"options": {"task": "listwise"}}
             columns.append({"queries": queries, "candidates": lists, **options})
             rows, tokens = second_positions(weights, index_answers(self._tokenizer, count))
@@ -210,7 +210,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         return self._parts
 
     def _in_few_passes(self, columns: list[dict[str, Any]]) -> list[list[Tensor]]:
-        """Answer all prompts; the positives' and the hardest negatives' pairs share one call, and so their pictures."""
+        """Answer all prompts; the positives' and the hardest negatives' pairs share one call, and so their images."""
         reps: list[list[Tensor]] = []
         if self.pairwise_weight:
             positive, negative, *columns = columns
@@ -257,12 +257,12 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             lists.append(listed)
         return lists
 
-    def _targets(self, places: list[list[int]], scores: Tensor | None, count: int) -> Tensor:
+    def _targets(self, indices: list[list[int]], scores: Tensor | None, count: int) -> Tensor:
         """Probability that each place of each list is right, ``(rows, count)``; 0 behind the end of a list."""
         if self.target_temperature is not None and scores is None:
             raise ValueError("target_temperature needs the judge's scores as labels; judge first, or leave it None.")
-        targets = torch.zeros(len(places), count)
-        for row, listed in enumerate(places):
+        targets = torch.zeros(len(indices), count)
+        for row, listed in enumerate(indices):
             if self.target_temperature is None or scores is None:
                 targets[row, listed.index(0)] = 1.0
             else:
@@ -304,9 +304,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             ranges: Begin and end of the mini-batches.
         """
         anchor = next(self.model.parameters()).new_empty(0)  # tells the snapshot on which device the model runs
-        for place, (begin, end) in enumerate(ranges or []):
+        for index, (begin, end) in enumerate(ranges or []):
             snapshot = RandContext(anchor) if copy_random_state else None
-            replay = None if random_states is None else random_states[place]
+            replay = None if random_states is None else random_states[index]
             with torch.set_grad_enabled(with_grad):
                 yield self._logits(sentence_feature, begin, end, replay), snapshot
 
@@ -368,7 +368,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
 
 def _plain(value: Any, opened: dict[Any, Any]) -> Any:
-    """Turn an item into a dict of its decoded parts, each picture decoded once, and drop the absent parts of a dict."""
+    """Turn an item into a dict of its decoded parts, each image decoded once, and drop the absent parts of a dict."""
     if hasattr(value, "to_input"):
         if value not in opened:
             opened[value] = value.to_input()

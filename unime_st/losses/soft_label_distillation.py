@@ -163,9 +163,11 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             log_model = (similarities / self.temperature).log_softmax(dim=1)
             loss = _divergence(self.divergence, log_model, log_judge[chunk])
             if shared:
-                places = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
-                logits = _against_others(query, candidates[:, 0], shared[0], places, len(documents)) / self.temperature
-                loss = loss + self.in_batch_weight * F.cross_entropy(logits, places, reduction="none")
+                indices = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
+                logits = (
+                    _against_others(query, candidates[:, 0], shared[0], indices, len(documents)) / self.temperature
+                )
+                loss = loss + self.in_batch_weight * F.cross_entropy(logits, indices, reduction="none")
             return loss
 
         return RowwiseLoss(rows=[queries, torch.stack(documents, dim=1)], shared=in_batch, losses=losses)
@@ -186,15 +188,15 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
         return UNIME_V2_CITATION
 
 
-def _against_others(query: Tensor, positive: Tensor, pool: Tensor, places: Tensor, columns: int) -> Tensor:
+def _against_others(query: Tensor, positive: Tensor, pool: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Similarities ``(rows, pool)`` of queries to the positives, then the negatives, of all rows: -inf, but for the
     own positive, where a candidate is the own row's or the positive once more.
     """
     out = positive.detach() @ pool.detach().T > 1 - _SAME
     total = len(pool) // columns
     for column in range(1, columns):
-        out[torch.arange(len(places)), places + column * total] = True
-    out[torch.arange(len(places)), places] = False
+        out[torch.arange(len(indices)), indices + column * total] = True
+    out[torch.arange(len(indices)), indices] = False
     return (query @ pool.T).masked_fill(out, -math.inf)
 
 

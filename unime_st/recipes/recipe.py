@@ -10,16 +10,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ImageRule:
-    """How a picture is brought to the image processor.
+    """How an image is brought to the image processor.
 
-    The order is fixed, as in the official code: squash in the mode of the file (palette pictures with nearest
+    The order is fixed, as in the official code: squash in the mode of the file (palette images with nearest
     neighbour, all others bicubic), then EXIF orientation, then RGB.
 
     Args:
-        official: Side in pixels of the square that the official evaluation squashes pictures to; None leaves the size
+        official: Side in pixels of the square that the official evaluation squashes images to; None leaves the size
             to the image processor.
         training: The same for the official training runs.
-        exif: Turn the picture as its EXIF orientation says.
+        exif: Turn the image as its EXIF orientation says.
         alpha: What becomes of transparency: ``"drop"`` it, or paint on ``"white"``.
         min_pixels: Fewest pixels after the image processor, None for the value of the checkpoint.
         max_pixels: Most pixels after the image processor, None for the value of the checkpoint.
@@ -67,9 +67,9 @@ class Demo:
     Args:
         score: Cosine similarity in the authors' demo.
         tolerance: Accepted deviation; published values are bfloat16 or rounded.
-        image_text: Text that goes with the picture on the image side, None for the picture alone.
+        image_text: Text that goes with the image on the image side, None for the image alone.
         text: Text side.
-        image: Name of the picture in the authors' repository.
+        image: Name of the image in the authors' repository.
     """
 
     score: float
@@ -95,7 +95,7 @@ class Recipe:
         task: ``"embedding"`` or ``"reranker"``.
         template: File in ``recipes/templates``, or an absolute path; None keeps the chat template of the checkpoint.
         template_kwargs: Variables of the template that the folder fixes.
-        image: How pictures are prepared; None leaves everything to the checkpoint's own processor.
+        image: How images are prepared; None leaves everything to the checkpoint's own processor.
         positions: ``"1d"`` counts every token, image tokens included; ``"native"`` keeps the backbone's scheme.
         pooling: Pooling mode of Sentence Transformers.
         padding_side: Side on which short rows of a batch are padded.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from unime_st.recipes.recipe import Demo, ImageRule, Recipe
 
-# Instructions of the official evaluation that stand alone, i.e. contain no text of the sample. With a picture they
+# Instructions of the official evaluation that stand alone, i.e. contain no text of the sample. With an image they
 # begin with the separator that follows the image token in the MMEB strings.
 _V2_PROMPTS = {
     "query": "",
@@ -35,11 +35,11 @@ _V1_DEMO = Demo(
     text="A man is crossing the street with a red car parked nearby.",
 )
 
-# Qwen2-VL: the official path hands PIL pictures to the image processor, which ignores EXIF.
+# Qwen2-VL: the official path hands PIL images to the image processor, which ignores EXIF.
 _V2_QWEN_IMAGES = ImageRule(official=1344, training=672, exif=False)
-# LLaVA-OneVision: the official path goes through the chat template, which turns pictures after the squash.
+# LLaVA-OneVision: the official path goes through the chat template, which turns images after the squash.
 _V2_LLAVA_IMAGES = ImageRule(official=1344, training=336, exif=True)
-# UniME's scripts for LLaVA-1.6 call the processor on the opened picture, those for LLaVA-OneVision go through the chat
+# UniME's scripts for LLaVA-1.6 call the processor on the opened image, those for LLaVA-OneVision go through the chat
 # template, which turns it.
 _V1_LLAVA_IMAGES = ImageRule(official=None, training=336, exif=False)
 _V1_LLAVA_OV_IMAGES = ImageRule(official=None, training=336, exif=True)

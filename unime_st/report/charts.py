@@ -30,7 +30,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * place, 12) for place in range(first, max(last, first + 1) + 1)]
+    return [round(step * index, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
 def line_chart(
@@ -55,16 +55,16 @@ def line_chart(
         raise ValueError("a chart needs at least one point")
     across, up = (ticks(min(values), max(values)) for values in zip(*points))
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def index(x: float, y: float) -> tuple[float, float]:
         return (
             _LEFT + (x - across[0]) / (across[-1] - across[0]) * (width - _LEFT - _RIGHT),
             height - _BOTTOM - (y - up[0]) / (up[-1] - up[0]) * (height - _TOP - _BOTTOM),
         )
 
-    parts = _grid([(place(x, up[0])[0], x) for x in across], [(place(across[0], y)[1], y) for y in up], width, height)
+    parts = _grid([(index(x, up[0])[0], x) for x in across], [(index(across[0], y)[1], y) for y in up], width, height)
     parts.append(element("text", x_label, x=width - _RIGHT, y=height - 4, text_anchor="end"))
     for number, (name, line) in enumerate(lines.items()):
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (index(*point) for point in line))
         opacity = max(0.35, 1.0 - 0.3 * number)
         stroke = element("polyline", points=drawn, class_="stroke", stroke_opacity=f"{opacity:g}")
         parts.append(element("g", element("title", name), stroke))
@@ -98,11 +98,11 @@ def histogram(
     marks = [(_LEFT + share * (width - _LEFT - _RIGHT), low + share * (high - low)) for share in (0.0, 0.5, 1.0)]
     parts = _grid(marks, [(floor - value / up[-1] * tall, value) for value in up], width, height, unit=" %")
     parts.append(element("text", x_label, x=width - _RIGHT, y=height - 4, text_anchor="end"))
-    for place, count in enumerate(counts):
+    for index, count in enumerate(counts):
         share = 100 * count / total
         size = share / up[-1] * tall
-        edges = [low + (high - low) * edge / len(counts) for edge in (place, place + 1)]
-        box = {"x": f"{_LEFT + place * bar + 0.5:.1f}", "width": f"{max(bar - 1, 0.5):.1f}"}
+        edges = [low + (high - low) * edge / len(counts) for edge in (index, index + 1)]
+        box = {"x": f"{_LEFT + index * bar + 0.5:.1f}", "width": f"{max(bar - 1, 0.5):.1f}"}
         note = element("title", f"{edges[0]:g} to {edges[1]:g}: {count} ({share:.1f} %)")
         rectangle = element("rect", **box, y=f"{floor - size:.1f}", height=f"{size:.1f}", class_="fill")
         parts.append(element("g", note, rectangle))
@@ -127,18 +127,18 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], bool]], *, x_label: str
     height = line * len(rows) + _TOP + _BOTTOM
     across = ticks(0.0, max(value for _, values, _ in rows for value in values))
 
-    def place(value: float) -> float:
+    def index(value: float) -> float:
         return left + value / across[-1] * (width - left - 2 * _RIGHT)
 
-    parts = _grid([(place(value), value) for value in across], [], width, height, vertical=True)
+    parts = _grid([(index(value), value) for value in across], [], width, height, vertical=True)
     parts.append(element("text", x_label, x=width - _RIGHT, y=height - 4, text_anchor="end"))
     for number, (name, values, other) in enumerate(rows):
         middle = _TOP + line * number + line / 2
-        mean = place(sum(values) / len(values))
+        mean = index(sum(values) / len(values))
         parts.append(element("text", name, x=left - 12, y=middle + 4, text_anchor="end", class_="label"))
         parts.append(element("line", x1=mean, x2=mean, y1=middle - 8, y2=middle + 8, class_="tick"))
         for value in values:
-            dot = element("circle", cx=place(value), cy=middle, r=4, class_="fill other" if other else "fill")
+            dot = element("circle", cx=index(value), cy=middle, r=4, class_="fill other" if other else "fill")
             parts.append(element("g", element("title", f"{value:.1f}"), dot))
     return _svg(parts, width, height, f"{x_label} of {', '.join(name for name, _, _ in rows)}", style="wide")
 
@@ -172,7 +172,7 @@ def bar_chart(
     across = ticks(0.0, high if high is not None else largest)
     end = width - 60  # room for the number behind a bar
 
-    def place(value: float) -> float:
+    def index(value: float) -> float:
         return round(left + value / across[-1] * (end - left), 1)
 
     parts, y = [], _TOP
@@ -180,11 +180,11 @@ def bar_chart(
         parts.append(element("text", name, x=0, y=y + 15, class_="label"))
         y += gap - line if len(found) == 1 else gap
         for label, value, beside in found:
-            bar = element("rect", x=left, y=y + 2, width=max(place(value) - left, 0.5), height=line - 5, class_="fill")
+            bar = element("rect", x=left, y=y + 2, width=max(index(value) - left, 0.5), height=line - 5, class_="fill")
             shown = [element("title", f"{name}, {label}: {value:.1f}"), bar]
-            number = place(value)
+            number = index(value)
             if beside is not None:
-                at = place(beside)
+                at = index(beside)
                 shown.append(element("line", x1=at, x2=at, y1=y, y2=y + line - 1, class_="tick"))
                 number = at if number <= at < number + 40 else number  # not across the stroke
             parts.append(element("text", label, x=left - 8, y=y + 12, text_anchor="end"))
@@ -193,7 +193,7 @@ def bar_chart(
             y += line
         y += 6
     height = y + _BOTTOM
-    axis = _grid([(place(value), value) for value in across], [], width, height, vertical=True)
+    axis = _grid([(index(value), value) for value in across], [], width, height, vertical=True)
     axis.append(element("text", x_label, x=end, y=height - 4, text_anchor="end"))
     return _svg([*axis, *parts], width, height, f"bars of {x_label}", style="wide")
 

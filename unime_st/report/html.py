@@ -1,4 +1,4 @@
-"""Building blocks of the reports: escaped elements, tables and pictures that need nothing but a browser."""
+"""Building blocks of the reports: escaped elements, tables and images that need nothing but a browser."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def facts(content: Mapping[str, Content]) -> Html:
     return element("div", element("table", element("tbody", *rows), class_="facts"), class_="scroll")
 
 
-def picture(image: ImageRef, *, side: int = 168) -> Html:
+def embed_image(image: ImageRef, *, side: int = 168) -> Html:
     """Embed an image in the page; one that cannot be read is replaced by the reason.
 
     Args:
@@ -206,7 +206,7 @@ def picture(image: ImageRef, *, side: int = 168) -> Html:
     pixels.save(buffer, "PNG", optimize=True)
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
     width, height = pixels.size
-    return element("img", src=f"data:image/png;base64,{encoded}", width=width, height=height, alt="picture")
+    return element("img", src=f"data:image/png;base64,{encoded}", width=width, height=height, alt="image")
 
 
 def show_items(items: Iterable[tuple[Item, Sequence[Content], str]]) -> Html:
@@ -224,7 +224,7 @@ def show_items(items: Iterable[tuple[Item, Sequence[Content], str]]) -> Html:
 
 
 def show_item(item: Item, *below: Content, style: str = "") -> Html:
-    """Show an item: its picture, its text (a long one folded), and what is to be said about it.
+    """Show an item: its image, its text (a long one folded), and what is to be said about it.
 
     Args:
         item: The item.
@@ -238,5 +238,5 @@ def show_item(item: Item, *below: Content, style: str = "") -> Html:
     shown: Content = None if text is None else element("div", text)
     if text is not None and len(text) > _LONG_TEXT:
         shown = element("details", element("summary", text[: _LONG_TEXT - 20].rstrip() + " …"), text)
-    image = None if item.image is None else picture(item.image)
+    image = None if item.image is None else embed_image(item.image)
     return element("div", image, shown, *below, class_=f"item {style}".rstrip())

@@ -17,13 +17,13 @@ from sentence_transformers.base.modules import Transformer
 
 from unime_st.data import ImageRef, Item
 from unime_st.data.images import padded_to_aspect, to_rgb
-from unime_st.judging.features import check_length
-from unime_st.judging.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
-from unime_st.judging.prompts import check_template
-from unime_st.reranking.cost import measured
-from unime_st.reranking.features import PLACES, ChatEncoder, is_plain, like_lengths, run_in_parts
-from unime_st.reranking.inputs import Offer, check_query, foreign, refuse_foreign, to_item, to_offers, unreadable
-from unime_st.reranking.ranking import UNREADABLE, Method, Ranker, Scored, ranked
+from unime_st.reranking.chat_features import PLACES, ChatEncoder, is_plain, like_lengths, run_in_parts
+from unime_st.reranking.forward_counter import measured
+from unime_st.reranking.parsing import Offer, check_query, foreign, refuse_foreign, to_item, to_offers, unreadable
+from unime_st.reranking.ranker import UNREADABLE, Method, Ranker, Scored, ranked
+from unime_st.scoring.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
+from unime_st.scoring.prompt_encoder import check_length
+from unime_st.scoring.prompts import check_template
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class UniMEReranker(CrossEncoder):
     - bare generative checkpoints (Qwen2-VL, Qwen2.5-VL, the released UniME-V2-Reranker) become pairwise rerankers;
     - :meth:`listwise_scores` and ``rank(..., method="listwise")`` score all candidates in one forward pass, where the
       authors' code generates an answer of up to 128 tokens and knows the winner only;
-    - :meth:`rank` lets what its prompts have in common pass the model once, and each picture the vision tower;
+    - :meth:`rank` lets what its prompts have in common pass the model once, and each image the vision tower;
     - inputs may also be :class:`~unime_st.data.Item`, decoded batch by batch;
     - a prompt longer than the model takes is refused: cut, its end would no longer be where the answer is read.
 
@@ -137,7 +137,7 @@ class UniMEReranker(CrossEncoder):
         return self._encoder[1]
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Answer prompts; those of like length pass together, and each distinct picture passes the vision tower once.
+        """Answer prompts; those of like length pass together, and each distinct image passes the vision tower once.
 
         Args:
             input: Features from :meth:`preprocess`.
@@ -168,7 +168,7 @@ class UniMEReranker(CrossEncoder):
         Args:
             queries: Items, texts, images or dicts.
             documents: Per query its candidates in the order in which they are numbered.
-            share: Whether a picture that occurs twice is processed once, which only :meth:`forward` understands;
+            share: Whether an image that occurs twice is processed once, which only :meth:`forward` understands;
                 False gives what the model of transformers takes. Defaults to True.
 
         Returns:
@@ -339,11 +339,11 @@ class UniMEReranker(CrossEncoder):
             for value, offer in zip(given, offers, strict=True)
         )
         reasons = unreadable(offers[1:], decode=True)
-        readable = [place for place, reason in enumerate(reasons) if reason is None]
+        readable = [index for index, reason in enumerate(reasons) if reason is None]
         lowest = cast(torch.nn.Module, options["activation_fn"])(torch.tensor([UNREADABLE]))
         scores = np.full(len(documents), float(lowest))
         if readable:
-            found = super().rank(query, [documents[place] for place in readable], **options)
+            found = super().rank(query, [documents[index] for index in readable], **options)
             scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]  # type: ignore[index]
         return scores, reasons
 
@@ -358,8 +358,8 @@ def _plain(value: Any, opened: dict[Any, Any]) -> Any:
     if isinstance(value, Item):
         if value.image is not None and value.image not in opened:
             opened[value.image] = value.to_input()["image"]
-        picture = {} if value.image is None else {"image": opened[value.image]}
-        return picture if value.text is None else {**picture, "text": value.text}
+        image = {} if value.image is None else {"image": opened[value.image]}
+        return image if value.text is None else {**image, "text": value.text}
     if isinstance(value, Image.Image):
         if id(value) not in opened:
             # Kept with its original, whose id no other image can get meanwhile.

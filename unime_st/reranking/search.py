@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import encode_items
 from unime_st.judging import Group, Judge, LocalJudge, PairError
-from unime_st.judging.prompts import ItemLike
-from unime_st.reranking.cost import measured
-from unime_st.reranking.inputs import Offer, foreign, to_offers
+from unime_st.reranking.forward_counter import measured
 from unime_st.reranking.model import UniMEReranker
-from unime_st.reranking.ranking import UNREADABLE, Method, Scored
+from unime_st.reranking.parsing import Offer, foreign, to_offers
+from unime_st.reranking.ranker import UNREADABLE, Method, Scored
 from unime_st.retrieval import top_k as nearest
+from unime_st.scoring.prompts import ItemLike
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +80,16 @@ def search(
             raise ValueError(f"{name} must be at least 1, got {value}")
     asked, offered = _items("queries", queries), _items("corpus", corpus)
     vectors, mask, reasons = _embedded(embedder, [*asked, *offered], batch_size, show_progress_bar)
-    for place, reason in sorted(reasons.items()):
-        if place < len(asked):
-            raise BadImageError(f"queries[{place}]: {reason}")
-        logger.warning("corpus[%d] is left out: %s", place - len(asked), reason)
+    for index, reason in sorted(reasons.items()):
+        if index < len(asked):
+            raise BadImageError(f"queries[{index}]: {reason}")
+        logger.warning("corpus[%d] is left out: %s", index - len(asked), reason)
     readable = np.flatnonzero(mask[len(asked) :])
     if not asked or not len(readable):
         return [[] for _ in asked]
     similarities, found = nearest(vectors[: len(asked)], vectors[len(asked) :][readable], min(top_k, len(readable)))
     found = readable[found]
-    groups = [(query, [cast(Item, offered[place]) for place in row]) for query, row in zip(asked, found, strict=True)]
+    groups = [(query, [cast(Item, offered[index]) for index in row]) for query, row in zip(asked, found, strict=True)]
     rerank = _reranking(reranker, method, max(top_k, 2), batch_size, show_progress_bar)
     counted = getattr(reranker, "model", None) if isinstance(reranker, LocalJudge) else reranker
     with measured(counted) if isinstance(counted, CrossEncoder) else nullcontext() as cost:
@@ -102,12 +102,12 @@ def search(
 def _items(side: str, values: Sequence[Any]) -> list[Offer]:
     """Inputs as items; what is none is named."""
     offers = to_offers(values)
-    place = foreign(offers)
-    if place is not None:
-        raise TypeError(f"{side}[{place}]: {offers[place]}")
-    for place, offer in enumerate(offers):
+    index = foreign(offers)
+    if index is not None:
+        raise TypeError(f"{side}[{index}]: {offers[index]}")
+    for index, offer in enumerate(offers):
         if isinstance(offer, Item) and offer.image is None and not (offer.text or "").strip():
-            raise ValueError(f"{side}[{place}]: an empty text cannot be embedded")
+            raise ValueError(f"{side}[{index}]: an empty text cannot be embedded")
     return offers
 
 
@@ -115,18 +115,18 @@ def _embedded(
     embedder: SentenceTransformer, offers: Sequence[Offer], batch_size: int, show_progress_bar: bool
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Vectors, which offers have one, and why the others have none."""
-    places = [place for place, offer in enumerate(offers) if isinstance(offer, Item)]
+    indices = [index for index, offer in enumerate(offers) if isinstance(offer, Item)]
     failed: dict[int, str] = {}
     vectors, made = encode_items(
-        embedder, [cast(Item, offers[place]) for place in places], batch_size=batch_size,
+        embedder, [cast(Item, offers[index]) for index in indices], batch_size=batch_size,
         show_progress_bar=show_progress_bar, on_error="skip", reasons=failed,
     )  # fmt: skip
-    reasons = {place: str(offer) for place, offer in enumerate(offers) if not isinstance(offer, Item)}
-    reasons |= {places[row]: reason for row, reason in failed.items()}
+    reasons = {index: str(offer) for index, offer in enumerate(offers) if not isinstance(offer, Item)}
+    reasons |= {indices[row]: reason for row, reason in failed.items()}
     mask = np.zeros(len(offers), dtype=bool)
-    mask[places] = made
+    mask[indices] = made
     spread = np.full((len(offers), vectors.shape[1]), np.nan, dtype=np.float32)
-    spread[places] = vectors
+    spread[indices] = vectors
     return spread, mask, reasons
 
 
@@ -148,7 +148,7 @@ def _reranking(
             return [
                 engine.rank(
                     query, documents, method, window=window, batch_size=batch_size,
-                    names=[f"corpus[{place}]" for place in row],
+                    names=[f"corpus[{index}]" for index in row],
                 )
                 for (query, documents), row in zip(waiting, found, strict=True)
             ]  # fmt: skip
@@ -180,14 +180,14 @@ def _ranked(
 ) -> list[dict[str, Any]]:
     """Sort the candidates of one query; equal scores keep the order of the embedder."""
     entries: list[dict[str, Any]] = []
-    for place in sorted(range(len(row)), key=lambda place: (reasons[place] is not None, -scores[place])):
+    for index in sorted(range(len(row)), key=lambda index: (reasons[index] is not None, -scores[index])):
         entry: dict[str, Any] = {
-            "corpus_id": int(row[place]),
-            "score": float(scores[place]),
-            "similarity": float(similarity[place]),
+            "corpus_id": int(row[index]),
+            "score": float(scores[index]),
+            "similarity": float(similarity[index]),
         }
-        if reasons[place] is not None:
-            logger.warning("corpus[%d] is ranked last: %s", row[place], reasons[place])
-            entry["error"] = str(reasons[place])
+        if reasons[index] is not None:
+            logger.warning("corpus[%d] is ranked last: %s", row[index], reasons[index])
+            entry["error"] = str(reasons[index])
         entries.append(entry)
     return entries

@@ -120,7 +120,7 @@ def mine(
             None sets no ceiling. A weak embedder under a strict ceiling leaves few candidates.
         batch_size: Items per forward pass. Defaults to 64.
         device: Where similarities are computed. Defaults to None, the CPU.
-        embed: Where the items are embedded, by the same model: see :class:`unime_st.cluster.Cluster`. Defaults to
+        embed: Where the items are embedded, by the same model: see :class:`unime_st.stages.ray_engine.Cluster`. Defaults to
             None, this process.
         vectors: Folder of the vectors, 2 x dim bytes per item. Runs on the same records and model that name the same
             folder embed once. Defaults to None, ``vectors`` in the output.
@@ -213,12 +213,12 @@ class _Pairs:
         """Places in a sorted corpus that are no candidates of the rows: the query and its positives."""
         queries, which = np.unique(self.query[rows], return_inverse=True)
         first, last = (np.searchsorted(self._askers, queries, side) for side in ("left", "right"))
-        places = []
+        positions = []
         for query, start, stop in zip(queries, first, last):
             wanted = np.unique(np.append(self.positive[self._by_query[start:stop]], query))
-            place = np.minimum(np.searchsorted(corpus, wanted), len(corpus) - 1)
-            places.append(place[corpus[place] == wanted].tolist())
-        return [places[index] for index in which]
+            position = np.minimum(np.searchsorted(corpus, wanted), len(corpus) - 1)
+            positions.append(position[corpus[position] == wanted].tolist())
+        return [positions[index] for index in which]
 
 
 def _coded(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
@@ -240,7 +240,7 @@ def _search(
         for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _GATHERED)):
             similarity = paired_similarity(queries[part], corpus_vectors[positives[part]])
             pairs.positive_similarity[rows[part]] = similarity
-        scores, places = top_k(
+        scores, positions = top_k(
             queries,
             corpus_vectors,
             pairs.candidates.shape[1],
@@ -249,7 +249,7 @@ def _search(
             device=device,
             show_progress_bar=True,
         )
-        pairs.candidates[rows] = np.where(places < 0, -1, corpus[places])
+        pairs.candidates[rows] = np.where(positions < 0, -1, corpus[positions])
         pairs.similarities[rows] = scores
     return len(corpus)
 
@@ -277,7 +277,7 @@ def _write(pairs: _Pairs, output: Path) -> dict[str, Any]:
                     "positive": positive,
                     "dataset": pairs.datasets[pairs.dataset[row]],
                     "positive_similarity": pairs.positive_similarity[row],
-                    "candidates": [pairs.ids[place] for place in pairs.candidates[row, found]],
+                    "candidates": [pairs.ids[position] for position in pairs.candidates[row, found]],
                     "similarities": pairs.similarities[row, found].tolist(),
                 }
             )

@@ -122,19 +122,19 @@ class _Search:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Search in float32; again in float64 what that cannot decide; one by one what is tied exactly."""
         scores = np.full((len(queries), self.k), -np.inf)
-        places = np.full((len(queries), self.k), -1, dtype=np.int64)
+        indices = np.full((len(queries), self.k), -1, dtype=np.int64)
         rows = np.arange(len(queries))
         for dtype in (torch.float32, torch.float64):
             if len(rows):
                 hidden = [exclude[row] for row in rows.tolist()]
-                score, place, certain = self._attempt(queries[rows], lengths[rows], ceiling[rows], hidden, dtype)
+                score, index, certain = self._attempt(queries[rows], lengths[rows], ceiling[rows], hidden, dtype)
                 scores[rows[certain], : score.shape[1]] = score[certain]
-                places[rows[certain], : score.shape[1]] = place[certain]
+                indices[rows[certain], : score.shape[1]] = index[certain]
                 rows = rows[~certain]
         for row in rows.tolist():
-            score, place = self._brute_force(queries[row], ceiling[row], exclude[row])
-            scores[row, : len(score)], places[row, : len(score)] = score, place
-        return scores, places
+            score, index = self._brute_force(queries[row], ceiling[row], exclude[row])
+            scores[row, : len(score)], indices[row, : len(score)] = score, index
+        return scores, indices
 
     def _attempt(
         self,
@@ -156,13 +156,13 @@ class _Search:
         self._rescore(queries, where, contenders & _unclear(proposed, ceiling, error), similarity)
         similarity[similarity >= ceiling[:, None]] = -np.inf
         order = np.lexsort((where, -similarity), axis=1)[:, : self.k]
-        score, place = np.take_along_axis(similarity, order, 1), np.take_along_axis(where, order, 1)
-        place[np.isneginf(score)] = -1
+        score, index = np.take_along_axis(similarity, order, 1), np.take_along_axis(where, order, 1)
+        index[np.isneginf(score)] = -1
         certain = size < limits.max  # else the proposals may have overflowed
         if proposed.shape[1] < len(self.corpus):
             least = proposed[:, -1]  # nothing that was not proposed is above it
             certain &= np.isneginf(least) | (score[:, -1] > least + error)
-        return score, place, certain
+        return score, index, certain
 
     def _propose(
         self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
@@ -178,8 +178,8 @@ class _Search:
             similarity = self._similarity(left, start, stop)
             inside = (columns >= start) & (columns < stop)
             similarity[rows[inside], columns[inside] - start] = -torch.inf
-            found, place = self._better(similarity, upper, best)
-            best, where = torch.cat([best, found], 1), torch.cat([where, place + start], 1)
+            found, index = self._better(similarity, upper, best)
+            best, where = torch.cat([best, found], 1), torch.cat([where, index + start], 1)
             best, kept = best.topk(min(self.width, best.shape[1]), dim=1, sorted=False)
             where = where.gather(1, kept)
         best, order = best.sort(dim=1, descending=True)
@@ -246,9 +246,9 @@ class _Search:
         position = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         most = max(int(counts.max()), 0 if full else self.width)
         found = best.new_full((len(best), most), -torch.inf)
-        place = torch.zeros((len(best), most), dtype=torch.int64, device=row.device)
-        found[row, position], place[row, position] = value, column
-        return found, place
+        index = torch.zeros((len(best), most), dtype=torch.int64, device=row.device)
+        found[row, position], index[row, position] = value, column
+        return found, index
 
     def _rescore(self, queries: np.ndarray, where: np.ndarray, chosen: np.ndarray, similarity: np.ndarray) -> None:
         """Put the similarities in float64 in the chosen places."""
@@ -321,5 +321,5 @@ def _unclear(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray) -> np
 
 def _flatten(exclude: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     rows = np.repeat(np.arange(len(exclude)), [len(hidden) for hidden in exclude])
-    columns = np.fromiter((place for hidden in exclude for place in hidden), dtype=np.int64, count=len(rows))
+    columns = np.fromiter((index for hidden in exclude for index in hidden), dtype=np.int64, count=len(rows))
     return rows, columns

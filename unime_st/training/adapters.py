@@ -46,7 +46,7 @@ def _quantization(arguments: TrainArguments) -> Any:
 
     if arguments.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    # The tower and the projector are a small part of the weights, and pictures suffer most from rounding them.
+    # The tower and the projector are a small part of the weights, and images suffer most from rounding them.
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

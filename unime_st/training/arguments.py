@@ -50,7 +50,7 @@ class TrainArguments:
     )
     token_budget: str | None = field(
         default=None,
-        metadata={"help": "Instead: tokens (text and picture) embedded at a time, or auto: what fits this device."},
+        metadata={"help": "Instead: tokens (text and image) embedded at a time, or auto: what fits this device."},
     )
     dataset_temperature: float = field(
         default=1.0, metadata={"help": "Data sets are drawn by size ** (1 / this): 1 proportional, large: alike."}
@@ -89,10 +89,10 @@ class TrainArguments:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     gather_across_devices: bool = field(default=True, metadata={"help": "In-batch negatives from all devices."})
-    workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead of the model."})
+    workers: int = field(default=0, metadata={"help": "Processes that decode images ahead of the model."})
     vision_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps the pictures' visual tokens; for a frozen vision tower and projector."},
+        metadata={"help": "Folder that keeps the images' visual tokens; for a frozen vision tower and projector."},
     )
     save_every: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run resumes there."})
     log_every: int = field(default=10, metadata={"help": "Steps between two points of the loss curve."})

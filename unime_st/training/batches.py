@@ -151,7 +151,7 @@ class RowBatches(DefaultBatchSampler):
         taken: set[int] = set()
         waiting: list[int] = []
 
-        def place(row: int) -> None:
+        def index(row: int) -> None:
             query, positive = self._keys[row]  # type: ignore[index]  # checked above
             if len(batch) == size or query in taken or positive in taken:
                 waiting.append(row)
@@ -160,11 +160,11 @@ class RowBatches(DefaultBatchSampler):
                 taken.update((query, positive))
 
         for row in deferred:
-            place(row)
+            index(row)
         for _ in range(_PATIENCE * self.rows):
             if len(batch) == size:
                 return batch, waiting
-            place(next(stream))
+            index(next(stream))
         raise _no_batch_of(size)
 
     def _stream(self, rng: np.random.Generator) -> Iterator[int]:
@@ -181,8 +181,8 @@ class RowBatches(DefaultBatchSampler):
         # Back and forth over the rows by falling cost: every piece gets as many rows and nearly as many tokens.
         order = sorted(batch, key=lambda row: -self.costs[row])  # type: ignore[index]
         pieces: list[list[int]] = [[] for _ in range(count)]
-        for place, row in enumerate(order):
-            turn, position = divmod(place, count)
+        for index, row in enumerate(order):
+            turn, position = divmod(index, count)
             pieces[count - 1 - position if turn % 2 else position].append(row)
         return pieces
 

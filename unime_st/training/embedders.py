@@ -23,9 +23,9 @@ from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
-from unime_st.training.costs import counted_costs, usable_rows
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
 from unime_st.training.feed import Feed
-from unime_st.training.items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.planning import (
     Rehearsal,
     fitting_budget,
@@ -37,10 +37,10 @@ from unime_st.training.planning import (
 )
 from unime_st.training.processes import processes
 from unime_st.training.run import CHECKPOINTS, Setup
-from unime_st.training.vision import SeenOnce, VisionCache, check_frozen, most_bytes, picture_keys
+from unime_st.training.vision import SeenOnce, VisionCache, check_frozen, image_keys, most_bytes
 
 logger = logging.getLogger(__name__)
-PICTURES = "pictures.npy"
+IMAGES = "images.npy"
 BUDGET = "token_budget.json"
 
 
@@ -70,27 +70,27 @@ class EmbedderSetup:
         if a.vision_cache is not None:
             check_frozen(model)
         costs, pixels = counted_costs(a, self.records, model)
-        rows, places, aside = usable_rows(a, self.records, rows, costs)
+        rows, indices, aside = usable_rows(a, self.records, rows, costs)
         datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
         rows = rows.remove_columns("dataset") if datasets else rows
         dtype = computation_dtype(a)
-        vision = self._vision(model, costs, pixels, places, dtype)
+        vision = self._vision(model, costs, pixels, indices, dtype)
         reader: Any = vision or model
         open_item = vision.open_item if vision else Item.to_input
         feed = Feed(self.records, reader.preprocess, a.workers, open_item)
         # Stored visual tokens need no decoding.
         decoded = None if vision else pixels
         cut = partial(MiniBatches, costs, pixels=decoded, most_pixels=most_pixels(model.device))
-        distinct = np.unique(places)
+        distinct = np.unique(indices)
         budget = self._budget(model, feed, lambda budget: cut(budget=budget), distinct)
         mini_batches = cut(size=a.mini_batch_size if self.in_batch else None, budget=budget)
-        row_costs = costs[places].sum(axis=1)
-        per_pass = a.batch_size if self.in_batch else self._rows_per_pass(places.shape[1], row_costs, budget)
+        row_costs = costs[indices].sum(axis=1)
+        per_pass = a.batch_size if self.in_batch else self._rows_per_pass(indices.shape[1], row_costs, budget)
         lazy = self.in_batch and (budget or a.mini_batch_size) is not None
         state = processes()
         balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
         operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
-        rehearsals = self._rehearse(model, feed, mini_batches, places, per_pass, dtype, lazy)
+        rehearsals = self._rehearse(model, feed, mini_batches, indices, per_pass, dtype, lazy)
         once = _seen_once(model, dtype) if lazy and vision is None else None
         loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims, once)
         gathers = bool(getattr(loss.loss, "gather_across_devices", False))
@@ -124,9 +124,9 @@ class EmbedderSetup:
                 passes_more=1 / 3 if lazy else 0.0,
                 operations=operations,
                 set_aside=aside,
-                largest_item=int(costs[places].max()),
+                largest_item=int(costs[indices].max()),
                 mini_batch=self._words(lazy, per_pass, budget),
-                vision_cache=str(vision) if vision else self._expected(model, costs, places),
+                vision_cache=str(vision) if vision else self._expected(model, costs, indices),
             ),
             operations_per_token=operations,
             matrix_rate=matrix_rate(model.device, dtype),
@@ -136,21 +136,21 @@ class EmbedderSetup:
         )
 
     def _vision(
-        self, model: BaseModel, costs: np.ndarray, pixels: np.ndarray, places: np.ndarray, dtype: torch.dtype
+        self, model: BaseModel, costs: np.ndarray, pixels: np.ndarray, indices: np.ndarray, dtype: torch.dtype
     ) -> VisionCache | None:
         a = self.arguments
         if a.vision_cache is None or a.dry_run:
             return None
         with processes().main_process_first():  # which leaves the keys to the others
-            keys = picture_keys(self.records, places, Path(a.output) / PICTURES)
+            keys = image_keys(self.records, indices, Path(a.output) / IMAGES)
         vision = VisionCache(model, self.records, keys, a.vision_cache, dtype)
         vision.fill(model, Feed(self.records, model.preprocess, a.workers), costs, pixels)
         return vision
 
-    def _expected(self, model: BaseModel, costs: np.ndarray, places: np.ndarray) -> str | None:
+    def _expected(self, model: BaseModel, costs: np.ndarray, indices: np.ndarray) -> str | None:
         if self.arguments.vision_cache is None:
             return None
-        return f"at most {most_bytes(model, self.records, places, costs) / 2**30:.2f} GiB"
+        return f"at most {most_bytes(model, self.records, indices, costs) / 2**30:.2f} GiB"
 
     def _budget(
         self, model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray
@@ -193,23 +193,23 @@ class EmbedderSetup:
         model: BaseModel,
         feed: Feed,
         cut: MiniBatches,
-        places: np.ndarray,
+        indices: np.ndarray,
         per_pass: int,
         dtype: torch.dtype,
         lazy: bool,
     ) -> list[Rehearsal]:
         """The most expensive pass that can come, so that it fails now if it fails; then a usual one for the time."""
         if lazy:
-            distinct = np.unique(places)
+            distinct = np.unique(indices)
             groups = cut(distinct)
             passes = [[distinct[group]] for group in (groups[0], groups[len(groups) // 2])]
         else:
-            order = np.argsort(-cut.costs[places].sum(axis=1), kind="stable")
+            order = np.argsort(-cut.costs[indices].sum(axis=1), kind="stable")
             middle = len(order) // 2
             usual = order[middle : middle + per_pass]
             # Without in-batch term the sampler deals rows out by cost: one of the most expensive, otherwise usual ones.
             worst = order[:per_pass] if self.in_batch else np.concatenate([order[:1], usual[: per_pass - 1]])
-            items = [np.unique(places[rows]) for rows in (worst, usual)]
+            items = [np.unique(indices[rows]) for rows in (worst, usual)]
             passes = [[positions[group] for group in cut(positions)] for positions in items]
         return [rehearse(model, feed, groups, dtype) for groups in passes]
 

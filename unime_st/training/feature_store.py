@@ -1,4 +1,4 @@
-"""Tensors of pictures on disk: safetensors shards that appear whole or not at all, shared by any number of processes."""
+"""Tensors of images on disk: safetensors shards that appear whole or not at all, shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -110,10 +110,10 @@ class FeatureStore:
         Raises:
             KeyError: If there is none.
         """
-        place = int(np.searchsorted(self._keys, key.encode()))
-        if place == len(self._keys) or self._keys[place] != key.encode():
+        index = int(np.searchsorted(self._keys, key.encode()))
+        if index == len(self._keys) or self._keys[index] != key.encode():
             raise KeyError(f"{key} is not in {self.folder}")
-        shard, names = _opened(self._paths[self._shards[place]])
+        shard, names = _opened(self._paths[self._shards[index]])
         kinds = {name.partition("/")[2] for name in names}
         return {kind: shard.get_tensor(f"{key}/{kind}") for kind in kinds}
 

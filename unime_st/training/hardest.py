@@ -51,6 +51,6 @@ def hardest_negatives(rows: Dataset, num_negatives: int) -> Dataset:
     ids = np.stack([np.array(rows[name], dtype=object) for name in names], axis=1)
     kept = np.take_along_axis(ids, chosen, axis=1)
     table = {name: list(rows[name]) for name in rows.column_names if name not in (*names, "label")}
-    table |= {f"negative_{place + 1}": kept[:, place].tolist() for place in range(num_negatives)}
+    table |= {f"negative_{index + 1}": kept[:, index].tolist() for index in range(num_negatives)}
     labels = np.concatenate([scores[:, :1], np.take_along_axis(scores[:, 1:], chosen, axis=1)], axis=1)
     return Dataset(pa.table({**table, "label": labels.astype(np.float32).tolist()}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unime_st.resident import give_back, resident
+from unime_st.memory import give_back, resident
 
 _SLACK = 16 << 20
 
@@ -10,9 +10,9 @@ _SLACK = 16 << 20
 class Heap:
     """Watches the resident memory of a step, and gives freed memory back where more and more of it is kept.
 
-    Pictures of all sizes, their pixels and activations come and go, small things that stay (embeddings, kernels, random
+    Images of all sizes, their pixels and activations come and go, small things that stay (embeddings, kernels, random
     states) lie between them, and glibc's heap grows although the sum of what is in use does not: by hundreds of MiB in
-    a batch of a few hundred pictures. Handing pages back costs their first touch, so it is done only between the passes
+    a batch of a few hundred images. Handing pages back costs their first touch, so it is done only between the passes
     and where more is kept than one mini-batch leaves behind on a heap that was just tidied.
 
     Args:

@@ -13,15 +13,15 @@ from tqdm.auto import tqdm
 from unime_st.data.manifest import begin_stage, finish_stage, is_complete
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.judging import CascadeJudge, HttpJudge, Judge, LocalJudge, calibration
-from unime_st.judging.cost import estimate_cost
+from unime_st.judging.estimate import estimate_cost
+from unime_st.judging.score_store import Scores
 from unime_st.judging.stage import judge_part, select_rows
-from unime_st.judging.store import Scores
 from unime_st.model import UniME
 from unime_st.retrieval.mining import Pools, mine
 from unime_st.training.arguments import EngineArguments, JudgeArguments, MineArguments
 
 if TYPE_CHECKING:
-    from unime_st.cluster import Cluster
+    from unime_st.stages.ray_engine import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def run_judge(arguments: JudgeArguments) -> Path:
 def _cluster(arguments: EngineArguments) -> Cluster | None:
     if arguments.engine == "local":
         return None
-    from unime_st.cluster import Cluster
+    from unime_st.stages.ray_engine import Cluster
 
     return Cluster(arguments.workers, gpus_per_worker=arguments.gpus_per_worker)
 
@@ -219,7 +219,7 @@ def part_of(shard: str) -> tuple[int, int]:
     """
     if not shard:
         return 0, 1
-    place, _, count = shard.partition("/")
-    if not (place.isdigit() and count.isdigit() and int(place) < int(count)):
+    index, _, count = shard.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ValueError(f"shard must be i/n with 0 <= i < n, such as 0/4, but is {shard!r}.")
-    return int(place), int(count)
+    return int(index), int(count)

@@ -15,10 +15,10 @@ import psutil
 import torch
 from sentence_transformers.base.model import BaseModel
 
-from unime_st.resident import peak_resident
+from unime_st.memory import peak_resident
 from unime_st.training.arguments import TrainArguments
+from unime_st.training.distinct_items import MiniBatches
 from unime_st.training.feed import Feed
-from unime_st.training.items import MiniBatches
 from unime_st.training.processes import processes
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def operations_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> float:
     """Floating-point operations that training spends on a token: 2 per weight and pass.
 
-    Only the weights of the language model are counted, so it is a lower bound where there are pictures.
+    Only the weights of the language model are counted, so it is a lower bound where there are images.
 
     Args:
         model: The model, with its adapter.
@@ -180,7 +180,7 @@ class Plan:
         hours: Estimated from the rehearsal.
         peak_gib: Highest memory in the rehearsal, of the device or (CPU) the process.
         device: What it was measured on.
-        vision_cache: What is kept of pictures, in words; None: nothing.
+        vision_cache: What is kept of images, in words; None: nothing.
     """
 
     rows: int

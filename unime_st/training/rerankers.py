@@ -16,8 +16,8 @@ from unime_st.losses import RerankerLoss
 from unime_st.reranking.model import UniMEReranker
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import RerankerArguments
-from unime_st.training.costs import counted_costs, usable_rows
-from unime_st.training.items import RerankerItemCollator
+from unime_st.training.distinct_items import RerankerItemCollator
+from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.planning import (
     Rehearsal,
     make_plan,
@@ -36,8 +36,8 @@ class _InPairs:
         self._model = model
         self.tokenizer = model.tokenizer
 
-    def __getitem__(self, place: int) -> Any:
-        return self._model[place]
+    def __getitem__(self, index: int) -> Any:
+        return self._model[index]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None) -> dict[str, Any]:
         return self._model.preprocess([(value, "0") for value in inputs], prompt=prompt)
@@ -61,13 +61,13 @@ class RerankerSetup:
         """Count tokens, set rows aside that cannot be used, and rehearse the most expensive mini-batch."""
         a = self.arguments
         costs, _ = counted_costs(a, self.records, _InPairs(model))
-        rows, places, aside = usable_rows(a, self.records, rows, costs)
+        rows, indices, aside = usable_rows(a, self.records, rows, costs)
         loss = self.loss(model)
         count = CostModel(_InPairs(model))  # type: ignore[arg-type]  # as much of a model as it needs
         empty, zero = count([{"text": ""}, {"text": "0"}]).tolist()
         hardest = np.array(rows["label"])[:, 1:].argmax(axis=1) if "label" in rows.column_names else 0
         row_costs = self._prompts(
-            model, loss, costs[places] - empty, hardest, pair=2 * empty - zero, zero=zero - empty
+            model, loss, costs[indices] - empty, hardest, pair=2 * empty - zero, zero=zero - empty
         )
         dtype = computation_dtype(a)
         operations = operations_per_token(model, cached=loss.uses_gradient_cache, recomputed=a.gradient_checkpointing)
@@ -82,11 +82,11 @@ class RerankerSetup:
                 a,
                 model,
                 row_costs,
-                self._rehearse(model, loss, rows, places, row_costs, dtype),
+                self._rehearse(model, loss, rows, indices, row_costs, dtype),
                 steps=steps_of(a, len(rows)),
                 operations=operations,
                 set_aside=aside,
-                largest_item=int(costs[places].max()) - empty,
+                largest_item=int(costs[indices].max()) - empty,
                 mini_batch=words,
             ),
             operations_per_token=operations,
@@ -131,7 +131,7 @@ class RerankerSetup:
         model: Any,
         loss: RerankerLoss,
         rows: Dataset,
-        places: np.ndarray,
+        indices: np.ndarray,
         row_costs: np.ndarray,
         dtype: torch.dtype,
     ) -> list[Rehearsal]:
@@ -142,7 +142,7 @@ class RerankerSetup:
         middle = max(0, min(len(order) // 2, len(order) - size))
 
         def passing(chosen: np.ndarray) -> Callable[[], tuple[torch.Tensor, int]]:
-            columns = [[self.records.items.at(int(place)) for place in column] for column in places[chosen].T]
+            columns = [[self.records.items.at(int(index)) for index in column] for column in indices[chosen].T]
             labels = torch.tensor(rows[chosen.tolist()]["label"]) if "label" in rows.column_names else None
             return lambda: (torch.stack(list(loss(columns, labels).values())).sum(), int(row_costs[chosen].sum()))
 

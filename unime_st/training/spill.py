@@ -30,15 +30,15 @@ class Spill:
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._places: dict[int, tuple[int, int, Features]] = {}
+        self._indices: dict[int, tuple[int, int, Features]] = {}
         self._full = False
 
     def __contains__(self, number: int) -> bool:
-        return number in self._places
+        return number in self._indices
 
     def clear(self) -> None:
         """Forget all mini-batches."""
-        self._places.clear()
+        self._indices.clear()
         if self._file is not None:
             self._file.seek(0)
             self._file.truncate()
@@ -58,7 +58,7 @@ class Spill:
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
             elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-                tensors |= {f"{name}/{place:04d}": tensor for place, tensor in enumerate(value)}
+                tensors |= {f"{name}/{index:04d}": tensor for index, tensor in enumerate(value)}
             else:
                 others[name] = value
         content = save({n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in tensors.items()})
@@ -70,17 +70,17 @@ class Spill:
         except OSError as error:
             self._give_up(error)
             return
-        self._places[number] = (start, len(content), others)
+        self._indices[number] = (start, len(content), others)
 
     def _give_up(self, error: OSError) -> None:
         logger.warning(
-            "visual tokens do not fit into %s (%s): pictures are decoded and seen twice a step. TMPDIR names another "
+            "visual tokens do not fit into %s (%s): images are decoded and seen twice a step. TMPDIR names another "
             "folder.",
             tempfile.gettempdir(),
             error,
         )
         self._full = True
-        self._places.clear()
+        self._indices.clear()
         with suppress(OSError):  # it tries once more to write
             if self._file is not None:
                 self._file.close()
@@ -93,7 +93,7 @@ class Spill:
             number: Of the mini-batch.
             device: Where its tensors go.
         """
-        start, length, others = self._places[number]
+        start, length, others = self._indices[number]
         assert self._file is not None
         self._file.seek(start)
         features: dict[str, Any] = dict(others)

@@ -16,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import nn
 
+from unime_st.data.logits import to_scores
 from unime_st.data.records import RecordSet
-from unime_st.data.scores import to_scores
 from unime_st.losses import (
     HardNegativeRankingLoss,
     RerankerLoss,

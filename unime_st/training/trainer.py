@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from unime_st.training.items import COLUMNS
+from unime_st.training.distinct_items import COLUMNS
 
 
 class _TellsTheEpoch(TrainerCallback):
@@ -30,7 +30,7 @@ class _TellsTheEpoch(TrainerCallback):
 
 
 class _ReducesAllGradients(TrainerCallback):
-    """Under FSDP2 a device whose mini-batch has no picture has no gradients for the vision tower; they count as zero."""
+    """Under FSDP2 a device whose mini-batch has no image has no gradients for the vision tower; they count as zero."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -38,7 +38,7 @@ class _ReducesAllGradients(TrainerCallback):
             return
         if not hasattr(model, "set_reduce_scatter_unused_params"):
             raise RuntimeError(
-                "This torch cannot shard a model of which devices use different weights, as pictures and texts do: "
+                "This torch cannot shard a model of which devices use different weights, as images and texts do: "
                 "update torch, or use DDP."
             )
         model.set_reduce_scatter_unused_params(True)

@@ -1,4 +1,4 @@
-"""Visual tokens of pictures, computed once and kept on disk, instead of a frozen vision tower in every step."""
+"""Visual tokens of images, computed once and kept on disk, instead of a frozen vision tower in every step."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from unime_st.data.manifest import write_json
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import most_pixels, weights_fingerprint
 from unime_st.encoding.replicas import with_processor
+from unime_st.training.distinct_items import MiniBatches
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Features, Feed
-from unime_st.training.items import MiniBatches
 from unime_st.training.processes import processes
 from unime_st.training.spill import Spill
 
@@ -36,7 +36,7 @@ VISUAL_TOKENS = "visual_tokens"
 
 _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision")
 _TOKENS_AT_ONCE = 4096
-_OF_A_PICTURE = ("image_grid_thw", "image_sizes", "batch_num_images")
+_OF_A_IMAGE = ("image_grid_thw", "image_sizes", "batch_num_images")
 _STAND_IN = Image.new("RGB", (1, 1))
 
 
@@ -46,7 +46,7 @@ class VisionCache:
     Args:
         model: The model to train, with its adapter.
         records: The items.
-        keys: Of :func:`picture_keys`.
+        keys: Of :func:`image_keys`.
         folder: Where tokens are kept, for any number of models, data sets and runs.
         dtype: What training computes in.
 
@@ -85,7 +85,7 @@ class VisionCache:
             pixels: Pixels that decoding it makes.
 
         Raises:
-            BadImageError: If a picture cannot be decoded.
+            BadImageError: If an image cannot be decoded.
             ValueError: If the processes do not see the same folder.
         """
         keys, first = np.unique(self.keys, return_index=True)
@@ -110,11 +110,11 @@ class VisionCache:
         mini_batches = zip(groups, feed.stream(groups, model.device))
         for group, features in tqdm(mini_batches, total=len(groups), desc="visual tokens", unit="batch"):
             layers = _visual_layers(model, features)
-            for place, position in enumerate(group):
-                tensors = {name: features[name][place : place + 1] for name in _OF_A_PICTURE if name in features}
+            for index, position in enumerate(group):
+                tensors = {name: features[name][index : index + 1] for name in _OF_A_IMAGE if name in features}
                 if "image_sizes" in features:  # these processors count tokens by the side of a crop
                     tensors["crop"] = torch.tensor(features["pixel_values"].shape[-2:])
-                tensors["tokens"] = torch.stack([layer[place] for layer in layers])
+                tensors["tokens"] = torch.stack([layer[index] for layer in layers])
                 self.store.add(self.keys[position].decode(), tensors)
         self.store.flush()
         model.train(was_training)
@@ -144,18 +144,18 @@ class VisionCache:
         features = self._twin.preprocess(inputs)
         features.pop("pixel_values", None)
         if self._images.stored:
-            tokens = torch.cat([picture["tokens"] for picture in self._images.stored], dim=1)
+            tokens = torch.cat([image["tokens"] for image in self._images.stored], dim=1)
             features[VISUAL_TOKENS] = list(tokens)  # a list is not cut by rows where a batch is
         self._images.stored = []
         return features
 
     def __str__(self) -> str:
-        pictures = len(np.unique(self.keys[self.keys != b""]))
-        return f"{pictures:,} pictures; the folder of this vision tower has {self.store.nbytes / 2**30:.2f} GiB"
+        images = len(np.unique(self.keys[self.keys != b""]))
+        return f"{images:,} images; the folder of this vision tower has {self.store.nbytes / 2**30:.2f} GiB"
 
 
 class _StoredImages:
-    """In the place of an image processor: says of stored pictures what the processor said of them."""
+    """In the place of an image processor: says of stored images what the processor said of them."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -168,7 +168,7 @@ class _StoredImages:
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         first = self.stored[0]
-        found = {name: torch.cat([one[name] for one in self.stored]) for name in _OF_A_PICTURE if name in first}
+        found = {name: torch.cat([one[name] for one in self.stored]) for name in _OF_A_IMAGE if name in first}
         side = first["crop"].tolist() if "crop" in first else [1, 1]
         return BatchFeature({**found, "pixel_values": torch.zeros(()).expand(1, 1, 1, *side)})
 
@@ -249,7 +249,7 @@ class SeenOnce:
         if "pixel_values" in features:
             with torch.no_grad(), _autocast(self._model, self._dtype):
                 layers = _visual_layers(self._model, features)
-            tokens = [torch.cat([layer[place] for place in range(len(layer))]) for layer in layers]
+            tokens = [torch.cat([layer[index] for index in range(len(layer))]) for layer in layers]
             features = {name: value for name, value in features.items() if name != "pixel_values"}
             features[VISUAL_TOKENS] = tokens
         if keep:
@@ -297,8 +297,8 @@ def check_frozen(model: BaseModel) -> None:
             raise ValueError(f"vision_cache needs a vision tower without dropout, but {name} has some: leave it out.")
 
 
-def picture_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = None) -> np.ndarray:
-    """Know pictures by their content; they are read, not decoded.
+def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = None) -> np.ndarray:
+    """Know images by their content; they are read, not decoded.
 
     Args:
         records: The items.
@@ -306,12 +306,12 @@ def picture_keys(records: ItemFolder, positions: np.ndarray, path: Path | None =
         path: ``.npy`` file that keeps the keys for the next start.
 
     Returns:
-        np.ndarray: Bytes of shape (items,), empty where an item has no picture or does not matter.
+        np.ndarray: Bytes of shape (items,), empty where an item has no image or does not matter.
     """
     if path is not None and path.is_file():
         return np.load(path, allow_pickle=False)
     keys = np.zeros(len(records.items), dtype="S32")
-    for position in tqdm(np.unique(positions).tolist(), desc="reading pictures", unit="item"):
+    for position in tqdm(np.unique(positions).tolist(), desc="reading images", unit="item"):
         image = records.items.at(position).image
         if image is not None:
             keys[position] = hashlib.sha256(image.read()).hexdigest()[:32]
@@ -323,7 +323,7 @@ def picture_keys(records: ItemFolder, positions: np.ndarray, path: Path | None =
 
 
 def most_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray, costs: np.ndarray) -> int:
-    """Disk that the visual tokens take at most: text is counted as well, and a picture in several items several times.
+    """Disk that the visual tokens take at most: text is counted as well, and an image in several items several times.
 
     Args:
         model: The model.
@@ -339,7 +339,7 @@ def most_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray, cos
 
 
 def _visual_layers(model: BaseModel, features: Features) -> list[Any]:
-    """What the vision tower gives to the language model, for each layer that it enters a sequence over the pictures."""
+    """What the vision tower gives to the language model, for each layer that it enters a sequence over the images."""
     base = _base(model)
     accepted = signature(base.get_image_features).parameters
     inputs = {name: value for name, value in features.items() if name in accepted}
@@ -361,7 +361,7 @@ def _name_of(module: nn.Module, part: nn.Module) -> str:
 
 
 def _identity(model: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
-    """All that the tokens of a picture depend on. The language model does not count, so stages share a folder."""
+    """All that the tokens of an image depend on. The language model does not count, so stages share a folder."""
     base, processor, first = _base(model), model.processor, model[0]
     config = {
         name: value for name, value in base.config.to_dict().items() if name.startswith(("vision", "image", "multi"))

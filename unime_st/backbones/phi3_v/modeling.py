@@ -16,9 +16,9 @@ from unime_st.backbones.pickling import PickleSafe
 class Phi3VImageEmbedding(nn.Module):
     """Turns crops into image tokens.
 
-    Two by two neighbouring patches of a crop become one token. The crops of a picture are laid out as they lie in it,
+    Two by two neighbouring patches of a crop become one token. The crops of an image are laid out as they lie in it,
     every row of tokens ends in a learned separator (``sub_GN``), and after another separator (``glb_GN``) follows the
-    whole picture in the same manner. An MLP projects all to the width of the language model.
+    whole image in the same manner. An MLP projects all to the width of the language model.
 
     Args:
         config: Configuration of the whole model.
@@ -38,11 +38,11 @@ class Phi3VImageEmbedding(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of all pictures one after another.
+        """Return the tokens of all images one after another.
 
         Args:
-            pixel_values: ``(n, 1 + crops, 3, size, size)``, the whole picture first, zeros after the last crop.
-            image_sizes: ``(n, 2)``, height and width in pixels of the crops of a picture laid out.
+            pixel_values: ``(n, 1 + crops, 3, size, size)``, the whole image first, zeros after the last crop.
+            image_sizes: ``(n, 2)``, height and width in pixels of the crops of an image laid out.
 
         Returns:
             ``(tokens, hidden_size)``.
@@ -69,7 +69,7 @@ class Phi3VImageEmbedding(nn.Module):
 class UniMEPhi3VModel(PickleSafe, Phi3Model):
     """Phi-3.5-Vision without a language head.
 
-    Image tokens are negative ids in ``input_ids``, as in the published code: -1 for the first picture of a row, -2
+    Image tokens are negative ids in ``input_ids``, as in the published code: -1 for the first image of a row, -2
     for the second, and so on.
 
     Args:
@@ -112,7 +112,7 @@ class UniMEPhi3VModel(PickleSafe, Phi3Model):
             ``last_hidden_state`` after the final norm, and what else was asked for.
 
         Raises:
-            ValueError: The number of image tokens is not what the pictures need.
+            ValueError: The number of image tokens is not what the images need.
         """
         if inputs_embeds is None and input_ids is not None:
             holes = input_ids < 0
@@ -120,6 +120,6 @@ class UniMEPhi3VModel(PickleSafe, Phi3Model):
             if pixel_values is not None and image_sizes is not None:
                 tokens = self.vision_embed_tokens(pixel_values, image_sizes)
                 if int(holes.sum()) != len(tokens):
-                    raise ValueError(f"{int(holes.sum())} image tokens in input_ids, the pictures give {len(tokens)}.")
+                    raise ValueError(f"{int(holes.sum())} image tokens in input_ids, the images give {len(tokens)}.")
                 inputs_embeds = inputs_embeds.masked_scatter(holes[..., None], tokens.to(inputs_embeds.dtype))
         return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)

@@ -1,8 +1,8 @@
-"""Procedurally drawn scenes: real pictures with known meaning, for the embedded default and its evaluation."""
+"""Procedurally drawn scenes: real images with known meaning, for the embedded default and its evaluation."""
 
 from __future__ import annotations
 
-from unime_st.data.scenes.tasks import (
+from unime_st.data.scenes.scene_pairs import (
     FOIL_CATEGORIES,
     SCENE_TASKS,
     Foil,

@@ -31,7 +31,7 @@ INSTRUCTIONS = {
 }
 
 
-def picture(scene: Scene, rng: random.Random) -> Item:
+def scene_image(scene: Scene, rng: random.Random) -> Item:
     """A drawing of ``scene``."""
     return Item(image=to_png(draw_scene(scene, rng)))
 
@@ -42,7 +42,7 @@ def crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
 
 
 def with_instruction(kind: str, text: str = "", image: Item | None = None) -> Item:
-    """A query: the instruction of its kind around ``text``, with the picture that it is about."""
+    """A query: the instruction of its kind around ``text``, with the image that it is about."""
     return Item(text=INSTRUCTIONS[kind].format(text), image=None if image is None else image.image)
 
 
@@ -57,7 +57,7 @@ def scene_for(kind: str, rng: random.Random, split: str) -> Scene:
 
 
 def grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
-    """An object and words that single it out in its picture."""
+    """An object and words that single it out in its image."""
     while True:
         thing = rng.choice(scene.things)
         pattern = unique_pattern(scene, thing, rng)
@@ -82,7 +82,7 @@ def _short(scene: Scene, rng: random.Random) -> tuple[str, str]:
             return short_caption(true_description, rng), short_caption(false_description, rng)
 
 
-def _false_picture(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+def _false_image(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     """A caption that is true of ``scene`` and another scene, often nearly the same, of which it is false."""
     while True:
         description = describe(scene, rng, rng.choice((0.3, 0.6, 0.9)))
@@ -93,7 +93,7 @@ def _false_picture(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 
 
 def wrong_crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
-    """A crop of another object that looks different, mostly of the same picture."""
+    """A crop of another object that looks different, mostly of the same image."""
     others = [other for other in scene.things if full_pattern(other) != full_pattern(thing)]
     if others and rng.random() < 0.7:
         return crop(scene, rng.choice(others), rng)
@@ -120,7 +120,7 @@ def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
     Returns:
         A record with exactly one negative, which is false for the query by the scene's meaning.
     """
-    seen = picture(scene, rng)
+    seen = scene_image(scene, rng)
 
     def record(query: Item, positive: Item, negative: Item) -> PairRecord:
         return PairRecord(query, positive, kind, (negative,))
@@ -129,12 +129,12 @@ def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
         true, false = _short(scene, rng)
         return record(with_instruction("i2t", image=seen), Item(text=true), Item(text=false))
     if kind == "short_t2i":
-        caption, other = _false_picture(scene, rng)
-        return record(with_instruction("t2i", caption), seen, picture(other, rng))
+        caption, other = _false_image(scene, rng)
+        return record(with_instruction("t2i", caption), seen, scene_image(other, rng))
     if kind in ("long_i2t", "long_t2i"):
         other = edit(scene, rng)[1]
         if kind == "long_t2i":
-            return record(with_instruction("t2i", long_caption(scene, rng)), seen, picture(other, rng))
+            return record(with_instruction("t2i", long_caption(scene, rng)), seen, scene_image(other, rng))
         captions = (long_caption(scene, rng), long_caption(other, rng))
         return record(with_instruction("i2t", image=seen), Item(text=captions[0]), Item(text=captions[1]))
     if kind == "vqa":
@@ -148,7 +148,7 @@ def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
     if kind == "composed":
         words, changed = edit(scene, rng)
         wrong = scene if rng.random() < 0.5 else edit(changed, rng)[1]
-        return record(with_instruction("composed", words, seen), picture(changed, rng), picture(wrong, rng))
+        return record(with_instruction("composed", words, seen), scene_image(changed, rng), scene_image(wrong, rng))
     if kind == "classification":
         wrong_label = _wrong_label(scene, rng)
         return record(with_instruction("classification", image=seen), Item(text=label(scene)), Item(text=wrong_label))

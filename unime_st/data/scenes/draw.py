@@ -58,7 +58,7 @@ def _points(shape: str, side: float) -> list[tuple[float, float]]:
 
 @cache
 def _tile(color: str, shape: str, size: str, texture: str) -> Image.Image:
-    """One object as a small picture with transparency."""
+    """One object as a small image with transparency."""
     side = (26 if size == "large" else 16) * _SCALE
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
@@ -96,22 +96,22 @@ def _corner(thing: Thing, tile: Image.Image, rng: random.Random) -> tuple[int, i
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw ``scene``; ``rng`` only moves the objects a little, so two drawings of a scene are near-duplicates."""
-    picture = Image.new("RGB", (SIDE, SIDE), _PAINT[scene.background])
+    image = Image.new("RGB", (SIDE, SIDE), _PAINT[scene.background])
     for thing in scene.things:
         tile = _tile(thing.color, thing.shape, thing.size, thing.texture)
-        picture.paste(tile, _corner(thing, tile, rng), tile)
-    return picture
+        image.paste(tile, _corner(thing, tile, rng), tile)
+    return image
 
 
-def crop_thing(picture: Image.Image, thing: Thing) -> Image.Image:
+def crop_thing(image: Image.Image, thing: Thing) -> Image.Image:
     """The cell of ``thing`` cut out of a drawn scene and enlarged to the size of a scene."""
     row, column = thing.cell
     box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
-    return picture.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return image.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def to_png(picture: Image.Image) -> bytes:
+def to_png(image: Image.Image) -> bytes:
     """Lossless bytes of a drawing."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -78,7 +78,7 @@ def make_foil(category: str, scene: Scene, rng: random.Random) -> tuple[Descript
 
     Args:
         category: One of :data:`FOIL_CATEGORIES`.
-        scene: The picture's meaning; it needs two or more objects.
+        scene: The image's meaning; it needs two or more objects.
         rng: Source of randomness.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The world of the drawn scenes: what can be in a picture, and what it means for a description to be true of it."""
+"""The world of the drawn scenes: what can be in an image, and what it means for a description to be true of it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,118 @@
+"""Telling a changed local data set from the one that was scored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mteb_tasks.local_data import Version, version
+from mteb_tasks.mmeb.location import IMAGE_FOLDERS, ImageFolders, MMEBDataError, parquet_files
+from mteb_tasks.mmeb.subset_reader import read_table
+
+
+def fingerprint(root: Path, subset: str) -> str:
+    """Short digest of a subset's data; nothing is unpacked.
+
+    Args:
+        root: Folder of the evaluation data.
+        subset: Official name.
+
+    Returns:
+        12 hexadecimal digits over the bytes of the table and of the images that it names, or their checksums in
+        ``images.zip``; ``"missing"`` when there is no table.
+    """
+    files = parquet_files(root, subset)
+    if not files:
+        return "missing"
+    digest = hashlib.sha256()
+    named: set[str] = set()
+    for table in files:
+        digest.update(_digest(table, version(table.stat())))
+        named |= _images(table, version(table.stat()))
+    folders = ImageFolders(root, archive=False)
+    located = {name: file for name in sorted(named) if (file := folders.find(name))}
+    digest.update(_image_digest(located))
+    archive, packed = root / "images.zip", sorted(named - located.keys())
+    if packed and archive.is_file():
+        sums = _checksums(archive, version(archive.stat()))
+        digest.update(
+            repr([[sums.get(f"{folder}/{name}".lstrip("/")) for folder in IMAGE_FOLDERS] for name in packed]).encode()
+        )
+    return digest.hexdigest()[:12]
+
+
+@lru_cache(maxsize=64)
+def _images(file: Path, version: Version) -> frozenset[str]:
+    """Paths of images in a table; its version is part of the key so that a changed one is read again."""
+    names: set[object] = set()
+    try:
+        table = read_table(file)
+        for column in ("qry_img_path", "tgt_img_path"):
+            for chunk in table[column].chunks:
+                is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+                names.update(pc.unique(chunk.flatten() if is_list else chunk).to_pylist())
+    except (MMEBDataError, pa.ArrowException):
+        return frozenset()  # said aloud when its rows are needed
+    return frozenset(name for name in names if isinstance(name, str) and name)
+
+
+def _image_digest(images: Mapping[str, Path]) -> bytes:
+    """Hash of images; kept on disk, because each process asks for it."""
+    from unime_st.paths import home
+
+    states = {name: state for name, file in images.items() if (state := _state(file))}
+    if not states:
+        return b""
+    known = repr([(name, str(images[name]), version(state)) for name, state in states.items()])
+    kept = home() / "mmeb" / "digests" / hashlib.sha256(known.encode()).hexdigest()
+    if kept.is_file():
+        return kept.read_bytes()
+    digest = hashlib.sha256()
+    for name in states:
+        digest.update(name.encode() + _hash(images[name]))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as opened:
+        opened.write(digest.digest())
+    os.replace(opened.name, kept)
+    return digest.digest()
+
+
+def _state(file: Path) -> os.stat_result | None:
+    """State of a regular file; a link that leads nowhere is none, and whoever looks for it is told that it is missing."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+@lru_cache(maxsize=4)
+def _checksums(archive: Path, version: Version) -> dict[str, int]:
+    """Checksums of an archive's files."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return {member.filename: member.CRC for member in opened.infolist()}
+    except zipfile.BadZipFile:
+        return {}  # said aloud when it is unpacked
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, version: Version) -> bytes:
+    return _hash(file)
+
+
+def _hash(file: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(file, "rb", buffering=0) as opened:  # hashlib.file_digest needs Python 3.11
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.digest()

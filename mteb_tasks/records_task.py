@@ -1,0 +1,75 @@
+"""Evaluate a model on records of one's own: a record folder becomes an mteb task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mteb_tasks.local_data import localised, official
+from mteb_tasks.metadata import task_metadata
+from mteb_tasks.retrieval_task import ItemRetrievalTask
+from unime_st.data.items import Item
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import RetrievalData
+
+
+class RecordsRetrieval(ItemRetrievalTask):
+    """Find the positive of each query among all positives of its dataset.
+
+    One subset per ``dataset`` name in the records. Every positive paired with the same query (by content) counts as
+    relevant, so duplicates in the data are not punished. In results, the name of a subset carries a digest of the
+    records, so a score of other records is never taken for that of these.
+
+    Args:
+        folder: A record folder, for instance made by `unime_st.data.importing.import_records`.
+        name: Task name; the default is ``Records-<folder name>``.
+        **kwargs: mteb's task arguments.
+
+    Raises:
+        ValueError: If the folder holds no records.
+
+    Example:
+        >>> import mteb
+        >>> from mteb_tasks import wrap
+        >>> mteb.evaluate(wrap(model), RecordsRetrieval("runs/emoji/test"), cache=None)  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path, *, name: str | None = None, **kwargs: Any) -> None:
+        self.records = RecordSet.load(folder)
+        if len(self.records) == 0:
+            raise ValueError(f"{folder} holds no records: there is nothing to evaluate")
+        names = sorted(set(self.records.rows["dataset"].to_pylist()))
+        self._dataset_of = {subset or "default": subset for subset in names}
+        # Records may mix texts, images and both on either side.
+        metadata = task_metadata(
+            name=name or f"Records-{Path(folder).name}",
+            description=f"Find the positive of each query among the positives of its dataset ({folder}).",
+            category="it2it",
+            dataset={"path": str(folder), "revision": "local"},
+            eval_langs={subset: ["eng-Latn"] for subset in self._dataset_of},
+        )
+        self.metadata = localised(metadata, _fingerprint(self.records))
+        super().__init__(**kwargs)
+
+    def retrieval_data(self, subset: str, split: str) -> RetrievalData:
+        """Collect queries, positives and pairs of one dataset."""
+        rows, dataset = self.records.rows.select(["query", "positive", "dataset"]), self._dataset_of[official(subset)]
+        relevant: dict[str, set[str]] = {}
+        for row in rows.to_pylist():
+            if row["dataset"] == dataset:
+                relevant.setdefault(row["query"], set()).add(row["positive"])
+        positives = {positive: None for found in relevant.values() for positive in sorted(found)}
+        return RetrievalData(
+            queries=self._items(relevant), corpus=self._items(positives), relevant=relevant, candidates=None
+        )
+
+    def _items(self, ids: dict[str, Any]) -> dict[str, Item]:
+        return {item_id: self.records.item(item_id) for item_id in ids}
+
+
+def _fingerprint(records: RecordSet) -> str:
+    """Digest of the records that changes when one of them does."""
+    digest = hashlib.sha256(json.dumps(records.rows.to_pydict(), default=str).encode())
+    return digest.hexdigest()[:12]

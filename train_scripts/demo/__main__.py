@@ -1,0 +1,14 @@
+"""The whole method on the embedded default: train, mine, judge, rerank, evaluate; on a laptop CPU in minutes.
+
+python -m train_scripts.demo [CONFIG.yaml] [--seeds 3 --output runs/demo ...]
+"""
+
+from __future__ import annotations
+
+from train_scripts.demo.run_demo import run_demo
+from train_scripts.demo.settings import DemoArguments
+from unime_st.training.arguments import parse, set_up_logging
+
+if __name__ == "__main__":
+    set_up_logging()
+    run_demo(parse(DemoArguments, __doc__))

@@ -1,0 +1,13 @@
+"""Pre-train the embedded default `unime-tiny` on drawn scenes.
+
+python -m train_scripts.tiny train_scripts/tiny/configs/seeing.yaml [--option value ...]
+"""
+
+from __future__ import annotations
+
+from train_scripts.tiny.pretrain import PretrainArguments, pretrain
+from unime_st.training.arguments import parse, set_up_logging
+
+if __name__ == "__main__":
+    set_up_logging()
+    pretrain(parse(PretrainArguments, __doc__))

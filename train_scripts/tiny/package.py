@@ -1,0 +1,71 @@
+"""Turns a pre-trained checkpoint into the folder that is shipped: embedder, judge and reranker start in one file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import AutoModelForImageTextToText
+
+LOG = "pretraining.jsonl"
+CARD = """---
+library_name: sentence-transformers
+license: apache-2.0
+---
+# unime-tiny
+
+A Qwen2-VL of 1.4 million parameters, pre-trained from scratch on procedurally drawn scenes: describing, answering,
+judging pairs with Yes or No, choosing from a list, and saying what an item was from the one vector at its end. It is the
+embedded default of `unime-st`: backbone of the demo's embedders, its judge, and the start of its reranker. No pairs were
+ever compared in training: as an embedder it is a start, not a retriever. It knows nothing of the real world.
+
+Made by these commands; loss and accuracy of every kind of lesson are in `pretraining.jsonl`:
+
+```
+{commands}
+python -c "from train_scripts.tiny.package import package; package('{last}', 'unime_st/models/unime-tiny')"
+```
+"""
+
+
+def package(checkpoint: str | Path, output: str | Path) -> Path:
+    """Write a native Sentence Transformers folder whose weights are still the whole language model.
+
+    Args:
+        checkpoint: Folder written by :func:`train_scripts.tiny.pretrain.pretrain`.
+        output: Folder to write; an existing one is replaced.
+
+    Returns:
+        The folder. ``SentenceTransformer(folder)`` embeds with it, ``AutoModelForImageTextToText`` generates.
+    """
+    output = Path(output)
+    shutil.rmtree(output, ignore_errors=True)
+    # Cutting a long row with a picture would cut the end of the prompt, where the embedding is read.
+    whole = {"text": {"truncation": False}}
+    transformer = Transformer(str(checkpoint), unpad_inputs=False, processing_kwargs=whole)
+    pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
+    SentenceTransformer(modules=[transformer, pooling, Normalize()]).save_pretrained(str(output))
+    # The embedder's weights lack the head; the whole model serves as embedder, judge and reranker alike.
+    AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(output)
+    shutil.copy(Path(checkpoint) / "log.jsonl", output / LOG)
+    (output / "README.md").write_text(_card(output / LOG), encoding="utf-8")
+    return output
+
+
+def _card(log: Path) -> str:
+    """Model card with the commands that made the weights, from what they logged."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    runs = [entry["arguments"] for entry in entries if "arguments" in entry]
+    commands = [
+        " ".join(
+            [
+                "python -m train_scripts.tiny",
+                *(f"--{name} {value}" for name, value in run.items() if value != ""),
+            ]
+        )
+        for run in runs
+    ]
+    return CARD.format(commands="\n".join(commands), last=runs[-1]["output"])

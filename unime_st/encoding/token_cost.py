@@ -1,0 +1,210 @@
+"""How many tokens an input will become, before any image is decoded; and batches of like length within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from unime_st.data.images import MAX_ASPECT
+from unime_st.encoding.inputs import texts_and_sizes
+
+Size = tuple[int, int]
+
+_CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
+
+_MEASURED_STEP = 112
+"""Grid in pixels on which image sizes are measured for processors that cannot tell their token counts."""
+
+
+class CostModel:
+    """Tokens of an input after template and processor, known from its text and the header of its images.
+
+    Text is counted by the tokenizer, images by the resize rule of the processor; where a processor has no such rule,
+    a blank image of about that size goes through it once.
+
+    Args:
+        model: Any Sentence Transformers model.
+        prompt: Instruction that goes with every input.
+        **options: Further options of ``model.preprocess``.
+
+    Example:
+        >>> from PIL import Image
+        >>> from unime_st import Item, UniME
+        >>> from unime_st.encoding import CostModel
+        >>> cost = CostModel(UniME("unime-tiny"))
+        >>> cost([Item("a red circle"), Item(image=Image.new("RGB", (84, 84)))]).tolist()
+        [5, 11]
+    """
+
+    def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
+        self._preprocess = model.preprocess
+        self._tokenizer = model.tokenizer
+        self._processor: Any = getattr(model[0], "processor", None)
+        self._images: dict[Size, int] = {}
+        probe = model.preprocess(["0"], prompt=prompt, **options)
+        # The attention mask, not the width: some processors pad to a multiple.
+        self._fixed = int(probe["attention_mask"].sum()) - len(self._tokens(["0"])[0])
+
+    def __call__(self, inputs: Sequence[Any]) -> np.ndarray:
+        """Count the tokens of inputs.
+
+        Args:
+            inputs: Items, or whatever ``SentenceTransformer.encode`` takes.
+
+        Returns:
+            np.ndarray: int64 of shape (len(inputs),), the length of each row before padding. Exact but for the few
+            tokens by which a template treats images differently from texts; an image that cannot be read counts
+            nothing.
+        """
+        return self.tokens_and_pixels(inputs)[0]
+
+    def tokens_and_pixels(self, inputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Count the tokens of inputs, and the pixels that decoding them makes.
+
+        Args:
+            inputs: Items, or whatever ``SentenceTransformer.encode`` takes.
+
+        Returns:
+            tuple[np.ndarray, np.ndarray]: int64 of shape (len(inputs),) each.
+        """
+        texts: list[str] = []
+        sizes: list[Size] = []
+        owner_of_text, owner_of_size = [], []
+        for index, value in enumerate(inputs):
+            of_text, of_size = texts_and_sizes(value)
+            texts += of_text
+            sizes += of_size
+            owner_of_text += [index] * len(of_text)
+            owner_of_size += [index] * len(of_size)
+        costs = np.full(len(inputs), self._fixed, dtype=np.int64)
+        if texts:
+            np.add.at(costs, owner_of_text, [len(ids) for ids in self._tokens(texts)])
+        if sizes:
+            np.add.at(costs, owner_of_size, self.image_tokens(sizes))
+        pixels = np.zeros(len(inputs), dtype=np.int64)
+        np.add.at(pixels, owner_of_size, [width * height for width, height in sizes])
+        return costs, pixels
+
+    def image_tokens(self, sizes: Sequence[Size]) -> list[int]:
+        """Count the tokens of images.
+
+        Args:
+            sizes: (width, height) in pixels.
+
+        Returns:
+            list[int]: Tokens of each.
+        """
+        sizes = [self._processed(size) for size in sizes]
+        unknown = list({size for size in sizes if size not in self._images})
+        if unknown:
+            self._images.update(zip(unknown, self._count(unknown)))
+        return [self._images[size] for size in sizes]
+
+    def _processed(self, size: Size) -> Size:
+        """Size at which an image reaches the image processor."""
+        width, height = size
+        if (side := getattr(self._processor, "image_side", None)) is not None:
+            return side, side
+        shortest = -(-max(width, height) // MAX_ASPECT)
+        width, height = max(width, shortest, 1), max(height, shortest, 1)
+        if hasattr(self._processor, "_get_num_multimodal_tokens"):
+            return width, height
+        return -(-width // _MEASURED_STEP) * _MEASURED_STEP, -(-height // _MEASURED_STEP) * _MEASURED_STEP
+
+    def _count(self, sizes: list[Size]) -> list[int]:
+        if hasattr(self._processor, "_get_num_multimodal_tokens"):
+            found = self._processor._get_num_multimodal_tokens(
+                image_sizes=[[height, width] for width, height in sizes]
+            )
+            return list(found["num_image_tokens"])
+        blanks = ([{"image": Image.new("RGB", size)}] for size in sizes)
+        return [int(self._preprocess(blank)["attention_mask"].sum()) - self._fixed for blank in blanks]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def pack(costs: Any, budget: int, *, tolerance: float = 0.8, least: int = 512) -> list[np.ndarray]:
+    """Group rows into batches of like length that fit a budget once padded, the largest first.
+
+    Args:
+        costs: Tokens of each row, of shape (n,).
+        budget: Most tokens of a batch, padding included. A row above it is a batch of its own.
+        tolerance: A batch takes no row shorter than this share of its longest one. Defaults to 0.8.
+        least: Tokens up to which a batch takes shorter rows nevertheless, since a forward pass costs something however
+            small it is. Defaults to 512.
+
+    Returns:
+        list[np.ndarray]: Positions in ``costs``, every one of them once.
+
+    Raises:
+        ValueError: If the budget is not positive.
+
+    Example:
+        >>> from unime_st.encoding import pack
+        >>> [batch.tolist() for batch in pack([3, 100, 4, 90, 3], budget=200, least=10)]
+        [[1, 3], [2, 0, 4]]
+    """
+    if budget < 1:
+        raise ValueError(f"the token budget must be positive, got {budget}")
+    sizes = np.asarray(costs, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    falling = np.maximum(sizes[order], 1)
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(falling[start])
+        fitting = max(1, budget // longest)
+        alike = int(np.searchsorted(-falling, -tolerance * longest, side="right")) - start
+        end = start + min(fitting, max(alike, -(-least // longest)))
+        batches.append(order[start:end])
+        start = end
+    return batches
+
+
+def most_pixels(*devices: torch.device) -> int:
+    """Pixels of a batch's images as they are stored: decoded, they take memory, however few tokens remain of them.
+
+    Args:
+        *devices: Where the model runs.
+
+    Returns:
+        int: 8 million where all is computed on a CPU, 64 million otherwise.
+    """
+    return _CPU_PIXELS if all(device.type == "cpu" for device in devices) else _DEVICE_PIXELS
+
+
+def within_pixels(batches: Iterable[np.ndarray], pixels: Any, most: int) -> list[np.ndarray]:
+    """Cut batches where their images, decoded, would take too much memory.
+
+    Args:
+        batches: Positions of rows.
+        pixels: Pixels of each row's images as they are stored, of shape (n,).
+        most: Most pixels of a batch. A row above it is a batch of its own.
+
+    Returns:
+        list[np.ndarray]: The same positions in the same order.
+
+    Example:
+        >>> import numpy as np
+        >>> from unime_st.encoding import within_pixels
+        >>> [batch.tolist() for batch in within_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=9)]
+        [[2, 0], [1, 3]]
+        >>> [batch.tolist() for batch in within_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=8)]
+        [[2], [0], [1], [3]]
+    """
+    pixels = np.asarray(pixels, dtype=np.int64)
+    parts = []
+    for batch in batches:
+        start = held = 0
+        for index, count in enumerate(pixels[batch].tolist()):
+            if index > start and held + count > most:
+                parts.append(batch[start:index])
+                start, held = index, 0
+            held += count
+        parts.append(batch[start:])
+    return parts

@@ -1,0 +1,203 @@
+"""Where a judge's scores are kept: Parquet shards that name their judge, shared by several processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unime_st.data.checking import RejectedWriter
+from unime_st.data.manifest import StageConflictError, alone_in, finish_stage, is_complete
+from unime_st.data.records import ItemFolder
+from unime_st.data.tables import ShardWriter
+from unime_st.retrieval.mining import POOL_SCHEMA, Pool
+
+logger = logging.getLogger(__name__)
+
+SCORE_SCHEMA = pa.schema(
+    [
+        *POOL_SCHEMA,
+        pa.field("positive_logit", pa.float32(), nullable=False),
+        pa.field("logits", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""A pool's row with the judge's log-odds Yes - No of the positive and of each candidate."""
+
+
+@dataclass(frozen=True)
+class JudgedPool(Pool):
+    """A pool with the judge's answers.
+
+    Args:
+        positive_logit: Log-odds Yes - No of the positive.
+        logits: The same for each candidate.
+    """
+
+    positive_logit: float
+    logits: list[float]
+
+
+class Scores(ItemFolder):
+    """The result of :func:`~unime_st.judging.stage.judge_pools`, as a sequence of :class:`JudgedPool`.
+
+    Args:
+        folder: Folder written by :func:`~unime_st.judging.stage.judge_pools`.
+
+    Raises:
+        FileNotFoundError: If judging has not finished there.
+    """
+
+    def __getitem__(self, index: int) -> JudgedPool:
+        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
+
+    def __iter__(self) -> Iterator[JudgedPool]:
+        return (self._build(row) for row in self.row_shards.rows())
+
+    def _build(self, row: dict[str, Any]) -> JudgedPool:
+        query, positive = self.item(row["query"]), self.item(row["positive"])
+        candidates = [self.item(item_id) for item_id in row["candidates"]]
+        return JudgedPool(**{**row, "query": query, "positive": positive, "candidates": candidates})
+
+
+class ScoreShards:
+    """The shards of an unfinished folder of scores.
+
+    A shard appears whole or not at all, and names the judge, its revision and its prompt in the file's metadata, so
+    that scores of two judges never come together, whoever put the files there.
+
+    Args:
+        folder: Folder of the scores.
+        identity: Name, revision and prompt hash of the judge.
+        count: Number of shards of the finished folder.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from unime_st.judging.score_store import ScoreShards
+        >>> ScoreShards(Path(tempfile.mkdtemp()), {"name": "a judge"}, 3).missing(range(3))
+        [0, 1, 2]
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str], count: int) -> None:
+        self.folder, self.identity, self.count = folder, identity, count
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Which of some shards are still to do.
+
+        Args:
+            numbers: Numbers of the shards to look at.
+
+        Returns:
+            list[int]: In order.
+
+        Raises:
+            StageConflictError: If a shard that is there holds scores of another judge.
+        """
+        wanted = []
+        for number in sorted(numbers):
+            path = self._path(number)
+            if not path.is_file():
+                wanted.append(number)
+                continue
+            found = json.loads((pq.read_schema(path).metadata or {}).get(b"judge", b"{}"))
+            if found != self.identity:
+                raise StageConflictError(
+                    f"{path} holds scores of {found or 'an unnamed judge'}, not of {self.identity}: scores of two "
+                    "judges are never mixed. Remove that file, or judge into another folder."
+                )
+        return wanted
+
+    def write(
+        self,
+        number: int,
+        rows: list[dict[str, Any]],
+        logits: dict[tuple[str, str], float],
+        failed: dict[tuple[str, str], str],
+    ) -> None:
+        """Write a shard, unless another process has written it meanwhile.
+
+        One process writes at a time, so that none takes away what another is writing or has just set aside.
+
+        Args:
+            number: Its number.
+            rows: Rows of the pools.
+            logits: Log-odds by ids of query and candidate.
+            failed: Why a pair has none, by the same ids.
+        """
+        schema = SCORE_SCHEMA.with_metadata({"judge": json.dumps(self.identity)})
+        with alone_in(self.folder), ExitStack() as files:
+            if not self.missing([number]):
+                return
+            # What was set aside is published first: a shard that is there is complete.
+            shard = files.enter_context(ShardWriter(self.folder, "rows", schema, first_shard=number))
+            name = f"rejected-{number:05d}.jsonl"
+            rejected = files.enter_context(RejectedWriter(self.folder, name, announce=False))
+            for (query, item), reason in failed.items():
+                rejected.add(reason, query=query, candidate=item)
+            for row in rows:
+                if (row["query"], row["positive"]) in failed:
+                    reason = "the positive cannot be judged, so the row is of no use"
+                    rejected.add(reason, query=row["query"], positive=row["positive"])
+                else:
+                    shard.add(_judged(row, logits))
+
+    def finish(self, facts: dict[str, Any]) -> bool:
+        """Write the manifest if all shards are there; of several processes one does it.
+
+        Args:
+            facts: For the manifest, beside what is counted here.
+
+        Returns:
+            bool: Whether the folder is finished.
+
+        Raises:
+            StageConflictError: If a shard holds scores of another judge.
+        """
+        with alone_in(self.folder) as lock:
+            if not is_complete(self.folder):
+                if missing := self.missing(range(self.count)):
+                    logger.info("judge: this part is done; %d shards of other parts are missing", len(missing))
+                    return False
+                finish_stage(self.folder, {**self._gather(), "judge": self.identity, **facts})
+                for leftover in self.folder.glob("rejected-*.jsonl"):
+                    leftover.unlink()
+            Path(lock.lock_file).unlink(missing_ok=True)
+        return True
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"rows-{number:05d}.parquet"
+
+    def _gather(self) -> dict[str, Any]:
+        """Join what the shards set aside, and count."""
+        with RejectedWriter(self.folder) as rejected:
+            for part in sorted(self.folder.glob("rejected-*.jsonl")):
+                for line in part.read_text(encoding="utf-8").splitlines():
+                    rejected.add(**json.loads(line))
+        rows = pairs = 0
+        for number in range(self.count):
+            logits = pq.read_table(self._path(number), columns=["logits"])["logits"]
+            rows += len(logits)
+            pairs += len(logits) + int(pc.sum(pc.list_value_length(logits)).as_py() or 0)
+        return {"rows": rows, "pairs": pairs, "rejected": rejected.count, "shards": self.count}
+
+
+def _judged(row: dict[str, Any], logits: dict[tuple[str, str], float]) -> dict[str, Any]:
+    """A row with the scores of its pairs, without the candidates that have none."""
+    query = row["query"]
+    kept = [index for index, item in enumerate(row["candidates"]) if (query, item) in logits]
+    candidates = [row["candidates"][index] for index in kept]
+    return {
+        **row,
+        "candidates": candidates,
+        "similarities": [row["similarities"][index] for index in kept],
+        "positive_logit": logits[query, row["positive"]],
+        "logits": [logits[query, item] for item in candidates],
+    }

@@ -1,0 +1,273 @@
+"""Loading a generative vision-language model as a scorer of (query, candidate) pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.util import load_file_path
+from torch import nn
+from transformers import AutoImageProcessor, ProcessorMixin
+
+from unime_st.backbones.patches import project_patches
+from unime_st.registry import is_alias, resolve
+from unime_st.scoring.prompts import IMAGE_TOKENS, answer_token_ids, check_template, load_template
+
+ImageTokens = tuple[int, int]
+
+
+def resolve_name(name: str | Path) -> str:
+    """Turn an alias into a folder; folders and hub repositories are returned as they are.
+
+    Args:
+        name: A folder, a hub repository ("owner/name") or an alias such as "unime-tiny".
+
+    Returns:
+        str: Something that ``from_pretrained`` takes.
+
+    Raises:
+        AliasError: If the alias stands for nothing on this machine; the message says which command makes it.
+        FileNotFoundError: If a path, which no hub repository can be, leads to no folder.
+    """
+    name = str(name)
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"no folder {name}: give the folder of a model, a hub repository or an alias")
+    return str(resolve(name)) if not os.path.isdir(name) and is_alias(name) else name
+
+
+def is_cross_encoder(folder: str) -> bool:
+    """Tell a saved ``CrossEncoder`` from a bare checkpoint or an embedding model.
+
+    Args:
+        folder: A folder or hub repository.
+
+    Returns:
+        bool: Whether it was saved by :class:`~sentence_transformers.cross_encoder.CrossEncoder`.
+    """
+    path = load_file_path(folder, "config_sentence_transformers.json")
+    if path is None:
+        return False
+    saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    return saved.get("model_type", "SentenceTransformer") == "CrossEncoder"
+
+
+def image_size_limits(processor: ProcessorMixin, image_tokens: ImageTokens | None) -> dict[str, int] | None:
+    """Express limits in visual tokens as the pixel limits of an image processor.
+
+    Args:
+        processor: Processor of the model.
+        image_tokens: Fewest and most visual tokens per image, or None for the processor's own limits.
+
+    Returns:
+        dict | None: ``{"shortest_edge": ..., "longest_edge": ...}`` in pixels as Qwen's image processors count them,
+        or None where nothing is to change.
+
+    Raises:
+        ValueError: If the limits are impossible or this image processor does not resize by a number of tokens.
+
+    Example:
+        >>> from transformers import AutoProcessor
+        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
+        >>> image_size_limits(processor, (4, 300))  # doctest: +SKIP
+        {'shortest_edge': 3136, 'longest_edge': 235200}
+    """
+    if image_tokens is None:
+        return None
+    fewest, most = image_tokens
+    if not 0 < fewest <= most:
+        raise ValueError(f"image_tokens={image_tokens}: expected (fewest, most) with 0 < fewest <= most")
+    if not limits_by_tokens(processor):
+        raise ValueError(
+            f"image_tokens={image_tokens} needs an image processor that resizes to a range of pixels, as Qwen's do; "
+            f"{type(getattr(processor, 'image_processor', processor)).__name__} does not. Leave image_tokens unset."
+        )
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    return {"shortest_edge": fewest * side * side, "longest_edge": most * side * side}
+
+
+def limits_by_tokens(processor: ProcessorMixin) -> bool:
+    """Whether the image processor resizes images to a range of pixels in whole visual tokens, as Qwen's do."""
+    image_processor = getattr(processor, "image_processor", None)
+    size = dict(getattr(image_processor, "size", None) or {})
+    return {"shortest_edge", "longest_edge"} <= size.keys() and hasattr(image_processor, "merge_size")
+
+
+def default_image_tokens(processor: ProcessorMixin, template: str | None) -> ImageTokens | None:
+    """Image limits that belong to a template by name, where the image processor knows such limits."""
+    return IMAGE_TOKENS.get(template or "") if limits_by_tokens(processor) else None
+
+
+def use_pillow(transformer: Transformer, folder: str) -> None:
+    """Process images with Pillow, as the authors' code did; torchvision's pixels differ by 1/255.
+
+    Args:
+        transformer: Module whose processor is changed in place.
+        folder: Folder or hub repository the processor came from.
+    """
+    processor = transformer.processor
+    # Processors from elsewhere, ours for the released checkpoints among them, choose their own backend.
+    stock = isinstance(processor, ProcessorMixin) and type(processor).__module__.startswith("transformers.")
+    if stock and hasattr(processor, "image_processor"):
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
+def set_prompt(
+    transformer: Transformer, template: str, image_tokens: ImageTokens | None, *, listwise: bool = True
+) -> None:
+    """Make a template and image limits part of a model, so that they are saved with it.
+
+    Args:
+        transformer: First module of a ``CrossEncoder``, changed in place.
+        template: Name or text of a chat template, see :func:`~unime_st.judging.load_template`.
+        image_tokens: Fewest and most visual tokens per image; None for those of the template.
+        listwise: Whether the template must know lists, too. Defaults to True.
+
+    Raises:
+        ValueError: If the template drops a part of its input.
+    """
+    text = load_template(template)
+    check_template(transformer.processor, text)
+    if listwise:
+        check_template(transformer.processor, text, listwise=True)
+    transformer.processor.chat_template = text
+    if transformer.tokenizer is not None:
+        transformer.tokenizer.chat_template = None  # one template in the folder, not two that may disagree
+    limits = image_size_limits(
+        transformer.processor, image_tokens or default_image_tokens(transformer.processor, template)
+    )
+    if limits is not None:
+        image = {**transformer.processing_kwargs.get("image", {}), "size": limits}
+        transformer.processing_kwargs = {**transformer.processing_kwargs, "image": image}
+
+
+def generative_modules(
+    folder: str,
+    *,
+    template: str = "official",
+    image_tokens: ImageTokens | None = None,
+    listwise: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    processor_kwargs: dict[str, Any] | None = None,
+    config_kwargs: dict[str, Any] | None = None,
+) -> list[nn.Module]:
+    """Build the modules of a ``CrossEncoder`` from a bare generative vision-language checkpoint.
+
+    Args:
+        folder: Folder or hub repository in the layout of transformers, for example of UniME-V2-reranker-Qwen25VL-7B.
+        template: See :func:`~unime_st.judging.load_template`. Defaults to "official".
+        image_tokens: Fewest and most visual tokens per image. Defaults to those of the template: 4 to 300 for
+            "official", else the processor's own.
+        listwise: Whether the template must know lists, too, as a reranker needs. Defaults to True.
+        model_kwargs: Passed to the model's ``from_pretrained``, for example ``{"dtype": "bfloat16"}``.
+        processor_kwargs: Passed to the processor's ``from_pretrained``.
+        config_kwargs: Passed to the config's ``from_pretrained``.
+
+    Returns:
+        list[nn.Module]: ``[Transformer(any-to-any), LogitScore(Yes, No)]``.
+
+    Raises:
+        ValueError: If the checkpoint has no language-model head, the tokenizer no single tokens "Yes" and "No", or the
+            template drops a part of its input.
+
+    Example:
+        >>> from sentence_transformers import CrossEncoder
+        >>> from unime_st.scoring.loading import generative_modules
+        >>> modules = generative_modules("Qwen/Qwen2.5-VL-7B-Instruct")  # doctest: +SKIP
+        >>> CrossEncoder(modules=modules, num_labels=1).save_pretrained("judge")  # doctest: +SKIP
+    """
+    try:
+        transformer = Transformer(
+            folder,
+            transformer_task="any-to-any",
+            unpad_inputs=False,
+            model_kwargs=dict(model_kwargs or {}),
+            # Given at once, so that the module finds that the model takes messages even if it came without a template.
+            processor_kwargs={**(processor_kwargs or {}), "chat_template": load_template(template)},
+            config_kwargs=dict(config_kwargs or {}),
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        # transformers goes on with the names of all its models.
+        kind = (
+            "an embedding model" if load_file_path(folder, "modules.json") else "a model without a language-model head"
+        )
+        raise ValueError(
+            f"{folder} holds {kind}, which cannot answer Yes or No: expected a saved reranker or a generative "
+            "vision-language model, such as the one it came from."
+        ) from error
+    architectures = transformer.config.architectures or []
+    tied = getattr(transformer.config.get_text_config(), "tie_word_embeddings", False)
+    # from_pretrained would fill a missing head with random numbers and only log it.
+    if not tied and not any(name.endswith(("ForConditionalGeneration", "ForCausalLM")) for name in architectures):
+        raise ValueError(
+            f"{folder} holds {architectures or 'an unnamed architecture'} without a language-model head (an embedding "
+            "model drops it when saved), so it cannot answer Yes or No. Load the generative checkpoint it came from."
+        )
+    use_pillow(transformer, folder)
+    project_patches(transformer)
+    set_prompt(transformer, template, image_tokens, listwise=listwise)
+    return [transformer, LogitScore(*answer_token_ids(transformer.tokenizer))]
+
+
+def load_cross_encoder(
+    name: str | Path, *, template: str | None = None, image_tokens: ImageTokens | None = None, **kwargs: Any
+) -> CrossEncoder:
+    """Load a saved reranker, or any generative vision-language checkpoint, as a judge of pairs.
+
+    Args:
+        name: Folder, hub repository or alias.
+        template: See :func:`generative_modules`; a saved reranker keeps its own unless one is named here.
+        image_tokens: See :func:`generative_modules`.
+        **kwargs: Passed to :class:`~sentence_transformers.cross_encoder.CrossEncoder`, such as ``device``.
+
+    Returns:
+        CrossEncoder: With one score per pair, the log-odds of Yes against No.
+
+    Raises:
+        ValueError: See :func:`generative_modules`.
+
+    Example:
+        >>> from unime_st.scoring.loading import load_cross_encoder
+        >>> load_cross_encoder("unime-tiny", template="tiny").num_labels
+        1
+    """
+    folder = resolve_name(name)
+    if not is_cross_encoder(folder):
+        parts = ("model_kwargs", "processor_kwargs", "config_kwargs")
+        own: dict[str, Any] = {key: kwargs.pop(key) for key in parts if key in kwargs}
+        own |= {"template": template or "official", "image_tokens": image_tokens}
+        return CrossEncoder(modules=generative_modules(folder, listwise=False, **own), num_labels=1, **kwargs)
+    model = CrossEncoder(folder, **kwargs)
+    prepare_saved(model, folder, template, image_tokens, listwise=False)
+    return model
+
+
+def prepare_saved(
+    model: CrossEncoder,
+    folder: str,
+    template: str | None,
+    image_tokens: ImageTokens | None = None,
+    *,
+    listwise: bool = True,
+) -> None:
+    """Give a saved reranker Pillow's pixels and, where asked, another template or other image limits.
+
+    Args:
+        model: The loaded model, changed in place.
+        folder: Where it came from.
+        template: Name or text of a template, or None to keep the saved one.
+        image_tokens: Fewest and most visual tokens per image, or None to keep the saved limits.
+        listwise: Whether the template must know lists, too. Defaults to True.
+    """
+    if not isinstance(model[0], Transformer):
+        return
+    use_pillow(model[0], folder)
+    project_patches(model)
+    if template is not None or image_tokens is not None:
+        set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)

@@ -1,0 +1,351 @@
+"""What a judge and a reranker read and answer: instructions, chat templates, answer tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from unime_st.data import Item
+
+PAIR_PROMPT = (
+    "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
+    "the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
+)
+"""Instruction of the pairwise prompt (UniME-V2, arXiv 2510.13515), byte for byte as the authors' code has it."""
+
+LIST_PROMPT = (
+    "I will provide you with a query followed by multiple candidates in the format: (1) cand1 (2) cand2, etc. "
+    "Each candidate is independent of the others. Evaluate each candidate against the query, and respond with the "
+    "number corresponding to the candidate that best meets the requirements of the query."
+)
+"""Instruction of the listwise prompt (UniME-V2, arXiv 2510.13515), byte for byte as the authors' code has it."""
+
+ANSWERS = ("Yes", "No")
+"""The two answers of the pairwise prompt: the candidate meets the query, it does not."""
+
+LIST_ANSWER_START = "Ans: ("
+"""What a listwise prompt ends with, so that the next token is the index of the best candidate."""
+
+TEMPLATES = {"official": "reranker.jinja", "tiny": "tiny_reranker.jinja"}
+"""Chat templates that carry a query and its candidates: file names in ``unime_st/recipes/templates``."""
+
+IMAGE_TOKENS = {"official": (4, 300)}
+"""Fewest and most visual tokens per image a template was made for; templates not named keep the processor's limits."""
+
+# Order matters: a placeholder takes the line break that follows it along, as in the authors' code.
+_PLACEHOLDERS = ("<|image_1|>\n", "<|image_1|>", "<|image_pad|>\n", "<|image_pad|>", "<image>\n", "<image>")
+
+Message = dict[str, Any]
+ItemLike = Item | str | Image.Image | dict[str, Any]
+
+
+def load_template(name: str) -> str:
+    """Return the text of a chat template.
+
+    Args:
+        name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for the embedded default), or
+            the text or the file of a Jinja template of one's own that renders messages with the roles "query" and
+            "document" and, where ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
+
+    Returns:
+        str: Jinja source.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> from unime_st.judging import load_template
+        >>> "Candidates:" in load_template("official")
+        True
+    """
+    if "{{" in name or "{%" in name:
+        return name
+    if name not in TEMPLATES:
+        if Path(name).is_file():
+            return Path(name).read_text(encoding="utf-8")
+        raise ValueError(
+            f"unknown template {name!r}: expected one of {sorted(TEMPLATES)}, or the text or an existing file of a "
+            "Jinja template"
+        )
+    return (resources.files("unime_st.recipes") / "templates" / TEMPLATES[name]).read_text(encoding="utf-8")
+
+
+def clean_text(text: str) -> str:
+    """Remove the placeholders that training texts carry where their image belongs.
+
+    Args:
+        text: For example ``"<|image_1|>\\nRepresent the given image.\\n"``.
+
+    Returns:
+        str: The text without ``<|image_1|>``, ``<|image_pad|>`` and ``<image>``, each with the line break behind it;
+        all else is kept verbatim.
+
+    Example:
+        >>> from unime_st.judging import clean_text
+        >>> clean_text("<|image_1|> Find an image caption.")
+        ' Find an image caption.'
+    """
+    for placeholder in _PLACEHOLDERS:
+        text = text.replace(placeholder, "")
+    return text
+
+
+def as_item(value: ItemLike) -> Item:
+    """Turn what users pass to ``rank`` and ``predict`` into an :class:`~unime_st.data.Item`.
+
+    Args:
+        value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", absent
+            or None where there is none.
+
+    Returns:
+        Item: The same content.
+
+    Raises:
+        TypeError: If the value is something else or a dict with other keys.
+        ValueError: If nothing is in it.
+
+    Example:
+        >>> from unime_st.judging import as_item
+        >>> as_item({"text": "a red square", "image": None}).modality
+        'text'
+    """
+    if isinstance(value, Item):
+        return value
+    if isinstance(value, str):
+        return Item(text=value)
+    if isinstance(value, Image.Image):
+        return Item(image=value)
+    if isinstance(value, dict) and value.keys() <= {"text", "image"}:
+        return Item(**value)
+    kind = f"a dict with keys {sorted(map(str, value))}" if isinstance(value, dict) else type(value).__name__
+    raise TypeError(f"expected an Item, a str, a Pillow image or a dict with 'text' and / or 'image', got {kind}")
+
+
+def message(role: str, text: str | None, image: Any = None) -> Message:
+    """Build one chat message, image before text.
+
+    Args:
+        role: "query" or "document".
+        text: Its text, cleaned with :func:`clean_text`; None for an image alone.
+        image: A decoded image, True for the place of an image that is processed elsewhere, or None.
+
+    Returns:
+        dict: ``{"role": role, "content": [...]}``.
+
+    Example:
+        >>> from unime_st.scoring.prompts import message
+        >>> message("query", "<|image_1|>\\nWhat is this?", image=True)
+        {'role': 'query', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}
+    """
+    content: list[dict[str, Any]] = []
+    if image is not None:
+        content.append({"type": "image"} if image is True else {"type": "image", "image": image})
+    if text is not None:
+        content.append({"type": "text", "text": clean_text(text)})
+    return {"role": role, "content": content}
+
+
+def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True) -> list[Message]:
+    """Build the chat messages of a query with one candidate (pairwise) or several (listwise).
+
+    Args:
+        query: What is asked.
+        documents: The candidates in the order in which they are numbered.
+        decode: Whether to decode the images; otherwise only their places are marked. Defaults to True.
+
+    Returns:
+        list[dict]: One message per item, roles "query", "document", "document", ...
+
+    Raises:
+        BadImageError: If an image cannot be decoded.
+
+    Example:
+        >>> from unime_st.data import Item
+        >>> from unime_st.scoring.prompts import conversation
+        >>> [m["role"] for m in conversation(Item("a cat"), [Item("cat"), Item("dog")])]
+        ['query', 'document', 'document']
+    """
+    items = [("query", query), *(("document", document) for document in documents)]
+    return [message(role, item.text, item.image and (item.image.open() if decode else True)) for role, item in items]
+
+
+def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Find the tokens whose logits are the pairwise score.
+
+    Args:
+        tokenizer: Tokenizer of a generative model.
+
+    Returns:
+        tuple[int, int]: Ids of "Yes" and "No".
+
+    Raises:
+        ValueError: If one of them is not a single token; the message lists what the vocabulary has instead.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from unime_st.judging import answer_token_ids
+        >>> answer_token_ids(AutoTokenizer.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"))  # doctest: +SKIP
+        (9454, 2753)
+    """
+    found = []
+    for word in ANSWERS:
+        ids = tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            wanted = {answer.lower() for answer in ANSWERS}
+            near = sorted(token for token in tokenizer.get_vocab() if token.strip(" \u0120\u2581").lower() in wanted)
+            raise ValueError(
+                f"the tokenizer splits {word!r} into {tokenizer.convert_ids_to_tokens(ids)}, so a score cannot be read "
+                f"from one position. Similar tokens in its vocabulary: {near or 'none'}. Use another model, or build "
+                "the CrossEncoder with a LogitScore of those ids and a template that asks for them."
+            )
+        found.append(ids[0])
+    return found[0], found[1]
+
+
+def index_token_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """Find the tokens that continue ``Ans: (`` with 1, 2, ..., count.
+
+    Args:
+        tokenizer: Tokenizer of a generative model.
+        count: Number of candidates, at least 1.
+
+    Returns:
+        list[int]: ``count`` different ids.
+
+    Raises:
+        ValueError: If a number is not one token of its own, as 10 is not where numbers are split into digits.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from unime_st.judging import index_token_ids
+        >>> index_token_ids(AutoTokenizer.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"), 3)  # doctest: +SKIP
+        [16, 17, 18]
+    """
+    if count < 1:
+        raise ValueError(f"a list needs at least 1 candidate, got {count}")
+    start = tokenizer.encode(LIST_ANSWER_START, add_special_tokens=False)
+    found: list[int] = []
+    for index in range(1, count + 1):
+        ids = tokenizer.encode(f"{LIST_ANSWER_START}{index}", add_special_tokens=False)
+        if ids[: len(start)] != start or len(ids) != len(start) + 1 or ids[-1] in (*found, tokenizer.unk_token_id):
+            raise ValueError(
+                f"{count} candidates cannot be ranked in one list: this tokenizer has single tokens for the indices 1 "
+                f"to {index - 1} only ({index} becomes {tokenizer.convert_ids_to_tokens(ids[len(start) :])}). "
+                f"Rank them in windows of at most {index - 1} candidates, or pairwise."
+            )
+        found.append(ids[-1])
+    return found
+
+
+def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> list[str]:
+    """Name what a chat template silently drops.
+
+    Args:
+        render: Turns messages into a prompt.
+        documents: Number of candidates to try with. Defaults to 1.
+
+    Returns:
+        list[str]: For example ``["image of document 1"]``; empty for a template that carries everything.
+
+    Example:
+        >>> from unime_st.scoring.prompts import lost_parts
+        >>> lost_parts(lambda messages: str(messages[0]))
+        ['image of document 1', 'text of document 1']
+    """
+    names = ["query", *(f"document {number}" for number in range(1, documents + 1))]
+    full = [message(name.split()[0], f"word{index}", image=True) for index, name in enumerate(names)]
+    prompt = render(full)
+    lost = []
+    for index, name in enumerate(names):
+        for kind, changed in (("image", message("", f"word{index}")), ("text", message("", "other", image=True))):
+            changed["role"] = full[index]["role"]
+            if render([*full[:index], changed, *full[index + 1 :]]) == prompt:
+                lost.append(f"{kind} of {name}")
+    return lost
+
+
+def query_comes_first(processor: ProcessorMixin, template: str) -> bool:
+    """Whether a chat template shows the query before the candidate, as the official one does.
+
+    Args:
+        processor: Processor whose template engine is used.
+        template: Jinja source.
+
+    Returns:
+        bool: True where candidates of one query share the beginning of their prompts.
+
+    Example:
+        >>> from transformers import AutoProcessor
+        >>> from unime_st.scoring.prompts import load_template, query_comes_first
+        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
+        >>> query_comes_first(processor, load_template("official"))  # doctest: +SKIP
+        True
+    """
+    sample = [message("query", "first0"), message("document", "second0")]
+    prompt = str(processor.apply_chat_template(sample, chat_template=template, tokenize=False))
+    return prompt.find("first0") < prompt.find("second0")
+
+
+def check_template(processor: ProcessorMixin, template: str, *, listwise: bool = False) -> None:
+    """Refuse a chat template that does not carry every text and image of a query and its candidates.
+
+    Args:
+        processor: Processor whose template engine is used.
+        template: Jinja source.
+        listwise: Whether to check lists (``task="listwise"``) instead of pairs. Defaults to False.
+
+    Raises:
+        ValueError: If a part of the input does not reach the prompt, or a list is rendered like a pair.
+
+    Example:
+        >>> from transformers import AutoProcessor
+        >>> from unime_st.judging import check_template, load_template
+        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
+        >>> check_template(processor, load_template("official"), listwise=True)  # doctest: +SKIP
+    """
+    options = {"task": "listwise"} if listwise else {}
+
+    def render(messages: list[Message], **kwargs: Any) -> str:
+        return str(processor.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs))
+
+    try:
+        lost = lost_parts(lambda messages: render(messages, **options), documents=2 if listwise else 1)
+    except Exception as error:  # whatever a template of the user's raises, the answer is the same
+        raise ValueError(f"the chat template cannot render a query and its candidates: {error!r}") from error
+    what = "a query with a list of candidates" if listwise else "a query with a candidate"
+    if lost:
+        raise ValueError(
+            f"the chat template does not carry {what}: {', '.join(lost)} does not reach the prompt. Use a template "
+            f"that renders the roles 'query' and 'document', for example one of {sorted(TEMPLATES)}."
+        )
+    if listwise:
+        sample = [message("query", "a"), message("document", "b"), message("document", "c")]
+        if render(sample) == render(sample, **options) or not render(sample, **options).endswith(LIST_ANSWER_START):
+            raise ValueError(
+                f"the chat template does not carry {what}: with task='listwise' it must number the candidates and end "
+                f"with {LIST_ANSWER_START!r}. Use one of {sorted(TEMPLATES)} or read them for an example."
+            )
+
+
+def prompt_hash(template: str, *options: Any) -> str:
+    """Fingerprint of all that shapes a prompt besides the items.
+
+    Args:
+        template: Jinja source.
+        *options: Whatever else changes the scores, such as the image limits and the answer tokens.
+
+    Returns:
+        str: 16 hexadecimal digits.
+
+    Example:
+        >>> from unime_st.scoring.prompts import prompt_hash
+        >>> len(prompt_hash("{{ messages }}", (4, 300)))
+        16
+    """
+    return hashlib.sha256(repr((template, *options)).encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""What items cost, counted before anything is decoded; rows that cannot be used are set aside."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from unime_st.data.checking import RejectedWriter
+from unime_st.data.images import BadImageError
+from unime_st.data.items import Item
+from unime_st.data.records import ItemFolder
+from unime_st.encoding import CostModel
+from unime_st.training.arguments import TrainArguments
+from unime_st.training.processes import processes
+
+logger = logging.getLogger(__name__)
+UNREADABLE = -1
+COSTS = "costs.npy"
+_AT_ONCE = 1024
+
+
+def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Count the tokens of every stored item, and the pixels that decoding it makes; nothing is decoded.
+
+    Args:
+        records: The items.
+        model: The model to train.
+        path: ``.npy`` file that keeps the counts for the next start.
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: int64 of shape (items,) each; :data:`UNREADABLE` tokens where the header of a
+            image cannot be read.
+    """
+    if path is not None and path.is_file():
+        tokens, pixels = np.load(path, allow_pickle=False)
+        return tokens, pixels
+    count = CostModel(model)
+    parts = []
+    items = iter(records.items)
+    with tqdm(total=len(records.items), desc="counting tokens", unit="item") as progress:
+        while chunk := list(islice(items, _AT_ONCE)):
+            parts.append(_costs(chunk, count))
+            progress.update(len(chunk))
+    costs = np.concatenate(parts, axis=1)
+    if path is not None:
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, costs, allow_pickle=False)
+        temporary.replace(path)
+    return costs[0], costs[1]
+
+
+def _costs(items: Sequence[Item], count: CostModel) -> np.ndarray:
+    costs = count([{"text": item.text or ""} for item in items])
+    pixels = np.zeros_like(costs)
+    with_images, sizes = [], []
+    for index, item in enumerate(items):
+        if item.image is None:
+            continue
+        try:
+            sizes.append(item.image.size())
+            with_images.append(index)
+        except BadImageError:
+            costs[index] = UNREADABLE
+    if sizes:
+        costs[with_images] += np.asarray(count.image_tokens(sizes))
+        pixels[with_images] = [width * height for width, height in sizes]
+    return np.stack([costs, pixels])
+
+
+def counted_costs(arguments: TrainArguments, records: ItemFolder, model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`item_costs`, kept in the output folder for a resumed run; a dry run writes nothing.
+
+    Args:
+        arguments: Options of the stage.
+        records: The items.
+        model: The model to train.
+    """
+    if arguments.dry_run:
+        return item_costs(records, model)
+    with processes().main_process_first():  # which leaves the counts to the others
+        return item_costs(records, model, Path(arguments.output) / COSTS)
+
+
+def usable_rows(
+    arguments: TrainArguments, records: ItemFolder, rows: Dataset, costs: np.ndarray
+) -> tuple[Dataset, np.ndarray, int]:
+    """Set rows with an unreadable image aside: counted, and listed in ``rejected.jsonl``.
+
+    Args:
+        arguments: Options of the stage.
+        records: The items.
+        rows: Columns of item ids, beside ``label`` and ``dataset``.
+        costs: Of :func:`item_costs`.
+
+    Returns:
+        tuple: The other rows, the positions of their items of shape (rows, columns), and how many rows fell.
+
+    Raises:
+        ValueError: If no row is left.
+    """
+    names = [name for name in rows.column_names if name not in ("label", "dataset")]
+    indices = np.stack([records.items.positions(list(rows[name])) for name in names], axis=1)
+    bad = (costs[indices] == UNREADABLE).any(axis=1)
+    if not bad.any():
+        return rows, indices, 0
+    numbers = np.flatnonzero(bad)
+    if processes().is_main_process and not arguments.dry_run:
+        with RejectedWriter(Path(arguments.output)) as rejected:
+            for row in numbers:
+                item = next(int(p) for p in indices[row] if costs[p] == UNREADABLE)
+                reason = f"image {records.items.at(item).image!r} cannot be read"
+                rejected.add(reason, folder=str(records.folder), row=int(row))
+    logger.warning("%d of %d rows have an unreadable image and are set aside.", len(numbers), len(rows))
+    if bad.all():
+        raise ValueError(f"{records.folder}: every row has an unreadable image; see rejected.jsonl.")
+    good = np.flatnonzero(~bad)
+    return rows.select(good), indices[good], len(numbers)
