@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import images
 
-from unime_st.encoding import CostModel, encode_items, pack
+from unime_st.encoding import TokenCounter, encode_items, pack
 
 
 def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats: int, budget: int) -> str:
@@ -34,7 +34,7 @@ def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats:
     """
     paths = images(folder, count, shortest=336, longest=500)
     rows = [{"image": path} for path in paths]
-    batches = pack(CostModel(model)(rows), budget)
+    batches = pack(TokenCounter(model)(rows), budget)
     ready = [_prepared(model, [rows[index] for index in batch]) for batch in batches]
     with FlopCounterMode(display=False) as counter:
         _forward(model, ready)

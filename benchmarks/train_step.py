@@ -33,7 +33,7 @@ from workloads import SIZES, images, random_qwen2_vl
 
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
-from unime_st.encoding import most_pixels
+from unime_st.encoding import pixel_budget
 from unime_st.losses.base import ROWS_AT_ONCE
 from unime_st.model import UniME
 from unime_st.training.adapters import add_lora
@@ -96,7 +96,7 @@ def our_step(model: SentenceTransformer, records: RecordSet, count: int, mini_ba
     """The same batch from positions of items, decoded mini-batch by mini-batch."""
     loss = our_loss(model, records, workers)
     tokens, pixels = item_costs(records, model)
-    cut = MiniBatches(tokens, size=mini_batch_size, pixels=pixels, most_pixels=most_pixels(model.device))
+    cut = MiniBatches(tokens, size=mini_batch_size, pixels=pixels, most_pixels=pixel_budget(model.device))
     collate = ItemCollator(model.preprocess, records=records, mini_batches=cut, lazy=True)
     rows = list(pair_rows(records).select(range(count)).remove_columns("dataset"))
 

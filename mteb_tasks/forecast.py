@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_NAME, iter_items
 from unime_st.data.items import Item
-from unime_st.encoding import CostModel
+from unime_st.encoding import TokenCounter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,7 +115,7 @@ def forecast(
     count = sum(map(len, tables))
     if not fresh:
         return Forecast(count, len(distinct), 0, 0, 0.0)
-    per_item = float(CostModel(model)(fresh).mean())
+    per_item = float(TokenCounter(model)(fresh).mean())
     started = time.perf_counter()
     embed(fresh)
     seconds = (time.perf_counter() - started) / len(fresh)

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from unime_st.data import BadImageError, ImageRef, Item, PairRecord, RecordSet, is_complete
-from unime_st.data import tables as tables_module
+from unime_st.data import parquet_shards as tables_module
 from unime_st.data.images import png_bytes
+from unime_st.data.parquet_shards import ItemReader, link_items
 from unime_st.data.records import RecordWriter
-from unime_st.data.tables import ItemReader, link_items
 
 
 def noise(seed: int, size: int = 8) -> bytes:

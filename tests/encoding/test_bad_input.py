@@ -20,7 +20,7 @@ from tiny_embedder import tiny_embedder
 from unime_st import Item, UniME
 from unime_st.data import BadImageError
 from unime_st.encoding import encode_items
-from unime_st.encoding.inputs import content_key, fetch, load
+from unime_st.encoding.model_inputs import content_key, fetch, load
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

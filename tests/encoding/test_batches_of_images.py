@@ -13,8 +13,8 @@ from tiny_embedder import tiny_embedder
 
 from unime_st import Item
 from unime_st.encoding import encode_items
-from unime_st.encoding.forward import Forward
-from unime_st.encoding.inputs import texts_and_sizes
+from unime_st.encoding.batch_runner import BatchRunner
+from unime_st.encoding.model_inputs import texts_and_sizes
 
 SIZES = [(1600, 1200), (400, 300), (1200, 1600), (3000, 3000), (640, 480), (1600, 1600)]
 
@@ -45,7 +45,7 @@ def test_pixels_of_a_batch_are_limited(tmp_path: Path, monkeypatch: pytest.Monke
     found = encode_items(model, rows, workers=2)
     batches = [pixels for pixels in calls if pixels]
     assert sum(map(len, batches)) == len(rows)
-    plan, whole = Forward(model), sum(map(sum, batches))
+    plan, whole = BatchRunner(model), sum(map(sum, batches))
     limit = plan.pixels
     assert whole > 5 * limit and len(rows) * 16 < plan.budget, "by tokens alone it would be one batch"
     assert all(sum(pixels) <= limit or len(pixels) == 1 for pixels in batches)

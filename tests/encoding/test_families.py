@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from unime_st import Item, UniME
 from unime_st.encoding import encode_items
 from unime_st.encoding.engine import _WORTH_PROBING
-from unime_st.encoding.texts import TextPath
+from unime_st.encoding.text_fast_path import TextFastPath
 
 Get = Callable[[str], UniME]
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-llava1.6"]
@@ -68,7 +68,7 @@ def test_vectors_are_those_of_one_input_at_a_time(embedder: Get, name: str):
 @pytest.mark.parametrize("prompt", [None, "Find: "])
 def test_texts_are_tokenised_as_the_model_does(embedder: Get, name: str, prompt: str | None):
     model = embedder(name)
-    path = TextPath(model, prompt)
+    path = TextFastPath(model, prompt)
     assert path.usable, "else texts of a released family take the long way"
     some = ["x", "é ☃", "two\nlines", "end. ", "{{ messages }}", "word " * 90]
     rows = path.tokens(some)
@@ -86,7 +86,7 @@ def test_a_template_that_changes_texts_takes_the_long_way(embedder: Get):
     template = model.processor.chat_template
     try:
         model.processor.chat_template = template.replace("c.text", "c.text | upper")
-        assert not TextPath(model).usable
+        assert not TextFastPath(model).usable
         words = [f"word {number}" for number in range(_WORTH_PROBING)]
         np.testing.assert_allclose(model.encode(words), one_by_one(model, words), atol=2e-5)
         assert not np.allclose(model.encode("word"), embedder("qwen2.5-vl").encode("word"))

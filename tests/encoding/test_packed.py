@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from unime_st import UniME
+from unime_st.encoding.batch_runner import BatchRunner
 from unime_st.encoding.engine import encode_into
-from unime_st.encoding.forward import Forward
-from unime_st.encoding.results import InMemory
+from unime_st.encoding.vector_shards import MemorySink
 
 Get = Callable[[str], UniME]
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-llava1.6"]
@@ -47,7 +47,7 @@ def embedded(model: SentenceTransformer, **how: Any) -> tuple[np.ndarray, list[l
         sequences.append(given[0]["cu_seq_lens_q"].diff().tolist())
         assert sum(sequences[-1]) == given[0]["token_embeddings"].shape[1], "no token is padding"
 
-    hook, results = model[1].register_forward_pre_hook(seen), InMemory()
+    hook, results = model[1].register_forward_pre_hook(seen), MemorySink()
     try:
         assert not encode_into(model, rows(), results, on_error="raise", token_budget=600, workers=2, **how)
     finally:
@@ -58,7 +58,7 @@ def embedded(model: SentenceTransformer, **how: Any) -> tuple[np.ndarray, list[l
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_sdpa_rows_are_masked_from_one_another(embedder: Get, name: str):
     model = embedder(name)
-    assert not Forward(model).packed
+    assert not BatchRunner(model).packed
     vectors, sequences = embedded(model, packed=True)
     lengths = [int(model.preprocess([row])["attention_mask"].sum()) for row in rows()]
     assert sorted(sum(sequences, [])) == sorted(lengths) and max(map(len, sequences)) > 3
@@ -109,7 +109,7 @@ def test_with_flash_attention_packing_is_the_default(embedder: Get, flash: str, 
     before = config._attn_implementation
     config._attn_implementation = flash  # of all its parts; set_attn_implementation would look for a kernel
     try:
-        assert Forward(model).packed and not Forward(model, packed=False).packed
+        assert BatchRunner(model).packed and not BatchRunner(model, packed=False).packed
         vectors, sequences = embedded(model)
     finally:
         config._attn_implementation = before

@@ -16,7 +16,7 @@ from mteb_tasks.forecast import Forecast, forecast
 from mteb_tasks.mmeb.subsets import SUBSETS
 from mteb_tasks.registration import registered_tasks
 from unime_st.data.items import Item
-from unime_st.encoding import CostModel, encode_stream
+from unime_st.encoding import TokenCounter, encode_stream
 
 
 def test_items_distinct_ones_and_tokens_are_counted(tiny, tmp_path):
@@ -29,7 +29,7 @@ def test_items_distinct_ones_and_tokens_are_counted(tiny, tmp_path):
     found = forecast(tiny, tables, lambda item: item.image is None, embedded.extend)
     assert (found.items, found.distinct, found.new) == (18, 9, 5)
     assert embedded == list(queries.values())[:5]
-    assert found.tokens == CostModel(tiny)(embedded).sum() and found.seconds >= 0
+    assert found.tokens == TokenCounter(tiny)(embedded).sum() and found.seconds >= 0
     assert forecast(tiny, tables, lambda item: True, embedded.extend).new == 0
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
 from unime_st.encoding import VectorShards, encode_items
 from unime_st.retrieval import Pools, mine, mining
-from unime_st.retrieval import vectors as embedding
+from unime_st.retrieval import item_vectors as embedding
 
 
 def make_image(seed: int) -> Image.Image:

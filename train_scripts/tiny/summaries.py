@@ -122,7 +122,9 @@ def _answer(kind: str, rng: random.Random) -> Summary:
     images: list[Image.Image] = []
     scene = scene_for("vqa", rng, "train")
     question, answer = ask(scene, rng)
-    return Summary(images, written(with_instruction("vqa", question, scene_image(scene, rng)), images), "answer.", answer)
+    return Summary(
+        images, written(with_instruction("vqa", question, scene_image(scene, rng)), images), "answer.", answer
+    )
 
 
 def _object(kind: str, rng: random.Random) -> Summary:

@@ -11,12 +11,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 from unime_st.data.logits import check_scores, to_logits
 from unime_st.data.manifest import begin_stage, finish_stage
-from unime_st.data.records import PairRecord, RecordSet, RecordWriter
-from unime_st.data.sources import SourceRow, read_rows, source_files
-from unime_st.data.specs import (
+from unime_st.data.pair_specs import (
     DEFAULT_COLUMNS,
     JoinSpec,
     PairSpec,
@@ -28,6 +25,9 @@ from unime_st.data.specs import (
     parse_pairs,
     resolve_columns,
 )
+from unime_st.data.records import PairRecord, RecordSet, RecordWriter
+from unime_st.data.sources import SourceRow, read_rows, source_files
+from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 
 logger = logging.getLogger(__name__)
 _BATCH = 256
@@ -54,7 +54,7 @@ def import_records(
     Args:
         source: A file, a folder of files, or a saved dataset; see :func:`~unime_st.data.sources.read_rows`.
         output: Folder to write.
-        pairs: What makes a pair, in the form of :class:`~unime_st.data.specs.PairSpec`. Defaults to None: the columns
+        pairs: What makes a pair, in the form of :class:`~unime_st.data.pair_specs.PairSpec`. Defaults to None: the columns
             query, positive (or query_text, query_image, positive_text, positive_image), negatives, scores, dataset.
         image_root: Folder that image paths are relative to and must not leave. Defaults to the source's folder.
         embed_images: Copy images that are files into the output. Defaults to False: they stay where they are.

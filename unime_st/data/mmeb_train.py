@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.released_judgements import released_item
 from unime_st.data.sources import read_rows
+from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data.items import Item
 from unime_st.data.manifest import is_complete, read_manifest, write_manifest
-from unime_st.data.tables import ItemReader, ItemWriter, ShardReader, ShardWriter
+from unime_st.data.parquet_shards import ItemReader, ItemWriter, ShardReader, ShardWriter
 
 logger = logging.getLogger(__name__)
 

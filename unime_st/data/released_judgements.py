@@ -16,13 +16,13 @@ import pyarrow as pa
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unime_st.data.checking import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 from unime_st.data.images import BadImageError, ImageRef, resolve_inside
 from unime_st.data.items import Item
 from unime_st.data.logits import check_scores, to_logits, to_scores
 from unime_st.data.manifest import begin_stage, finish_stage, publish
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows
+from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
 
 PLACEHOLDER = "<|image_1|>"
 """Stands in the released texts where their image belongs."""

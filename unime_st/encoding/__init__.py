@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from unime_st.encoding.encode import encode_items, encode_stream, encode_to_shards
 from unime_st.encoding.model_identity import weights_fingerprint
-from unime_st.encoding.results import Results, VectorShards
-from unime_st.encoding.token_cost import CostModel, most_pixels, pack, within_pixels
+from unime_st.encoding.token_counts import TokenCounter, pack, pixel_budget, split_by_pixels
+from unime_st.encoding.vector_shards import VectorShards, VectorSink
 
 __all__ = [
-    "CostModel",
-    "Results",
+    "TokenCounter",
+    "VectorSink",
     "VectorShards",
     "encode_items",
     "encode_stream",
     "encode_to_shards",
-    "most_pixels",
+    "pixel_budget",
     "pack",
     "weights_fingerprint",
-    "within_pixels",
+    "split_by_pixels",
 ]

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.items import Item
 from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.validation import RejectedWriter
 from unime_st.encoding.engine import encode_into
 from unime_st.encoding.model_identity import weights_fingerprint
-from unime_st.encoding.results import InMemory, Results, Shards, VectorShards
+from unime_st.encoding.vector_shards import MemorySink, ShardSink, VectorShards, VectorSink
 
 Device = str | torch.device | Sequence[str | torch.device] | None
 
@@ -106,7 +106,7 @@ def encode_items(
             vectors = encode_items(model, [Item("a red square"), Item("a blue circle")])
             print(vectors @ vectors.T)
     """
-    results = InMemory()
+    results = MemorySink()
     failed = encode_into(
         model, items, results, on_error=on_error, batch_size=batch_size, token_budget=token_budget, workers=workers,
         device=device, prompt=prompt, progress=show_progress_bar, total=_length(items),
@@ -129,7 +129,7 @@ def encode_items(
 def encode_stream(
     model: SentenceTransformer,
     items: Iterable[Item],
-    results: Results,
+    results: VectorSink,
     *,
     window: int,
     batch_size: int = 64,
@@ -214,7 +214,7 @@ def encode_to_shards(
     options = {"model": weights_fingerprint(model), "dtype": dtype, "prompt": prompt, "dim": dim}
     if not begin_stage(folder, "encode", inputs=[], options=options, overwrite=overwrite):
         return VectorShards(folder)
-    shards = Shards(folder, dim, np.dtype(dtype))
+    shards = ShardSink(folder, dim, np.dtype(dtype))
     with RejectedWriter(folder) as rejected:
         for row in shards.without_vector():
             rejected.add("no vector, for a reason that the run before this one met", row=row)

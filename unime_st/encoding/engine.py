@@ -17,11 +17,11 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from unime_st.data.images import BadImageError
-from unime_st.encoding.forward import Forward, Job, named_error
-from unime_st.encoding.inputs import content_key, is_chat, refuse_single
-from unime_st.encoding.results import Results
-from unime_st.encoding.texts import TextPath, plain_text
-from unime_st.encoding.token_cost import CostModel, pack, within_pixels
+from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
+from unime_st.encoding.model_inputs import content_key, is_chat, refuse_single
+from unime_st.encoding.text_fast_path import TextFastPath, plain_text
+from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
+from unime_st.encoding.vector_shards import VectorSink
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,19 @@ class Engine:
         on_error: "raise" stops at the first input that cannot be read, "skip" goes on without it.
     """
 
-    def __init__(self, forward: Forward, *, on_error: Literal["raise", "skip"] = "raise") -> None:
+    def __init__(self, forward: BatchRunner, *, on_error: Literal["raise", "skip"] = "raise") -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.forward, self.on_error = forward, on_error
         self.failed: dict[int, str] = {}
         self._first: dict[Hashable, int] = {}
-        self._texts: TextPath | None = None
-        self._cost: CostModel | None = None
+        self._texts: TextFastPath | None = None
+        self._cost: TokenCounter | None = None
 
     def run(
         self,
         inputs: Iterable[Any],
-        results: Results,
+        results: VectorSink,
         *,
         window: int | None = None,
         total: int | None = None,
@@ -156,7 +156,7 @@ class Engine:
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
             indices = pack([job.cost for job in jobs], self.forward.budget)
-            indices = within_pixels(indices, [job.pixels for job in jobs], self.forward.pixels)
+            indices = split_by_pixels(indices, [job.pixels for job in jobs], self.forward.pixels)
             window.batches += [[jobs[index] for index in batch] for batch in indices]
         window.batches.sort(key=lambda batch: -batch[0].cost)
         window.waiting = len(window.batches)
@@ -178,7 +178,7 @@ class Engine:
     def _tokenise(self, jobs: list[Job]) -> None:
         texts = [(job, text) for job in jobs if (text := plain_text(job.value)) is not None]
         if self._texts is None and len(texts) >= _WORTH_PROBING:
-            self._texts = TextPath(self.forward.model, **self.forward.prompting)
+            self._texts = TextFastPath(self.forward.model, **self.forward.prompting)
             self.forward.text_features = self._texts.features
         if self._texts is None or not self._texts.usable:
             return
@@ -190,7 +190,7 @@ class Engine:
         if not jobs:
             return
         if self._cost is None:
-            self._cost = CostModel(self.forward.model, **self.forward.prompting)
+            self._cost = TokenCounter(self.forward.model, **self.forward.prompting)
         costs, pixels = self._cost.tokens_and_pixels([job.value for job in jobs])
         for job, cost, count in zip(jobs, costs.tolist(), pixels.tolist()):
             job.cost, job.pixels = cost, count
@@ -212,7 +212,7 @@ class Engine:
         window.waiting -= 1
         bar.update(len(batch))
 
-    def _close(self, windows: deque[_Window], results: Results, bar: tqdm[Any]) -> None:
+    def _close(self, windows: deque[_Window], results: VectorSink, bar: tqdm[Any]) -> None:
         """Hand over the windows at the front that are done."""
         while windows and windows[0].waiting == 0:
             window = windows.popleft()
@@ -253,7 +253,7 @@ def _ahead(windows: Iterator[_Window], *, on_failure: Callable[[], None]) -> Gen
 def encode_into(
     model: SentenceTransformer,
     inputs: Iterable[Any],
-    results: Results,
+    results: VectorSink,
     *,
     on_error: Literal["raise", "skip"],
     **how: Any,
@@ -265,13 +265,13 @@ def encode_into(
         inputs: The stream.
         results: Where vectors go.
         on_error: See :class:`Engine`.
-        **how: ``window``, ``total`` and ``progress`` of :meth:`Engine.run`; the rest goes to :class:`Forward`.
+        **how: ``window``, ``total`` and ``progress`` of :meth:`Engine.run`; the rest goes to :class:`BatchRunner`.
 
     Returns:
         dict[int, str]: Rows without a vector, and why.
     """
     run = {name: how.pop(name) for name in ("window", "total", "progress") if name in how}
-    engine = Engine(Forward(model, **how), on_error=on_error)
+    engine = Engine(BatchRunner(model, **how), on_error=on_error)
     engine.run(inputs, results, **run)
     for row, reason in islice(engine.failed.items(), 10):
         logger.warning("item %d has no vector: %s", row, reason)

@@ -9,8 +9,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from unime_st.encoding.engine import encode_into
-from unime_st.encoding.inputs import content_key
-from unime_st.encoding.results import InMemory
+from unime_st.encoding.model_inputs import content_key
+from unime_st.encoding.vector_shards import MemorySink
 
 
 def embed_list(
@@ -23,12 +23,12 @@ def embed_list(
         inputs: Items or whatever ``SentenceTransformer.encode`` takes.
         progress: Show a progress bar.
         on_cpu: Bring vectors to the CPU as they are made.
-        **how: Options of :class:`~unime_st.encoding.forward.Forward`.
+        **how: Options of :class:`~unime_st.encoding.batch_runner.BatchRunner`.
 
     Returns:
         torch.Tensor: Of shape (len(inputs), dim), in the type of the model.
     """
-    results = InMemory()
+    results = MemorySink()
     how["output_device"] = "cpu" if on_cpu else None
     encode_into(model, inputs, results, on_error="raise", progress=progress, total=len(inputs), **how)
     made = results.tensor()

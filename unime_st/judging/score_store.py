@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.manifest import StageConflictError, alone_in, finish_stage, is_complete
+from unime_st.data.parquet_shards import ShardWriter
 from unime_st.data.records import ItemFolder
-from unime_st.data.tables import ShardWriter
+from unime_st.data.validation import RejectedWriter
 from unime_st.retrieval.mining import POOL_SCHEMA, Pool
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class ScoreShards:
             # What was set aside is published first: a shard that is there is complete.
             shard = files.enter_context(ShardWriter(self.folder, "rows", schema, first_shard=number))
             name = f"rejected-{number:05d}.jsonl"
-            rejected = files.enter_context(RejectedWriter(self.folder, name, announce=False))
+            rejected = files.enter_context(RejectedWriter(self.folder, name, log_count=False))
             for (query, item), reason in failed.items():
                 rejected.add(reason, query=query, candidate=item)
             for row in rows:

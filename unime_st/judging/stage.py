@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.logits import CERTAIN_LOGIT, to_logits, to_scores
 from unime_st.data.manifest import alone_in, begin_stage, finish_stage
+from unime_st.data.parquet_shards import ShardWriter, link_items
 from unime_st.data.records import ROW_SCHEMA, RecordSet
-from unime_st.data.tables import ShardWriter, link_items
+from unime_st.data.validation import RejectedWriter
 from unime_st.judging.judge import Group, Judge, PairError
 from unime_st.judging.score_store import Scores, ScoreShards
 from unime_st.judging.select import select_negatives

@@ -13,14 +13,14 @@ import pyarrow as pa
 import torch
 from sentence_transformers import SentenceTransformer
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.items import Item
 from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.parquet_shards import ShardWriter, link_items
 from unime_st.data.records import ItemFolder, RecordSet
-from unime_st.data.tables import ShardWriter, link_items
+from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, weights_fingerprint
+from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk, encode_once
 from unime_st.retrieval.top_k import paired_similarity, top_k
-from unime_st.retrieval.vectors import ChunkEmbedder, embed_chunk, embed_once
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def mine(
     max_similarity: Literal["positive"] | float | None = "positive",
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    embed: ChunkEmbedder | None = None,
+    embed: ChunkEncoder | None = None,
     vectors: str | Path | None = None,
     overwrite: bool = False,
 ) -> Pools:
@@ -167,9 +167,9 @@ def mine(
     folder, dim = records, int(model.get_embedding_dimension() or 0)
 
     def here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
-        return ((chunk[0], embed_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
+        return ((chunk[0], encode_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
 
-    found = embed_once(
+    found = encode_once(
         records, str(options["model"]), dim, vectors or output / "vectors", embed or here, overwrite=overwrite
     )
     pairs = _Pairs(records, found, num_candidates)

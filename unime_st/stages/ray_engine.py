@@ -14,7 +14,7 @@ from unime_st.data.records import RecordSet
 from unime_st.judging.judge import Judge
 from unime_st.judging.score_store import Scores
 from unime_st.judging.stage import JudgeWork
-from unime_st.retrieval.vectors import ChunkEmbedder, embed_chunk
+from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk
 
 
 class _Embeds:
@@ -27,7 +27,7 @@ class _Embeds:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         (chunk,) = batch["work"].tolist()
-        vectors = embed_chunk(self.records, self.model, tuple(chunk), batch_size=self.batch_size)
+        vectors = encode_chunk(self.records, self.model, tuple(chunk), batch_size=self.batch_size)
         return {"start": chunk[:1], "vectors": [vectors]}
 
 
@@ -76,7 +76,7 @@ class Cluster:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
 
-    def embedder(self, model: str, records: RecordSet, *, batch_size: int = 64) -> ChunkEmbedder:
+    def embedder(self, model: str, records: RecordSet, *, batch_size: int = 64) -> ChunkEncoder:
         """For :func:`unime_st.retrieval.mine`.
 
         Args:
@@ -85,7 +85,7 @@ class Cluster:
             batch_size: Items per forward pass.
 
         Returns:
-            ChunkEmbedder: Embeds chunks on the cluster.
+            ChunkEncoder: Embeds chunks on the cluster.
         """
         arguments = {"model": model, "folder": str(Path(records.folder).resolve()), "batch_size": batch_size}
 

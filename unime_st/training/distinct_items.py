@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
-from unime_st.encoding import pack, within_pixels
+from unime_st.encoding import pack, split_by_pixels
 from unime_st.training.feed import Feed
 from unime_st.training.heap import Heap
 
@@ -56,7 +56,7 @@ class MiniBatches:
             order = np.argsort(-costs, kind="stable")
             groups = [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
         if self.pixels is not None:
-            groups = within_pixels(groups, self.pixels[positions], self.most_pixels)
+            groups = split_by_pixels(groups, self.pixels[positions], self.most_pixels)
         return sorted(groups, key=lambda group: -len(group) * int(costs[group].max()))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from unime_st.data.items import Item
 from unime_st.data.manifest import read_json, write_json
 from unime_st.data.records import RecordSet
-from unime_st.encoding import most_pixels
+from unime_st.encoding import pixel_budget
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
@@ -80,7 +80,7 @@ class EmbedderSetup:
         feed = Feed(self.records, reader.preprocess, a.workers, open_item)
         # Stored visual tokens need no decoding.
         decoded = None if vision else pixels
-        cut = partial(MiniBatches, costs, pixels=decoded, most_pixels=most_pixels(model.device))
+        cut = partial(MiniBatches, costs, pixels=decoded, most_pixels=pixel_budget(model.device))
         distinct = np.unique(indices)
         budget = self._budget(model, feed, lambda budget: cut(budget=budget), distinct)
         mini_batches = cut(size=a.mini_batch_size if self.in_batch else None, budget=budget)

@@ -12,11 +12,11 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
-from unime_st.encoding import CostModel
+from unime_st.data.validation import RejectedWriter
+from unime_st.encoding import TokenCounter
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.processes import processes
 
@@ -41,7 +41,7 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tup
     if path is not None and path.is_file():
         tokens, pixels = np.load(path, allow_pickle=False)
         return tokens, pixels
-    count = CostModel(model)
+    count = TokenCounter(model)
     parts = []
     items = iter(records.items)
     with tqdm(total=len(records.items), desc="counting tokens", unit="item") as progress:
@@ -56,7 +56,7 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tup
     return costs[0], costs[1]
 
 
-def _costs(items: Sequence[Item], count: CostModel) -> np.ndarray:
+def _costs(items: Sequence[Item], count: TokenCounter) -> np.ndarray:
     costs = count([{"text": item.text or ""} for item in items])
     pixels = np.zeros_like(costs)
     with_images, sizes = [], []

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from unime_st.data.records import RecordSet
-from unime_st.encoding import CostModel
+from unime_st.encoding import TokenCounter
 from unime_st.losses import RerankerLoss
 from unime_st.reranking.model import UniMEReranker
 from unime_st.training.adapters import computation_dtype
@@ -63,7 +63,7 @@ class RerankerSetup:
         costs, _ = counted_costs(a, self.records, _InPairs(model))
         rows, indices, aside = usable_rows(a, self.records, rows, costs)
         loss = self.loss(model)
-        count = CostModel(_InPairs(model))  # type: ignore[arg-type]  # as much of a model as it needs
+        count = TokenCounter(_InPairs(model))  # type: ignore[arg-type]  # as much of a model as it needs
         empty, zero = count([{"text": ""}, {"text": "0"}]).tolist()
         hardest = np.array(rows["label"])[:, 1:].argmax(axis=1) if "label" in rows.column_names else 0
         row_costs = self._prompts(

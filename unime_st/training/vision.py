@@ -23,7 +23,7 @@ from transformers import BatchFeature
 from unime_st.data.items import Item
 from unime_st.data.manifest import write_json
 from unime_st.data.records import ItemFolder
-from unime_st.encoding import most_pixels, weights_fingerprint
+from unime_st.encoding import pixel_budget, weights_fingerprint
 from unime_st.encoding.replicas import with_processor
 from unime_st.training.distinct_items import MiniBatches
 from unime_st.training.feature_store import FeatureStore
@@ -95,7 +95,7 @@ class VisionCache:
         share = slice(state.process_index, None, state.num_processes)
         own = first[share][self.store.missing(keys[share])]
         if len(own):
-            cut = MiniBatches(costs, budget=_TOKENS_AT_ONCE, pixels=pixels, most_pixels=most_pixels(model.device))
+            cut = MiniBatches(costs, budget=_TOKENS_AT_ONCE, pixels=pixels, most_pixels=pixel_budget(model.device))
             groups = [own[group].tolist() for group in cut(own)]
             with torch.no_grad(), _autocast(model, self.dtype):
                 self._compute(model, feed, groups)

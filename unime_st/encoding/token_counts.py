@@ -11,7 +11,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from unime_st.data.images import MAX_ASPECT
-from unime_st.encoding.inputs import texts_and_sizes
+from unime_st.encoding.model_inputs import texts_and_sizes
 
 Size = tuple[int, int]
 
@@ -21,7 +21,7 @@ _MEASURED_STEP = 112
 """Grid in pixels on which image sizes are measured for processors that cannot tell their token counts."""
 
 
-class CostModel:
+class TokenCounter:
     """Tokens of an input after template and processor, known from its text and the header of its images.
 
     Text is counted by the tokenizer, images by the resize rule of the processor; where a processor has no such rule,
@@ -35,8 +35,8 @@ class CostModel:
     Example:
         >>> from PIL import Image
         >>> from unime_st import Item, UniME
-        >>> from unime_st.encoding import CostModel
-        >>> cost = CostModel(UniME("unime-tiny"))
+        >>> from unime_st.encoding import TokenCounter
+        >>> cost = TokenCounter(UniME("unime-tiny"))
         >>> cost([Item("a red circle"), Item(image=Image.new("RGB", (84, 84)))]).tolist()
         [5, 11]
     """
@@ -166,7 +166,7 @@ def pack(costs: Any, budget: int, *, tolerance: float = 0.8, least: int = 512) -
     return batches
 
 
-def most_pixels(*devices: torch.device) -> int:
+def pixel_budget(*devices: torch.device) -> int:
     """Pixels of a batch's images as they are stored: decoded, they take memory, however few tokens remain of them.
 
     Args:
@@ -178,7 +178,7 @@ def most_pixels(*devices: torch.device) -> int:
     return _CPU_PIXELS if all(device.type == "cpu" for device in devices) else _DEVICE_PIXELS
 
 
-def within_pixels(batches: Iterable[np.ndarray], pixels: Any, most: int) -> list[np.ndarray]:
+def split_by_pixels(batches: Iterable[np.ndarray], pixels: Any, most: int) -> list[np.ndarray]:
     """Cut batches where their images, decoded, would take too much memory.
 
     Args:
@@ -191,10 +191,10 @@ def within_pixels(batches: Iterable[np.ndarray], pixels: Any, most: int) -> list
 
     Example:
         >>> import numpy as np
-        >>> from unime_st.encoding import within_pixels
-        >>> [batch.tolist() for batch in within_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=9)]
+        >>> from unime_st.encoding import split_by_pixels
+        >>> [batch.tolist() for batch in split_by_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=9)]
         [[2, 0], [1, 3]]
-        >>> [batch.tolist() for batch in within_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=8)]
+        >>> [batch.tolist() for batch in split_by_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=8)]
         [[2], [0], [1], [3]]
     """
     pixels = np.asarray(pixels, dtype=np.int64)

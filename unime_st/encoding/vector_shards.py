@@ -13,7 +13,7 @@ import torch
 from unime_st.data.manifest import is_complete, publish, read_manifest
 
 
-class Results(Protocol):
+class VectorSink(Protocol):
     """Takes rows of vectors in the order of the stream."""
 
     def add(self, vectors: torch.Tensor | None, size: int) -> None:
@@ -24,7 +24,7 @@ class Results(Protocol):
         ...
 
 
-class InMemory:
+class MemorySink:
     """Keeps all vectors as tensors."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class InMemory:
         return torch.cat(list(filled)) if len(self._blocks) > 1 else next(filled)
 
 
-class Shards:
+class ShardSink:
     """Writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... as they come, after those that are there.
 
     Args:

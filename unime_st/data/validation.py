@@ -45,11 +45,11 @@ class RejectedWriter:
     Args:
         folder: Stage folder.
         name: Name of the file. Defaults to ``rejected.jsonl``.
-        announce: Log how many there are when done. Defaults to True.
+        log_count: Log how many there are when done. Defaults to True.
     """
 
-    def __init__(self, folder: Path, name: str = REJECTED, *, announce: bool = True) -> None:
-        self.announce = announce
+    def __init__(self, folder: Path, name: str = REJECTED, *, log_count: bool = True) -> None:
+        self.log_count = log_count
         self.path, self.count, self.first = Path(folder) / name, 0, ""
         self._temporary = self.path.with_name(f"{name}.{os.getpid()}.tmp")
 
@@ -77,7 +77,7 @@ class RejectedWriter:
             self._temporary.unlink()
             return
         publish(self._temporary, self.path)
-        if self.announce:
+        if self.log_count:
             logger.warning("%d set aside in %s; the first: %s", self.count, self.path, self.first)
 
 

@@ -12,12 +12,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.data.items import Item
-from unime_st.encoding.inputs import is_media
+from unime_st.encoding.model_inputs import is_media
 
 _PROBES = ("0", "a red circle", " \n 1  2\n\t3 'x' {y} \\n é☃ \n", "word " * 20 + "end")
 
 
-class TextPath:
+class TextFastPath:
     """Turns plain texts into the features that ``model.preprocess`` would make of them.
 
     Most chat templates put a text between a fixed head and tail. Where probes show that this one does, and that the
@@ -30,8 +30,8 @@ class TextPath:
 
     Example:
         >>> from unime_st import UniME
-        >>> from unime_st.encoding.texts import TextPath
-        >>> path = TextPath(UniME("unime-tiny"))
+        >>> from unime_st.encoding.text_fast_path import TextFastPath
+        >>> path = TextFastPath(UniME("unime-tiny"))
         >>> path.usable, len(path.tokens(["a red circle"])[0])
         (True, 5)
     """
@@ -132,7 +132,7 @@ def plain_text(value: Any) -> str | None:
     """Return the text of an input that is nothing but a text, else None.
 
     Args:
-        value: As for :func:`~unime_st.encoding.inputs.texts_and_sizes`.
+        value: As for :func:`~unime_st.encoding.model_inputs.texts_and_sizes`.
     """
     if isinstance(value, Item):
         return value.text if value.image is None else None

@@ -10,16 +10,16 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from unime_st.data.checking import RejectedWriter
 from unime_st.data.manifest import StageConflictError, alone_in, begin_stage, finish_stage
 from unime_st.data.records import ItemFolder
+from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, encode_items
-from unime_st.encoding.results import shard_path, write_shard
+from unime_st.encoding.vector_shards import shard_path, write_shard
 
 _CHUNK = 4096
 
 
-class ChunkEmbedder(Protocol):
+class ChunkEncoder(Protocol):
     """Embeds chunks of the items of a folder, here or elsewhere."""
 
     def __call__(self, chunks: Sequence[tuple[int, int]]) -> Iterable[tuple[int, np.ndarray]]:
@@ -35,7 +35,7 @@ class ChunkEmbedder(Protocol):
         ...
 
 
-def embed_chunk(
+def encode_chunk(
     records: ItemFolder, model: SentenceTransformer, chunk: tuple[int, int], *, batch_size: int = 64
 ) -> np.ndarray:
     """Embed a chunk of the items of a folder.
@@ -62,8 +62,8 @@ def embed_chunk(
     return vectors
 
 
-def embed_once(
-    records: ItemFolder, model: str, dim: int, folder: str | Path, embed: ChunkEmbedder, *, overwrite: bool = False
+def encode_once(
+    records: ItemFolder, model: str, dim: int, folder: str | Path, embed: ChunkEncoder, *, overwrite: bool = False
 ) -> VectorShards:
     """Embed all distinct items to disk; finished chunks survive a kill, finished vectors serve the next run.
 
@@ -114,7 +114,7 @@ def _begin(folder: Path, records: ItemFolder, options: dict[str, object], overwr
 
 def _set_aside(records: ItemFolder, folder: Path, shards: int) -> int:
     ids = records.item_ids
-    with RejectedWriter(folder, announce=False) as rejected:
+    with RejectedWriter(folder, log_count=False) as rejected:
         for number in range(shards):
             for row in np.flatnonzero(np.isnan(np.load(shard_path(folder, number), mmap_mode="r")[:, 0])).tolist():
                 rejected.add("its image cannot be read", row=number * _CHUNK + row, id=ids[number * _CHUNK + row])

@@ -11,8 +11,8 @@ from PIL import Image
 
 from unime_st import Item, UniME
 from unime_st.data.images import ImageRef
-from unime_st.encoding import CostModel, pack, within_pixels
-from unime_st.encoding.inputs import texts_and_sizes
+from unime_st.encoding import TokenCounter, pack, split_by_pixels
+from unime_st.encoding.model_inputs import texts_and_sizes
 
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-phi3.5"]
 SIZES = [(90, 60), (60, 140), (300, 40), (28, 28), (5000, 10)]
@@ -29,7 +29,7 @@ def test_cost_is_the_length_after_the_processor(embedder: Callable[[str], UniME]
     items += [Item("both of them", make_image((90, 60)))]
     for prompt in (None, "Find: "):
         expected = [int(model.preprocess([item.to_input()], prompt=prompt)["attention_mask"].sum()) for item in items]
-        costs = CostModel(model, prompt)(items)
+        costs = TokenCounter(model, prompt)(items)
         assert costs[:2].tolist() == expected[:2]
         # Templates say "image" where they say "sentence", and frame images: letters are tokens here.
         assert np.abs(costs[2:] - expected[2:]).max() <= 24
@@ -78,7 +78,7 @@ def test_batches_are_cut_where_their_images_are_too_large(batches: list[list[int
     pixels = [count for batch in batches for count in batch]
     starts = np.cumsum([0, *map(len, batches)])
     rows = [np.arange(start, end) for start, end in zip(starts, starts[1:])]
-    parts = within_pixels(rows, pixels, most)
+    parts = split_by_pixels(rows, pixels, most)
     assert [row for part in parts for row in part.tolist()] == list(range(len(pixels)))
     for part, after in zip(parts, [*parts[1:], np.array([], dtype=int)]):
         assert len(part) == 1 or sum(pixels[row] for row in part) <= most

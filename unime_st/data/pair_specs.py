@@ -11,7 +11,7 @@ from typing import Any
 
 from unime_st.data.images import ImageRef, resolve_inside
 from unime_st.data.items import Item
-from unime_st.data.tables import split_zip_path
+from unime_st.data.parquet_shards import split_zip_path
 
 Row = Mapping[str, Any]
 DEFAULT_COLUMNS = frozenset(
@@ -90,7 +90,7 @@ def parse_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[PairSpec]:
         ValueError: If a key is unknown or missing; the message lists the known ones.
 
     Example:
-        >>> from unime_st.data.specs import parse_pairs
+        >>> from unime_st.data.pair_specs import parse_pairs
         >>> parse_pairs([{"query": {"image": "image"}, "positive": {"text": "name"}}])[0].positive.text
         'name'
     """

@@ -43,7 +43,7 @@ def texts_and_sizes(value: Any) -> tuple[list[str], list[tuple[int, int]]]:
 
     Example:
         >>> from PIL import Image
-        >>> from unime_st.encoding.inputs import texts_and_sizes
+        >>> from unime_st.encoding.model_inputs import texts_and_sizes
         >>> texts_and_sizes({"text": "a ship", "image": [Image.new("RGB", (4, 2))] * 2})
         (['a ship'], [(4, 2), (4, 2)])
     """
@@ -118,7 +118,7 @@ def content_key(value: Any) -> Hashable:
 
     Example:
         >>> from PIL import Image
-        >>> from unime_st.encoding.inputs import content_key
+        >>> from unime_st.encoding.model_inputs import content_key
         >>> content_key(Image.new("RGB", (2, 2))) == content_key(Image.new("RGB", (2, 2)))
         True
     """

@@ -18,10 +18,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 
 from unime_st.data.images import BadImageError
-from unime_st.encoding.inputs import load
+from unime_st.encoding.model_inputs import load
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
-from unime_st.encoding.token_cost import most_pixels, pack
+from unime_st.encoding.token_counts import pack, pixel_budget
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Job:
     error: Exception | None = None
 
 
-class Forward:
+class BatchRunner:
     """Runs one model on batches, in several threads that each carry a batch from the file to the vector.
 
     They take turns at the accelerators, or on a CPU at the cores, each with its share of them: for models that fit on
@@ -117,7 +117,7 @@ class Forward:
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
-        self.pixels = _THREAD_PIXELS if on_cpu else most_pixels(*devices)
+        self.pixels = _THREAD_PIXELS if on_cpu else pixel_budget(*devices)
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options
