@@ -38,12 +38,13 @@ from unime_st.losses.base import ROWS_AT_ONCE
 from unime_st.model import UniME
 from unime_st.training.adapters import add_lora
 from unime_st.training.arguments import TrainArguments
-from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feed import Feed
+from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import item_costs
-from unime_st.training.planning import matrix_rate, operations_per_token, peak_bytes
+from unime_st.training.mini_batches import MiniBatches
+from unime_st.training.planning import flops_per_token, peak_bytes, peak_matmul_flops
 from unime_st.training.stages import pair_rows
-from unime_st.training.vision import SeenOnce
 
 STOCK, OURS = "Sentence Transformers, eager images", "unime_st"
 _PIXELS = 448 * 448  # most pixels of an image after the image processor
@@ -110,7 +111,9 @@ def our_step(model: SentenceTransformer, records: RecordSet, count: int, mini_ba
 def our_loss(model: SentenceTransformer, records: RecordSet, workers: int) -> DistinctItemsLoss:
     """The stock loss over distinct items that are decoded late, a frozen vision tower run once, as the stages make it."""
     inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=ROWS_AT_ONCE)
-    return DistinctItemsLoss(inner, Feed(records, model.preprocess, workers), vision=SeenOnce(model, torch.float32))
+    return DistinctItemsLoss(
+        inner, Feed(records, model.preprocess, workers), vision=FrozenTowerCache(model, torch.float32)
+    )
 
 
 def _backward(loss: torch.Tensor, model: SentenceTransformer) -> float:
@@ -157,8 +160,8 @@ def speed(options: argparse.Namespace, work: Path) -> None:
     _require_same(losses)
     model, records = load(work / "st"), RecordSet.load(work / "records")
     tokens = int(item_costs(records, model)[0].sum())
-    operations = operations_per_token(model, cached=True, recomputed=False) * tokens
-    rate = matrix_rate(model.device, model.dtype)
+    operations = flops_per_token(model, cached=True, recomputed=False) * tokens
+    rate = peak_matmul_flops(model.device, model.dtype)
     result |= {"settings": {**settings(options), "batch_size": options.batch_size}, "loss": losses}
     result["examples_per_second"] = {k: round(options.batch_size / s, 3) for k, s in result["median"].items()}
     result["mfu"] = {side: round(operations / seconds / rate, 4) for side, seconds in result["median"].items()}

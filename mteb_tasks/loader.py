@@ -24,7 +24,7 @@ from mteb_tasks.ranking import rank_candidates, tie_order
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.encoding import encode_stream
-from unime_st.memory import give_back
+from unime_st.memory import malloc_trim
 from unime_st.model import UniME
 from unime_st.registry import resolve
 from unime_st.scoring.prompts import clean_text
@@ -202,7 +202,7 @@ class UniMELoader:
         # One stream, for which the model never waits between two tables.
         windows = chain.from_iterable(iter_items(table, _READ_AT_ONCE, self.model.prompts) for table in tables)
         vectors = self.embed(windows, style=_style_of(tables[0]), **kwargs)
-        give_back()  # what threads decoded and computed in; ranking needs memory of another kind
+        malloc_trim()  # what threads decoded and computed in; ranking needs memory of another kind
         return vectors
 
     @contextmanager

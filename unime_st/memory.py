@@ -42,7 +42,7 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def give_back() -> bool:
+def malloc_trim() -> bool:
     """Hand freed memory that the C library keeps back to the system.
 
     Buffers of all sizes that come and go between small things that stay leave holes in the heap of every thread; glibc
@@ -52,15 +52,15 @@ def give_back() -> bool:
         bool: Whether that was possible: of the C libraries only glibc has, and needs, it.
 
     Example:
-        >>> give_back() == (_malloc_trim() is not None)
+        >>> malloc_trim() == (_libc_malloc_trim() is not None)
         True
     """
-    if (trim := _malloc_trim()) is None:
+    if (trim := _libc_malloc_trim()) is None:
         return False
     trim(0)
     return True
 
 
 @cache
-def _malloc_trim() -> Any:
+def _libc_malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

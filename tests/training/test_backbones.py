@@ -15,9 +15,10 @@ from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.losses import HardNegativeRankingLoss
 from unime_st.model import UniME
-from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feed import Feed
 from unime_st.training.item_tokens import item_costs
+from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.stages import pair_rows
 
 FAMILY_NAMES = ["qwen2-vl", "llava-1.6", "llava-onevision", "phi3.5-v"]

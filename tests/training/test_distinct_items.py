@@ -16,10 +16,11 @@ from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
 from unime_st.training.arguments import InBatchArguments
-from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator
 from unime_st.training.embedders import EmbedderSetup
 from unime_st.training.feed import Feed
 from unime_st.training.item_tokens import item_costs
+from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.stages import judged_rows, pair_rows
 
 

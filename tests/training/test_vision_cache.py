@@ -27,11 +27,14 @@ from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages
 from unime_st.training.adapters import choose_trainable
-from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed
+from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import item_costs
-from unime_st.training.vision import VISUAL_TOKENS, SeenOnce, VisionCache, check_frozen, image_keys
+from unime_st.training.mini_batches import MiniBatches
+from unime_st.training.vision_cache import VisionCache, image_keys
+from unime_st.training.visual_tokens import VISUAL_TOKENS, check_frozen
 
 SMALL = {"model": "unime-tiny", "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "max_steps": 4}
 
@@ -85,7 +88,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
     batch = collate([{"query": row["query"], "positive": row["positive"]} for row in records.row_shards.rows()])
     batch = {name.removeprefix("bucket0_"): value for name, value in batch.items()}
 
-    def run(feed: Feed, once: SeenOnce | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    def run(feed: Feed, once: FrozenTowerCache | None = None) -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad()
         torch.manual_seed(3)
         inner = HardNegativeRankingLoss(model, 0.5, 1.0, num_negatives=3)
@@ -111,13 +114,13 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
         original = base.get_image_features
         count = wraps(original)(lambda *args, **kwargs: looked.append(1) or original(*args, **kwargs))
         patch.setattr(base, "get_image_features", count)
-        once, passes = SeenOnce(model, torch.float32), []
+        once, passes = FrozenTowerCache(model, torch.float32), []
         for once.most_bytes in (1 << 20, 2000, 0):  # in memory, in memory and on disk, on disk
             check(*run(plain, once))
             passes.append(len(looked))
             looked.clear()
         patch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
-        once = SeenOnce(model, torch.float32)
+        once = FrozenTowerCache(model, torch.float32)
         once.most_bytes = 0
         for _ in range(2):
             check(*run(plain, once))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,46 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
-from unime_st.encoding import pack, split_by_pixels
 from unime_st.training.feed import Feed
-from unime_st.training.heap import Heap
-
-if TYPE_CHECKING:
-    from unime_st.training.vision import SeenOnce
+from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.heap import HeapTrimmer
+from unime_st.training.mini_batches import MiniBatches
 
 COLUMNS = "columns"
 """Feature of the first bucket: which item stands where in the batch."""
-
-
-@dataclass(frozen=True)
-class MiniBatches:
-    """How the items of a batch are cut up: like lengths together, the largest first.
-
-    Args:
-        costs: Tokens of every stored item.
-        size: Items of a mini-batch.
-        budget: Instead: tokens of a mini-batch, padding included. With neither, items of like length are together.
-        pixels: Pixels of every stored item's image, before it is processed. None counts none.
-        most_pixels: Those that a mini-batch may decode; a larger image stands alone.
-    """
-
-    costs: np.ndarray
-    size: int | None = None
-    budget: int | None = None
-    pixels: np.ndarray | None = None
-    most_pixels: int = 0
-
-    def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
-        """Return the mini-batches of the items at ``positions``, as places in it, by falling tokens with padding."""
-        costs = self.costs[positions]
-        if self.size is None:
-            groups = pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))
-        else:
-            order = np.argsort(-costs, kind="stable")
-            groups = [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
-        if self.pixels is not None:
-            groups = split_by_pixels(groups, self.pixels[positions], self.most_pixels)
-        return sorted(groups, key=lambda group: -len(group) * int(costs[group].max()))
 
 
 @dataclass
@@ -137,20 +104,20 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         loss: Any,
         feed: Feed | None = None,
         matryoshka_dims: list[int] | None = None,
-        vision: SeenOnce | None = None,
+        vision: FrozenTowerCache | None = None,
     ) -> None:
         super().__init__()
         self.loss: Any = loss
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
         self.vision = vision
-        self._heap = Heap()
+        self._heap = HeapTrimmer()
         self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)
         self._stream: Iterator[dict[str, Any]] = iter(())
         self._planned: list[list[int]] = []
         self._turns: list[tuple[int, bool]] = []  # mini-batches that the stream will give, and for which pass
-        self._once: SeenOnce | None = None
+        self._once: FrozenTowerCache | None = None
         self._used = 0
 
     @property
@@ -217,7 +184,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         random_state: Any = None,
     ) -> tuple[Tensor, Any]:
         """Embed planned mini-batch number ``begin``, see :class:`CachedLossMixin`."""
-        self._heap.tidy("gradient" if with_grad else "forward", self._once.host_bytes if self._once else 0)
+        self._heap.trim("gradient" if with_grad else "forward", self._once.host_bytes if self._once else 0)
         if self._once and with_grad and begin in self._once:
             features = self._once[begin]
         else:
@@ -242,7 +209,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         else:  # out of turn: the mixin repeats a mini-batch to let DDP synchronise
             assert self.feed is not None
             features = next(self.feed.stream([self._planned[begin]], self._columns.device))
-        return self._once.look(begin, features, keep=not with_grad) if self._once else features
+        return self._once.encode_images(begin, features, keep=not with_grad) if self._once else features
 
     def _count(self, features: dict[str, Any]) -> None:
         if "attention_mask" in features:

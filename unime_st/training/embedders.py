@@ -23,21 +23,24 @@ from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
-from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator, MiniBatches
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feed import Feed
+from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import counted_costs, usable_rows
+from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.planning import (
-    Rehearsal,
+    MeasuredPass,
+    count_steps,
+    dry_run_step,
+    estimate_training,
     fitting_budget,
-    make_plan,
-    matrix_rate,
-    operations_per_token,
-    rehearse,
-    steps_of,
+    flops_per_token,
+    peak_matmul_flops,
 )
 from unime_st.training.processes import processes
 from unime_st.training.run import CHECKPOINTS, Setup
-from unime_st.training.vision import SeenOnce, VisionCache, check_frozen, image_keys, most_bytes
+from unime_st.training.vision_cache import VisionCache, image_keys, largest_size
+from unime_st.training.visual_tokens import check_frozen
 
 logger = logging.getLogger(__name__)
 IMAGES = "images.npy"
@@ -89,9 +92,9 @@ class EmbedderSetup:
         lazy = self.in_batch and (budget or a.mini_batch_size) is not None
         state = processes()
         balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
-        operations = operations_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
+        operations = flops_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
         rehearsals = self._rehearse(model, feed, mini_batches, indices, per_pass, dtype, lazy)
-        once = _seen_once(model, dtype) if lazy and vision is None else None
+        once = _frozen_tower_cache(model, dtype) if lazy and vision is None else None
         loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims, once)
         gathers = bool(getattr(loss.loss, "gather_across_devices", False))
         return Setup(
@@ -114,12 +117,12 @@ class EmbedderSetup:
             ),
             batch_size=per_pass,
             accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
-            plan=make_plan(
+            plan=estimate_training(
                 a,
                 model,
                 row_costs,
                 rehearsals,
-                steps=steps_of(a, len(rows), accumulates=not self.in_batch),
+                steps=count_steps(a, len(rows), accumulates=not self.in_batch),
                 # A rehearsal is a forward and a backward pass; caching adds a forward pass, a third of both.
                 passes_more=1 / 3 if lazy else 0.0,
                 operations=operations,
@@ -128,8 +131,8 @@ class EmbedderSetup:
                 mini_batch=self._words(lazy, per_pass, budget),
                 vision_cache=str(vision) if vision else self._expected(model, costs, indices),
             ),
-            operations_per_token=operations,
-            matrix_rate=matrix_rate(model.device, dtype),
+            flops_per_token=operations,
+            peak_matmul_flops=peak_matmul_flops(model.device, dtype),
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
             mean_over_rows=not gathers and not a.drop_last,
             cached=lazy,
@@ -150,7 +153,7 @@ class EmbedderSetup:
     def _expected(self, model: BaseModel, costs: np.ndarray, indices: np.ndarray) -> str | None:
         if self.arguments.vision_cache is None:
             return None
-        return f"at most {most_bytes(model, self.records, indices, costs) / 2**30:.2f} GiB"
+        return f"at most {largest_size(model, self.records, indices, costs) / 2**30:.2f} GiB"
 
     def _budget(
         self, model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray
@@ -197,7 +200,7 @@ class EmbedderSetup:
         per_pass: int,
         dtype: torch.dtype,
         lazy: bool,
-    ) -> list[Rehearsal]:
+    ) -> list[MeasuredPass]:
         """The most expensive pass that can come, so that it fails now if it fails; then a usual one for the time."""
         if lazy:
             distinct = np.unique(indices)
@@ -211,7 +214,7 @@ class EmbedderSetup:
             worst = order[:per_pass] if self.in_batch else np.concatenate([order[:1], usual[: per_pass - 1]])
             items = [np.unique(indices[rows]) for rows in (worst, usual)]
             passes = [[positions[group] for group in cut(positions)] for positions in items]
-        return [rehearse(model, feed, groups, dtype) for groups in passes]
+        return [dry_run_step(model, feed, groups, dtype) for groups in passes]
 
     def _words(self, lazy: bool, per_pass: int, budget: int | None) -> str:
         a = self.arguments
@@ -228,8 +231,8 @@ def _check_prefixes(model: Any, dims: list[int] | None) -> None:
             raise ValueError(f"matryoshka_dims: {dim} is no prefix of this model's embeddings of {width} numbers.")
 
 
-def _seen_once(model: BaseModel, dtype: torch.dtype) -> SeenOnce | None:
+def _frozen_tower_cache(model: BaseModel, dtype: torch.dtype) -> FrozenTowerCache | None:
     try:
-        return SeenOnce(model, dtype)
+        return FrozenTowerCache(model, dtype)
     except ValueError:  # a vision tower that is trained, or of another kind, is run in both passes
         return None

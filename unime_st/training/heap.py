@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from unime_st.memory import give_back, resident
+from unime_st.memory import malloc_trim, resident
 
 _SLACK = 16 << 20
 
 
-class Heap:
+class HeapTrimmer:
     """Watches the resident memory of a step, and gives freed memory back where more and more of it is kept.
 
     Images of all sizes, their pixels and activations come and go, small things that stay (embeddings, kernels, random
@@ -19,10 +19,10 @@ class Heap:
         slack: Bytes that may be kept beyond those of one mini-batch. Defaults to 16 MiB.
 
     Example:
-        >>> from unime_st.training.heap import Heap
-        >>> heap = Heap()
+        >>> from unime_st.training.heap import HeapTrimmer
+        >>> heap = HeapTrimmer()
         >>> heap.begin()
-        >>> heap.tidy("forward")
+        >>> heap.trim("forward")
         False
     """
 
@@ -34,10 +34,10 @@ class Heap:
 
     def begin(self) -> None:
         """Start a step with what is in use."""
-        self._clean = give_back()
+        self._clean = malloc_trim()
         self._begun, self._usual, self._last = resident(), 0, None
 
-    def tidy(self, kind: str, kept: int = 0) -> bool:
+    def trim(self, kind: str, kept: int = 0) -> bool:
         """Call before a mini-batch, when nothing of the one before is in use.
 
         Args:
@@ -53,5 +53,5 @@ class Heap:
         above = resident() - self._begun - kept
         if self._clean:
             self._usual = max(self._usual, above)
-        self._clean = (kind != last or above > self._usual + self._slack) and give_back()
+        self._clean = (kind != last or above > self._usual + self._slack) and malloc_trim()
         return self._clean

@@ -17,8 +17,8 @@ from sentence_transformers.base.model import BaseModel
 
 from unime_st.memory import peak_resident
 from unime_st.training.arguments import TrainArguments
-from unime_st.training.distinct_items import MiniBatches
 from unime_st.training.feed import Feed
+from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.processes import processes
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class MeasuredPass:
     """What mini-batches took that are embedded in one pass.
 
     Args:
@@ -55,7 +55,7 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def rehearse(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: torch.dtype) -> Rehearsal:
+def dry_run_step(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: torch.dtype) -> MeasuredPass:
     """Embed mini-batches and go back through them, as one pass will; no weight and no random state changes.
 
     Args:
@@ -72,10 +72,10 @@ def rehearse(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: 
             total = total + model(features)["sentence_embedding"].float().sum()
         return total, tokens
 
-    return rehearse_pass(model, embed, dtype)
+    return measure_pass(model, embed, dtype)
 
 
-def rehearse_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], dtype: torch.dtype) -> Rehearsal:
+def measure_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], dtype: torch.dtype) -> MeasuredPass:
     """Go forward and back once; no weight and no random state changes.
 
     Args:
@@ -94,7 +94,7 @@ def rehearse_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]],
         float(total.detach())  # waits for the device
     model.zero_grad()
     model.train(was_training)
-    return Rehearsal(tokens, time.perf_counter() - began, peak_bytes(device))
+    return MeasuredPass(tokens, time.perf_counter() - began, peak_bytes(device))
 
 
 def fitting_budget(
@@ -119,7 +119,7 @@ def fitting_budget(
     for budget in _PROBES:
         mini_batches = cut(budget)
         group = positions[mini_batches(positions)[0]]
-        measured.append((len(group) * int(costs[group].max()), rehearse(model, feed, [group], dtype)))
+        measured.append((len(group) * int(costs[group].max()), dry_run_step(model, feed, [group], dtype)))
     (small, first), (large, second) = measured
     if large <= small:  # so little data that one mini-batch holds everything alike
         return max(_PROBES[-1], longest)
@@ -128,7 +128,7 @@ def fitting_budget(
     return int(np.clip(budget, longest, _LARGEST))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a plain matrix product on this device: what MFU compares with."""
     side = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # training's random numbers stay what they are
@@ -141,7 +141,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-def operations_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> float:
+def flops_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> float:
     """Floating-point operations that training spends on a token: 2 per weight and pass.
 
     Only the weights of the language model are counted, so it is a lower bound where there are images.
@@ -219,7 +219,7 @@ class Plan:
         return asdict(self)
 
 
-def steps_of(arguments: TrainArguments, rows: int, *, accumulates: bool = False) -> int:
+def count_steps(arguments: TrainArguments, rows: int, *, accumulates: bool = False) -> int:
     """Count the optimiser steps of a run.
 
     Args:
@@ -238,11 +238,11 @@ def steps_of(arguments: TrainArguments, rows: int, *, accumulates: bool = False)
     return math.ceil(math.ceil(rounded(rows / batch) / a.gradient_accumulation_steps) * a.epochs)
 
 
-def make_plan(
+def estimate_training(
     arguments: TrainArguments,
     model: BaseModel,
     row_costs: np.ndarray,
-    rehearsals: Sequence[Rehearsal],
+    rehearsals: Sequence[MeasuredPass],
     *,
     steps: int,
     passes_more: float = 0.0,

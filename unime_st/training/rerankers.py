@@ -19,12 +19,12 @@ from unime_st.training.arguments import RerankerArguments
 from unime_st.training.distinct_items import RerankerItemCollator
 from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.planning import (
-    Rehearsal,
-    make_plan,
-    matrix_rate,
-    operations_per_token,
-    rehearse_pass,
-    steps_of,
+    MeasuredPass,
+    count_steps,
+    estimate_training,
+    flops_per_token,
+    measure_pass,
+    peak_matmul_flops,
 )
 from unime_st.training.run import Setup
 
@@ -70,7 +70,7 @@ class RerankerSetup:
             model, loss, costs[indices] - empty, hardest, pair=2 * empty - zero, zero=zero - empty
         )
         dtype = computation_dtype(a)
-        operations = operations_per_token(model, cached=loss.uses_gradient_cache, recomputed=a.gradient_checkpointing)
+        operations = flops_per_token(model, cached=loss.uses_gradient_cache, recomputed=a.gradient_checkpointing)
         words = "the whole batch in one pass"
         if a.mini_batch_size is not None:
             words = f"{a.mini_batch_size} prompts at a time, gradients cached"
@@ -78,19 +78,19 @@ class RerankerSetup:
             rows=rows,
             loss=loss,
             collator=RerankerItemCollator(model.preprocess, records=self.records),
-            plan=make_plan(
+            plan=estimate_training(
                 a,
                 model,
                 row_costs,
                 self._rehearse(model, loss, rows, indices, row_costs, dtype),
-                steps=steps_of(a, len(rows)),
+                steps=count_steps(a, len(rows)),
                 operations=operations,
                 set_aside=aside,
                 largest_item=int(costs[indices].max()) - empty,
                 mini_batch=words,
             ),
-            operations_per_token=operations,
-            matrix_rate=matrix_rate(model.device, dtype),
+            flops_per_token=operations,
+            peak_matmul_flops=peak_matmul_flops(model.device, dtype),
             cached=loss.uses_gradient_cache,
         )
 
@@ -134,7 +134,7 @@ class RerankerSetup:
         indices: np.ndarray,
         row_costs: np.ndarray,
         dtype: torch.dtype,
-    ) -> list[Rehearsal]:
+    ) -> list[MeasuredPass]:
         """The most expensive rows with the longest lists, so that they fail now if they do; then usual ones."""
         a = self.arguments
         size = min(a.batch_size, a.mini_batch_size or a.batch_size)
@@ -148,7 +148,7 @@ class RerankerSetup:
 
         shortest, loss.min_list_length = loss.min_list_length, None
         try:
-            largest = rehearse_pass(model, passing(order[:size]), dtype)
+            largest = measure_pass(model, passing(order[:size]), dtype)
         finally:
             loss.min_list_length = shortest
-        return [largest, rehearse_pass(model, passing(order[middle : middle + size]), dtype)]
+        return [largest, measure_pass(model, passing(order[middle : middle + size]), dtype)]

@@ -42,8 +42,8 @@ class Setup:
         make_batches: Makes the batch sampler; None: the trainer's usual one.
         batch_size: Rows of a forward pass on one device; None: as the options say.
         accumulation: Forward passes of a step; None: as the options say.
-        operations_per_token: Floating-point operations that a token takes.
-        matrix_rate: Operations per second of a matrix product on this device.
+        flops_per_token: Floating-point operations that a token takes.
+        peak_matmul_flops: Operations per second of a matrix product on this device.
         mean_over_rows: Forward passes of a step count by their rows; False: all the same.
         cached: The loss caches gradients: it goes back through the model more than once.
     """
@@ -55,8 +55,8 @@ class Setup:
     make_batches: Callable[..., Any] | None = None
     batch_size: int | None = None
     accumulation: int | None = None
-    operations_per_token: float = 0.0
-    matrix_rate: float = 0.0
+    flops_per_token: float = 0.0
+    peak_matmul_flops: float = 0.0
     mean_over_rows: bool = False
     cached: bool = False
 
@@ -228,8 +228,8 @@ def _trainer(arguments: TrainArguments, model: BaseModel, made: Setup, output: P
         data_collator=made.collator,
         make_batches=made.make_batches,
         rows_per_step=arguments.batch_size * arguments.gradient_accumulation_steps * trainer_options.world_size,
-        operations_per_token=made.operations_per_token,
-        matrix_rate=made.matrix_rate,
+        flops_per_token=made.flops_per_token,
+        peak_matmul_flops=made.peak_matmul_flops,
         mean_over_rows=made.mean_over_rows,
     )
     if trainer.is_fsdp_enabled and not is_embedder:

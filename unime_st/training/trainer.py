@@ -73,8 +73,8 @@ class ReportingMixin:
         *args: Of the trainer.
         make_batches: Makes the batch sampler; None (default) leaves it to the trainer's options.
         rows_per_step: Rows of an optimiser step, on all devices.
-        operations_per_token: Floating-point operations that a token takes.
-        matrix_rate: Operations per second that the device could do; 0 leaves MFU out.
+        flops_per_token: Floating-point operations that a token takes.
+        peak_matmul_flops: Operations per second that the device could do; 0 leaves MFU out.
         mean_over_rows: The loss of a step is the mean over its rows, so forward passes count by their rows, on all
             processes. Defaults to False: all passes count the same, as they do for the trainer.
         **kwargs: Of the trainer.
@@ -85,8 +85,8 @@ class ReportingMixin:
         *args: Any,
         make_batches: Callable[..., Any] | None = None,
         rows_per_step: int = 0,
-        operations_per_token: float = 0.0,
-        matrix_rate: float = 0.0,
+        flops_per_token: float = 0.0,
+        peak_matmul_flops: float = 0.0,
         mean_over_rows: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -95,7 +95,7 @@ class ReportingMixin:
         self._make_batches = make_batches
         self._mean_over_rows = mean_over_rows
         self._shares: list[float] = []
-        self._rows_per_step, self._operations, self._matrix_rate = rows_per_step, operations_per_token, matrix_rate
+        self._rows_per_step, self._operations, self._matrix_rate = rows_per_step, flops_per_token, peak_matmul_flops
         self._mark = (0.0, 0, 0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
