@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 1
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-fast lint bench
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,8 +18,12 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One worker per core; `slow` and `distributed` tests only in `make test`, which also prints the coverage.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov
+
+test-fast: .venv/.installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed"
 
 # A quick look, within a quarter of an hour on two cores; benchmarks/results holds the measurements of record.
 bench: export BENCH_RESULTS ?= runs/bench

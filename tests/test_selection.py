@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 
 from unime_st.judging.select import select_negatives
 
-SUBSET = Path(__file__).resolve().parent / "golden"
-
 scores = st.floats(0.0, 1.0)
 pools = st.lists(scores, min_size=1, max_size=60)
 counts = st.integers(1, 12)
 margins = st.floats(-0.2, 0.2)
 
 
-def test_published_cases(golden: Path | None) -> None:
-    cases = json.loads(((golden or SUBSET) / "selection" / "paper_rule.json").read_text())["cases"]
+def test_published_cases(golden_cases: Path) -> None:
+    cases = json.loads((golden_cases / "selection" / "paper_rule.json").read_text())["cases"]
     assert len(cases) >= 9
     for case in cases:
         pool, n = case["pool_scores_in_similarity_order"], case["n"]

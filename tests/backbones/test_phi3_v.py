@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from phi3_v_reference import crops_of, embed
 from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny_checkpoints import phi3_v
 
 from unime_st.backbones.phi3_v import UniMEPhi3VConfig, UniMEPhi3VImageProcessor
 from unime_st.checkpoints import convert
@@ -22,8 +22,8 @@ SIZES = [(56, 56), (200, 60), (60, 200), (113, 111), (300, 290), (500, 40), (33,
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return phi3_v(tmp_path_factory.mktemp("published"))
+def published(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("phi3.5-v")
 
 
 @pytest.fixture(scope="module")

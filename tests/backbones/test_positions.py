@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tiny_checkpoints import qwen2_vl
 from transformers import AutoModel, AutoProcessor, Qwen2VLModel
 
 from unime_st.backbones.qwen import UniMEQwen2VLConfig, UniMEQwen2VLModel, UniMEQwen2VLProcessor
@@ -23,8 +23,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
+def source(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("qwen2-vl")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""The authors' recipes done by hand on transformers' own classes, for checkpoints without golden numbers."""
+"""The authors' recipes done by hand on transformers' own classes, a reference that needs no golden data."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,24 @@ def _llava_next(text: str | None, image: Image.Image | None) -> str:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "unime-v2-2b": {"prompt": _qwen2_vl, "exif": False, "bare": "qwen2-vl"},
-    "unime-v2": {"prompt": _llava_onevision, "exif": True, "bare": "llava-onevision"},
-    "unime-v1-llava1.6": {"prompt": _llava_next, "exif": False, "bare": "llava-1.6"},
+    "unime-v2-2b": {"prompt": _qwen2_vl, "exif": False},
+    "unime-v2": {"prompt": _llava_onevision, "exif": True},
+    "unime-v1-llava1.6": {"prompt": _llava_next, "exif": False},
 }
+
+
+@cache
+def _load(checkpoint: Path) -> tuple[Any, Any]:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    return processor, AutoModel.from_pretrained(checkpoint).eval()
 
 
 @torch.no_grad()
 def embed(checkpoint: Path, name: str, text: str | None, image: Image.Image | None, side: int | None) -> np.ndarray:
     """Unit vector of one row; ``checkpoint`` is the bare, unconverted folder."""
     recipe = RECIPES[name]
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-    model = AutoModel.from_pretrained(checkpoint).eval()
+    processor, model = _load(checkpoint)
     pil_image = _square(image, side, exif=recipe["exif"]) if image is not None else None
     inputs = processor(
         text=[recipe["prompt"](text, image)], images=[pil_image] if pil_image else None, return_tensors="pt"

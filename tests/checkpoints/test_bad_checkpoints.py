@@ -19,8 +19,8 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
-def copy(bare: Get, tmp_path: Path) -> Path:
-    shutil.copytree(bare("qwen2-vl"), tmp_path / "copy")
+def copy(checkpoint: Get, tmp_path: Path) -> Path:
+    shutil.copytree(checkpoint("qwen2-vl"), tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -155,7 +155,7 @@ def test_bare_backbone_without_template(copy: Path, tmp_path: Path) -> None:
         convert(copy, "qwen2-vl", output=tmp_path / "out")
 
 
-def test_adapters(copy: Path, bare: Get, tmp_path: Path) -> None:
+def test_adapters(copy: Path, checkpoint: Get, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     settings = {
@@ -175,17 +175,17 @@ def test_adapters(copy: Path, bare: Get, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="an adapter itself"):
         convert(adapter, "unime-v2-2b", output=tmp_path / "out", base=adapter)
     with pytest.raises(CheckpointError, match="whole model, so --base makes no sense"):
-        convert(copy, "unime-v2-2b", output=tmp_path / "out", base=bare("qwen2-vl"))
+        convert(copy, "unime-v2-2b", output=tmp_path / "out", base=checkpoint("qwen2-vl"))
     assert not (tmp_path / "out").exists()
 
 
-def test_image_size_where_there_is_no_rule(bare: Get, tmp_path: Path) -> None:
+def test_image_size_where_there_is_no_rule(checkpoint: Get, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="qwen3_vl has no image rule here"):
-        convert(bare("qwen3-vl"), "qwen3-vl", output=tmp_path / "out", image_size=336)
+        convert(checkpoint("qwen3-vl"), "qwen3-vl", output=tmp_path / "out", image_size=336)
 
 
-def test_header_reader(bare: Get) -> None:
-    folder = bare("qwen2-vl")
+def test_header_reader(checkpoint: Get) -> None:
+    folder = checkpoint("qwen2-vl")
     shapes = read_header(folder / WEIGHTS)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in load_file(folder / WEIGHTS).items()}
     assert read_source(folder).tensors == shapes

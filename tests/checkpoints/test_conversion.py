@@ -31,8 +31,8 @@ ROWS: list[Any] = [
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_bare_backbones_pool_the_last_token(bare: Get, native: Get, tmp_path: Path, name: str) -> None:
-    model = SentenceTransformer(str(native(name)), device="cpu")
+def test_bare_backbones_pool_the_last_token(checkpoint: Get, converted: Get, tmp_path: Path, name: str) -> None:
+    model = SentenceTransformer(str(converted(name)), device="cpu")
     assert model[1].pooling_mode == "lasttoken"
     assert model.processor.tokenizer.padding_side == "left"
     together = model.encode(ROWS, batch_size=len(ROWS))
@@ -44,19 +44,19 @@ def test_bare_backbones_pool_the_last_token(bare: Get, native: Get, tmp_path: Pa
     assert rendered.rstrip("\n").endswith("assistant") or "<|assistant|>" in rendered[-16:], "generation prompt"
 
 
-def test_any_image_text_to_text_model(bare: Get, native: Get, tmp_path: Path) -> None:
-    folder = convert(bare("qwen2.5-vl"), "bare", output=tmp_path / "out")
-    vectors = [SentenceTransformer(str(path), device="cpu").encode(ROWS) for path in (folder, native("qwen2.5-vl"))]
+def test_any_image_text_to_text_model(checkpoint: Get, converted: Get, tmp_path: Path) -> None:
+    folder = convert(checkpoint("qwen2.5-vl"), "bare", output=tmp_path / "out")
+    vectors = [SentenceTransformer(str(path), device="cpu").encode(ROWS) for path in (folder, converted("qwen2.5-vl"))]
     np.testing.assert_allclose(*vectors, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["unime-v2", "unime-v2-2b", "unime-v1-phi3.5", "unime-v2-reranker", "qwen2.5-vl"])
-def test_folder(bare: Get, native: Get, name: str) -> None:
-    folder = native(name)
+def test_folder(checkpoint: Get, converted: Get, name: str) -> None:
+    folder = converted(name)
     modules = json.loads((folder / "modules.json").read_text())
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
     family = {"unime-v2": "llava-onevision", "unime-v2-2b": "qwen2-vl", "unime-v1-phi3.5": "phi3.5-v"}
-    source = bare(family.get(name, "qwen2.5-vl"))
+    source = checkpoint(family.get(name, "qwen2.5-vl"))
     assert (folder / "model.safetensors").samefile(source / "model.safetensors"), "weights are linked"
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     assert model_type.startswith("unime_") == name.startswith("unime-")
@@ -69,15 +69,15 @@ def test_folder(bare: Get, native: Get, name: str) -> None:
     assert json.loads((folder / "unime.json").read_text())["recipe"] == name
 
 
-def test_image_size_at_convert_time_and_at_load(bare: Get, tmp_path: Path) -> None:
+def test_image_size_at_convert_time_and_at_load(checkpoint: Get, tmp_path: Path) -> None:
     def tokens(folder: Path, **load: Any) -> int:
         model = SentenceTransformer(str(folder), device="cpu", processor_kwargs=load or None)
         ids = model.preprocess([{"image": sample_image(200, 120), "text": "x"}])["input_ids"]
         return int((ids == model.processor.image_token_id).sum())
 
-    small = convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / "small", image_size=84)
-    kept = convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / "kept", image_size="native")
-    official = convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / "official")
+    small = convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "small", image_size=84)
+    kept = convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "kept", image_size="native")
+    official = convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "official")
     assert tokens(small) == 9
     assert tokens(kept) == tokens(small, image_size="native") != 9
     assert tokens(official, image_size=84) == 9
@@ -87,40 +87,40 @@ def test_image_size_at_convert_time_and_at_load(bare: Get, tmp_path: Path) -> No
         tokens(small, image_size="big")
 
 
-def test_dtype(bare: Get, tmp_path: Path) -> None:
+def test_dtype(checkpoint: Get, tmp_path: Path) -> None:
     for dtype, expected in ((None, torch.float32), ("official", torch.bfloat16), ("float16", torch.float16)):
-        folder = convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / str(dtype), dtype=dtype)
+        folder = convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / str(dtype), dtype=dtype)
         assert SentenceTransformer(str(folder), device="cpu").dtype == expected
     with pytest.raises(ValueError, match="dtype 'int8': use 'official'"):
-        convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / "bad", dtype="int8")
+        convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "bad", dtype="int8")
     assert not (tmp_path / "bad").exists()
 
 
-def test_style_is_stored(bare: Get, tmp_path: Path) -> None:
-    folder = convert(bare("llava-1.6"), "unime-v1-llava1.6", output=tmp_path / "mmeb", style="mmeb")
+def test_style_is_stored(checkpoint: Get, tmp_path: Path) -> None:
+    folder = convert(checkpoint("llava-1.6"), "unime-v1-llava1.6", output=tmp_path / "mmeb", style="mmeb")
     model = SentenceTransformer(str(folder), device="cpu")
     assert model.tokenizer.decode(model.preprocess(["raw text\n"])["input_ids"][0]) == "<s>raw text\n"
     with pytest.raises(ValueError, match="'unime-v2-2b' has no style 'mmeb'"):
-        convert(bare("qwen2-vl"), "unime-v2-2b", output=tmp_path / "none", style="mmeb")
+        convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "none", style="mmeb")
 
 
-def test_own_template(bare: Get, tmp_path: Path) -> None:
+def test_own_template(checkpoint: Get, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text(
         "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}!"
     )
-    folder = convert(bare("qwen2.5-vl"), "qwen2.5-vl", output=tmp_path / "out", template=tmp_path / "mine.jinja")
+    folder = convert(checkpoint("qwen2.5-vl"), "qwen2.5-vl", output=tmp_path / "out", template=tmp_path / "mine.jinja")
     model = SentenceTransformer(str(folder), device="cpu")
     assert model.tokenizer.decode(model.preprocess(["hello"])["input_ids"][0]) == "hello!"
 
 
-def test_released_layout_without_processor(bare: Get, tmp_path: Path) -> None:
+def test_released_layout_without_processor(checkpoint: Get, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(bare("phi3.5-v") / name, weights)
+        shutil.copy(checkpoint("phi3.5-v") / name, weights)
     with pytest.raises(CheckpointError, match="no tokenizer. Give a download of microsoft/Phi-3.5.* with --processor"):
         convert(weights, "unime-v1-phi3.5", output=tmp_path / "out")
-    folder = convert(weights, "unime-v1-phi3.5", output=tmp_path / "out", processor=bare("phi3.5-v"))
+    folder = convert(weights, "unime-v1-phi3.5", output=tmp_path / "out", processor=checkpoint("phi3.5-v"))
     assert SentenceTransformer(str(folder), device="cpu").encode("a").shape == (32,)
 
 
@@ -145,28 +145,28 @@ def _adapter(base: Path, where: Path, *, dora: bool) -> Path:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("family", "recipe"), ADAPTED)
-def test_adapter_and_base(bare: Get, tmp_path: Path, family: str, recipe: str, dora: bool) -> None:
-    made = _adapter(bare(family), tmp_path, dora=dora)
-    sources = [("adapter", bare(family)), ("merged", None)]
+def test_adapter_and_base(checkpoint: Get, tmp_path: Path, family: str, recipe: str, dora: bool) -> None:
+    made = _adapter(checkpoint(family), tmp_path, dora=dora)
+    sources = [("adapter", checkpoint(family)), ("merged", None)]
     vectors = []
     for name, base in sources:
         folder = convert(made / name, recipe, output=tmp_path / f"{name}-out", base=base, image_size=84)
         vectors.append(SentenceTransformer(str(folder), device="cpu").encode(ROWS))
     plain = SentenceTransformer(
-        str(convert(bare(family), recipe, output=tmp_path / "plain", image_size=84)), device="cpu"
+        str(convert(checkpoint(family), recipe, output=tmp_path / "plain", image_size=84)), device="cpu"
     )
     assert np.abs(vectors[0] - vectors[1]).max() < 1e-5
     assert np.abs(vectors[0] - plain.encode(ROWS)).max() > 1e-2
 
 
-def test_adapter_trained_in_sentence_transformers(native: Get, bare: Get, tmp_path: Path) -> None:
-    model = SentenceTransformer(str(native("unime-v2")), device="cpu")
+def test_adapter_trained_in_sentence_transformers(converted: Get, checkpoint: Get, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(converted("unime-v2")), device="cpu")
     targets = r".*language_model.*\.(q_proj|k_proj)"
     model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
     expected = model.encode(ROWS)
     model.save_pretrained(str(tmp_path / "trained"))
     out = convert(
-        tmp_path / "trained", "unime-v2", output=tmp_path / "out", base=bare("llava-onevision"), image_size=84
+        tmp_path / "trained", "unime-v2", output=tmp_path / "out", base=checkpoint("llava-onevision"), image_size=84
     )
     assert np.abs(SentenceTransformer(str(out), device="cpu").encode(ROWS) - expected).max() < 1e-5
 
@@ -186,22 +186,22 @@ def test_links_or_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {(tmp_path / name).read_text() for name in ("hard", "soft", "copy")} == {"weights"}
 
 
-def test_an_existing_folder_is_kept_or_replaced_whole(bare: Get, tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_or_replaced_whole(checkpoint: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(bare("qwen2-vl"), "unime-v2-2b", output=out)
+    convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=out)
     (out / "mine.txt").write_text("x")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        convert(bare("qwen2-vl"), "unime-v2-2b", output=out)
+        convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=out)
     with pytest.raises(CheckpointError):
-        convert(bare("qwen2-vl"), "unime-v2", output=out, overwrite=True)
+        convert(checkpoint("qwen2-vl"), "unime-v2", output=out, overwrite=True)
     assert (out / "mine.txt").exists()
-    convert(bare("qwen2-vl"), "unime-v2-2b", output=out, overwrite=True)
+    convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=out, overwrite=True)
     assert not (out / "mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing half-written is left"
 
 
-def test_a_converted_folder_can_be_converted_again(native: Get, tmp_path: Path) -> None:
-    first = SentenceTransformer(str(native("unime-v2-2b")), device="cpu")
+def test_a_converted_folder_can_be_converted_again(converted: Get, tmp_path: Path) -> None:
+    first = SentenceTransformer(str(converted("unime-v2-2b")), device="cpu")
     first.save_pretrained(str(tmp_path / "saved"))
     again = convert(tmp_path / "saved", "unime-v2-2b", output=tmp_path / "again", image_size=84)
     assert np.abs(SentenceTransformer(str(again), device="cpu").encode(ROWS) - first.encode(ROWS)).max() < 1e-6

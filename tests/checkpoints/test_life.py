@@ -53,8 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
 
 
 @pytest.fixture(scope="module", params=EMBEDDERS)
-def model(request: pytest.FixtureRequest, native: Get) -> SentenceTransformer:
-    return SentenceTransformer(str(native(request.param)), device="cpu")
+def model(request: pytest.FixtureRequest, converted: Get) -> SentenceTransformer:
+    return SentenceTransformer(str(converted(request.param)), device="cpu")
 
 
 def test_every_kind_of_input(model: SentenceTransformer, files: tuple[Path, str]) -> None:
@@ -99,7 +99,7 @@ def test_precision_and_dimensions(model: SentenceTransformer) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(native: Get, model: SentenceTransformer, dtype: torch.dtype) -> None:
+def test_half_precision(converted: Get, model: SentenceTransformer, dtype: torch.dtype) -> None:
     rows = ["a cat", {"image": sample_image(), "text": "x"}]
     folder = str(model.transformers_model.name_or_path)
     half = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})
@@ -123,15 +123,15 @@ def test_save_load_and_card(model: SentenceTransformer, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, model.encode(rows), atol=1e-6)
 
 
-def test_pool_of_processes(native: Get) -> None:
+def test_pool_of_processes(converted: Get) -> None:
     """Plain class and LLaVA: transformers forgets which outputs of a pickled model it may record."""
     rows = ["a cat", {"image": sample_image(), "text": "x"}, sample_image(60, 90), "words"]
-    model = SentenceTransformer(str(native("unime-v2")), device="cpu")
+    model = SentenceTransformer(str(converted("unime-v2")), device="cpu")
     assert np.abs(model.encode(rows, device=["cpu"], chunk_size=2) - model.encode(rows)).max() < 1e-5
 
 
-def test_lora_training_and_adapter(native: Get, tmp_path: Path) -> None:
-    model = SentenceTransformer(str(native("unime-v2-2b")), device="cpu")
+def test_lora_training_and_adapter(converted: Get, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(converted("unime-v2-2b")), device="cpu")
     targets = r".*language_model.*\.(q_proj|v_proj)"
     model.add_adapter(LoraConfig(r=2, target_modules=targets, task_type=TaskType.FEATURE_EXTRACTION))
     words = [f"word {index}" for index in range(8)]
@@ -158,9 +158,9 @@ def test_lora_training_and_adapter(native: Get, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EMBEDDERS)
-def test_gradient_cache_with_mixed_columns(native: Get, name: str) -> None:
+def test_gradient_cache_with_mixed_columns(converted: Get, name: str) -> None:
     """Mini-batches are cut from the features of a batch, so every feature must count rows alike."""
-    model = SentenceTransformer(str(native(name)), device="cpu")
+    model = SentenceTransformer(str(converted(name)), device="cpu")
     column = [
         "text only",
         {"image": sample_image(), "text": "both"},
@@ -176,21 +176,21 @@ def test_gradient_cache_with_mixed_columns(native: Get, name: str) -> None:
     assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max()
 
 
-def test_unime_class(native: Get, bare: Get) -> None:
-    model = UniME(native("unime-v2-2b"), device="cpu")
+def test_unime_class(converted: Get, checkpoint: Get) -> None:
+    model = UniME(converted("unime-v2-2b"), device="cpu")
     assert np.abs(np.linalg.norm(model.encode(["a", "b"], truncate_dim=8), axis=1) - 1).max() < 1e-5
-    squares = [UniME(native("unime-v2-2b"), device="cpu", image_size=size) for size in (56, "native")]
+    squares = [UniME(converted("unime-v2-2b"), device="cpu", image_size=size) for size in (56, "native")]
     counts = [square.preprocess([sample_image(200, 90)])["input_ids"].shape[1] for square in squares]
     assert counts[0] == 4 < counts[1]
     with pytest.raises(ValueError, match="has no image rule, so image_size=56 would have no effect"):
         UniME("unime-tiny", device="cpu", image_size=56)
     with pytest.raises(ValueError, match="bare qwen2_vl checkpoint .*`unime convert"):
-        UniME(bare("qwen2-vl"), device="cpu")
+        UniME(checkpoint("qwen2-vl"), device="cpu")
 
 
-def test_unime_class_fixes_native_llava(native: Get) -> None:
+def test_unime_class_fixes_native_llava(converted: Get) -> None:
     """Folders of bare backbones hold transformers' classes, which only our subclass can mend."""
-    model = UniME(native("llava-onevision"), device="cpu")
+    model = UniME(converted("llava-onevision"), device="cpu")
     rows = ["a cat", {"image": sample_image(), "text": "x"}, "words"]
     assert model.preprocess(rows)["batch_num_images"].tolist() == [0, 1, 0]
     expected = model.encode(rows)
@@ -204,8 +204,8 @@ def test_unime_class_fixes_native_llava(native: Get) -> None:
         dict.update(output_capturing._CAN_RECORD_REGISTRY, known)
 
 
-def test_reranker(native: Get, files: tuple[Path, str], tmp_path: Path) -> None:
-    model = CrossEncoder(str(native("unime-v2-reranker")), device="cpu")
+def test_reranker(converted: Get, files: tuple[Path, str], tmp_path: Path) -> None:
+    model = CrossEncoder(str(converted("unime-v2-reranker")), device="cpu")
     documents = ["a cat", {"image": sample_image()}, str(files[0]), {"image": files[1], "text": "seen on the web"}]
     ranking = model.rank({"image": sample_image(80, 120), "text": "find it"}, documents)
     assert sorted(entry["corpus_id"] for entry in ranking) == [0, 1, 2, 3]

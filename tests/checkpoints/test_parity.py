@@ -1,12 +1,13 @@
-"""Converted checkpoints, loaded by plain Sentence Transformers, give the official vectors.
+"""Embeddings and reranker scores of converted checkpoints, loaded by plain Sentence Transformers, equal the official ones.
 
-The golden numbers come from the authors' code. Where a checkout stands without them, the same recipes done by hand on
-transformers' own classes take their place; those run always.
+Two references: the outputs of the authors' code (`--golden`; skipped where absent), and the same recipes done by hand
+on transformers' own classes, which run everywhere.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tiny_checkpoints import FAMILIES
 
 from unime_st.checkpoints import convert
 from unime_st.checkpoints.verification import sample_image
 
-STRICT, LOOSE = 1e-5, 2e-2
+Get = Callable[[str], Path]
+STRICT = 1e-5
 SIDES = {None: "native", "low": 128, "mid_336": 336, "high": 1344}
 GOLDEN = [
     ("unime-v2-2b", "tiny-unime-v2-qwen2vl", "v2_"),
@@ -55,22 +56,19 @@ def _comparable(run: str, row: dict[str, Any], checkpoint: str) -> bool:
     return not odd and not placeholder
 
 
-@pytest.mark.parametrize(("recipe", "checkpoint", "prefix"), GOLDEN)
-def test_golden_embeddings(golden: Path | None, tmp_path: Path, recipe: str, checkpoint: str, prefix: str) -> None:
-    if golden is None:
-        name = recipe if recipe in hand_recipe.RECIPES else "unime-v2"
-        return _compare_with_hand_recipe(tmp_path, name)
-    folder = convert(golden / "checkpoints" / checkpoint, recipe, output=tmp_path / "model")
+@pytest.mark.parametrize(("recipe", "official", "prefix"), GOLDEN)
+def test_golden_embeddings(golden: Path, tmp_path: Path, recipe: str, official: str, prefix: str) -> None:
+    folder = convert(golden / "checkpoints" / official, recipe, output=tmp_path / "model")
     style = {"processing_kwargs": {"chat_template": {"style": "mmeb"}}} if prefix == "mmeb_" else {}
     compared = 0
-    for file in sorted((golden / "embeddings" / checkpoint).glob(f"{prefix}*.json")):
+    for file in sorted((golden / "embeddings" / official).glob(f"{prefix}*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         side = SIDES[run["image_resolution"]]
         model = SentenceTransformer(str(folder), device="cpu", processor_kwargs={"image_size": side})
         if run["max_length"] < model.max_seq_length:
             model.max_seq_length = run["max_length"]
         expected = np.load(file.with_suffix(".npy"))
-        kept = [index for index, row in enumerate(run["rows"]) if _comparable(file.stem, row, checkpoint)]
+        kept = [index for index, row in enumerate(run["rows"]) if _comparable(file.stem, row, official)]
         items = [_item(golden, run["rows"][index]["input"]) for index in kept]
         features = [model.preprocess([item], **style) for item in items]
         ids = [row["input_ids"][0].tolist() for row in features]
@@ -81,8 +79,9 @@ def test_golden_embeddings(golden: Path | None, tmp_path: Path, recipe: str, che
     assert compared > 20
 
 
-def _compare_with_hand_recipe(tmp_path: Path, name: str) -> None:
-    bare = FAMILIES[hand_recipe.RECIPES[name]["bare"]](tmp_path / "bare")
+@pytest.mark.parametrize("name", sorted(hand_recipe.RECIPES))
+def test_hand_recipe(checkpoint: Get, tmp_path: Path, name: str) -> None:
+    bare = checkpoint(name)
     folder = convert(bare, name, output=tmp_path / "hand")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -105,15 +104,9 @@ def _compare_with_hand_recipe(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(hand_recipe.RECIPES))
-def test_hand_recipe(tmp_path: Path, name: str) -> None:
-    _compare_with_hand_recipe(tmp_path, name)
-
-
-@pytest.mark.parametrize("name", sorted(hand_recipe.RECIPES))
-def test_torchvision_backend_is_the_loose_tier(tmp_path: Path, name: str) -> None:
-    bare = FAMILIES[hand_recipe.RECIPES[name]["bare"]](tmp_path / "bare")
-    exact = convert(bare, name, output=tmp_path / "exact", image_size=84)
-    loose = convert(bare, name, output=tmp_path / "loose", image_size=84, image_backend="torchvision")
+def test_torchvision_backend_is_the_loose_tier(checkpoint: Get, converted: Get, tmp_path: Path, name: str) -> None:
+    exact = converted(name)
+    loose = convert(checkpoint(name), name, output=tmp_path / "loose", image_size=84, image_backend="torchvision")
     models = [SentenceTransformer(str(folder), device="cpu") for folder in (exact, loose)]
     kinds = [type(model.processor.image_processor).__name__ for model in models]
     assert kinds[0].endswith("Pil")
@@ -123,9 +116,7 @@ def test_torchvision_backend_is_the_loose_tier(tmp_path: Path, name: str) -> Non
     assert left[0] @ right[0] > 0.999
 
 
-def test_golden_reranker(golden: Path | None, tmp_path: Path) -> None:
-    if golden is None:
-        return _check_random_reranker(tmp_path)
+def test_golden_reranker(golden: Path, tmp_path: Path) -> None:
     folder = convert(golden / "checkpoints" / "tiny-reranker-qwen25vl", "unime-v2-reranker", output=tmp_path / "model")
     data = json.loads((golden / "judge" / "pairwise.json").read_text(encoding="utf-8"))
     images = _inputs(golden)[1]
@@ -146,14 +137,9 @@ def test_golden_reranker(golden: Path | None, tmp_path: Path) -> None:
         assert abs(model.predict([row])[0] - expected[pair["id"]]["s_raw"]) < STRICT, pair["id"]
 
 
-def _check_random_reranker(tmp_path: Path) -> None:
-    bare = FAMILIES["qwen2.5-vl"](tmp_path / "bare")
-    model = CrossEncoder(str(convert(bare, "unime-v2-reranker", output=tmp_path / "model")), device="cpu")
+def test_reranker_scores_are_probabilities_that_do_not_depend_on_the_batch(converted: Get) -> None:
+    model = CrossEncoder(str(converted("unime-v2-reranker")), device="cpu")
     rows = [({"image": sample_image(), "text": "find"}, text) for text in ("a cat", "a much longer candidate")]
     together, alone = model.predict(rows), np.concatenate([model.predict([row]) for row in rows])
     assert np.abs(together - alone).max() < STRICT
     assert ((together > 0) & (together < 1)).all()
-
-
-def test_reranker_without_golden_numbers(tmp_path: Path) -> None:
-    _check_random_reranker(tmp_path)

@@ -35,14 +35,14 @@ def outcome(folder: Path) -> dict[str, bool | None]:
 
 
 @pytest.fixture
-def copy(native: Get, tmp_path: Path) -> Path:
-    shutil.copytree(native("unime-v2-2b"), tmp_path / "copy")
+def copy(converted: Get, tmp_path: Path) -> Path:
+    shutil.copytree(converted("unime-v2-2b"), tmp_path / "copy")
     return tmp_path / "copy"
 
 
 @pytest.mark.parametrize("name", [*FAMILY_OF, "qwen2.5-vl", "qwen3-vl", "internvl3", "smolvlm"])
-def test_green(native: Get, name: str) -> None:
-    checks = {check.name: check for check in verify(str(native(name)))}
+def test_green(converted: Get, name: str) -> None:
+    checks = {check.name: check for check in verify(str(converted(name)))}
     assert [name for name, check in checks.items() if check.passed is False] == [], table(list(checks.values()))
     assert list(checks)[:9] == NAMES
     assert all(checks[name].passed for name in NAMES)
@@ -81,9 +81,9 @@ def test_finds_other_positions(copy: Path) -> None:
     assert found["batch = single"] is True
 
 
-def test_finds_a_lost_prompt(bare: Get, tmp_path: Path) -> None:
+def test_finds_a_lost_prompt(checkpoint: Get, tmp_path: Path) -> None:
     """What plain Sentence Transformers makes of a vision-language model with a prompt after the text."""
-    transformer = Transformer(str(bare("llava-onevision")), unpad_inputs=False)
+    transformer = Transformer(str(checkpoint("llava-onevision")), unpad_inputs=False)
     transformer.processing_kwargs = {"chat_template": {"add_generation_prompt": True}}
     transformer.tokenizer.padding_side = transformer.tokenizer.init_kwargs["padding_side"] = "left"
     model = SentenceTransformer(modules=[transformer, Pooling(32, "lasttoken"), Normalize()], device="cpu")
@@ -106,12 +106,12 @@ def test_finds_foreign_modules_and_damage(copy: Path) -> None:
     assert "incomplete or damaged" in verify(str(copy))[0].detail
 
 
-def test_demo_score(native: Get, tmp_path: Path) -> None:
+def test_demo_score(converted: Get, tmp_path: Path) -> None:
     sample_image(300, 200).save(tmp_path / "demo.png")
-    without = {check.name: check for check in verify(str(native("unime-v2-2b")))}["demo score"]
+    without = {check.name: check for check in verify(str(converted("unime-v2-2b")))}["demo score"]
     assert without.passed is None
     assert "--demo-image" in without.detail
-    with_image = {c.name: c for c in verify(str(native("unime-v2-2b")), demo_image=tmp_path / "demo.png")}[
+    with_image = {c.name: c for c in verify(str(converted("unime-v2-2b")), demo_image=tmp_path / "demo.png")}[
         "demo score"
     ]
     assert with_image.passed is False, "random weights do not reproduce it"

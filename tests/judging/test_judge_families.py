@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoints
 import tiny_reranker as tiny
 import torch
 from sentence_transformers.util import batch_to_device
@@ -60,10 +60,9 @@ def difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
 @pytest.mark.parametrize(
     "family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl3", "llava-onevision", "llava-1.6", "smolvlm"]
 )
-def test_shared_beginning(family: str, tmp_path: Path):
-    folder = tiny_checkpoints.FAMILIES[family](tmp_path)
+def test_shared_beginning(family: str, checkpoint: Callable[[str], Path]):
     template = TEMPLATE.replace("IMAGE", next(text for key, text in PLACEHOLDERS.items() if family.startswith(key)))
-    judge = LocalJudge(folder, template=template, batch_size=5, device="cpu")
+    judge = LocalJudge(checkpoint(family), template=template, batch_size=5, device="cpu")
     assert judge.scorer.obstacle is None
     found = judge.score(GROUPS)
     assert difference(found, pair_by_pair(judge, GROUPS)) < 1e-4

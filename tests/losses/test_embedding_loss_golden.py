@@ -12,11 +12,9 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 
-SUBSET = Path(__file__).resolve().parents[1] / "golden"
 
-
-def golden_losses(golden: Path | None, name: str) -> tuple[dict, dict[str, np.ndarray]]:
-    folder = (golden or SUBSET) / "losses"
+def golden_losses(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    folder = folder / "losses"
     with np.load(folder / f"{name}.npz") as arrays:
         return json.loads((folder / f"{name}.json").read_text()), dict(arrays)
 
@@ -34,8 +32,8 @@ def assert_close(found: torch.Tensor, wanted: np.ndarray, case: str) -> None:
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
-def test_hard_negative_ranking(golden: Path | None, model: SentenceTransformer, mini_batch_size: int | None) -> None:
-    cases, arrays = golden_losses(golden, "v1_hard_negative")
+def test_hard_negative_ranking(golden_cases: Path, model: SentenceTransformer, mini_batch_size: int | None) -> None:
+    cases, arrays = golden_losses(golden_cases, "v1_hard_negative")
     for name, case in cases.items():
         query = torch.tensor(arrays[f"{name}.query"], requires_grad=True)
         positive = torch.tensor(arrays[f"{name}.candidates"], requires_grad=True)
@@ -52,8 +50,8 @@ def test_hard_negative_ranking(golden: Path | None, model: SentenceTransformer, 
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
-def test_soft_label_distillation(golden: Path | None, model: SentenceTransformer, mini_batch_size: int | None) -> None:
-    cases, arrays = golden_losses(golden, "v2_soft_kl")
+def test_soft_label_distillation(golden_cases: Path, model: SentenceTransformer, mini_batch_size: int | None) -> None:
+    cases, arrays = golden_losses(golden_cases, "v2_soft_kl")
     values = {"symmetric_kl": "exact_symmetric_kl_loss", "js": "true_js", "kl": "kl_judge_to_model"}
     for name, case in cases.items():
         if "exact_symmetric_kl_loss" not in case:

@@ -8,8 +8,6 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from tiny_embedder import write_tiny_embedder
 
-KEPT = Path(__file__).parents[1] / "golden"
-
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +28,9 @@ def tiny(tiny_folder: str) -> SentenceTransformer:
 
 
 @pytest.fixture(scope="session")
-def official(golden: Path | None) -> Path:
+def official(kept_golden: Path) -> Path:
     """Small evaluation sets, a checkpoint, and what the authors' code gave for them."""
-    return golden or KEPT
+    return kept_golden
 
 
 @pytest.fixture(scope="session")

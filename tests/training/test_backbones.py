@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import FAMILIES
 
-from unime_st.checkpoints import convert
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.losses import HardNegativeRankingLoss
@@ -45,9 +44,8 @@ def _gradients(model: UniME, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_cached_equals_plain(records: RecordSet, tmp_path: Path, family: str) -> None:
-    folder = convert(FAMILIES[family](tmp_path / "bare"), family, output=tmp_path / "native")
-    model = UniME(folder, device="cpu")
+def test_cached_equals_plain(records: RecordSet, converted: Callable[[str], Path], family: str) -> None:
+    model = UniME(converted(family), device="cpu")
     assert len(model._no_split_modules) == 1, "FSDP2 shards the layers of the language model, and no others"
     items = [[record.query for record in records], [record.positive for record in records]]
     inputs = [[item.to_input() for item in column] for column in items]

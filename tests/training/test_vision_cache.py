@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
@@ -15,9 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_checkpoints import FAMILIES
 
-from unime_st.checkpoints import convert
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
@@ -72,13 +71,13 @@ FAMILY_NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-1.6", "llava-onevis
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, converted: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = _items()
     records = RecordSet.write(
         tmp_path / "records", [PairRecord(items[n], items[-1 - n]) for n in range(len(items) // 2)], {}
     )
-    model = UniME(convert(FAMILIES[family](tmp_path / "bare"), family, output=tmp_path / "native"), device="cpu")
+    model = UniME(converted(family), device="cpu")
     choose_trainable(model, options.InBatchArguments(lora_rank=4, lora_dropout=0.1))
     for name, weight in model.named_parameters():  # an adapter that does nothing yet passes no gradient on
         if "lora_B" in name:
@@ -177,8 +176,8 @@ def test_a_tower_that_is_trained_is_refused(rows: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["internvl3", "phi3.5-v"])
-def test_other_families_are_refused(tmp_path: Path, family: str) -> None:
-    model = UniME(convert(FAMILIES[family](tmp_path / "bare"), family, output=tmp_path / "native"), device="cpu")
+def test_other_families_are_refused(converted: Callable[[str], Path], family: str) -> None:
+    model = UniME(converted(family), device="cpu")
     with pytest.raises(ValueError, match="vision_cache supports qwen2_vl"):
         check_frozen(model.requires_grad_(False))
 
