@@ -133,7 +133,7 @@ def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path):
         "not valid JSON": "{broken",
         "expected a JSON object": "[1]",
         "missing or empty": {"query": " ", "positive": "x"},
-        "no image in": {"query": {"image": 3}, "positive": "x"},
+        "is not an image": {"query": {"image": 3}, "positive": "x"},
         "cannot be read": {"query": {"image": "absent.png"}, "positive": "x"},
         "truncated": {"query": {"image": "cut.png"}, "positive": "x"},
         "outside the image root": {"query": {"image": "../outside.png"}, "positive": "x"},
@@ -189,7 +189,7 @@ def test_no_column_is_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogC
     assert len(import_records(write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out")) == 1
     assert "columns that are not used: id, negative" in caplog.text
     rows = [{"query": "What is it?", "query_image": "a.png", "positive": "p"}]
-    with pytest.raises(ValueError, match="columns query and query_image both say what the query is"):
+    with pytest.raises(ValueError, match="columns query and query_image both define the query"):
         import_records(write_lines(tmp_path / "both.jsonl", rows), tmp_path / "both")
 
 
@@ -199,7 +199,7 @@ def test_packed_files_beside_the_data_are_named(tmp_path: Path, caplog: pytest.L
     for name in ("more.jsonl.gz", "MORE.CSV", "README.md", "image.png"):
         (tmp_path / "data" / name).write_bytes(b"")
     assert len(import_records(tmp_path / "data", tmp_path / "out")) == 1
-    assert "not read, for their endings: MORE.CSV, more.jsonl.gz." in caplog.text
+    assert "files with an unknown suffix are not read: MORE.CSV, more.jsonl.gz." in caplog.text
 
 
 def test_csv_with_a_long_cell_and_another_encoding(tmp_path: Path):
@@ -250,7 +250,7 @@ def test_nothing_left_is_an_error(tmp_path: Path):
         ),
         ({"query": {"txt": "name"}, "positive": {"image": "image"}}, r"pairs\[0\].query: unknown key txt"),
         ({"query": {"text": "name"}}, "positive"),
-        ({"query": {}, "positive": {"image": "image"}}, "give image, text or both"),
+        ({"query": {}, "positive": {"image": "image"}}, "set image, text or both"),
         ({"query": "name", "positive": {"image": "image"}}, "expected a mapping"),
         ({"query": {"text": "{name!r} x"}, "positive": {"image": "image"}}, "braces"),
     ],
@@ -262,7 +262,7 @@ def test_wrong_specifications(pair: dict, message: str, tmp_path: Path):
 
 
 def test_default_columns_missing(tmp_path: Path):
-    with pytest.raises(ValueError, match="no column query, query_text or query_image among a; say with `pairs`"):
+    with pytest.raises(ValueError, match="no column query, query_text or query_image among a; name the columns"):
         import_records(write_lines(tmp_path / "rows.jsonl", [{"a": 1}]), tmp_path / "out")
 
 

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from unime_st.data.scenes.contrast import contrast, scene_for
+from unime_st.data.scenes.contrast import contrastive_record, sample_scene_for
 from unime_st.data.scenes.scene_pairs import TRAINING_MIX
 from unime_st.scoring.prompts import LIST_PROMPT, PAIR_PROMPT
 
@@ -51,7 +51,7 @@ def _corpus(seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(6000):
         (kind,) = rng.choices(list(TRAINING_MIX), list(TRAINING_MIX.values()))
-        record = contrast(kind, scene_for(kind, rng, "train"), rng)
+        record = contrastive_record(kind, sample_scene_for(kind, rng, "train"), rng)
         for item in (record.query, record.positive):
             yield item.text or ""
     for name in _symbol_names():

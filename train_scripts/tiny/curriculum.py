@@ -11,19 +11,19 @@ from PIL import Image
 from train_scripts.tiny.summaries import TURN, Summary, draw_summary, listed, written
 from unime_st.data.scenes.contrast import (
     INSTRUCTIONS,
-    contrast,
+    contrastive_record,
     crop,
-    grounding_target,
-    scene_for,
+    sample_grounding_target,
+    sample_scene_for,
     scene_image,
     with_instruction,
     wrong_crop,
 )
 from unime_st.data.scenes.language import (
     all_answers,
-    ask,
-    edit,
     long_caption,
+    sample_edit,
+    sample_question,
     short_caption,
 )
 from unime_st.data.scenes.scene_pairs import TRAINING_MIX
@@ -120,7 +120,7 @@ def _list(rng: random.Random, counts: tuple[int, ...]) -> Example:
 
 
 def _describe(rng: random.Random, long: bool) -> Example:
-    scene = scene_for("short", rng, "train")
+    scene = sample_scene_for("short", rng, "train")
     images: list[Image.Image] = []
     shown = written(scene_image(scene, rng), images)
     if long:
@@ -130,12 +130,12 @@ def _describe(rng: random.Random, long: bool) -> Example:
 
 
 def _answer(rng: random.Random) -> Example:
-    scene = scene_for("vqa", rng, "train")
+    scene = sample_scene_for("vqa", rng, "train")
     images: list[Image.Image] = []
     shown = written(scene_image(scene, rng), images)
     turns = []
     for _ in range(4):
-        question, answer = ask(scene, rng)
+        question, answer = sample_question(scene, rng)
         turns.append((f"{shown}{INSTRUCTIONS['vqa'].format(question)}{TURN}", answer))
         shown = ""
     return Example(images, turns)
@@ -143,12 +143,12 @@ def _answer(rng: random.Random) -> Example:
 
 def _judge(rng: random.Random, mix: dict[str, float]) -> Example:
     (kind,) = rng.choices(list(mix), list(mix.values()))
-    scene = scene_for(kind, rng, "train")
-    record = contrast(kind, scene, rng)
+    scene = sample_scene_for(kind, rng, "train")
+    record = contrastive_record(kind, scene, rng)
     right = rng.random() < 0.5
     candidate = record.positive if right else record.negatives[0]
     if not right and rng.random() < 0.25:  # easy negatives too: the right answer to another question
-        candidate = contrast(kind, scene_for(kind, rng, "train"), rng).negatives[0]
+        candidate = contrastive_record(kind, sample_scene_for(kind, rng, "train"), rng).negatives[0]
     images: list[Image.Image] = []
     prompt = f"Query:{written(record.query, images)}Candidate:{written(candidate, images)}{TURN}"
     return Example(images, [(prompt, "Yes" if right else "No")])
@@ -158,7 +158,7 @@ def _easy_text(kind: str, scene: Scene, right: str, rng: random.Random) -> str:
     """A wrong text that is easy to tell: about another scene, or any other answer."""
     while True:
         if kind == "short_i2t":
-            description = describe(scene_for(kind, rng, "train"), rng, 0.6)
+            description = describe(sample_scene_for(kind, rng, "train"), rng, 0.6)
             if not description.true_of(scene):
                 return short_caption(description, rng)
         elif (answer := rng.choice(all_answers())) != right:
@@ -168,8 +168,8 @@ def _easy_text(kind: str, scene: Scene, right: str, rng: random.Random) -> str:
 def _judge_texts(rng: random.Random, mix: dict[str, float]) -> Example:
     """One picture, several texts judged one after the other: more to learn from each picture."""
     (kind,) = rng.choices(list(mix), list(mix.values()))
-    scene = scene_for(kind, rng, "train")
-    record = contrast(kind, scene, rng)
+    scene = sample_scene_for(kind, rng, "train")
+    record = contrastive_record(kind, scene, rng)
     images: list[Image.Image] = []
     said, turns = f"Query:{written(record.query, images)}", []
     for _ in range(5):
@@ -179,14 +179,14 @@ def _judge_texts(rng: random.Random, mix: dict[str, float]) -> Example:
         turns.append((f"{said}Candidate:{text}{TURN}", "Yes" if draw < 0.5 else "No"))
         said = ""
         if kind == "short_i2t":
-            record = contrast(kind, scene, rng)
+            record = contrastive_record(kind, scene, rng)
     return Example(images, turns)
 
 
 def _false_scene(description: Description, scene: Scene, rng: random.Random) -> Scene:
     """A scene of which the description is false: an edit of the true one, or any other of its size."""
     while True:
-        other = edit(scene, rng)[1] if rng.random() < 0.5 else sample_scene(rng, "train", (len(scene.things),))
+        other = sample_edit(scene, rng)[1] if rng.random() < 0.5 else sample_scene(rng, "train", (len(scene.things),))
         if not description.true_of(other):
             return other
 
@@ -198,7 +198,7 @@ def _judge_pictures(rng: random.Random, counts: tuple[int, ...]) -> Example:
     description = describe(scene, rng, 0.5)
     grounding = len(scene.things) > 1 and rng.random() < 0.35
     if grounding:
-        thing, words = grounding_target(scene, rng)
+        thing, words = sample_grounding_target(scene, rng)
         query = with_instruction("grounding", words, scene_image(scene, rng))
     else:
         query = with_instruction("t2i", short_caption(description, rng))
@@ -223,7 +223,7 @@ def _judge_scenes(rng: random.Random, progress: float, edits: bool) -> Example:
     images: list[Image.Image] = []
     before = wanted
     if edits:
-        words, wanted = edit(before, rng)
+        words, wanted = sample_edit(before, rng)
         query = with_instruction("composed", words, scene_image(before, rng))
     else:
         query = with_instruction("t2i", long_caption(wanted, rng))
@@ -232,7 +232,7 @@ def _judge_scenes(rng: random.Random, progress: float, edits: bool) -> Example:
         shown, right = wanted, rng.random() < 0.5
         while not right and shown == wanted:
             near = rng.random() < 0.2 + progress
-            other = edit(wanted, rng)[1] if near else sample_scene(rng, "train", (len(wanted.things),))
+            other = sample_edit(wanted, rng)[1] if near else sample_scene(rng, "train", (len(wanted.things),))
             shown = before if edits and rng.random() < 0.4 else other
         turns.append((f"{said}Candidate:{written(scene_image(shown, rng), images)}{TURN}", "Yes" if right else "No"))
         said = ""
@@ -252,13 +252,13 @@ def _alone(example: Example) -> Example:
 def _decide_texts(rng: random.Random) -> Example:
     """One picture; captions and answers to questions about it, each judged alone."""
     single = rng.random() < 0.1
-    scene = scene_for("classification" if single else "short", rng, "train")
+    scene = sample_scene_for("classification" if single else "short", rng, "train")
     images: list[Image.Image] = []
     beginning, turns = f"Query:{written(scene_image(scene, rng), images)}", []
     for _ in range(6):
         kinds = ("classification", "vqa") if single else ("short_i2t", "vqa")
         kind, draw = rng.choice(kinds), rng.random()
-        record = contrast(kind, scene, rng)
+        record = contrastive_record(kind, scene, rng)
         text = (record.positive if draw < 0.5 else record.negatives[0]).text
         if draw > 0.85:
             text = _easy_text(kind, scene, record.positive.text or "", rng)
@@ -269,8 +269,11 @@ def _decide_texts(rng: random.Random) -> Example:
 
 def _choose(rng: random.Random) -> Example:
     (kind,) = rng.choices(list(_SHORT), list(_SHORT.values()))
-    record = contrast(kind, scene_for(kind, rng, "train"), rng)
-    others = [contrast(kind, scene_for(kind, rng, "train"), rng).negatives[0] for _ in range(rng.randint(0, 4))]
+    record = contrastive_record(kind, sample_scene_for(kind, rng, "train"), rng)
+    others = [
+        contrastive_record(kind, sample_scene_for(kind, rng, "train"), rng).negatives[0]
+        for _ in range(rng.randint(0, 4))
+    ]
     candidates = [record.positive, *record.negatives, *others]
     order = rng.sample(range(len(candidates)), len(candidates))
     images: list[Image.Image] = []

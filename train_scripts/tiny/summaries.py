@@ -18,21 +18,21 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from unime_st.data.items import Item
 from unime_st.data.scenes.contrast import (
     INSTRUCTIONS,
+    class_label,
     crop,
-    grounding_target,
-    label,
-    scene_for,
+    sample_grounding_target,
+    sample_scene_for,
     scene_image,
     with_instruction,
 )
 from unime_st.data.scenes.language import (
     POSITIONS,
     all_answers,
-    ask,
-    edit,
     full_pattern,
     long_caption,
     noun_phrase,
+    sample_edit,
+    sample_question,
     short_caption,
 )
 from unime_st.data.scenes.world import Scene, describe
@@ -90,10 +90,10 @@ def listed(scene: Scene, rng: random.Random) -> str:
 def _picture(kind: str, rng: random.Random) -> Summary:
     """A picture, or a picture and a change of it: what is in it then."""
     images: list[Image.Image] = []
-    scene = scene_for("short", rng, "train")
+    scene = sample_scene_for("short", rng, "train")
     query = scene_image(scene, rng)
     if kind == "composed":
-        words, scene = edit(scene, rng)
+        words, scene = sample_edit(scene, rng)
         query = with_instruction("composed", words, query)
     elif kind == "picture_for_caption":
         query = with_instruction("i2t", image=query)
@@ -105,7 +105,7 @@ def _picture(kind: str, rng: random.Random) -> Summary:
 
 def _caption(kind: str, rng: random.Random) -> Summary:
     """A caption, half of the time as a query: the same in other words, or all that it says."""
-    scene = scene_for("short", rng, "train")
+    scene = sample_scene_for("short", rng, "train")
     description = describe(scene, rng, rng.choice((0.3, 0.6, 0.9)))
     words = long_caption(scene, rng) if kind == "long" else short_caption(description, rng)
     said = INSTRUCTIONS["t2i"].format(words) if rng.random() < 0.5 else words
@@ -120,8 +120,8 @@ def _answer(kind: str, rng: random.Random) -> Summary:
         answer = rng.choice(all_answers())
         return Summary([], answer, "answer.", answer)
     images: list[Image.Image] = []
-    scene = scene_for("vqa", rng, "train")
-    question, answer = ask(scene, rng)
+    scene = sample_scene_for("vqa", rng, "train")
+    question, answer = sample_question(scene, rng)
     return Summary(
         images, written(with_instruction("vqa", question, scene_image(scene, rng)), images), "answer.", answer
     )
@@ -130,8 +130,8 @@ def _answer(kind: str, rng: random.Random) -> Summary:
 def _object(kind: str, rng: random.Random) -> Summary:
     """A picture with words that single an object out, or the object cut out: what the object is."""
     images: list[Image.Image] = []
-    scene = scene_for("grounding", rng, "train")
-    thing, words = grounding_target(scene, rng)
+    scene = sample_scene_for("grounding", rng, "train")
+    thing, words = sample_grounding_target(scene, rng)
     item = crop(scene, thing, rng)
     if kind == "grounding":
         item = with_instruction("grounding", words, scene_image(scene, rng))
@@ -140,11 +140,11 @@ def _object(kind: str, rng: random.Random) -> Summary:
 
 def _class(kind: str, rng: random.Random) -> Summary:
     images: list[Image.Image] = []
-    scene = scene_for("classification", rng, "train")
-    said = label(scene)
+    scene = sample_scene_for("classification", rng, "train")
+    said = class_label(scene)
     if rng.random() < 0.7:
         said = written(with_instruction("classification", image=scene_image(scene, rng)), images)
-    return Summary(images, said, "classify.", label(scene))
+    return Summary(images, said, "classify.", class_label(scene))
 
 
 _MAKERS = {

@@ -1,4 +1,4 @@
-"""Items, records and the folders they live in."""
+"""Data model: items, image references, pair records and record folders."""
 
 from __future__ import annotations
 

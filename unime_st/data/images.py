@@ -1,4 +1,4 @@
-"""Images that stay undecoded until somebody needs their pixels."""
+"""Image references: encoded images that are decoded only when their pixels are needed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, in pixels: 256 MiB as RGB, Pillow's own warning line."""
+"""Maximum number of pixels of an image (256 MiB as RGB; the limit at which Pillow itself warns)."""
 
 MAX_BYTES = 1 << 28
-"""Largest encoded image that is read, in bytes."""
+"""Maximum size of an encoded image in bytes."""
 
 MAX_ASPECT = 200
-"""Longest image for its width: the image processors of the Qwen-VL family refuse anything beyond."""
+"""Maximum aspect ratio (longer by shorter side) that the image processors of the Qwen-VL family accept."""
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -37,12 +37,12 @@ _UPRIGHT = {
 
 
 class BadImageError(ValueError):
-    """An image is missing, corrupt, too large or outside its data folder; the message names it and says why."""
+    """An image is missing, corrupt, too large or outside its data folder. The message names the image and the reason."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image is, without its pixels.
+    """Reference to an encoded image in a file, in memory or in a zip archive.
 
     Args:
         path: File that holds the encoded image, or the zip archive that holds ``member``.
@@ -75,30 +75,30 @@ class ImageRef:
 
     @property
     def label(self) -> str:
-        """Short name for messages: the path, or the first digits of the content hash of bytes."""
+        """Short name for messages: the path, or size and content hash of in-memory bytes."""
         if self.data is not None:
             return f"<{len(self.data)} bytes, sha256 {hashlib.sha256(self.data).hexdigest()[:8]}>"
         return f"{self.path}::{self.member}" if self.member is not None else str(self.path)
 
     def read(self) -> bytes:
-        """Return the encoded image.
+        """Read the encoded image without decoding it.
 
         Returns:
-            bytes: The file, zip entry or bytes as they are, undecoded.
+            bytes: Content of the file, zip entry or in-memory image.
 
         Raises:
-            BadImageError: If there is no such file or entry, or it is larger than :data:`MAX_BYTES`.
+            BadImageError: If the file or entry does not exist, cannot be read, or is larger than :data:`MAX_BYTES`.
         """
         if self.data is not None:
             return self.data
         try:
             return _read_member(str(self.path), self.member) if self.member is not None else _read_file(str(self.path))
         except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            # RuntimeError is what zipfile raises where a member is encrypted or packed by a method that it lacks.
+            # zipfile raises RuntimeError for an encrypted member and for an unknown compression method.
             raise BadImageError(f"image {self.label}: cannot be read ({error})") from error
 
     def size(self) -> tuple[int, int]:
-        """Return (width, height) as stored, from the header alone.
+        """Read the stored (width, height) from the header, without decoding the pixels.
 
         Raises:
             BadImageError: If the image cannot be read or its header cannot be understood.
@@ -110,17 +110,17 @@ class ImageRef:
             return image.size
 
     def open(self, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """Decode the image.
+        """Decode the image to 8-bit RGB.
 
-        The first frame of an animation is taken, the EXIF orientation applied, transparency composited on white,
-        16-bit and floating-point greys scaled to 8 bits.
+        Takes the first frame of an animation, applies the EXIF orientation, composites transparency on white and
+        scales 16-bit and floating-point grayscale to 8 bits.
 
         Args:
-            max_pixels: Images with more pixels are refused before any pixel is decoded. Defaults to
-                :data:`MAX_PIXELS`; Pillow's own limit (twice the default) holds above it.
+            max_pixels: Maximum number of pixels, checked before decoding. Defaults to :data:`MAX_PIXELS`. Pillow's
+                own limit, twice the default, applies in any case.
 
         Returns:
-            PIL.Image.Image: Mode RGB, fully loaded.
+            PIL.Image.Image: Fully loaded image in mode RGB.
 
         Raises:
             BadImageError: If the image is missing, corrupt, truncated or too large.
@@ -130,24 +130,24 @@ class ImageRef:
             if width * height > max_pixels:
                 raise BadImageError(
                     f"image {self.label}: {width} x {height} is more than {max_pixels} pixels; "
-                    "make it smaller or raise max_pixels"
+                    "resize it or raise max_pixels"
                 )
             try:
                 return to_rgb(image)
             except MemoryError:
                 raise
-            except Exception as error:  # decoders raise nearly any type on hostile bytes; the cause is kept
+            except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
                 raise BadImageError(f"image {self.label}: cannot be decoded ({error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Make any Pillow image upright, opaque, 8-bit RGB.
+    """Convert a Pillow image of any mode to upright, opaque, 8-bit RGB.
 
     Args:
-        image: An image in any mode Pillow knows.
+        image: Image in any Pillow mode.
 
     Returns:
-        PIL.Image.Image: Mode RGB; transparent pixels are composited on white, as a browser shows them.
+        PIL.Image.Image: Image in mode RGB. Transparent pixels are composited on white, as in a browser.
 
     Example:
         >>> from PIL import Image
@@ -158,7 +158,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _scaled_grey(image).convert("RGB")
+        return _scale_to_8_bit(image).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -167,14 +167,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image:
-    """Widen an extremely long image with white margins, so that every image processor takes it.
+    """Pad an image with white margins until its aspect ratio is within the limit of the image processors.
 
     Args:
-        image: An RGB image.
-        limit: Largest ratio of the longer to the shorter side. Defaults to :data:`MAX_ASPECT`.
+        image: RGB image.
+        limit: Maximum ratio of the longer to the shorter side. Defaults to :data:`MAX_ASPECT`.
 
     Returns:
-        PIL.Image.Image: The image itself when it is within the limit.
+        PIL.Image.Image: The padded image, or the image itself if it is within the limit.
 
     Example:
         >>> from PIL import Image
@@ -192,29 +192,29 @@ def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode a Pillow image as PNG without losing what :func:`to_rgb` shows of it.
+    """Encode a Pillow image losslessly as an RGB PNG, converted by :func:`to_rgb`.
 
     Args:
-        image: An image in any mode.
+        image: Image in any Pillow mode.
 
     Returns:
-        bytes: A PNG file; the same pixels always give the same bytes.
+        bytes: PNG file. Equal pixels give equal bytes.
     """
     buffer = io.BytesIO()
-    # The fastest level: these bytes live in memory or in one shard, and encoding is what costs.
+    # Lowest compression: the bytes stay in memory or in one shard, so encoding time dominates.
     to_rgb(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def resolve_inside(root: str | Path, name: str) -> Path:
-    """Turn a path found in data into a real path that lies inside ``root``.
+    """Resolve a path that comes from data, and require that it lies inside ``root``.
 
     Args:
         root: Folder that the data may refer to.
-        name: Path from the data: relative to ``root``, or absolute and inside it.
+        name: Path relative to ``root``, or an absolute path inside it.
 
     Returns:
-        Path: Absolute path, symbolic links resolved. It need not exist.
+        Path: Absolute path with symbolic links resolved. The file may be missing.
 
     Raises:
         BadImageError: If the path leaves ``root`` through ``..``, an absolute path or a symbolic link.
@@ -227,13 +227,13 @@ def resolve_inside(root: str | Path, name: str) -> Path:
         raise BadImageError(f"image {name!r}: not a usable path ({error})") from error
     if not target.is_relative_to(base):
         raise BadImageError(
-            f"image {name!r}: lies outside the image root {base}; move it there or set another image root"
+            f"image {name!r}: outside the image root {base}; move the file there or set another image root"
         )
     return target
 
 
 def _is_regular(path: str) -> bool:
-    # A pipe or a device would block or never end.
+    # Reading a pipe or a device could block for ever.
     if path.startswith(("http://", "https://")):
         raise BadImageError(f"image {path}: URLs are not fetched; download the file and give its path")
     try:
@@ -255,8 +255,8 @@ def _read_file(path: str) -> bytes:
 
 @lru_cache(maxsize=16)
 def _archive(path: str, process: int) -> zipfile.ZipFile:
-    # Reading the directory of a large archive costs seconds, hence the cache; a forked worker needs a file
-    # position of its own, hence the process id in the key.
+    # Cached because reading the directory of a large archive takes seconds. The process id is part of the key
+    # because a forked worker must not share the file position of its parent.
     return zipfile.ZipFile(path)
 
 
@@ -272,7 +272,7 @@ def _open_header(source: str | io.BytesIO, label: str) -> Image.Image:
         return Image.open(source)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise nearly any type on hostile bytes; the cause is kept
+    except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
         reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImageError(f"image {label}: cannot be opened ({reason})") from error
 
@@ -281,15 +281,15 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, EOFError):
-        return image  # a garbled EXIF block says nothing about the orientation; the pixels are fine
+        return image  # a damaged EXIF block does not affect the pixels
     operation = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image.transpose(operation) if operation is not None else image
 
 
-def _scaled_grey(image: Image.Image) -> Image.Image:
+def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)
     peak = float(values.max(initial=0.0))
-    # Pillow clips such modes at 255 instead of scaling them. Integers are 16-bit greys unless they exceed that;
-    # floats are in [0, 1] by convention, and anything else is scaled by its own maximum.
+    # Pillow clips these modes at 255 instead of scaling. Integers are taken as 16-bit grayscale and floats as [0, 1];
+    # an image with larger values is scaled by its own maximum.
     top = max(65535.0, peak) if image.mode != "F" else max(1.0, peak)
     return Image.fromarray(np.clip(values / top * 255.0 + 0.5, 0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Somebody's own files become a record folder."""
+"""Importer of JSON, JSON Lines, CSV, Parquet and `datasets` files into a record folder."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from unime_st.data.column_values import as_item, is_empty
 from unime_st.data.logits import check_scores, to_logits
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.pair_specs import (
     DEFAULT_COLUMNS,
     JoinSpec,
     PairSpec,
-    as_item,
     build_item,
     default_pairs,
-    is_empty,
     matches,
     parse_pairs,
     resolve_columns,
 )
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows, source_files
-from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
+from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
 
 logger = logging.getLogger(__name__)
 _BATCH = 256
@@ -45,30 +44,32 @@ def import_records(
     workers: int = 4,
     overwrite: bool = False,
 ) -> RecordSet:
-    """Make pair records of JSON Lines, JSON, Parquet or `datasets` data.
+    """Import pair records from JSON, JSON Lines, CSV, Parquet or `datasets` files.
 
-    Each row of the source gives one pair per specification. A pair that cannot be made (missing value, unreadable
-    image, score outside [0, 1], ...) is set aside in ``rejected.jsonl`` of the output with its row and the reason, and
-    counted; the rest is imported. Images are checked now rather than after an hour of training.
+    Each row of the source gives one pair per specification. An invalid pair (missing value, unreadable image, score
+    outside [0, 1], ...) goes to ``rejected.jsonl`` in the output with its row and the reason; the others are imported.
+    Images are checked here so that training does not fail on them later.
 
     Args:
-        source: A file, a folder of files, or a saved dataset; see :func:`~unime_st.data.sources.read_rows`.
-        output: Folder to write.
-        pairs: What makes a pair, in the form of :class:`~unime_st.data.pair_specs.PairSpec`. Defaults to None: the columns
-            query, positive (or query_text, query_image, positive_text, positive_image), negatives, scores, dataset.
-        image_root: Folder that image paths are relative to and must not leave. Defaults to the source's folder.
-        embed_images: Copy images that are files into the output. Defaults to False: they stay where they are.
-        limit: Read only so many rows. Defaults to None, all.
-        verify_images: Decode every image once. Defaults to True; False checks the headers only.
-        workers: Threads that decode. Defaults to 4.
-        overwrite: Replace an output made with other options. Defaults to False.
+        source: File, folder of files, or saved dataset; see :func:`~unime_st.data.sources.read_rows`.
+        output: Output folder.
+        pairs: Pair specifications, as mappings with the fields of :class:`~unime_st.data.pair_specs.PairSpec`.
+            Defaults to None: the columns query, positive (or query_text, query_image, positive_text,
+            positive_image), negatives, scores, dataset.
+        image_root: Folder that contains the images; paths in the data are relative to it. Defaults to the folder of
+            the source.
+        embed_images: Copy image files into the output. Defaults to False, which stores their paths.
+        limit: Maximum number of rows. Defaults to None, all.
+        verify_images: Decode every image once. False checks the headers only. Defaults to True.
+        workers: Number of decoding threads. Defaults to 4.
+        overwrite: Replace an output that was made with other options. Defaults to False.
 
     Returns:
-        RecordSet: The records. If the output already holds them, nothing is done.
+        RecordSet: The imported records. A finished output with the same options is returned as it is.
 
     Raises:
-        ValueError: If a specification names an unknown key or column, or if nothing at all could be imported.
-        StageConflictError: If the output was made of something else and ``overwrite`` is False.
+        ValueError: If a specification names an unknown key or column, or no pair could be imported.
+        StageConflictError: If the output was made with other inputs or options and ``overwrite`` is False.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -98,7 +99,7 @@ def import_records(
     ):
         rows = tqdm(islice(read_rows(source), limit), desc=f"importing {source.name}", unit="row")
         _import_all(rows, specs, root, writer, rejected, checker)
-    require_some(writer, rejected, source)
+    raise_if_empty(writer, rejected, source)
     finish_stage(output, {**writer.counts, "source": str(source), "rejected": rejected.count})
     return RecordSet.load(output)
 
@@ -111,7 +112,7 @@ def _import_all(
     rejected: RejectedWriter,
     checker: ImageChecker,
 ) -> None:
-    groups: list[_Groups] = []
+    groups: list[_JoinGroups] = []
     iterator = iter(rows)
     resolved: list[PairSpec] | None = None
     columns: set[str] = set()
@@ -124,16 +125,16 @@ def _import_all(
                 good.append(row)
         new = {name for row in good for name in row.values or ()} - columns
         if good and (resolved is None or (new and specs is None)):
-            # Rows of JSON may lack keys: the columns are those of all batches so far together.
+            # Rows of JSON may lack keys, so the columns are the union over all batches so far.
             columns |= new
             resolved = [resolve_columns(spec, columns) for spec in specs or default_pairs(columns)]
-            groups = groups or [_Groups(spec, spec.join) for spec in resolved if spec.join is not None]
+            groups = groups or [_JoinGroups(spec, spec.join) for spec in resolved if spec.join is not None]
         plain = [spec for spec in resolved or () if spec.join is None]
         write_checked(_pairs_of(good, plain, root, rejected), writer, rejected, checker)
         for group in groups:
             group.add(good, rejected)
     if specs is None and (unused := columns - DEFAULT_COLUMNS):
-        logger.warning("columns that are not used: %s; say with `pairs` if they should be.", ", ".join(sorted(unused)))
+        logger.warning("columns that are not used: %s; name them in `pairs` to use them.", ", ".join(sorted(unused)))
     for group in groups:
         write_checked(group.pairs(root, rejected), writer, rejected, checker)
 
@@ -158,8 +159,8 @@ def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) ->
     dataset.encode("utf-8")  # a lone surrogate cannot be stored
     found = row.get(spec.negatives) or [] if spec.negatives is not None else []
     if not isinstance(found, (list, tuple)):
-        raise ValueError(f"column {spec.negatives} holds {type(found).__name__}, expected a list")
-    # Lists padded to one length: what is missing goes, and its score with it.
+        raise ValueError(f"column {spec.negatives} contains {type(found).__name__}, expected a list")
+    # Lists may be padded to one length: empty entries are dropped together with their scores.
     present = [index for index, value in enumerate(found) if not is_empty(value)]
     negatives = tuple(as_item(found[index], root) for index in present)
     scores = None if spec.scores is None else row.get(spec.scores)
@@ -170,8 +171,8 @@ def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) ->
     return PairRecord(query, positive, dataset, negatives, logits[0], tuple(logits[1:]))
 
 
-class _Groups:
-    """Rows that take part in a join, in memory with their encoded images: the data of one's own, not of the web."""
+class _JoinGroups:
+    """Rows of a join, grouped by the value of its column and held in memory with their encoded images."""
 
     def __init__(self, spec: PairSpec, join: JoinSpec) -> None:
         self.spec, self.join = spec, join

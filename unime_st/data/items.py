@@ -1,4 +1,4 @@
-"""The unit of everything: a text, an image, or an image with a text."""
+"""Item: the unit that is embedded and judged; a text, an image, or an image with a text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ ImageLike = ImageRef | Image.Image | str | Path | bytes
 
 
 class Item:
-    """A text, an image, or both, known by its content.
+    """An immutable text, image, or image with text, identified by its content.
 
-    An item is immutable. Two items with the same text and the same encoded image have the same :attr:`id`, compare
-    equal and hash alike, wherever the image lies; so "the same item" is never embedded or judged twice.
+    Two items with the same text and the same encoded image bytes have the same :attr:`id`, compare equal and hash
+    alike, wherever the image is stored. So equal items are embedded and judged only once.
 
     Args:
-        text: The text, kept verbatim. The empty string counts as no text.
-        image: A Pillow image, a path, encoded bytes or an :class:`ImageRef`. A Pillow image is kept as lossless PNG.
+        text: The text, kept verbatim. None and the empty string mean no text.
+        image: Pillow image, path, encoded bytes or :class:`ImageRef`. A Pillow image is stored as lossless PNG. None
+            means no image.
 
     Raises:
-        ValueError: If there is neither an image nor a text with at least one visible character, or the text is not
-            valid Unicode.
-        TypeError: If an argument has another type.
+        ValueError: If there is neither an image nor a text with a visible character, or the text is not valid
+            Unicode.
+        TypeError: If an argument has an unsupported type.
 
     Example:
         >>> from unime_st.data import Item
@@ -54,15 +55,15 @@ class Item:
 
     @classmethod
     def stored(cls, text: str | None, image: ImageRef | None, item_id: str) -> Item:
-        """Rebuild an item whose id is already known, without reading its image.
+        """Restore an item with a known id, without reading its image.
 
         Args:
-            text: As in the constructor.
+            text: As for the constructor.
             image: Reference to the encoded image.
-            item_id: The :attr:`id` computed when the item was stored.
+            item_id: The :attr:`id` that was computed when the item was stored.
 
         Returns:
-            Item: The item.
+            Item: The restored item.
         """
         item = cls(text, image)
         item._id = item_id
@@ -80,9 +81,9 @@ class Item:
 
     @property
     def id(self) -> str:
-        """32 hexadecimal digits of a SHA-256 over the text and the encoded image.
+        """Content hash: 32 hexadecimal digits of a SHA-256 over the text and the encoded image.
 
-        Computed at first use, which reads (not decodes) the image.
+        Computed on first access, which reads the image but does not decode it.
 
         Raises:
             BadImageError: If the image cannot be read.
@@ -91,7 +92,7 @@ class Item:
             digest = hashlib.sha256()
             if self._text is not None:
                 encoded = self._text.encode("utf-8")
-                # The length keeps the text from imitating what follows it.
+                # The length prefix prevents a text from colliding with a text plus image.
                 digest.update(b"text" + len(encoded).to_bytes(8, "big") + encoded)
             if self._image is not None:
                 digest.update(b"image" + hashlib.sha256(self._image.read()).digest())
@@ -100,15 +101,15 @@ class Item:
 
     @property
     def modality(self) -> str:
-        """One of "text", "image" and "image+text"."""
+        """Modality of the item: "text", "image" or "image+text"."""
         return "+".join(name for name, part in (("image", self._image), ("text", self._text)) if part is not None)
 
     def to_input(self) -> dict[str, Any]:
-        """Return what ``SentenceTransformer.encode`` takes.
+        """Return the item as an input of ``SentenceTransformer.encode``.
 
         Returns:
-            dict: "image" (decoded, RGB) and "text", only those present, image first: chat templates keep this order. Images
-                more than 200 times as long as wide get white margins up to that ratio.
+            dict: "image" (decoded, RGB) and "text", as far as present; the image comes first because chat templates
+                keep this order. Images with an aspect ratio above 200 are padded to it with white margins.
 
         Raises:
             BadImageError: If the image cannot be decoded.

@@ -1,27 +1,27 @@
-"""Judge scores in [0, 1] and the float32 log-odds they are kept as."""
+"""Log-odds of judge scores: conversion between scores in [0, 1] and float32 logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 CERTAIN_LOGIT = 40.0
-"""Log-odds that stand for a score of exactly 1 (negative: 0). Infinity would be the true value, but it turns losses
-into NaN; the sigmoid of 40 is 1.0 in double precision, so nothing is lost."""
+"""Log-odds of a score of exactly 1 (negated: of 0). The true value is infinity, which would turn losses into NaN. The
+sigmoid of 40 is 1.0 in double precision, so the conversion is lossless."""
 
 
-def to_logits(scores: Any, *, divisor: float = 1.0) -> np.ndarray:
-    """Turn scores into log-odds Yes - No.
+def to_logits(scores: npt.ArrayLike, *, divisor: float = 1.0) -> np.ndarray:
+    """Convert scores to log-odds Yes - No.
 
     Args:
-        scores: Numbers in [0, 1].
-        divisor: What the log-odds were divided by before the sigmoid. The released UniME-V2 files need 1.05, the
-            repetition penalty of the judge's generation config; defaults to 1.
+        scores: Scores in [0, 1].
+        divisor: Divisor of the log-odds before the sigmoid. The released UniME-V2 files need 1.05, the repetition
+            penalty in the judge's generation config. Defaults to 1.
 
     Returns:
-        np.ndarray: float32, within +-:data:`CERTAIN_LOGIT`.
+        np.ndarray: float32 log-odds, clipped to +-:data:`CERTAIN_LOGIT`.
 
     Example:
         >>> from unime_st.data.logits import to_logits
@@ -34,15 +34,15 @@ def to_logits(scores: Any, *, divisor: float = 1.0) -> np.ndarray:
     return np.clip(logits, -CERTAIN_LOGIT, CERTAIN_LOGIT).astype(np.float32)
 
 
-def to_scores(logits: Any, *, divisor: float = 1.0) -> np.ndarray:
-    """Turn log-odds Yes - No into scores in [0, 1].
+def to_scores(logits: npt.ArrayLike, *, divisor: float = 1.0) -> np.ndarray:
+    """Convert log-odds Yes - No to scores in [0, 1].
 
     Args:
         logits: Log-odds.
         divisor: As in :func:`to_logits`.
 
     Returns:
-        np.ndarray: float64.
+        np.ndarray: float64 scores.
 
     Example:
         >>> from unime_st.data.logits import to_scores
@@ -54,19 +54,19 @@ def to_scores(logits: Any, *, divisor: float = 1.0) -> np.ndarray:
     return np.where(values >= 0, 1.0, small) / (1.0 + small)
 
 
-def check_scores(scores: Any, count: int, indices: Sequence[int] | None = None) -> list[float]:
-    """Accept a list of scores as found in a file, or say what is wrong with it.
+def check_scores(scores: object, count: int, indices: Sequence[int] | None = None) -> list[float]:
+    """Validate a list of scores that was read from a file.
 
     Args:
-        scores: The value found.
-        count: How many entries there must be.
-        indices: Those that matter; the others may hold anything. Defaults to None, all.
+        scores: The value found in the file.
+        count: Expected number of entries.
+        indices: Entries to validate and return; the others are ignored. Defaults to None, all entries.
 
     Returns:
-        list[float]: The scores that matter.
+        list[float]: The scores at ``indices``.
 
     Raises:
-        ValueError: If it is not a list of ``count`` entries, or one that matters is no number in [0, 1].
+        ValueError: If the value is not a list of ``count`` entries, or one of the scores is not a number in [0, 1].
     """
     if not isinstance(scores, (list, tuple)) or len(scores) != count:
         raise ValueError(f"expected {count} scores, found {scores!r:.80}")

@@ -1,4 +1,4 @@
-"""TIGER-Lab/MMEB-train, the 20 training sets of MMEB, as a record folder."""
+"""Importer of TIGER-Lab/MMEB-train, the 20 training datasets of MMEB."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.released_judgements import released_item
 from unime_st.data.sources import read_rows
-from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
+from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ MMEB_TRAIN_SUBSETS = (
     *("MSCOCO_i2t", "MSCOCO_t2i", "N24News", "NIGHTS", "OK-VQA", "SUN397", "VOC2007", "VisDial", "Visual7W"),
     *("VisualNews_i2t", "VisualNews_t2i", "WebQA"),
 )
-"""The 20 in-distribution sets that both papers train on."""
+"""The 20 in-distribution datasets that both papers train on."""
 
 _COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 
@@ -42,28 +42,27 @@ def import_mmeb_train(
 ) -> RecordSet:
     """Import a local copy of TIGER-Lab/MMEB-train: ``<subset>/<split>-*.parquet`` beside ``images/``.
 
-    Each row is one pair; its data set is the subset. Items are those of the released UniME-V2 files, so that both can
-    be joined by item. Images stay where they are and undecoded. Rows that cannot be used go to ``rejected.jsonl``.
+    Each row gives one pair whose dataset is the subset. Items equal those of the released UniME-V2 files, so that both
+    can be joined by item. Image files are referenced, not copied. Invalid rows go to ``rejected.jsonl``.
 
     Args:
         source: The folder; its ``images_zip`` must be unpacked to ``images``.
-        output: Folder to write.
-        split: ``"original"`` (default), ``"diverse_instruction"`` or ``"train"``: what the Parquet files' names begin
-            with.
-        subsets: Names of subsets. Defaults to all of :data:`MMEB_TRAIN_SUBSETS` that are there.
-        read_images: Decode every image once and know items by content. False does not touch the images; an image is
-            then known by its path. Defaults to True.
-        limit: Rows of each subset at most. Defaults to None, all.
-        workers: Threads that decode. Defaults to 4.
-        overwrite: Replace an output made with other options. Defaults to False.
+        output: Output folder.
+        split: Prefix of the Parquet file names: ``"original"`` (default), ``"diverse_instruction"`` or ``"train"``.
+        subsets: Names of subsets. Defaults to None, all of :data:`MMEB_TRAIN_SUBSETS` that exist.
+        read_images: Decode every image once and identify items by content. False does not read the images; an image
+            is then identified by its path. Defaults to True.
+        limit: Maximum number of rows per subset. Defaults to None, all.
+        workers: Number of decoding threads. Defaults to 4.
+        overwrite: Replace an output that was made with other options. Defaults to False.
 
     Returns:
-        RecordSet: The pairs.
+        RecordSet: The imported pairs.
 
     Raises:
         FileNotFoundError: If a named subset, or every subset, has no Parquet file of that split.
-        ValueError: If a file lacks a column, or nothing could be imported.
-        StageConflictError: If the output was made of something else and ``overwrite`` is False.
+        ValueError: If a file lacks a column, or no row could be imported.
+        StageConflictError: If the output was made with other inputs or options and ``overwrite`` is False.
 
     Example:
         ::
@@ -86,7 +85,7 @@ def import_mmeb_train(
         for subset, paths in files.items():
             pairs = islice(_candidates(subset, paths, source, read_images, rejected), limit)
             write_checked(tqdm(pairs, desc=f"importing {subset}", unit="row"), writer, rejected, checker)
-    require_some(writer, rejected, source)
+    raise_if_empty(writer, rejected, source)
     facts = {"source": str(source), "subsets": list(files), "rejected": rejected.count}
     finish_stage(output, {**writer.counts, **facts})
     return RecordSet.load(output)
@@ -99,14 +98,16 @@ def _files(source: Path, split: str, subsets: Sequence[str] | None) -> dict[str,
         raise FileNotFoundError(f"{source}: no {split}-*.parquet in {', '.join(missing)}")
     if len(missing) == len(found):
         raise FileNotFoundError(
-            f"{source}: no <subset>/{split}-*.parquet; expected a copy of the data set TIGER-Lab/MMEB-train"
+            f"{source}: no <subset>/{split}-*.parquet; expected a copy of the dataset TIGER-Lab/MMEB-train"
         )
     if missing:
-        logger.warning("%s: %d of 20 sets are missing: %s.", source, len(missing), ", ".join(missing))
+        logger.warning("%s: %d of 20 subsets are missing: %s.", source, len(missing), ", ".join(missing))
     present = {name: paths for name, paths in found.items() if paths}
     for path in (path for paths in present.values() for path in paths):
         if lacking := [name for name in _COLUMNS if name not in pq.read_schema(path).names]:
-            raise ValueError(f"{path}: no column {', '.join(lacking)}; MMEB-train has {', '.join(_COLUMNS)}")
+            raise ValueError(
+                f"{path}: missing column {', '.join(lacking)}; MMEB-train files have {', '.join(_COLUMNS)}"
+            )
     return present
 
 

@@ -1,37 +1,41 @@
-"""How columns of somebody's data become queries and positives."""
+"""Pair specifications: which columns of a table form the query and the positive of a pair.
+
+The YAML form is parsed by :func:`parse_pairs`, checked against the columns by :func:`resolve_columns`, and applied to a
+row by :func:`build_item`.
+"""
 
 from __future__ import annotations
 
 import re
 import string
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unime_st.data.images import ImageRef, resolve_inside
+from unime_st.data.column_values import as_image, as_item, as_text, is_empty
 from unime_st.data.items import Item
-from unime_st.data.parquet_shards import split_zip_path
 
 Row = Mapping[str, Any]
 DEFAULT_COLUMNS = frozenset(
     [f"{side}{part}" for side in ("query", "positive") for part in ("", "_text", "_image")]
     + ["negatives", "scores", "dataset"]
 )
-"""What :func:`default_pairs` recognises."""
+"""Column names that :func:`default_pairs` recognizes."""
 
 _WORD = re.compile(r"[\w.\-]+\??")
 
 
 @dataclass(frozen=True)
 class SideSpec:
-    """Where the image and the text of one side of a pair come from.
+    """Columns that form one side of a pair: an image, a text, or a whole item.
 
     Args:
-        image: Column of images. A trailing "?" allows rows without one.
-        text: Column of texts (a trailing "?" as above), or a text with columns in braces, such as
-            "What is {name}?"; lists are joined by ", ". In a join, {query.column} and {positive.column} name the row.
-        item: Column whose values are whole items: a text, an image, or {"text": ..., "image": ...}.
+        image: Column of images. A trailing "?" allows rows without a value.
+        text: Column of texts (with an optional trailing "?"), or a template with columns in braces, such as
+            "What is {name}?". Lists are joined by ", ". In a join, {query.column} and {positive.column} choose the
+            row.
+        item: Column of whole items: a text, an image, or {"text": ..., "image": ...}.
     """
 
     image: str | None = None
@@ -41,12 +45,12 @@ class SideSpec:
 
 @dataclass(frozen=True)
 class JoinSpec:
-    """Pairs rows of one group with each other.
+    """A join of the table with itself: rows with an equal value in one column are paired.
 
     Args:
-        on: Column whose equal values make a group.
-        query: Conditions for the row of the query, by column: an equal value, or "*" for any non-empty one.
-        positive: The same for the row of the positive.
+        on: Column to join on.
+        query: Conditions on the row of the query, by column: a required value, or "*" for any non-empty value.
+        positive: Conditions on the row of the positive.
     """
 
     on: str
@@ -56,16 +60,16 @@ class JoinSpec:
 
 @dataclass(frozen=True)
 class PairSpec:
-    """One kind of pair to make of the rows.
+    """One kind of pair that is built from each row, or from two joined rows.
 
     Args:
-        query: Side that asks.
-        positive: Side that answers.
-        dataset: Name for pairs of this kind. Defaults to "".
-        dataset_column: Column that holds the name instead.
+        query: Columns of the query.
+        positive: Columns of the positive.
+        dataset: Dataset name of these pairs. Defaults to "".
+        dataset_column: Column that contains the dataset name instead.
         negatives: Column of lists of whole items.
-        scores: Column of lists of judge scores in [0, 1]: the positive's, then one per negative.
-        join: Makes pairs of two different rows.
+        scores: Column of lists of judge scores in [0, 1]: first the positive's, then one per negative.
+        join: Builds the pair from two different rows.
     """
 
     query: SideSpec
@@ -78,7 +82,7 @@ class PairSpec:
 
 
 def parse_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[PairSpec]:
-    """Read pair specifications as they stand in YAML.
+    """Parse pair specifications from their YAML form.
 
     Args:
         pairs: Mappings with the fields of :class:`PairSpec`, :class:`SideSpec` and :class:`JoinSpec`.
@@ -87,7 +91,7 @@ def parse_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[PairSpec]:
         list[PairSpec]: The specifications.
 
     Raises:
-        ValueError: If a key is unknown or missing; the message lists the known ones.
+        ValueError: If a key is unknown or missing; the message lists the known keys.
 
     Example:
         >>> from unime_st.data.pair_specs import parse_pairs
@@ -98,7 +102,7 @@ def parse_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[PairSpec]:
 
 
 def default_pairs(columns: Collection[str]) -> list[PairSpec]:
-    """Recognise the usual column names.
+    """Derive the specification from the usual column names.
 
     Args:
         columns: Names of the columns. Either query and positive (each a text, an image or both), or some of
@@ -108,7 +112,7 @@ def default_pairs(columns: Collection[str]) -> list[PairSpec]:
         list[PairSpec]: One specification.
 
     Raises:
-        ValueError: If the columns are others.
+        ValueError: If there is no column for the query or for the positive, or more than one choice.
     """
     return [
         PairSpec(
@@ -122,17 +126,17 @@ def default_pairs(columns: Collection[str]) -> list[PairSpec]:
 
 
 def resolve_columns(spec: PairSpec, columns: Collection[str]) -> PairSpec:
-    """Check a specification against the columns that exist.
+    """Check a specification against the columns of the table.
 
     Args:
         spec: A specification.
         columns: Names of the columns.
 
     Returns:
-        PairSpec: The same, with column names that are not single words told apart from literal texts.
+        PairSpec: The same specification, in which a text that equals a column name with spaces became a template.
 
     Raises:
-        ValueError: If a column is missing; the message lists those that exist.
+        ValueError: If a column is missing; the message lists the existing columns.
     """
     spec = replace(spec, query=_named(spec.query, columns), positive=_named(spec.positive, columns))
     needed = {name for name in (spec.dataset_column, spec.negatives, spec.scores) if name is not None}
@@ -150,11 +154,11 @@ def resolve_columns(spec: PairSpec, columns: Collection[str]) -> PairSpec:
 
 
 def build_item(side: SideSpec, rows: Mapping[str, Row], own: str, root: Path) -> Item:
-    """Make one side of a pair.
+    """Build one side of a pair.
 
     Args:
-        side: Its specification.
-        rows: The rows by role: "query" and "positive"; the same row twice without a join.
+        side: Specification of the side.
+        rows: Rows by role, "query" and "positive". Without a join both are the same row.
         own: Role of this side.
         root: Folder that image paths are relative to.
 
@@ -172,58 +176,11 @@ def build_item(side: SideSpec, rows: Mapping[str, Row], own: str, root: Path) ->
     return Item(text, None if image is None else as_image(image, root))
 
 
-def as_item(value: Any, root: Path) -> Item:
-    """Make an item of a value found in data.
-
-    Args:
-        value: A text; an image (see :func:`as_image`, but not a path); or {"text": ..., "image": ...}.
-        root: Folder that image paths are relative to.
-
-    Returns:
-        Item: The item.
-
-    Raises:
-        ValueError: If the value is something else or empty.
-    """
-    if isinstance(value, Mapping) and value.keys() & {"text", "image"}:
-        text, image = value.get("text"), value.get("image")
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"text {text!r:.80} is not a string")
-        return Item(text, None if is_empty(image) else as_image(image, root))
-    if value is None or isinstance(value, str):
-        return Item(value)
-    return Item(image=as_image(value, root))
-
-
-def as_image(value: Any, root: Path) -> ImageRef:
-    """Make an image reference of a value found in data.
-
-    Args:
-        value: Encoded bytes, a path relative to ``root`` (or ``zip://member::archive``), or the {"bytes", "path"}
-            struct of a `datasets` Image column.
-        root: Folder that paths are relative to and must not leave.
-
-    Returns:
-        ImageRef: The undecoded image.
-
-    Raises:
-        ValueError: If the value is something else, or the path lies outside ``root``.
-    """
-    if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return ImageRef(data=value)
-    if isinstance(value, str) and value:
-        member, path = split_zip_path(value)
-        return ImageRef(path=str(resolve_inside(root, path)), member=member)
-    raise ValueError(f"no image in {value!r:.80}: expected bytes, a path or {{'bytes', 'path'}}")
-
-
 def matches(conditions: Mapping[str, Any], row: Row) -> bool:
-    """Say whether a row meets the conditions of a join.
+    """Whether a row meets the conditions of a join.
 
     Args:
-        conditions: Wanted values by column; "*" wants any non-empty one.
+        conditions: Required values by column; "*" matches any non-empty value.
         row: The row.
     """
     return all(
@@ -238,24 +195,24 @@ def _default_side(side: str, columns: Collection[str]) -> SideSpec:
     if side in columns:
         if more := sorted({f"{side}_text", f"{side}_image"} & set(columns)):
             raise ValueError(
-                f"columns {side} and {', '.join(more)} both say what the {side} is: rename {side} to {side}_text, or "
-                "say with `pairs` which columns make a query and a positive"
+                f"columns {side} and {', '.join(more)} both define the {side}: rename {side} to {side}_text, or "
+                "name the columns of query and positive with `pairs`"
             )
         return SideSpec(item=side)
     image, text = (f"{side}_{part}?" if f"{side}_{part}" in columns else None for part in ("image", "text"))
     if image is None and text is None:
         raise ValueError(
             f"no column {side}, {side}_text or {side}_image among {', '.join(sorted(columns))}; "
-            "say with `pairs` which columns make a query and a positive"
+            "name the columns of query and positive with `pairs`"
         )
     return SideSpec(image=image, text=text)
 
 
 def _parse(kind: type, content: Any, where: str) -> Any:
-    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    known = [entry.name for entry in fields(kind)]
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: expected a mapping with {', '.join(known)}, found {content!r:.80}")
-    # YAML 1.1 reads the bare word `on` as a truth value.
+    # YAML 1.1 parses the bare word `on` as True.
     content = {"on" if name is True else name: value for name, value in content.items()}
     if unknown := [str(name) for name in content if name not in known]:
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
@@ -268,12 +225,12 @@ def _parse(kind: type, content: Any, where: str) -> Any:
     except TypeError as error:
         raise ValueError(f"{where}: a key is missing ({error}); known are {', '.join(known)}") from error
     if isinstance(spec, SideSpec) and (spec.item is None) == (spec.image is None and spec.text is None):
-        raise ValueError(f"{where}: give image, text or both, or else item")
+        raise ValueError(f"{where}: set image, text or both, or else item")
     return spec
 
 
 def _is_column(text: str) -> bool:
-    """Whether a text specification is a bare column name; anything with a space, brace or the like is a template."""
+    """Whether a text specification is a bare column name rather than a template."""
     return _WORD.fullmatch(text) is not None
 
 
@@ -294,7 +251,9 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
     pieces = []
     for literal, name, form, conversion in string.Formatter().parse(template):
         if name == "" or form or conversion:
-            raise ValueError(f"text {template!r}: braces hold a column name and nothing else; write {{{{ for a brace")
+            raise ValueError(
+                f"text {template!r}: braces may contain only a column name; write {{{{ for a literal brace"
+            )
         pieces.append((literal, name))
     return pieces
 
@@ -307,13 +266,13 @@ def _split_role(name: str) -> tuple[str | None, str]:
 def _text(text: str, rows: Mapping[str, Row], own: str) -> str | None:
     if _is_column(text):
         value = _value(rows[own], text)
-        return None if value is None else _joined(value, text)
+        return None if value is None else as_text(value, text)
     parts = []
     for literal, name in _pieces(text):
         parts.append(literal)
         if name is not None:
             role, column = _split_role(name)
-            parts.append(_joined(_value(rows[role or own], column), column))
+            parts.append(as_text(_value(rows[role or own], column), column))
     return "".join(parts)
 
 
@@ -325,22 +284,3 @@ def _value(row: Row, name: str) -> Any:
     if column != name:
         return None
     raise ValueError(f"column {name} has no value")
-
-
-def is_empty(value: Any) -> bool:
-    """Say whether a value found in data stands for nothing: None, nothing in it, or a struct of such values.
-
-    Args:
-        value: Any value.
-    """
-    if isinstance(value, Mapping):
-        return all(map(is_empty, value.values()))
-    return value is None or value in ("", b"", [])
-
-
-def _joined(value: Any, name: str) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    if isinstance(value, (Mapping, bytes)):
-        raise ValueError(f"column {name} holds {type(value).__name__}, which is no text")
-    return str(value)

@@ -1,4 +1,4 @@
-"""Parquet shards that appear whole or not at all, and are read row group by row group."""
+"""Parquet shards of rows and items: written atomically, read by position one row group at a time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ITEM_SCHEMA = pa.schema(
         pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
     ]
 )
-"""One row per distinct item. ``image.path`` is relative to the manifest's "image_root"; an entry of a zip archive is
-written as ``zip://member::archive``, the form that `datasets` knows."""
+"""One row per distinct item. ``image.path`` is relative to the "image_root" of the manifest. An entry of a zip archive
+is stored as ``zip://member::archive``, as in `datasets`."""
 
 _GROUP_ROWS = 1024
 _GROUP_BYTES = 4 << 20
@@ -36,14 +36,14 @@ _ZIP = "zip://"
 
 
 class ShardWriter:
-    """Write rows to ``<stem>-00000.parquet``, ``<stem>-00001.parquet``, ... in bounded memory.
+    """Writer of rows to ``<stem>-00000.parquet``, ``<stem>-00001.parquet``, ... in bounded memory.
 
     Args:
         folder: Existing folder.
-        stem: First part of the file names.
+        stem: Prefix of the file names.
         schema: Arrow schema of the rows.
         first_shard: Number of the first file. Defaults to 0.
-        group_rows: Rows per row group, the unit of reading. Defaults to 1024.
+        group_rows: Maximum number of rows per row group, the unit of reading. Defaults to 1024.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ShardWriter:
         self._file: pq.ParquetWriter | None = None
 
     def add(self, row: dict[str, Any], size: int = 0) -> None:
-        """Append one row; ``size`` is the number of bytes of its large values, if it has any."""
+        """Append one row; ``size`` is the number of bytes of its large values."""
         self._buffer.append(row)
         self._buffered += size
         self.rows += 1
@@ -64,13 +64,13 @@ class ShardWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is buffered and publish the last file. An empty writer publishes one empty file."""
+        """Write the buffered rows and commit the last file. A writer without rows commits one empty file."""
         if self._buffer or (self._file is None and self.rows == 0):
             self._flush()
         self._publish()
 
     def abort(self) -> None:
-        """Forget the file in progress."""
+        """Discard the file in progress."""
         if self._file is not None:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._file is None:
-            # Encoded images do not compress, and a dictionary of them would only be a second copy.
+            # Encoded images do not compress, and dictionary encoding would only duplicate them.
             compression = {name: "none" if name == "image.bytes" else "zstd" for name in _leaves(self.schema)}
             self._file = pq.ParquetWriter(
                 self._temporary, self.schema, compression=compression, use_dictionary="image" not in self.schema.names
@@ -114,11 +114,11 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Read the rows of ``<stem>-*.parquet`` by position, with 128 MiB of row groups in memory at most.
+    """Reader of ``<stem>-*.parquet`` by position, which caches at most 128 MiB of row groups.
 
     Args:
-        folder: Folder that holds the shards.
-        stem: First part of the file names.
+        folder: Folder of the shards.
+        stem: Prefix of the file names.
 
     Raises:
         FileNotFoundError: If there is no such shard.
@@ -153,23 +153,23 @@ class ShardReader:
         return {name: column[index - start].as_py() for name, column in self._group(group).items()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield every row in order, one row group in memory."""
+        """Iterate over all rows in order, one row group at a time."""
         for file, number in self._groups:
             yield from file.read_row_group(number, use_threads=False).to_pylist()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return one whole column.
+        """Return a whole column.
 
         Args:
-            name: A top-level column.
+            name: Name of a top-level column.
         """
         return self.table([name]).column(name)
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the whole table, or some of its columns, in memory.
+        """Return the whole table, or some of its columns.
 
         Args:
-            columns: Top-level columns; None means all.
+            columns: Names of top-level columns. Defaults to None, all.
         """
         return pa.concat_tables([file.read(columns=columns, use_threads=False) for file in self._files])
 
@@ -179,7 +179,7 @@ class ShardReader:
                 self._cache.move_to_end(group)
                 return self._cache[group]
             file, number = self._groups[group]
-            # Arrow's thread pool does not survive a fork, and data loader workers are forks.
+            # Arrow's thread pool does not survive the fork of data loader workers.
             table = file.read_row_group(number, use_threads=False).combine_chunks()
             columns = {name: table.column(name).chunk(0) for name in table.column_names}
             self._cache[group] = columns
@@ -190,12 +190,12 @@ class ShardReader:
 
 
 class ItemWriter:
-    """Write every distinct item once.
+    """Writer of items that stores every distinct item once.
 
     Args:
         folder: Existing folder.
-        image_root: Files below it are stored as paths relative to it; all other images are stored as bytes. None
-            (default) stores every image as bytes, which makes the folder self-contained.
+        image_root: Image files below this folder are stored as relative paths, all other images as bytes. Defaults to
+            None, which stores every image as bytes and makes the folder self-contained.
     """
 
     def __init__(self, folder: Path, image_root: str | Path | None = None) -> None:
@@ -204,13 +204,13 @@ class ItemWriter:
         self._seen: set[bytes] = set()
 
     def add(self, item: Item) -> str:
-        """Store an item unless it is there already.
+        """Store an item unless it was stored before.
 
         Args:
-            item: Any item.
+            item: The item.
 
         Returns:
-            str: Its id.
+            str: Id of the item.
 
         Raises:
             BadImageError: If its image cannot be read.
@@ -232,18 +232,18 @@ class ItemWriter:
 
 
 class ItemReader:
-    """Look items up by id; nothing is decoded, and few row groups are in memory.
+    """Reader of the items of a stage folder, by id or position. Images stay undecoded.
 
     Args:
         folder: A stage folder.
-        image_root: Folder that stored image paths are relative to; None if there are none.
+        image_root: Folder that stored image paths are relative to. Defaults to None, the stage folder.
     """
 
     def __init__(self, folder: str | Path, image_root: str | Path | None = None) -> None:
         self.folder, self.image_root = Path(folder), image_root
         self._shards = ShardReader(folder, "items")
         self._ids: list[str] = self._shards.column("id").to_pylist()
-        # 32 bytes per item, where a dict would need ten times as many.
+        # A sorted array takes 32 bytes per item, a dict ten times as much.
         keys = np.array([item_id.encode("ascii") for item_id in self._ids], dtype="S32")
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
@@ -253,14 +253,14 @@ class ItemReader:
 
     @property
     def ids(self) -> list[str]:
-        """Ids of all items, in stored order."""
+        """Ids of all items in stored order."""
         return list(self._ids)
 
     def position(self, item_id: str) -> int:
-        """Return where an item is stored.
+        """Return the position of an item in stored order.
 
         Args:
-            item_id: An id.
+            item_id: Id of the item.
 
         Raises:
             KeyError: If there is no such item.
@@ -272,10 +272,10 @@ class ItemReader:
         return int(self._order[index])
 
     def positions(self, item_ids: Sequence[str]) -> np.ndarray:
-        """Return where items are stored.
+        """Return the positions of items in stored order.
 
         Args:
-            item_ids: Any number of ids.
+            item_ids: Ids of the items.
 
         Returns:
             np.ndarray: int64 of shape (len(item_ids),).
@@ -291,10 +291,10 @@ class ItemReader:
         return self._order[indices].astype(np.int64)
 
     def at(self, position: int) -> Item:
-        """Return the item that is stored at a position.
+        """Return the item at a position.
 
         Args:
-            position: 0 <= position < len(self).
+            position: Position in stored order, 0 <= position < len(self).
         """
         return self._build(self._shards.row(position))
 
@@ -302,7 +302,7 @@ class ItemReader:
         """Return the item with an id.
 
         Args:
-            item_id: An id.
+            item_id: Id of the item.
 
         Raises:
             KeyError: If there is no such item.
@@ -338,14 +338,14 @@ def split_zip_path(path: str) -> tuple[str | None, str]:
 
 
 def link_items(source: Path, target: Path) -> None:
-    """Give a stage folder the items of the folder it was made from.
+    """Copy the item shards of a stage folder to another one, by hard links where possible.
 
-    Shards never change once published, so a hard link is a safe copy that takes no space; where links are impossible
-    (another file system) the file is copied.
+    Committed shards never change, so a hard link is a safe copy that takes no space. On another file system the files
+    are copied.
 
     Args:
         source: Finished stage folder.
-        target: Folder of the new stage; items that it already has are replaced.
+        target: Folder of the new stage. Existing item shards are replaced.
     """
     for path in sorted(source.glob("items-*.parquet")):
         temporary = target / f"{path.name}.{os.getpid()}.tmp"

@@ -1,4 +1,4 @@
-"""Pairs and judged rows, and the folder they live in."""
+"""Pair records (query, positive, judged negatives) and the record folder that stores them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ ROW_SCHEMA = pa.schema(
         pa.field("negative_logits", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""One row per pair record; items are named by their ids."""
+"""One row per pair record; items are referenced by their ids."""
 
 
 @dataclass(frozen=True)
 class PairRecord:
-    """A query and the item that answers it, optionally with judged negatives.
+    """A query and its positive, optionally with judged negatives.
 
     Args:
-        query: What is asked for.
-        positive: What answers it.
-        dataset: Name of the data set the pair comes from. Defaults to "".
-        negatives: Items that answer the query less well, in the order they were chosen.
-        positive_logit: The judge's log-odds Yes - No for the positive, before any temperature.
-        negative_logits: The same for each negative; empty when nothing was judged.
+        query: The query item.
+        positive: The item that matches the query.
+        dataset: Name of the dataset the pair comes from. Defaults to "".
+        negatives: Negatives of the query, in the order in which they were selected.
+        positive_logit: Log-odds Yes - No of the judge for the positive, before any temperature. None if not judged.
+        negative_logits: The same for each negative; empty if not judged.
 
     Raises:
-        ValueError: If there are logits, but not exactly one finite logit for each negative and the positive.
+        ValueError: If logits are given, but not exactly one finite logit for the positive and each negative.
 
     Example:
         >>> from unime_st.data import Item, PairRecord
@@ -64,26 +64,28 @@ class PairRecord:
             return
         if self.positive_logit is None or len(self.negative_logits) != len(self.negatives):
             raise ValueError(
-                f"a judged record needs a logit for its positive and for each of its {len(self.negatives)} negatives, "
-                f"got {self.positive_logit} and {len(self.negative_logits)}"
+                f"a judged record needs one logit for its positive and one for each of its {len(self.negatives)} negatives, "
+                f"got {self.positive_logit} for the positive and {len(self.negative_logits)} for the negatives"
             )
         if not all(map(math.isfinite, (self.positive_logit, *self.negative_logits))):
-            raise ValueError("judge logits must be finite numbers")
+            raise ValueError(
+                f"judge logits must be finite numbers, got {(self.positive_logit, *self.negative_logits)!r:.80}"
+            )
 
 
 class ItemFolder:
-    """A finished stage folder: each distinct item once, rows that name items by id, and a manifest.
+    """A finished stage folder: the distinct items, rows that reference items by id, and a manifest.
 
-    Rows are read when asked for, and images stay undecoded, so a folder may be larger than memory. It can be handed to
-    data loader workers.
+    Rows are read on access and images stay undecoded, so a folder may be larger than memory. Instances can be pickled
+    for data loader workers.
 
     Args:
-        folder: A finished folder.
+        folder: Folder of a finished stage.
 
     Attributes:
-        manifest: What the stage wrote down about itself.
-        items: The distinct items.
-        row_shards: The rows as stored.
+        manifest: Content of ``manifest.json``.
+        items: Reader of the distinct items.
+        row_shards: Reader of the rows as stored.
 
     Raises:
         FileNotFoundError: If the folder is not a finished stage.
@@ -97,19 +99,19 @@ class ItemFolder:
 
     @property
     def rows(self) -> pa.Table:
-        """All rows as an Arrow table, items named by their ids."""
+        """All rows as an Arrow table; items are referenced by their ids."""
         return self.row_shards.table()
 
     @property
     def item_ids(self) -> list[str]:
-        """Ids of the distinct items, in stored order."""
+        """Ids of the distinct items in stored order."""
         return self.items.ids
 
     def item(self, item_id: str) -> Item:
-        """Return a distinct item.
+        """Return the item with an id.
 
         Args:
-            item_id: Its id.
+            item_id: Id of the item.
 
         Raises:
             KeyError: If there is no such item.
@@ -124,15 +126,15 @@ class ItemFolder:
 
 
 class RecordSet(ItemFolder):
-    """Pair records on disk.
+    """A folder of pair records, as a sequence of :class:`PairRecord`.
 
     Args:
-        folder: A finished folder.
+        folder: Folder of finished records.
 
     Attributes:
-        manifest: What the stage wrote down about itself.
-        items: The distinct items.
-        row_shards: The rows as stored, further columns included.
+        manifest: Content of ``manifest.json``.
+        items: Reader of the distinct items.
+        row_shards: Reader of the rows as stored, including additional columns.
 
     Raises:
         FileNotFoundError: If the folder is not a finished stage.
@@ -148,13 +150,13 @@ class RecordSet(ItemFolder):
 
     @classmethod
     def load(cls, folder: str | Path) -> RecordSet:
-        """Open a finished folder.
+        """Open a folder of finished records.
 
         Args:
             folder: The folder.
 
         Returns:
-            RecordSet: The records in it.
+            RecordSet: Its records.
 
         Raises:
             FileNotFoundError: If the folder is not a finished stage.
@@ -170,14 +172,14 @@ class RecordSet(ItemFolder):
         *,
         image_root: str | Path | None = None,
     ) -> RecordSet:
-        """Write records one after the other; the folder counts as written only when it is complete.
+        """Write a stream of records; the folder is valid only after the last one was written.
 
         Args:
             folder: Output folder, created if absent. Remains of an interrupted write are replaced.
-            records: Any iterable; it is consumed once and never held in memory.
-            manifest: Facts to keep with the records, such as their source.
-            image_root: Images in files below this folder are stored as relative paths, all others as bytes. None
-                (default) stores every image as bytes, so that the folder can be moved.
+            records: Iterable of records, consumed once without holding them in memory.
+            manifest: Facts to store with the records, such as their source.
+            image_root: Image files below this folder are stored as relative paths, all other images as bytes.
+                Defaults to None, which stores every image as bytes, so that the folder can be moved.
 
         Returns:
             RecordSet: The written records.
@@ -210,14 +212,14 @@ class RecordSet(ItemFolder):
 
 
 class RecordWriter:
-    """Write a :class:`RecordSet` row by row, with columns of one's own if need be.
+    """Writer of a :class:`RecordSet`, row by row and with optional additional columns.
 
-    Use it as a context manager, then call :meth:`finish`; without that the folder stays unfinished.
+    Use it as a context manager and call :meth:`finish` afterwards; until then the folder is unfinished.
 
     Args:
         folder: Output folder.
-        image_root: As in :meth:`RecordSet.write`.
-        extra: Further columns of the rows. Defaults to none.
+        image_root: As for :meth:`RecordSet.write`.
+        extra: Arrow fields of additional columns. Defaults to none.
 
     Raises:
         FileExistsError: If the folder already holds finished records.
@@ -228,7 +230,9 @@ class RecordWriter:
     ) -> None:
         self.folder = Path(folder)
         if is_complete(self.folder):
-            raise FileExistsError(f"{folder}: already holds finished records; choose another folder or remove it")
+            raise FileExistsError(
+                f"{folder}: already contains finished records; choose another folder or remove this one"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in [*self.folder.glob("items-*.parquet*"), *self.folder.glob("rows-*.parquet*")]:
             stale.unlink()
@@ -240,10 +244,10 @@ class RecordWriter:
 
         Args:
             record: The record.
-            **extra: Values of the further columns.
+            **extra: Values of the additional columns.
 
         Raises:
-            BadImageError: If one of its images cannot be read; no row is appended then.
+            BadImageError: If one of its images cannot be read. The row is not appended then.
         """
         query, positive, *negatives = [
             self.items.add(item) for item in (record.query, record.positive, *record.negatives)
@@ -261,16 +265,16 @@ class RecordWriter:
         )
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Make the folder visible as finished.
+        """Write the manifest, which marks the folder as finished.
 
         Args:
-            manifest: Facts to keep with the records; counts and the image root are added.
+            manifest: Facts to store with the records; counts and the image root are added.
         """
         write_manifest(self.folder, {**manifest, **self.counts})
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What every record manifest says: numbers of items and rows, and where image paths start."""
+        """Entries of every record manifest: number of items, number of rows and the image root."""
         root = None if self.items.root is None else str(self.items.root)
         return {"items": self.items.shards.rows, "rows": self.rows.rows, "image_root": root}
 

@@ -1,4 +1,4 @@
-"""The judge files that UniME-V2 released, in and out."""
+"""Importer and exporter of the judge score files released with UniME-V2."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from unime_st.data.logits import check_scores, to_logits, to_scores
 from unime_st.data.manifest import begin_stage, finish_stage, publish
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows
-from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, require_some, write_checked
+from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
 
 PLACEHOLDER = "<|image_1|>"
-"""Stands in the released texts where their image belongs."""
+"""Image placeholder in the texts of the released files."""
 
 SCORE_DIVISOR = 1.05
-"""What the released scores' log-odds were divided by: the judge's repetition penalty (spec: scores are
-sigmoid((l_Yes - l_No) / 1.05))."""
+"""Divisor of the log-odds in the released files: scores are sigmoid((l_Yes - l_No) / 1.05), where 1.05 is the judge's
+repetition penalty."""
 
 _COLUMNS = (
     pa.field("scores", pa.list_(pa.float64())),
@@ -49,30 +49,30 @@ def import_released(
     workers: int = 4,
     overwrite: bool = False,
 ) -> RecordSet:
-    """Import a released UniME-V2 training file (a JSON list of up to a million records) without loading it whole.
+    """Import a released UniME-V2 training file, a JSON list of up to a million records that is read as a stream.
 
-    Texts lose the placeholder in front (images come first anyway); scores become log-odds. The exact scores and image
-    paths, and the whole record where it has another form than usual, are kept in further columns, so that
-    :func:`export_released` gives back what was read. Records that cannot be used go to ``rejected.jsonl``.
+    A leading image placeholder is removed from texts, and scores are converted to log-odds. The exact scores and image
+    paths, and the whole record where it deviates from the usual form, are stored in additional columns, so that
+    :func:`export_released` reproduces the file. Invalid records go to ``rejected.jsonl``.
 
     Args:
         source: The JSON file.
-        output: Folder to write.
-        image_root: Folder that the file's image paths are relative to: a copy of TIGER-Lab/MMEB-train.
-        score_divisor: Log-odds = logit(score) * divisor. Defaults to 1.05, which gives l_Yes - l_No of the released
-            files; 1.0 takes the scores at face value.
-        read_images: Decode every image once and know items by content. False does not touch the images, so that they
-            may be elsewhere; an image is then known by its path. Defaults to True.
-        limit: Read only so many records. Defaults to None, all.
-        workers: Threads that decode. Defaults to 4.
-        overwrite: Replace an output made with other options. Defaults to False.
+        output: Output folder.
+        image_root: Folder that the image paths in the file are relative to: a copy of TIGER-Lab/MMEB-train.
+        score_divisor: Factor in log-odds = logit(score) * divisor. Defaults to 1.05, which recovers l_Yes - l_No from
+            the released files. 1.0 uses the scores as they are.
+        read_images: Decode every image once and identify items by content. False does not read the images, which may
+            be elsewhere; an image is then identified by its path. Defaults to True.
+        limit: Maximum number of records. Defaults to None, all.
+        workers: Number of decoding threads. Defaults to 4.
+        overwrite: Replace an output that was made with other options. Defaults to False.
 
     Returns:
-        RecordSet: Judged records; ``dataset`` is the folder name behind ``images/`` of the first path that has one.
+        RecordSet: Judged records. ``dataset`` is the folder below ``images/`` of the first image path.
 
     Raises:
-        ValueError: If the file is damaged or nothing could be imported.
-        StageConflictError: If the output was made of something else and ``overwrite`` is False.
+        ValueError: If the file is damaged or no record could be imported.
+        StageConflictError: If the output was made with other inputs or options and ``overwrite`` is False.
 
     Example:
         ::
@@ -99,7 +99,7 @@ def import_released(
         rows = tqdm(islice(read_rows(source), limit), desc=f"importing {source.name}", unit="row")
         candidates = _candidates(rows, root, score_divisor, read_images, rejected)
         write_checked(candidates, writer, rejected, checker)
-    require_some(writer, rejected, source)
+    raise_if_empty(writer, rejected, source)
     finish_stage(output, {**writer.counts, "source": str(source), "rejected": rejected.count})
     return RecordSet.load(output)
 
@@ -111,22 +111,23 @@ def export_released(
     score_divisor: float = SCORE_DIVISOR,
     image_folder: str | Path | None = None,
 ) -> int:
-    """Write judged records in the form of the released files.
+    """Write judged records in the format of the released files.
 
-    Records imported from such a file come out equal to their source; others are put into its form.
+    Records that were imported from such a file are reproduced exactly.
 
     Args:
         records: Judged records.
-        path: JSON file to write; it appears when it is complete.
-        score_divisor: Score = sigmoid(log-odds / divisor) for records that were not imported. Defaults to 1.05.
-        image_folder: Where images that are stored as bytes are written, named by their content; the JSON then holds
-            paths relative to it. Defaults to None, which refuses such images.
+        path: JSON file to write. It appears only when it is complete.
+        score_divisor: Divisor in score = sigmoid(log-odds / divisor), for records without stored scores. Defaults to
+            1.05.
+        image_folder: Folder for images that are stored as bytes, named by their content hash. The JSON file then
+            contains paths relative to it. Defaults to None, which refuses such images.
 
     Returns:
         int: Number of records written.
 
     Raises:
-        ValueError: If a record was not judged, or an image has no path and there is no ``image_folder``.
+        ValueError: If a record was not judged, or an image has no path and ``image_folder`` is None.
 
     Example:
         See :func:`import_released`.
@@ -201,19 +202,19 @@ def _pair(values: Mapping[str, Any], text: str, image: str) -> tuple[str, str]:
 
 
 def released_item(text: str, path: str, root: Path, read_images: bool) -> Item:
-    """Make an item of a text and an image path, as MMEB-train and the released files give them.
+    """Create an item from a text and an image path of MMEB-train or a released file.
 
     Args:
-        text: Text; a placeholder in front, where the image belongs, is left out.
-        path: Image path relative to ``root``; empty for none.
-        root: Folder that the path must not leave.
-        read_images: Know the image by its content; otherwise by its path, without reading it.
+        text: Text; a leading image placeholder is removed.
+        path: Image path relative to ``root``; empty for no image.
+        root: Folder that contains the images.
+        read_images: Identify the image by its content. False identifies it by its path, without reading it.
 
     Returns:
         Item: The item.
 
     Raises:
-        ValueError: If there is neither a text nor an image, or the path leaves ``root``.
+        ValueError: If there is neither a text nor an image, or the path lies outside ``root``.
     """
     if not path:
         return Item(text)
@@ -238,9 +239,7 @@ def _exported(
     image_folder: str | Path | None,
 ) -> dict[str, Any]:
     if record.positive_logit is None:
-        raise ValueError(
-            f"a record of data set {record.dataset!r} was not judged; only judged records can be exported"
-        )
+        raise ValueError(f"a record of dataset {record.dataset!r} was not judged; only judged records can be exported")
     items = (record.query, record.positive, *record.negatives)
     paths = row.get("image_paths") or [_path(item.image, root, image_folder) for item in items]
     scores = row.get("scores") or to_scores([record.positive_logit, *record.negative_logits], divisor=divisor).tolist()
@@ -262,7 +261,7 @@ def _path(image: ImageRef | None, root: str | None, image_folder: str | Path | N
     if image.path is not None and image.member is None and root is not None:
         return Path(image.path).relative_to(Path(root).resolve()).as_posix()
     if image_folder is None:
-        raise ValueError(f"image {image.label} has no path of its own; give image_folder to write such images to")
+        raise ValueError(f"image {image.label} is stored as bytes; set image_folder to a folder for such images")
     return _saved(image, Path(image_folder))
 
 

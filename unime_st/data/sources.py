@@ -1,4 +1,4 @@
-"""Rows of JSON, JSON Lines, CSV, Parquet and `datasets` files, one after the other."""
+"""Row readers: stream the rows of JSON, JSON Lines, CSV, Parquet and `datasets` files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class SourceRow:
     """One row of a source.
 
     Args:
-        file: Name of the file it is in.
-        number: Its position in that file, from 0; a line number from 0 in JSON Lines.
-        values: Column values, or None if the row cannot be read.
-        error: Why it cannot be read.
+        file: Name of the file.
+        number: Position in the file, from 0; in JSON Lines the line number, from 0.
+        values: Values by column, or None if the row cannot be read.
+        error: Reason why the row cannot be read.
     """
 
     file: str
@@ -41,32 +41,32 @@ def read_rows(source: str | Path) -> Iterator[SourceRow]:
     """Stream the rows of a file or a folder of files.
 
     Args:
-        source: A .jsonl, .json (a list, or one object per line), .csv (with a header line) or .parquet file; a folder of them, read in order of
-            name; or a folder written by ``datasets.Dataset.save_to_disk``.
+        source: A .jsonl, .json (a list, or one object per line), .csv (with a header line) or .parquet file; a folder
+            of such files, read in order of their names; or a folder written by ``datasets.Dataset.save_to_disk``.
 
     Yields:
-        SourceRow: Each row; a broken JSON line is a row with an error.
+        SourceRow: Each row. A malformed JSON line gives a row with an error.
 
     Raises:
-        FileNotFoundError: If there is nothing to read.
-        ValueError: If a file has another format or is damaged beyond single rows.
+        FileNotFoundError: If the source does not exist or contains no such file.
+        ValueError: If a file has an unknown format or is damaged as a whole.
     """
     for path in source_files(source):
         yield from _read_datasets(path) if path.is_dir() else _read_file(path)
 
 
 def source_files(source: str | Path) -> list[Path]:
-    """Find what :func:`read_rows` reads.
+    """List the files that :func:`read_rows` reads.
 
     Args:
-        source: As there.
+        source: As for :func:`read_rows`.
 
     Returns:
-        list[Path]: Files in order, or the one folder of a saved dataset; images beside them are not among them.
+        list[Path]: Data files in order, or the folder of a saved dataset. Other files, such as images, are left out.
 
     Raises:
-        FileNotFoundError: If there is nothing to read.
-        ValueError: If the folder holds several splits.
+        FileNotFoundError: If the source does not exist or contains no data file.
+        ValueError: If the folder contains several splits of a dataset.
     """
     source = Path(source)
     if source.is_file():
@@ -75,25 +75,25 @@ def source_files(source: str | Path) -> list[Path]:
         raise FileNotFoundError(f"{source}: no such file or folder")
     if (source / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in source.iterdir() if path.is_dir())
-        raise ValueError(f"{source}: holds several splits; give the folder of one of them: {', '.join(splits)}")
+        raise ValueError(f"{source}: contains several splits; name the folder of one of them: {', '.join(splits)}")
     if (source / "state.json").is_file():
         return [source]
     files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES)
     similar = [path.name for path in source.iterdir() if _is_similar(path)]
     if similar:
-        logger.warning("%s: not read, for their endings: %s.", source, ", ".join(sorted(similar)))
+        logger.warning("%s: files with an unknown suffix are not read: %s.", source, ", ".join(sorted(similar)))
     if not files:
-        raise FileNotFoundError(f"{source}: no {', '.join(SUFFIXES)} file and not a saved dataset")
+        raise FileNotFoundError(f"{source}: neither {', '.join(SUFFIXES)} files nor a saved dataset")
     return files
 
 
 def _is_similar(path: Path) -> bool:
-    """Whether a file's name says that it holds rows, packed or in another spelling: rows.jsonl.gz, ROWS.JSONL."""
+    """Whether a file looks like a compressed or differently spelled data file: rows.jsonl.gz, ROWS.JSONL."""
     return path.suffix not in SUFFIXES and any(part.lower() in SUFFIXES for part in path.suffixes)
 
 
 def json_list(path: str | Path) -> Iterator[Any]:
-    """Stream the elements of a JSON file that is one long list, in memory bounded by its largest element.
+    """Stream the elements of a JSON list from a file; memory is bounded by the largest element.
 
     Args:
         path: The file.
@@ -102,7 +102,7 @@ def json_list(path: str | Path) -> Iterator[Any]:
         Any: Each element.
 
     Raises:
-        ValueError: If the file is not a JSON list; the message says at which element reading stopped.
+        ValueError: If the file is not a JSON list; the message names the element where reading stopped.
 
     Example:
         >>> import tempfile, pathlib
@@ -119,14 +119,14 @@ def json_list(path: str | Path) -> Iterator[Any]:
                 yield element
                 count += 1
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: damaged JSON list after element {count} ({error})") from error
+            raise ValueError(f"{path}: damaged JSON list after {count} elements ({error})") from error
 
 
 class _ListReader:
-    """Decodes one element at a time out of a buffer that grows only while an element does not fit."""
+    """Decodes one element at a time from a buffer that grows only if an element does not fit."""
 
     def __init__(self, handle: TextIO) -> None:
-        self.handle, self.buffer, self.place, self.ended = handle, "", 0, False
+        self.handle, self.buffer, self.position, self.ended = handle, "", 0, False
         self.decoder = json.JSONDecoder()
 
     def elements(self) -> Iterator[Any]:
@@ -140,44 +140,44 @@ class _ListReader:
                 yield self._element()
             self._expect("]")
         if self._next():
-            raise json.JSONDecodeError("something follows the list", self.buffer, self.place)
+            raise json.JSONDecodeError("unexpected content after the list", self.buffer, self.position)
 
     def _next(self) -> str:
-        """The next character that is not white space, or "" at the end."""
+        """Next character that is not white space, or "" at the end of the file."""
         while True:
-            while self.place < len(self.buffer) and self.buffer[self.place] in " \t\r\n":
-                self.place += 1
-            if self.place < len(self.buffer):
-                return self.buffer[self.place]
+            while self.position < len(self.buffer) and self.buffer[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.buffer):
+                return self.buffer[self.position]
             if not self._more():
                 return ""
 
     def _expect(self, character: str) -> None:
         if self._next() != character:
-            raise json.JSONDecodeError(f"expected {character!r}", self.buffer, self.place)
-        self.place += 1
+            raise json.JSONDecodeError(f"expected {character!r}", self.buffer, self.position)
+        self.position += 1
 
     def _element(self) -> Any:
         self._next()
         while True:
             try:
-                element, end = self.decoder.raw_decode(self.buffer, self.place)
+                element, end = self.decoder.raw_decode(self.buffer, self.position)
             except json.JSONDecodeError:
                 if not self._more():
                     raise
                 continue
-            # A number at the end of the buffer may go on in the file.
+            # A number at the end of the buffer may continue in the file.
             if end == len(self.buffer) and self.buffer[end - 1] not in '}]"' and self._more():
                 continue
-            self.place = end
+            self.position = end
             return element
 
     def _more(self) -> bool:
-        # At least doubling what is kept makes the repeated attempts at one long element linear in its length.
-        kept = self.buffer[self.place :]
+        # At least doubling the buffer makes repeated attempts at one long element linear in its length.
+        kept = self.buffer[self.position :]
         fresh = "" if self.ended else self.handle.read(max(_CHUNK, len(kept)))
         self.ended = not fresh
-        self.buffer, self.place = kept + fresh, 0
+        self.buffer, self.position = kept + fresh, 0
         return bool(fresh)
 
 
@@ -215,13 +215,13 @@ def _read_lines(path: Path) -> Iterator[SourceRow]:
 
 def _read_csv(path: Path) -> Iterator[SourceRow]:
     csv.field_size_limit(_LONGEST_CELL)
-    # Bytes that are no UTF-8 become lone surrogates, and an item refuses these: the row is set aside, not the file.
+    # Bytes that are not UTF-8 become lone surrogates, which an item refuses: the row is rejected, not the file.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         reader = csv.DictReader(handle)
         try:
             for number, values in enumerate(reader):
-                if None in values or None in values.values():  # cells without a header, a header without a cell
-                    yield SourceRow(path.name, number, None, "not as many cells as the header has")
+                if None in values or None in values.values():  # more, or fewer, cells than headers
+                    yield SourceRow(path.name, number, None, "the number of cells differs from the header")
                 else:
                     yield SourceRow(path.name, number, dict(values))
         except csv.Error as error:
@@ -245,7 +245,7 @@ def _read_parquet(path: Path) -> Iterator[SourceRow]:
 def _read_datasets(folder: Path) -> Iterator[SourceRow]:
     import datasets
 
-    # The Arrow format hands out images as they are stored, undecoded.
+    # The Arrow format returns images as stored, undecoded.
     rows = datasets.load_from_disk(str(folder)).with_format("arrow")
     yield from _batches(folder.name, rows.iter(batch_size=_BATCH))
 

@@ -1,4 +1,4 @@
-"""Setting bad records aside: what is wrong with them, and where it is written down."""
+"""Record validation: rows with unreadable images or malformed values go to ``rejected.jsonl`` with a reason."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """A record on its way into a folder.
+    """A parsed record whose images have not been checked yet.
 
     Args:
-        where: Words that say where it came from: file, row, data set.
+        where: Origin of the record for messages: file, row, dataset.
         record: The record.
-        extra: Values of further columns.
+        extra: Values of additional columns.
     """
 
     where: dict[str, Any]
@@ -40,12 +40,12 @@ class Candidate:
 
 
 class RejectedWriter:
-    """Keeps what could not be used: ``rejected.jsonl``, published when its block ends without an error.
+    """Context manager that writes rejected rows to ``rejected.jsonl``; the file appears when the block ends cleanly.
 
     Args:
         folder: Stage folder.
-        name: Name of the file. Defaults to ``rejected.jsonl``.
-        log_count: Log how many there are when done. Defaults to True.
+        name: File name. Defaults to ``rejected.jsonl``.
+        log_count: Log the number of rejected rows at the end. Defaults to True.
     """
 
     def __init__(self, folder: Path, name: str = REJECTED, *, log_count: bool = True) -> None:
@@ -54,20 +54,20 @@ class RejectedWriter:
         self._temporary = self.path.with_name(f"{name}.{os.getpid()}.tmp")
 
     def add(self, reason: str, **where: Any) -> None:
-        """Set one thing aside.
+        """Record one rejected row.
 
         Args:
-            reason: Why, in words.
-            **where: What it was: file, row, data set, ids.
+            reason: Why it was rejected.
+            **where: Which row it is: file, row, dataset, ids.
         """
         entry = json.dumps({**where, "reason": reason}, ensure_ascii=False, default=str)
-        # A lone surrogate in broken data must not keep the reason from being written.
+        # Broken data may hold lone surrogates, which UTF-8 cannot encode.
         self._handle.write(entry.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
         self.count += 1
         self.first = self.first or entry
 
     def __enter__(self) -> RejectedWriter:
-        self.path.unlink(missing_ok=True)  # of an interrupted run
+        self.path.unlink(missing_ok=True)  # left by an interrupted run
         self._handle = self._temporary.open("w", encoding="utf-8")
         return self
 
@@ -78,15 +78,15 @@ class RejectedWriter:
             return
         publish(self._temporary, self.path)
         if self.log_count:
-            logger.warning("%d set aside in %s; the first: %s", self.count, self.path, self.first)
+            logger.warning("%d rows rejected, see %s; the first: %s", self.count, self.path, self.first)
 
 
 class ImageChecker:
-    """Finds out which items have unreadable images, in threads, each distinct image once.
+    """Checks in threads whether the images of items can be read; each distinct image is checked once.
 
     Args:
         workers: Number of threads.
-        full: Decode the pixels; otherwise only the header.
+        full: Decode the pixels. False checks the header only. Defaults to True.
     """
 
     def __init__(self, workers: int, *, full: bool = True) -> None:
@@ -95,13 +95,13 @@ class ImageChecker:
         self._sound: set[Any] = set()
 
     def errors(self, items: Iterable[Item]) -> dict[int, str]:
-        """Check items.
+        """Check the images of items.
 
         Args:
-            items: Any items.
+            items: Items, with or without images.
 
         Returns:
-            dict[int, str]: Reason by ``id(item)`` for those whose image is unreadable.
+            dict[int, str]: Maps ``id(item)`` to the reason, for items whose image is unreadable.
         """
         with_images = [item for item in items if item.image is not None]
         reasons = self._pool.map(self._reason, with_images)
@@ -130,13 +130,13 @@ class ImageChecker:
 def write_checked(
     candidates: Iterator[Candidate], writer: RecordWriter, rejected: RejectedWriter, checker: ImageChecker | None
 ) -> None:
-    """Write records whose images are sound and set the others aside.
+    """Write the records whose images can be read, and reject the others.
 
     Args:
-        candidates: The records, consumed as they come.
-        writer: Where sound ones go.
-        rejected: Where the others go.
-        checker: What looks at the images; None trusts them.
+        candidates: Stream of records.
+        writer: Receives the accepted records.
+        rejected: Receives the others with their reasons.
+        checker: Checks the images. None accepts them unchecked.
     """
     while batch := list(islice(candidates, _BATCH)):
         reasons = {} if checker is None else checker.errors(item for entry in batch for item in _items(entry.record))
@@ -148,24 +148,24 @@ def write_checked(
             writer.add(entry.record, **entry.extra)
 
 
-def require_some(writer: RecordWriter, rejected: RejectedWriter, source: Path) -> None:
-    """Refuse a result without a single record.
+def raise_if_empty(writer: RecordWriter, rejected: RejectedWriter, source: Path) -> None:
+    """Raise an error if an import produced no record.
 
     Args:
-        writer: What was written.
-        rejected: What was set aside.
-        source: What was read.
+        writer: Writer of the accepted records.
+        rejected: Writer of the rejected rows.
+        source: Path that was imported, for the message.
 
     Raises:
-        ValueError: If nothing was written.
+        ValueError: If no record was written.
     """
     if writer.rows.rows:
         return
     if rejected.count:
         raise ValueError(
-            f"{source}: all {rejected.count} pairs were rejected, see {rejected.path}; first: {rejected.first}"
+            f"{source}: all {rejected.count} pairs were rejected, see {rejected.path}; the first: {rejected.first}"
         )
-    raise ValueError(f"{source}: no pairs; the source is empty or no two rows meet the conditions of a join")
+    raise ValueError(f"{source}: no pairs found; the source is empty, or no two rows meet the conditions of a join")
 
 
 def _items(record: PairRecord) -> tuple[Item, ...]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from unime_st.data.scenes import FOIL_CATEGORIES, SCENE_TASKS, foils, retrieval_data, training_records
-from unime_st.data.scenes.contrast import contrast, scene_for
+from unime_st.data.scenes.contrast import contrastive_record, sample_scene_for
 from unime_st.data.scenes.draw import draw_scene
-from unime_st.data.scenes.foils import make_foil
-from unime_st.data.scenes.language import all_answers, ask, ask_again, edit, long_caption
+from unime_st.data.scenes.foils import sample_foil
+from unime_st.data.scenes.language import all_answers, long_caption, sample_edit, sample_question, sample_wrong_answer
 from unime_st.data.scenes.world import OPPOSITE, RELATIONS, Scene, Thing, describe, related, sample_scene
 
 
@@ -27,7 +27,7 @@ def test_descriptions_are_true_and_foils_are_false(seed: int) -> None:
         scene = sample_scene(rng)
         assert describe(scene, rng).true_of(scene)
         for category in FOIL_CATEGORIES:
-            pair = make_foil(category, scene, rng)
+            pair = sample_foil(category, scene, rng)
             if pair is not None:
                 true, false = pair
                 assert true.true_of(scene) and not false.true_of(scene)
@@ -60,7 +60,7 @@ def test_an_edit_changes_exactly_one_attribute() -> None:
     rng = random.Random(2)
     for _ in range(200):
         scene = sample_scene(rng)
-        _, changed = edit(scene, rng)
+        _, changed = sample_edit(scene, rng)
         differences = [
             name
             for before, after in zip(scene.things, changed.things)
@@ -74,8 +74,8 @@ def test_questions_have_known_answers_and_wrong_ones_differ() -> None:
     rng = random.Random(3)
     known = set(all_answers())
     for _ in range(500):
-        _, answer = ask(sample_scene(rng), rng)
-        wrong = ask_again(answer, rng)
+        _, answer = sample_question(sample_scene(rng), rng)
+        wrong = sample_wrong_answer(answer, rng)
         assert answer in known and wrong in known and wrong != answer
 
 
@@ -83,13 +83,13 @@ def test_questions_have_known_answers_and_wrong_ones_differ() -> None:
 def test_every_kind_of_record_has_different_positive_and_negative(kind: str) -> None:
     rng = random.Random(4)
     for _ in range(20):
-        record = contrast(kind, scene_for(kind, rng, "train"), rng)
+        record = contrastive_record(kind, sample_scene_for(kind, rng, "train"), rng)
         assert record.positive != record.negatives[0] and record.dataset == kind
 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="Unknown kind"):
-        contrast("audio", sample_scene(random.Random(0)), random.Random(0))
+        contrastive_record("audio", sample_scene(random.Random(0)), random.Random(0))
     with pytest.raises(ValueError, match="short_t2i"):
         retrieval_data("audio")
     with pytest.raises(ValueError, match="swap_att"):
@@ -99,7 +99,7 @@ def test_an_unknown_kind_is_refused() -> None:
 def test_images_differ_by_what_they_show() -> None:
     scene = sample_scene(random.Random(5))
     same = [np.asarray(draw_scene(scene, random.Random(seed)), dtype=float) for seed in (0, 1)]
-    other = np.asarray(draw_scene(edit(scene, random.Random(0))[1], random.Random(0)), dtype=float)
+    other = np.asarray(draw_scene(sample_edit(scene, random.Random(0))[1], random.Random(0)), dtype=float)
     assert same[0].shape == (84, 84, 3) and (same[0] != same[1]).any()
     assert (same[0] != other).any()
 

@@ -1,4 +1,4 @@
-"""Procedurally drawn scenes: real images with known meaning, for the embedded default and its evaluation."""
+"""Synthetic scenes: drawn images with known content, to train and evaluate ``unime-tiny``."""
 
 from __future__ import annotations
 

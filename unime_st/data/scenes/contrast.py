@@ -1,4 +1,4 @@
-"""One training example of any kind: a query about a scene, its right answer, and a wrong one that is hard to tell."""
+"""Training pairs with one hard negative about a synthetic scene, one function for all scene tasks."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import random
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord
 from unime_st.data.scenes.draw import crop_thing, draw_scene, to_png
-from unime_st.data.scenes.foils import FOIL_CATEGORIES, make_foil
+from unime_st.data.scenes.foils import FOIL_CATEGORIES, sample_foil
 from unime_st.data.scenes.language import (
-    ask,
-    ask_again,
-    edit,
     full_pattern,
     long_caption,
     noun_phrase,
+    sample_edit,
+    sample_question,
+    sample_wrong_answer,
     short_caption,
     unique_pattern,
 )
 from unime_st.data.scenes.world import ATTRIBUTES, Scene, Thing, describe, sample_scene
 
-# Every query carries its instruction, as in MMEB.
+SCENE_TASKS = ("short_t2i", "short_i2t", "long_t2i", "long_i2t", "vqa", "grounding", "composed", "classification")
+
 INSTRUCTIONS = {
     "t2i": "find an image: {}",
     "i2t": "find a caption.",
@@ -29,35 +30,36 @@ INSTRUCTIONS = {
     "composed": "find this image, but {}.",
     "classification": "classify the object.",
 }
+"""Instruction of each kind of query, as in MMEB."""
 
 
 def scene_image(scene: Scene, rng: random.Random) -> Item:
-    """A drawing of ``scene``."""
+    """Draw a scene as an image item."""
     return Item(image=to_png(draw_scene(scene, rng)))
 
 
 def crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
-    """A drawing of one object of ``scene``, cut out and enlarged."""
+    """Draw a scene and crop one object of it, enlarged."""
     return Item(image=to_png(crop_thing(draw_scene(scene, rng), thing)))
 
 
 def with_instruction(kind: str, text: str = "", image: Item | None = None) -> Item:
-    """A query: the instruction of its kind around ``text``, with the image that it is about."""
+    """Build a query from the instruction of its kind, a text and the image it refers to."""
     return Item(text=INSTRUCTIONS[kind].format(text), image=None if image is None else image.image)
 
 
-def label(scene: Scene) -> str:
-    """The class of a scene with one object."""
+def class_label(scene: Scene) -> str:
+    """Class label of a scene with a single object."""
     return f"{scene.things[0].color} {scene.things[0].shape}"
 
 
-def scene_for(kind: str, rng: random.Random, split: str) -> Scene:
-    """A random scene of the size that tasks of this kind ask about."""
+def sample_scene_for(kind: str, rng: random.Random, split: str) -> Scene:
+    """Sample a scene with the number of objects that this kind of task uses."""
     return sample_scene(rng, split, counts=(1,) if kind == "classification" else (2, 2, 2, 3, 3, 4))
 
 
-def grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
-    """An object and words that single it out in its image."""
+def sample_grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
+    """Sample an object and a referring expression that is unique in its scene."""
     while True:
         thing = rng.choice(scene.things)
         pattern = unique_pattern(scene, thing, rng)
@@ -66,9 +68,9 @@ def grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
 
 
 def _short(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A true short caption and a false one: by a compositional edit, or true of another scene."""
+    """A true short caption and a false one, which is a compositional foil or describes another scene."""
     if rng.random() < 0.6:
-        pair = make_foil(rng.choice(FOIL_CATEGORIES), scene, rng)
+        pair = sample_foil(rng.choice(FOIL_CATEGORIES), scene, rng)
         if pair is not None:
             seed = rng.getrandbits(32)
             true, false = (short_caption(description, random.Random(seed)) for description in pair)
@@ -76,28 +78,28 @@ def _short(scene: Scene, rng: random.Random) -> tuple[str, str]:
     detail = rng.choice((0.3, 0.6, 0.9))
     true_description = describe(scene, rng, detail)
     while True:
-        other = edit(scene, rng)[1] if rng.random() < 0.5 else scene_for("short", rng, scene.split)
+        other = sample_edit(scene, rng)[1] if rng.random() < 0.5 else sample_scene_for("short", rng, scene.split)
         false_description = describe(other, rng, detail)
         if not false_description.true_of(scene):
             return short_caption(true_description, rng), short_caption(false_description, rng)
 
 
 def _false_image(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
-    """A caption that is true of ``scene`` and another scene, often nearly the same, of which it is false."""
+    """A caption that is true of ``scene`` and a (often similar) scene of which it is false."""
     while True:
         description = describe(scene, rng, rng.choice((0.3, 0.6, 0.9)))
         for _ in range(4):
-            other = edit(scene, rng)[1] if rng.random() < 0.6 else scene_for("short", rng, scene.split)
+            other = sample_edit(scene, rng)[1] if rng.random() < 0.6 else sample_scene_for("short", rng, scene.split)
             if not description.true_of(other):
                 return short_caption(description, rng), other
 
 
 def wrong_crop(scene: Scene, thing: Thing, rng: random.Random) -> Item:
-    """A crop of another object that looks different, mostly of the same image."""
+    """A crop of an object with a different appearance, mostly from the same image."""
     others = [other for other in scene.things if full_pattern(other) != full_pattern(thing)]
     if others and rng.random() < 0.7:
         return crop(scene, rng.choice(others), rng)
-    other = scene_for("grounding", rng, scene.split)
+    other = sample_scene_for("grounding", rng, scene.split)
     wrong = [candidate for candidate in other.things if full_pattern(candidate) != full_pattern(thing)]
     return crop(other, rng.choice(wrong), rng) if wrong else wrong_crop(scene, thing, rng)
 
@@ -109,16 +111,19 @@ def _wrong_label(scene: Scene, rng: random.Random) -> str:
     return f"{thing['color']} {thing['shape']}"
 
 
-def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
-    """One training pair of the given kind about ``scene``, with one hard negative.
+def contrastive_record(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
+    """Sample a training pair about a scene, with one hard negative.
 
     Args:
-        kind: A name of :data:`unime_st.data.scenes.SCENE_TASKS`.
-        scene: What the query is about.
-        rng: Source of randomness of words and drawing.
+        kind: One of :data:`unime_st.data.scenes.SCENE_TASKS`.
+        scene: Scene of the query.
+        rng: Random generator for words and drawing.
 
     Returns:
-        A record with exactly one negative, which is false for the query by the scene's meaning.
+        PairRecord: A record with exactly one negative, which is false for the query by the content of the scene.
+
+    Raises:
+        ValueError: If ``kind`` is unknown.
     """
     seen = scene_image(scene, rng)
 
@@ -132,24 +137,28 @@ def contrast(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
         caption, other = _false_image(scene, rng)
         return record(with_instruction("t2i", caption), seen, scene_image(other, rng))
     if kind in ("long_i2t", "long_t2i"):
-        other = edit(scene, rng)[1]
+        other = sample_edit(scene, rng)[1]
         if kind == "long_t2i":
             return record(with_instruction("t2i", long_caption(scene, rng)), seen, scene_image(other, rng))
         captions = (long_caption(scene, rng), long_caption(other, rng))
         return record(with_instruction("i2t", image=seen), Item(text=captions[0]), Item(text=captions[1]))
     if kind == "vqa":
-        question, answer = ask(scene, rng)
-        return record(with_instruction("vqa", question, seen), Item(text=answer), Item(text=ask_again(answer, rng)))
+        question, answer = sample_question(scene, rng)
+        return record(
+            with_instruction("vqa", question, seen), Item(text=answer), Item(text=sample_wrong_answer(answer, rng))
+        )
     if kind == "grounding":
-        thing, words = grounding_target(scene, rng)
+        thing, words = sample_grounding_target(scene, rng)
         return record(
             with_instruction("grounding", words, seen), crop(scene, thing, rng), wrong_crop(scene, thing, rng)
         )
     if kind == "composed":
-        words, changed = edit(scene, rng)
-        wrong = scene if rng.random() < 0.5 else edit(changed, rng)[1]
+        words, changed = sample_edit(scene, rng)
+        wrong = scene if rng.random() < 0.5 else sample_edit(changed, rng)[1]
         return record(with_instruction("composed", words, seen), scene_image(changed, rng), scene_image(wrong, rng))
     if kind == "classification":
         wrong_label = _wrong_label(scene, rng)
-        return record(with_instruction("classification", image=seen), Item(text=label(scene)), Item(text=wrong_label))
-    raise ValueError(f"Unknown kind of record {kind!r}.")
+        return record(
+            with_instruction("classification", image=seen), Item(text=class_label(scene)), Item(text=wrong_label)
+        )
+    raise ValueError(f"Unknown kind of record {kind!r}; expected one of {', '.join(SCENE_TASKS)}.")

@@ -1,4 +1,4 @@
-"""Draws scenes with Pillow: 84 x 84 pixels, a 3 x 3 grid of cells, each object jittered within its cell."""
+"""Drawing of scenes with Pillow: 84 x 84 pixels, a 3 x 3 grid, each object jittered within its cell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unime_st.data.scenes.world import Scene, Thing
 
 CELL = 28
 SIDE = 3 * CELL
-_SCALE = 4  # objects are drawn larger and shrunk once, so that edges come out smooth
+_SCALE = 4  # supersampling factor, for smooth edges
 _PAINT = {
     "red": (215, 30, 35),
     "green": (30, 150, 55),
@@ -29,12 +29,12 @@ _PAINT = {
 
 
 def _points(shape: str, side: float) -> list[tuple[float, float]]:
-    """Corners of the polygonal shapes in a square of the given side."""
-    centre = side / 2
+    """Vertices of a polygonal shape in a square of the given side."""
+    center = side / 2
     if shape == "square":
         return [(0, 0), (side, 0), (side, side), (0, side)]
     if shape == "triangle":
-        return [(centre, 0), (side, side), (0, side)]
+        return [(center, 0), (side, side), (0, side)]
     if shape == "cross":
         a, b = side * 0.33, side * 0.67
         return [
@@ -51,14 +51,14 @@ def _points(shape: str, side: float) -> list[tuple[float, float]]:
             (0, a),
             (a, a),
         ]
-    radii = [centre if corner % 2 == 0 else centre * 0.42 for corner in range(10)]  # star
+    radii = [center if corner % 2 == 0 else center * 0.42 for corner in range(10)]  # star
     angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
-    return [(centre + r * math.cos(a), centre + r * math.sin(a)) for r, a in zip(radii, angles)]
+    return [(center + r * math.cos(a), center + r * math.sin(a)) for r, a in zip(radii, angles)]
 
 
 @cache
 def _tile(color: str, shape: str, size: str, texture: str) -> Image.Image:
-    """One object as a small image with transparency."""
+    """Image of one object with transparency."""
     side = (26 if size == "large" else 16) * _SCALE
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
@@ -84,18 +84,18 @@ def _tile(color: str, shape: str, size: str, texture: str) -> Image.Image:
 
 
 def _corner(thing: Thing, tile: Image.Image, rng: random.Random) -> tuple[int, int]:
-    """Upper left corner of an object: centred in its cell, moved by up to two pixels."""
+    """Upper left corner of an object: centered in its cell, jittered by up to two pixels."""
     slack = min(2, (CELL - tile.width) // 2)
     row, column = thing.cell
-    centre = (CELL - tile.width) // 2
+    center = (CELL - tile.width) // 2
     return (
-        column * CELL + centre + rng.randint(-slack, slack),
-        row * CELL + centre + rng.randint(-slack, slack),
+        column * CELL + center + rng.randint(-slack, slack),
+        row * CELL + center + rng.randint(-slack, slack),
     )
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw ``scene``; ``rng`` only moves the objects a little, so two drawings of a scene are near-duplicates."""
+    """Draw a scene. ``rng`` only jitters the objects, so two drawings of a scene are near-duplicates."""
     image = Image.new("RGB", (SIDE, SIDE), _PAINT[scene.background])
     for thing in scene.things:
         tile = _tile(thing.color, thing.shape, thing.size, thing.texture)
@@ -104,14 +104,14 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def crop_thing(image: Image.Image, thing: Thing) -> Image.Image:
-    """The cell of ``thing`` cut out of a drawn scene and enlarged to the size of a scene."""
+    """Crop the cell of an object from a drawn scene, enlarged to the size of a scene."""
     row, column = thing.cell
     box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
     return image.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def to_png(image: Image.Image) -> bytes:
-    """Lossless bytes of a drawing."""
+    """Encode a drawing as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

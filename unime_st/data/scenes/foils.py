@@ -1,4 +1,4 @@
-"""Compositional foils: captions that are wrong by one small change, in SugarCrepe's seven categories."""
+"""Compositional foils: captions made false by one small edit, in SugarCrepe's seven categories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOIL_CATEGORIES = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swa
 
 
 def _caption_description(scene: Scene, rng: random.Random, relation: bool) -> Description:
-    """Two objects by colour and shape, now and then with one more attribute."""
+    """Description of two objects by color and shape, sometimes with one more attribute."""
     first, second = rng.sample(scene.things, 2)
     patterns = []
     for thing in (first, second):
@@ -46,7 +46,7 @@ def _with_pattern(description: Description, index: int, **attributes: str | None
 
 
 def _change(category: str, true: Description, rng: random.Random) -> Description | None:
-    """Apply the category's edit; None where this description does not allow it."""
+    """Apply the edit of a category; None if the description does not allow it."""
     index = rng.randrange(2)
     pattern = true.patterns[index]
     first, second = true.patterns
@@ -73,16 +73,16 @@ def _change(category: str, true: Description, rng: random.Random) -> Description
     return _with_pattern(true, index, **{name: rng.choice(ATTRIBUTES[name])})
 
 
-def make_foil(category: str, scene: Scene, rng: random.Random) -> tuple[Description, Description] | None:
-    """A true description of ``scene`` and a false one that differs by the category's edit.
+def sample_foil(category: str, scene: Scene, rng: random.Random) -> tuple[Description, Description] | None:
+    """Sample a true description of a scene and a false one that differs by the edit of a category.
 
     Args:
         category: One of :data:`FOIL_CATEGORIES`.
-        scene: The image's meaning; it needs two or more objects.
-        rng: Source of randomness.
+        scene: A scene with at least two objects.
+        rng: Random generator.
 
     Returns:
-        ``(true, false)``, or None where this scene and this draw allow no such foil.
+        tuple[Description, Description] | None: True and false description, or None if this draw allows no such foil.
     """
     relation = category in ("replace_rel", "swap_obj") or (
         category in ("replace_obj", "swap_att") and rng.random() < 0.5

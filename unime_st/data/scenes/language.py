@@ -1,4 +1,7 @@
-"""Words for scenes: short and long captions with paraphrases, questions with answers, edits."""
+"""Text for scenes: short and long captions with paraphrases, questions with answers, edits.
+
+``unime-tiny`` was trained on exactly these words, so their wording is part of its data.
+"""
 
 from __future__ import annotations
 
@@ -47,40 +50,40 @@ def _word(word: str, rng: random.Random) -> str:
 
 
 def noun_phrase(pattern: Pattern, rng: random.Random) -> str:
-    """ "large red striped circle"; an object whose shape is not named is an "object"."""
+    """Noun phrase such as "large red striped circle"; an object without a named shape is called "object"."""
     adjectives = [_word(value, rng) for name in ("size", "color", "texture") if (value := getattr(pattern, name))]
     return " ".join([*adjectives, pattern.shape or "object"])
 
 
 def short_caption(description: Description, rng: random.Random) -> str:
-    """One clause about one or two objects, worded in one of several ways."""
-    joint, told_from_the_other_side = rng.choice((" and ", " with ")), rng.random() < 0.3
+    """Short caption about one or two objects, in one of several paraphrases."""
+    joint, inverted = rng.choice((" and ", " with ")), rng.random() < 0.3
     nouns = [f"a {noun_phrase(pattern, rng)}" for pattern in description.patterns]
     if not description.relations:
         caption = joint.join(nouns)
     else:
         ((first, relation, second),) = description.relations
-        if told_from_the_other_side:
+        if inverted:
             first, relation, second = second, OPPOSITE[relation], first
         caption = f"{nouns[first]} {relation} {nouns[second]}"
     return f"{caption} on {description.background}" if description.background else caption
 
 
 def full_pattern(thing: Thing) -> Pattern:
-    """Everything there is to say about the look of an object."""
+    """Pattern with all visual attributes of an object."""
     return Pattern(thing.color, thing.shape, thing.size, thing.texture)
 
 
 def long_caption(scene: Scene, rng: random.Random) -> str:
-    """Several sentences that tell all of a scene, always more than the 77 tokens that CLIP can read."""
+    """Long caption that describes the whole scene, always longer than the 77 tokens of CLIP's context."""
     things = rng.sample(scene.things, len(scene.things))
     count = _NUMBERS[len(things)]
     noun = "object" if len(things) == 1 else "objects"
     sentences = [f"this picture shows exactly {count} {noun} on a {scene.background} background."]
     for thing in things:
         phrase = noun_phrase(full_pattern(thing), rng)
-        place = f"in the {POSITIONS[thing.cell]} part of the picture"
-        sentences.append(f"{place} there is a {phrase}." if rng.random() < 0.5 else f"a {phrase} can be seen {place}.")
+        where = f"in the {POSITIONS[thing.cell]} part of the picture"
+        sentences.append(f"{where} there is a {phrase}." if rng.random() < 0.5 else f"a {phrase} can be seen {where}.")
     for first, second in zip(things, things[1:]):
         relation = rng.choice([name for name in RELATIONS if related(first, name, second)])
         sentences.append(
@@ -96,7 +99,7 @@ def long_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def unique_pattern(scene: Scene, thing: Thing, rng: random.Random, without: str | None = None) -> Pattern | None:
-    """A minimal pattern that fits ``thing`` and no other object; None where that needs the attribute ``without``."""
+    """Pattern that matches only ``thing``; None if that requires the attribute ``without``."""
     names = [name for name in ATTRIBUTES if name != without]
     rng.shuffle(names)
     chosen: dict[str, str] = {}
@@ -119,7 +122,7 @@ def _attribute_question(scene: Scene, rng: random.Random) -> tuple[str, str] | N
     return f"what {name} is the {noun_phrase(pattern, rng)}?", getattr(thing, name)
 
 
-def _place_question(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+def _position_question(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     thing = rng.choice(scene.things)
     pattern = unique_pattern(scene, thing, rng)
     return None if pattern is None else (f"where is the {noun_phrase(pattern, rng)}?", POSITIONS[thing.cell])
@@ -152,7 +155,7 @@ def _relation_question(scene: Scene, rng: random.Random) -> tuple[str, str] | No
 
 _QUESTIONS = (
     (_attribute_question, 5),
-    (_place_question, 2),
+    (_position_question, 2),
     (_cell_question, 2),
     (_count_question, 1),
     (_background_question, 1),
@@ -160,8 +163,8 @@ _QUESTIONS = (
 )
 
 
-def ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question about ``scene`` that has exactly one right answer, and that answer."""
+def sample_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Sample a question about a scene with exactly one right answer, and the answer."""
     makers, weights = zip(*_QUESTIONS)
     while True:
         found = rng.choices(makers, weights)[0](scene, rng)
@@ -169,8 +172,8 @@ def ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
             return found
 
 
-def ask_again(answer: str, rng: random.Random) -> str:
-    """A wrong answer that could have been given instead of ``answer``: mostly one of the same kind."""
+def sample_wrong_answer(answer: str, rng: random.Random) -> str:
+    """Sample a plausible wrong answer, mostly of the same kind as the right one."""
     things = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     groups = (COLORS, SHAPES, SIZES, TEXTURES, BACKGROUNDS, tuple(POSITIONS.values()), tuple("1234"), tuple(things))
     (group,) = [group for group in groups if answer in group]
@@ -183,13 +186,13 @@ def ask_again(answer: str, rng: random.Random) -> str:
 
 
 def all_answers() -> list[str]:
-    """Every answer that :func:`ask` can give."""
+    """Every answer that :func:`sample_question` can give."""
     things = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     return [*COLORS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *POSITIONS.values(), "1", "2", "3", "4", *things]
 
 
-def edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
-    """Change one attribute of one object: the wording of the change, and the scene after it."""
+def sample_edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    """Sample an edit of one attribute of one object: its wording and the edited scene."""
     while True:
         index, name = rng.randrange(len(scene.things)), rng.choice(list(ATTRIBUTES))
         thing = scene.things[index]

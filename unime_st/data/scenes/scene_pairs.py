@@ -1,4 +1,4 @@
-"""Turns scenes into training records and evaluation sets of MMEB's four kinds and SugarCrepe's seven categories."""
+"""Datasets of scenes: training records, retrieval tasks of MMEB's four kinds, and SugarCrepe-style foils."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from dataclasses import dataclass, replace
 
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord
-from unime_st.data.scenes.contrast import contrast, grounding_target, label, scene_for, scene_image, with_instruction
+from unime_st.data.scenes.contrast import (
+    SCENE_TASKS,
+    class_label,
+    contrastive_record,
+    sample_grounding_target,
+    sample_scene_for,
+    scene_image,
+    with_instruction,
+)
 from unime_st.data.scenes.draw import crop_thing, draw_scene, to_png
-from unime_st.data.scenes.foils import FOIL_CATEGORIES, make_foil
-from unime_st.data.scenes.language import all_answers, ask, edit, full_pattern, long_caption, short_caption
+from unime_st.data.scenes.foils import FOIL_CATEGORIES, sample_foil
+from unime_st.data.scenes.language import (
+    all_answers,
+    full_pattern,
+    long_caption,
+    sample_edit,
+    sample_question,
+    short_caption,
+)
 from unime_st.data.scenes.world import COLORS, SHAPES, describe
 
-SCENE_TASKS = ("short_t2i", "short_i2t", "long_t2i", "long_i2t", "vqa", "grounding", "composed", "classification")
-
-# Share of each kind of record in the training data.
 TRAINING_MIX = {
     "short_t2i": 0.22,
     "short_i2t": 0.22,
@@ -27,17 +39,22 @@ TRAINING_MIX = {
     "composed": 0.05,
     "classification": 0.05,
 }
-_DUPLICATES = 0.1  # share of scenes that come twice: drawn anew, worded anew
+"""Share of each kind of record in the training data."""
+
+_DUPLICATES = 0.1  # share of scenes that occur twice, with another drawing and wording
 _GROUNDING_CANDIDATES = 20
 
 
 def training_records(size: int, *, split: str = "train", seed: int = 0) -> Iterator[PairRecord]:
-    """Pair records of all kinds about scenes of one split, with true duplicates and paraphrases among them.
+    """Generate pair records of all kinds about scenes of one split, including near-duplicates and paraphrases.
 
     Args:
         size: Number of records.
-        split: ``"train"``, ``"validation"`` or ``"test"``; a scene belongs to one of them by its content.
-        seed: Seed of the scenes, the drawing and the words.
+        split: ``"train"`` (default), ``"validation"`` or ``"test"``. Scenes of different splits never coincide.
+        seed: Seed of scenes, drawing and words. Defaults to 0.
+
+    Yields:
+        PairRecord: Query and positive, without negatives.
 
     Example:
         >>> from unime_st.data.scenes import training_records
@@ -50,16 +67,23 @@ def training_records(size: int, *, split: str = "train", seed: int = 0) -> Itera
     made = 0
     while made < size:
         (kind,) = rng.choices(kinds, weights)
-        scene = scene_for(kind, rng, split)
+        scene = sample_scene_for(kind, rng, split)
         for _ in range(2 if rng.random() < _DUPLICATES else 1):
             if made < size:
-                yield replace(contrast(kind, scene, rng), negatives=())
+                yield replace(contrastive_record(kind, scene, rng), negatives=())
                 made += 1
 
 
 @dataclass
 class RetrievalData:
-    """One evaluation set: items by id, the right documents of each query, and its candidates (None = all documents)."""
+    """Retrieval dataset of one task.
+
+    Args:
+        queries: Queries by id.
+        corpus: Documents by id.
+        relevant: Ids of the relevant documents of each query.
+        candidates: Ids of the candidates of each query. Defaults to None, the whole corpus.
+    """
 
     queries: dict[str, Item]
     corpus: dict[str, Item]
@@ -68,7 +92,7 @@ class RetrievalData:
 
 
 def _captions(rng: random.Random, split: str, size: int, long: bool, to_image: bool) -> RetrievalData:
-    scenes = [scene_for("short", rng, split) for _ in range(size)]
+    scenes = [sample_scene_for("short", rng, split) for _ in range(size)]
     descriptions = [describe(scene, rng, detail=0.7) for scene in scenes]
     words = [long_caption(s, rng) if long else short_caption(d, rng) for s, d in zip(scenes, descriptions)]
     images = [scene_image(scene, rng) for scene in scenes]
@@ -97,20 +121,20 @@ def _answers(rng: random.Random, split: str, size: int) -> RetrievalData:
     id_of = {item.text: name for name, item in corpus.items()}
     data = RetrievalData({}, corpus, {})
     for i in range(size):
-        scene = scene_for("vqa", rng, split)
-        question, answer = ask(scene, rng)
+        scene = sample_scene_for("vqa", rng, split)
+        question, answer = sample_question(scene, rng)
         data.queries[f"q{i}"] = with_instruction("vqa", question, scene_image(scene, rng))
         data.relevant[f"q{i}"] = {id_of[answer]}
     return data
 
 
 def _crops(rng: random.Random, split: str, size: int) -> RetrievalData:
-    data = RetrievalData({}, {}, {}, {})
+    data, candidates = RetrievalData({}, {}, {}), {}
     meaning, of_scene = {}, []
     asked = []
     for i in range(size):
-        scene = scene_for("grounding", rng, split)
-        thing, words = grounding_target(scene, rng)
+        scene = sample_scene_for("grounding", rng, split)
+        thing, words = sample_grounding_target(scene, rng)
         drawing = draw_scene(scene, rng)
         names = {f"d{i}_{j}": other for j, other in enumerate(scene.things)}
         for name, other in names.items():
@@ -125,16 +149,16 @@ def _crops(rng: random.Random, split: str, size: int) -> RetrievalData:
             name for name in rng.sample(everything, min(len(everything), _GROUNDING_CANDIDATES)) if name not in own
         ]
         listed = (own + others)[:_GROUNDING_CANDIDATES]
-        data.candidates[f"q{i}"] = listed  # type: ignore[index]
+        candidates[f"q{i}"] = listed
         data.relevant[f"q{i}"] = {name for name in listed if meaning[name] == asked[i]}
-    return data
+    return replace(data, candidates=candidates)
 
 
 def _edits(rng: random.Random, split: str, size: int) -> RetrievalData:
     data, meaning, wanted = RetrievalData({}, {}, {}), {}, {}
     for i in range(size):
-        scene = scene_for("composed", rng, split)
-        words, changed = edit(scene, rng)
+        scene = sample_scene_for("composed", rng, split)
+        words, changed = sample_edit(scene, rng)
         before = scene_image(scene, rng)
         data.queries[f"q{i}"] = with_instruction("composed", words, before)
         wanted[f"q{i}"] = changed
@@ -151,23 +175,24 @@ def _labels(rng: random.Random, split: str, size: int) -> RetrievalData:
     labels = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     data = RetrievalData({}, {f"d{i}": Item(text=label) for i, label in enumerate(labels)}, {})
     for i in range(size):
-        scene = scene_for("classification", rng, split)
+        scene = sample_scene_for("classification", rng, split)
         data.queries[f"q{i}"] = with_instruction("classification", image=scene_image(scene, rng))
-        data.relevant[f"q{i}"] = {f"d{labels.index(label(scene))}"}
+        data.relevant[f"q{i}"] = {f"d{labels.index(class_label(scene))}"}
     return data
 
 
 def retrieval_data(task: str, *, split: str = "test", size: int = 300, seed: int = 0) -> RetrievalData:
-    """Queries, documents and right answers of one scenes task.
+    """Generate the retrieval dataset of one scene task.
 
     Args:
         task: One of :data:`SCENE_TASKS`.
-        split: Split of the scenes; no scene is in two splits.
-        size: Number of queries.
-        seed: Seed of the scenes, the drawing and the words.
+        split: Split of the scenes. Defaults to "test".
+        size: Number of queries. Defaults to 300.
+        seed: Seed of scenes, drawing and words. Defaults to 0.
 
     Returns:
-        The set. A short caption counts as right for *every* image that it is true of.
+        RetrievalData: Queries, corpus and relevant documents. A short caption is relevant for every image of which it
+        is true.
 
     Raises:
         ValueError: If the task is unknown.
@@ -190,7 +215,7 @@ def retrieval_data(task: str, *, split: str = "test", size: int = 300, seed: int
 
 @dataclass
 class Foil:
-    """An image, a true caption and a false one that differs by a small change."""
+    """An image with a true caption and a foil, a false caption that differs by a small edit."""
 
     image: Item
     caption: str
@@ -199,13 +224,16 @@ class Foil:
 
 
 def foils(category: str, *, split: str = "test", size: int = 150, seed: int = 0) -> list[Foil]:
-    """Compositional foils of one of SugarCrepe's categories.
+    """Generate compositional foils of one of SugarCrepe's categories.
 
     Args:
         category: One of :data:`FOIL_CATEGORIES`.
-        split: Split of the scenes.
-        size: Number of foils.
-        seed: Seed of the scenes, the drawing and the words.
+        split: Split of the scenes. Defaults to "test".
+        size: Number of foils. Defaults to 150.
+        seed: Seed of scenes, drawing and words. Defaults to 0.
+
+    Returns:
+        list[Foil]: The foils.
 
     Raises:
         ValueError: If the category is unknown.
@@ -215,8 +243,8 @@ def foils(category: str, *, split: str = "test", size: int = 150, seed: int = 0)
     rng = random.Random(f"{category}-{split}-{seed}")
     made: list[Foil] = []
     while len(made) < size:
-        scene = scene_for("foil", rng, split)
-        pair = make_foil(category, scene, rng)
+        scene = sample_scene_for("foil", rng, split)
+        pair = sample_foil(category, scene, rng)
         if pair is not None:
             words = rng.getrandbits(32)  # the same choice of synonyms on both sides
             true, false = (short_caption(description, random.Random(words)) for description in pair)

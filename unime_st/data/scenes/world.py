@@ -1,4 +1,4 @@
-"""The world of the drawn scenes: what can be in an image, and what it means for a description to be true of it."""
+"""Scene model: objects with attributes on a grid, descriptions, and when a description is true of a scene."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One object of a scene: its look, and the cell (row, column) of the 3 x 3 grid that it stands in."""
+    """One object of a scene: its visual attributes and its cell (row, column) in the 3 x 3 grid."""
 
     color: str
     shape: str
@@ -32,32 +32,32 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a background, all in different cells."""
+    """Objects in different cells on a background."""
 
     things: tuple[Thing, ...]
     background: str
 
     @property
     def distinct(self) -> bool:
-        """Whether all objects look different, so that words can single out each."""
-        looks = {(thing.color, thing.shape, thing.size, thing.texture) for thing in self.things}
-        return len(looks) == len(self.things)
+        """Whether all objects differ in appearance, so that each can be described uniquely."""
+        appearances = {(thing.color, thing.shape, thing.size, thing.texture) for thing in self.things}
+        return len(appearances) == len(self.things)
 
     @property
     def split(self) -> str:
-        """The split this scene belongs to: a function of its content, so equal scenes never cross splits."""
+        """Split of the scene, derived from its content, so that equal scenes are always in the same split."""
         content = repr((sorted(self.things), self.background)).encode()
         bucket = hashlib.sha256(content).digest()[0]
         return "test" if bucket < 32 else "validation" if bucket < 48 else "train"
 
 
 def sample_scene(rng: random.Random, split: str | None = None, counts: tuple[int, ...] = (2, 2, 2, 3, 3, 4)) -> Scene:
-    """Draw a random scene, if ``split`` is given until one of that split comes.
+    """Sample a random scene, of one split if given.
 
     Args:
-        rng: Source of randomness.
-        split: ``"train"``, ``"validation"``, ``"test"`` or None for any.
-        counts: Numbers of objects to choose from, uniformly.
+        rng: Random generator.
+        split: ``"train"``, ``"validation"``, ``"test"``, or None for any. Defaults to None.
+        counts: Numbers of objects to sample from uniformly.
     """
     while True:
         cells = rng.sample(CELLS, rng.choice(counts))
@@ -71,7 +71,7 @@ def sample_scene(rng: random.Random, split: str | None = None, counts: tuple[int
 
 
 def related(first: Thing, relation: str, second: Thing) -> bool:
-    """Whether ``first`` stands in ``relation`` to ``second``, judged by their cells."""
+    """Whether a spatial relation holds between two objects, by their cells."""
     (row, column), (other_row, other_column) = first.cell, second.cell
     return {
         "left of": column < other_column,
@@ -83,7 +83,7 @@ def related(first: Thing, relation: str, second: Thing) -> bool:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A partial description of one object; None means that nothing is said about the attribute."""
+    """Partial description of one object; None leaves an attribute open."""
 
     color: str | None = None
     shape: str | None = None
@@ -91,25 +91,25 @@ class Pattern:
     texture: str | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """Whether ``thing`` has every attribute that is named."""
+        """Whether an object has all named attributes."""
         return all(getattr(self, name) in (None, getattr(thing, name)) for name in ATTRIBUTES)
 
     @property
     def named(self) -> list[str]:
-        """The attributes that are named."""
+        """Names of the attributes that are set."""
         return [name for name in ATTRIBUTES if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption claims: objects, relations ``(index, relation, index)`` between them, a background."""
+    """Content of a caption: objects, relations ``(index, relation, index)`` between them, and a background."""
 
     patterns: tuple[Pattern, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
     background: str | None = None
 
     def true_of(self, scene: Scene) -> bool:
-        """Whether different objects of ``scene`` can play all the parts."""
+        """Whether the description is true of a scene: distinct objects match all patterns and relations."""
         if self.background not in (None, scene.background):
             return False
         return any(
@@ -120,7 +120,7 @@ class Description:
 
 
 def pattern_of(thing: Thing, rng: random.Random, detail: float = 0.5) -> Pattern:
-    """Describe ``thing`` in part: its shape or colour always, every other attribute with probability ``detail``."""
+    """Sample a partial description: shape or color always, every other attribute with probability ``detail``."""
     named = {name: getattr(thing, name) for name in ATTRIBUTES if rng.random() < detail}
     anchor = "shape" if rng.random() < 0.8 else "color"
     named[anchor] = getattr(thing, anchor)
@@ -128,7 +128,7 @@ def pattern_of(thing: Thing, rng: random.Random, detail: float = 0.5) -> Pattern
 
 
 def describe(scene: Scene, rng: random.Random, detail: float = 0.6) -> Description:
-    """A short true description: two objects and, more often than not, how they stand to each other."""
+    """Sample a short true description of two objects, in most cases with their spatial relation."""
     if len(scene.things) == 1:
         return Description((pattern_of(scene.things[0], rng, detail),))
     first, second = rng.sample(scene.things, 2)
@@ -138,7 +138,7 @@ def describe(scene: Scene, rng: random.Random, detail: float = 0.6) -> Descripti
 
 
 def change_thing(scene: Scene, index: int, **attributes: str) -> Scene:
-    """``scene`` with some attributes of one object replaced."""
+    """Copy of a scene with some attributes of one object replaced."""
     things = list(scene.things)
     things[index] = replace(things[index], **attributes)  # type: ignore[arg-type]
     return Scene(tuple(things), scene.background)
