@@ -1,0 +1,64 @@
+"""Texts, file names, metrics and means of MMEB-V2 against what the released code computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mteb_tasks.mmeb_v2.leaderboard import COLUMNS, LEADERBOARD, leaderboard_means
+from mteb_tasks.mmeb_v2.ndcg import ndcg, official_ndcg
+from mteb_tasks.mmeb_v2.profiles import PAGE, PAGE_QUERY, joined
+from mteb_tasks.mmeb_v2.visdoc_sets import VISDOC_SETS
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_texts_and_files_of_all_sets(golden_v2: Path) -> None:
+    texts = _read(golden_v2 / "texts" / "texts.json")
+    for row in VISDOC_SETS:
+        official = texts[row.key.removesuffix("-fixed")]
+        assert official["hub"] == [row.hub, None, row.split]
+        assert official["image_root_or_frame_root"] == f"visdoc-tasks/{row.folder}"
+        for found in official["rows"]:
+            assert joined(PAGE_QUERY, found["row"]["query"]) == found["query_text"]
+            for page in found["candidates"]:
+                assert joined(PAGE, image=True).replace("<|image_1|>", "<|image_pad|>") == page["text"]
+                assert page["media"] == [f"visdoc-tasks/{row.folder}/{row.page_file(str(page['name']))}"]
+
+
+def test_ndcg(golden_v2: Path) -> None:
+    for case in _read(golden_v2 / "metrics" / "rankings.json")["cases"]:
+        grades = dict(zip(case["label"], case["rel_scores"] or [1] * len(case["label"])))
+        for k in (1, 5, 10):
+            assert ndcg(case["prediction"], grades, k) == pytest.approx(case[f"correct_ndcg@{k}"], abs=1e-12)
+            if not isinstance(case["label"][0], str):
+                official = official_ndcg(case["prediction"], grades, k)
+                assert official == pytest.approx(case[f"official_ndcg_linear@{k}"], abs=1e-12)
+
+
+def test_leaderboard_has_the_published_shape() -> None:
+    sizes = {column: sum(task.column == column for task in LEADERBOARD) for row in COLUMNS.values() for column in row}
+    assert list(sizes.values()) == [10, 10, 12, 4, 5, 5, 5, 3, 10, 4, 6, 4]
+    assert len({task.key for task in LEADERBOARD}) == 78
+    assert sum(row.queries for row in VISDOC_SETS) == 12590
+    assert [row.key for row in VISDOC_SETS if row.graded] == [
+        "ViDoRe_esg_reports_human_labeled_v2",
+        "ViDoSeek-doc",
+        "MMLongBench-doc",
+    ]
+
+
+def test_a_mean_with_a_missing_task_is_left_out() -> None:
+    scores = {task.key: index / 100 for index, task in enumerate(LEADERBOARD)}
+    assert list(leaderboard_means(scores)) == [
+        *(name for row in COLUMNS.values() for name in row),
+        *COLUMNS,
+        "Overall",
+    ]
+    assert leaderboard_means(scores)["Overall"] == pytest.approx(0.385)
+    del scores["K700"]
+    assert {"Overall", "Video", "Video CLS"}.isdisjoint(leaderboard_means(scores))
