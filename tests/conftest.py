@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+# `--doctest-modules` takes every file for a module; files of the same name in several folders are not importable.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 KEPT_GOLDEN = Path(__file__).resolve().parent / "golden"
 
 Make = Callable[[Path], object]
