@@ -6,9 +6,7 @@ stands first. mteb's recall@1 divides by all right answers, so that an image wit
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from mteb_tasks.metadata import task_metadata
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.scenes import RetrievalData
+from unime_st.files import digest, make_once
 
 if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
@@ -94,22 +93,17 @@ def _extracted(files: Sequence[Path]) -> Path:
     from unime_st.paths import home
 
     states = [(str(file.resolve()), version(file.stat())) for file in files]
-    target = home() / "images" / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".extracting-") as scratch:
-        content = Path(scratch) / "content"
-        content.mkdir()
-        for number, (place, image) in enumerate(_values(files, "image")):
-            file = content / f"{number}.image"
+
+    def write_images(folder: Path) -> None:
+        for number, (where, image) in enumerate(_values(files, "image")):
+            file = folder / f"{number}.image"
             if not image or not image.get("bytes"):
-                raise ValueError(f"{place} has no image")
+                raise ValueError(f"{where} has no image")
             file.write_bytes(image["bytes"])
             if fault := image_fault(file):
-                raise ValueError(f"{place}: its image {fault}")
-        content.rename(target)  # complete or not there at all
-    return target
+                raise ValueError(f"{where}: its image {fault}")
+
+    return make_once(home() / "images" / digest(repr(states), length=16), write_images)
 
 
 def read_urban1k(folder: Path) -> Iterator[Captioned]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from mteb_tasks.ranking import rank_candidates, tie_order
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.encoding import encode_stream
+from unime_st.files import digest
 from unime_st.memory import malloc_trim
 from unime_st.model import UniME
 from unime_st.registry import resolve
@@ -360,7 +360,7 @@ def _style_of(table: Dataset) -> str | None:
 
 
 def _store_key(item: Item, style: str | None) -> str:
-    return item.id if style is None else hashlib.sha256(f"{item.id} {style}".encode()).hexdigest()[:32]
+    return item.id if style is None else digest(f"{item.id} {style}")
 
 
 def _float32(embeddings: Any) -> torch.Tensor:

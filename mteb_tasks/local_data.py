@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -12,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError, ImageRef
+from unime_st.files import digest
 
 FOLDER_VARIABLE = "UNIME_EVAL_DIR"
 LOCAL = "local-"
@@ -51,7 +51,7 @@ def state(*folders: Path) -> str:
     Returns:
         12 hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    parts = []
     for folder in folders:
         seen = {os.path.realpath(folder)}
         for place, inner, names in os.walk(folder, followlinks=True):
@@ -62,8 +62,8 @@ def state(*folders: Path) -> str:
             for name in sorted(names):
                 file = Path(place, name)
                 if file.is_file():
-                    digest.update(f"{file.relative_to(folder)} {version(file.stat())}\n".encode())
-    return digest.hexdigest()[:12]
+                    parts.append(f"{file.relative_to(folder)} {version(file.stat())}\n")
+    return digest(*parts, length=12)
 
 
 def version(found: os.stat_result) -> Version:

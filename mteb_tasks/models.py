@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mteb_tasks.description import model_meta
+from unime_st.files import digest
 from unime_st.paths import PACKAGED, TINY, home, local_folder
 from unime_st.recipes import RELEASED
 from unime_st.registry import is_alias, known_aliases, resolve
@@ -84,7 +85,7 @@ def cache_folder(folder: Path, dtype: str, settings: dict[str, Any]) -> Path | N
     """
     if os.environ.get(CACHE_VARIABLE, "1").lower() in ("0", "false", "no", "off"):
         return None
-    key = hashlib.sha256(f"{folder_revision(folder)} {dtype} {sorted(settings.items())}".encode()).hexdigest()[:24]
+    key = digest(f"{folder_revision(folder)} {dtype} {sorted(settings.items())}", length=24)
     return home() / "embeddings" / key
 
 
@@ -98,16 +99,16 @@ def folder_revision(folder: Path) -> str:
         16 hexadecimal digits. Small files are read whole; of weights, the size and a sample of megabytes over the
         whole file (reading 16 GB would take longer than many an evaluation).
     """
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        state.update(f"{file.relative_to(folder)} {size}\n".encode())
         with file.open("rb") as opened:
             for part in range(16 if size > 16 * _SAMPLE else -(-size // _SAMPLE)):
                 if size > 16 * _SAMPLE:
                     opened.seek(part * (size - _SAMPLE) // 15)
-                digest.update(opened.read(_SAMPLE))
-    return digest.hexdigest()[:16]
+                state.update(opened.read(_SAMPLE))
+    return state.hexdigest()[:16]
 
 
 def metas() -> dict[str, ModelMeta]:
@@ -128,7 +129,7 @@ def metas() -> dict[str, ModelMeta]:
         revision = _revision(os.environ[FOLDER_VARIABLE] if alias == LOCAL else alias)
         found[alias] = model_meta(f"unime/{alias}", revision, loader=load_embedder, **_facts(alias))
         if alias.startswith("unime-v2") or (alias in (LOCAL, TINY) and second):
-            name, both = f"{alias}+reranker", hashlib.sha256(f"{revision} {second_revision}".encode()).hexdigest()[:16]
+            name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
             found[name] = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
     return found
 

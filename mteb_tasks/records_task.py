@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mteb_tasks.retrieval_task import ItemRetrievalTask
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import RetrievalData
+from unime_st.files import digest
 
 
 class RecordsRetrieval(ItemRetrievalTask):
@@ -71,5 +71,4 @@ class RecordsRetrieval(ItemRetrievalTask):
 
 def _fingerprint(records: RecordSet) -> str:
     """Digest of the records that changes when one of them does."""
-    digest = hashlib.sha256(json.dumps(records.rows.to_pydict(), default=str).encode())
-    return digest.hexdigest()[:12]
+    return digest(json.dumps(records.rows.to_pydict(), default=str), length=12)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,6 +15,7 @@ import pyarrow.compute as pc
 from mteb_tasks.local_data import Version, version
 from mteb_tasks.mmeb.location import IMAGE_FOLDERS, ImageFolders, MMEBDataError, parquet_files
 from mteb_tasks.mmeb.subset_reader import read_table
+from unime_st.files import atomic_write, content_digest, digest
 
 
 def fingerprint(root: Path, subset: str) -> str:
@@ -33,21 +32,20 @@ def fingerprint(root: Path, subset: str) -> str:
     files = parquet_files(root, subset)
     if not files:
         return "missing"
-    digest = hashlib.sha256()
+    parts: list[bytes] = []
     named: set[str] = set()
     for table in files:
-        digest.update(_digest(table, version(table.stat())))
+        parts.append(_digest(table, version(table.stat())))
         named |= _images(table, version(table.stat()))
     folders = ImageFolders(root, archive=False)
     located = {name: file for name in sorted(named) if (file := folders.find(name))}
-    digest.update(_image_digest(located))
+    parts.append(_image_digest(located))
     archive, packed = root / "images.zip", sorted(named - located.keys())
     if packed and archive.is_file():
         sums = _checksums(archive, version(archive.stat()))
-        digest.update(
-            repr([[sums.get(f"{folder}/{name}".lstrip("/")) for folder in IMAGE_FOLDERS] for name in packed]).encode()
-        )
-    return digest.hexdigest()[:12]
+        listed = [[sums.get(f"{folder}/{name}".lstrip("/")) for folder in IMAGE_FOLDERS] for name in packed]
+        parts.append(repr(listed).encode())
+    return digest(*parts, length=12)
 
 
 @lru_cache(maxsize=64)
@@ -73,17 +71,15 @@ def _image_digest(images: Mapping[str, Path]) -> bytes:
     if not states:
         return b""
     known = repr([(name, str(images[name]), version(state)) for name, state in states.items()])
-    kept = home() / "mmeb" / "digests" / hashlib.sha256(known.encode()).hexdigest()
+    kept = home() / "mmeb" / "digests" / digest(known, length=64)
     if kept.is_file():
         return kept.read_bytes()
-    digest = hashlib.sha256()
-    for name in states:
-        digest.update(name.encode() + _hash(images[name]))
+    parts = (part for name in states for part in (name, _hash(images[name])))
+    found = bytes.fromhex(digest(*parts, length=64))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as opened:
-        opened.write(digest.digest())
-    os.replace(opened.name, kept)
-    return digest.digest()
+    with atomic_write(kept, sync=False) as temporary:
+        temporary.write_bytes(found)
+    return found
 
 
 def _state(file: Path) -> os.stat_result | None:
@@ -111,8 +107,4 @@ def _digest(file: Path, version: Version) -> bytes:
 
 
 def _hash(file: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(file, "rb", buffering=0) as opened:  # hashlib.file_digest needs Python 3.11
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
+    return bytes.fromhex(content_digest(file, length=64))

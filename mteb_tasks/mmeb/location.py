@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from mteb_tasks.local_data import version
+from unime_st.files import digest, make_once, unpack_zip
 
 logger = logging.getLogger(__name__)
 
@@ -132,25 +129,17 @@ def _unpacked(archive: Path) -> Path | None:
         return None
     from unime_st.paths import home
 
-    name = hashlib.sha256(f"{archive.resolve()} {version(archive.stat())}".encode()).hexdigest()[:16]
+    name = "unpacked-" + digest(f"{archive.resolve()} {version(archive.stat())}", length=16)
     for parent in (archive.parent, home() / "mmeb"):
-        done = parent / f"unpacked-{name}"
-        if done.is_dir():
-            return done
+        if (parent / name).is_dir():
+            return parent / name
     parent = archive.parent if os.access(archive.parent, os.W_OK) else home() / "mmeb"
-    parent.mkdir(parents=True, exist_ok=True)
-    logger.warning("unpacking %s into %s (once)", archive, parent)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".unpacking-") as scratch:
-        content = Path(scratch) / "content"
-        try:
-            with zipfile.ZipFile(archive) as opened:
-                opened.extractall(content)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            RuntimeError,
-        ) as error:  # the last: encrypted, unknown method
-            raise MMEBDataError(f"{archive} cannot be unpacked ({error}): download it again") from error
-        content.rename(parent / f"unpacked-{name}")  # complete or not there at all
-    return parent / f"unpacked-{name}"
+
+    def unpack(folder: Path) -> None:
+        logger.warning("unpacking %s into %s (once)", archive, parent)
+        unpack_zip(archive, folder)
+
+    try:
+        return make_once(parent / name, unpack)
+    except ValueError as error:
+        raise MMEBDataError(str(error)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.scenes import RetrievalData
+from unime_st.files import digest
 
 if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
@@ -170,7 +170,7 @@ def _body(subset: Subset, side: str, text: str) -> str:
 
 def _document_id(text: str, image: str) -> str:
     # By content: mteb breaks ties by id, which must not depend on where a document stands in a list.
-    return hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16]
+    return digest(f"{text}\0{image}", length=16)
 
 
 def _task_class(subset: Subset) -> type[MMEBTask]:
@@ -281,7 +281,7 @@ class MMEB(AbsTaskAggregate):
         self.metadata = self.metadata.model_copy(update={"tasks": tasks})
         if local_root() is not None:
             parts = "".join(task.metadata.revision for task in tasks)
-            self.metadata = localised(self.metadata, hashlib.sha256(parts.encode()).hexdigest()[:12])
+            self.metadata = localised(self.metadata, digest(parts, length=12))
         super().__init__(**kwargs)
 
     def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, Mapping[str, Any]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import html
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mteb_tasks.report.failures import gallery
 from mteb_tasks.report.result_reader import ModelResults, read_results
 from mteb_tasks.scores import CAPTION_METRICS, Row
-from unime_st.data.manifest import publish
+from unime_st.files import atomic_write
 from unime_st.report.charts import bar_chart
 from unime_st.report.html import Content, Html, element, join, page, table
 
@@ -73,9 +72,8 @@ def write_report(
         "report.csv": _csv(models),
     }
     for name, content in contents.items():
-        temporary = target / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        publish(temporary, target / name)
+        with atomic_write(target / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return target / "report.html"
 
 

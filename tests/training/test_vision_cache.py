@@ -227,9 +227,7 @@ def test_shards_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     missing = other.missing(np.array(list(tensors), "S"))
     assert 0 < missing.sum() < 8 and len(list(tmp_path.iterdir())) > 1
     with monkeypatch.context() as full:
-        full.setattr(
-            "unime_st.training.feature_store.publish", lambda *paths: (_ for _ in ()).throw(OSError(28, "no"))
-        )
+        full.setattr("unime_st.files.commit_file", lambda *paths, **_options: (_ for _ in ()).throw(OSError(28, "no")))
         with pytest.raises(OSError, match="could not be written .*no.*; the shards before it are whole"):
             store.flush()
     assert not list(tmp_path.glob("*.tmp"))

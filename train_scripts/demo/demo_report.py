@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from train_scripts.demo.judging_section import judged_gallery, selection_statistics
 from train_scripts.demo.results import COLUMNS, CONTROLS, MEAN, MODELS, REPORT, DemoResults, Summary, render_table
 from train_scripts.demo.retrieval_section import compare, gallery, outcome_table
-from unime_st.data.manifest import publish, read_json
+from unime_st.files import atomic_write, read_json
 from unime_st.report.charts import dot_chart, line_chart
 from unime_st.report.html import Content, Html, element, facts, join, page, table
 
@@ -86,9 +85,8 @@ def write_demo_report(run: str | Path) -> Path:
         *_setting(results),
     ]
     output = run / REPORT
-    temporary = run / f"{REPORT}.{os.getpid()}.tmp"
-    temporary.write_text(page("UniME-V2 on a laptop: demo report", *parts), encoding="utf-8")
-    publish(temporary, output)
+    with atomic_write(output) as temporary:
+        temporary.write_text(page("UniME-V2 on a laptop: demo report", *parts), encoding="utf-8")
     return output
 
 

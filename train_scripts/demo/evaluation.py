@@ -14,7 +14,7 @@ from mteb_tasks.two_stage import TwoStage
 from train_scripts.demo.results import TASKS
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import COMPOSITIONAL, GROUPS, RERANKED, DemoArguments
-from unime_st.data.manifest import write_json
+from unime_st.files import write_json
 from unime_st.model import UniME
 from unime_st.reranking.model import UniMEReranker
 

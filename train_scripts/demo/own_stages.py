@@ -11,7 +11,7 @@ from mteb_tasks.local_data import official
 from mteb_tasks.records_task import RecordsRetrieval
 from train_scripts.demo.settings import OwnDataArguments
 from unime_st.data.importing import import_records
-from unime_st.data.manifest import write_json
+from unime_st.files import write_json
 from unime_st.model import UniME
 from unime_st.training import arguments as options
 from unime_st.training import stages

@@ -19,7 +19,7 @@ from train_scripts.demo.results import MODELS, REPORT, render_table
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import RERANKED, DemoArguments
 from train_scripts.demo.side_by_side import Job, alone
-from unime_st.data.manifest import read_json, write_json
+from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
 from unime_st.training.arguments import LOG
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from train_scripts.demo.settings import PURPOSE, DemoArguments
 from train_scripts.demo.side_by_side import Job, side_by_side
-from unime_st.data.manifest import read_json, write_json
+from unime_st.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 _SECONDS = "seconds.json"

@@ -13,8 +13,9 @@ from transformers import AutoProcessor, PreTrainedConfig
 from unime_st import __version__, backbones
 from unime_st.backbones.families import Family
 from unime_st.checkpoints.card import write_card
-from unime_st.checkpoints.folder import MANIFEST, link_file, new_folder, quiet, write_json, write_modules
+from unime_st.checkpoints.folder import MANIFEST, link_file, quiet, write_modules
 from unime_st.checkpoints.source import CheckpointError, Source, family_of, read_source
+from unime_st.files import atomic_folder, write_json
 from unime_st.paths import local_folder
 from unime_st.recipes import ImageRule, Recipe, get_recipe
 
@@ -83,7 +84,9 @@ def convert(
     full = _full_source(source, base)
     family = family_of(full, recipe)
     ours = _needs_our_classes(recipe, family, image_size, image_backend)
-    with new_folder(target, overwrite=overwrite) as part:
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists. Choose another --output or --alias, or add --overwrite.")
+    with atomic_folder(target, overwrite=overwrite) as part:
         config = _write_config(part, full, recipe, family, ours, dtype)
         made = _processor(full, processor, recipe, family, ours, image_size, image_backend)
         made.save_pretrained(part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 import transformers
 from transformers.utils import logging as reports
 
+from unime_st.files import write_json
 from unime_st.recipes import Recipe
 
 MANIFEST = "unime.json"
@@ -23,44 +23,6 @@ MANIFEST = "unime.json"
 _BASE = "sentence_transformers.base.modules"
 _ST = "sentence_transformers.sentence_transformer.modules"
 _CE = "sentence_transformers.cross_encoder.modules"
-
-
-@contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of ``target`` once the block has succeeded.
-
-    A reader sees either nothing (or the old folder) or the whole new one, also when the process is killed.
-
-    Args:
-        target: The folder to make.
-        overwrite: Replace an existing folder.
-
-    Raises:
-        FileExistsError: It exists and ``overwrite`` is False.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     with new_folder(Path(root) / "a", overwrite=False) as part:
-        ...         _ = (part / "file").write_text("x")
-        ...     sorted(path.name for path in Path(root).iterdir())
-        ['a']
-    """
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists. Choose another --output or --alias, or add --overwrite.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(part, target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
@@ -108,16 +70,6 @@ def link_file(source: Path, target: Path) -> str:
         return kind
     shutil.copyfile(real, target)
     return "copy"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file with a final newline.
-
-    Example:
-        >>> write_json(Path("/dev/null"), {"a": 1})
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_modules(

@@ -6,7 +6,6 @@ file grows under one name, is asked for from its end on, checked, and only then 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -16,6 +15,8 @@ from urllib.parse import urlparse
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+from unime_st.files import commit_file, content_digest
 
 _PART = ".unime-part"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -80,7 +81,7 @@ def fetch(repo: str, commit: str, names: Iterable[str]) -> None:
                     displayed_filename=name,
                 )
             _check(part, found.etag, name)
-            os.replace(part, blob)
+            commit_file(part, blob)
 
 
 def _blobs(repo: str) -> Path:
@@ -91,10 +92,6 @@ def _check(part: Path, etag: str, name: str) -> None:
     """Compare with the hub's checksum, which large files are called by."""
     if not _SHA256.fullmatch(etag):
         return
-    digest = hashlib.sha256()
-    with part.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    if digest.hexdigest() != etag:
+    if content_digest(part, length=64) != etag:
         part.unlink()
         raise ConnectionError(f"{name} arrived damaged and was deleted")

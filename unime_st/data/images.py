@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from unime_st.files import digest
 
 MAX_PIXELS = 89_478_485
 """Maximum number of pixels of an image (256 MiB as RGB; the limit at which Pillow itself warns)."""
@@ -77,7 +78,7 @@ class ImageRef:
     def label(self) -> str:
         """Short name for messages: the path, or size and content hash of in-memory bytes."""
         if self.data is not None:
-            return f"<{len(self.data)} bytes, sha256 {hashlib.sha256(self.data).hexdigest()[:8]}>"
+            return f"<{len(self.data)} bytes, sha256 {digest(self.data, length=8)}>"
         return f"{self.path}::{self.member}" if self.member is not None else str(self.path)
 
     def read(self) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from unime_st.data.images import ImageRef, padded_to_aspect, png_bytes
+from unime_st.files import digest
 
 ImageLike = ImageRef | Image.Image | str | Path | bytes
 
@@ -89,14 +89,14 @@ class Item:
             BadImageError: If the image cannot be read.
         """
         if self._id is None:
-            digest = hashlib.sha256()
+            parts: list[bytes] = []
             if self._text is not None:
                 encoded = self._text.encode("utf-8")
                 # The length prefix prevents a text from colliding with a text plus image.
-                digest.update(b"text" + len(encoded).to_bytes(8, "big") + encoded)
+                parts += [b"text", len(encoded).to_bytes(8, "big"), encoded]
             if self._image is not None:
-                digest.update(b"image" + hashlib.sha256(self._image.read()).digest())
-            self._id = digest.hexdigest()[:32]
+                parts += [b"image", bytes.fromhex(digest(self._image.read(), length=64))]
+            self._id = digest(*parts)
         return self._id
 
     @property

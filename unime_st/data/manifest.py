@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from unime_st.files import read_json, write_json
 
 SCHEMA_VERSION = 1
 """Version of the folder layout; a reader refuses folders written by a newer one."""
@@ -75,53 +75,6 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest})
     (folder / PLAN).unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either complete or absent, whatever happens to the process.
-
-    Args:
-        path: Where to write.
-        content: JSON-serialisable; NaN and infinity are refused because JSON has none.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    publish(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that a stage wrote.
-
-    Args:
-        path: The file.
-
-    Returns:
-        dict: Its content.
-
-    Raises:
-        ValueError: If it is not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as JSON ({error}); remove the folder and run the stage again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Move a finished temporary file to its final name, its bytes on disk first.
-
-    Args:
-        temporary: A closed file in the same folder as ``final``.
-        final: The name under which readers look for it.
-    """
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, final)
 
 
 def fingerprint_inputs(*inputs: str | Path) -> str:
@@ -205,19 +158,6 @@ def begin_stage(
         raise FileExistsError(f"{folder}: not empty and not a stage folder; choose another output folder")
     write_json(folder / PLAN, plan)
     return True
-
-
-def alone_in(folder: Path) -> FileLock:
-    """A lock on a folder that several processes write to; the system gives it back if its holder dies.
-
-    Args:
-        folder: The folder; the lock's file lies beside it.
-
-    Returns:
-        FileLock: To be entered with ``with``.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
 
 
 def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:

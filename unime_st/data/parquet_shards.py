@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from unime_st.data.images import ImageRef, resolve_inside
 from unime_st.data.items import Item
-from unime_st.data.manifest import publish
+from unime_st.files import atomic_write, commit_file, temporary_path
 
 ITEM_SCHEMA = pa.schema(
     [
@@ -89,7 +90,11 @@ class ShardWriter:
 
     @property
     def _temporary(self) -> Path:
-        return self.folder / f"{self.stem}-{self.shard:05d}.parquet.{os.getpid()}.tmp"
+        return temporary_path(self._final)
+
+    @property
+    def _final(self) -> Path:
+        return self.folder / f"{self.stem}-{self.shard:05d}.parquet"
 
     def _flush(self) -> None:
         if self._file is None:
@@ -108,7 +113,7 @@ class ShardWriter:
         if self._file is None:
             return
         self._file.close()
-        publish(self._temporary, self.folder / f"{self.stem}-{self.shard:05d}.parquet")
+        commit_file(self._temporary, self._final)
         self._file, self._written = None, 0
         self.shard += 1
 
@@ -348,13 +353,12 @@ def link_items(source: Path, target: Path) -> None:
         target: Folder of the new stage. Existing item shards are replaced.
     """
     for path in sorted(source.glob("items-*.parquet")):
-        temporary = target / f"{path.name}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            temporary.write_bytes(path.read_bytes())
-        os.replace(temporary, target / path.name)
+        with atomic_write(target / path.name, sync=False) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,11 @@ from tqdm.auto import tqdm
 from unime_st.data.images import BadImageError, ImageRef, resolve_inside
 from unime_st.data.items import Item
 from unime_st.data.logits import check_scores, to_logits, to_scores
-from unime_st.data.manifest import begin_stage, finish_stage, publish
+from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows
 from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
+from unime_st.files import atomic_write, digest
 
 PLACEHOLDER = "<|image_1|>"
 """Image placeholder in the texts of the released files."""
@@ -132,17 +131,11 @@ def export_released(
     Example:
         See :func:`import_released`.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write("[")
-            for count, text in enumerate(_texts(records, score_divisor, image_folder)):
-                handle.write(("," if count else "") + "\n" + text)
-            handle.write("\n]\n")
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        handle.write("[")
+        for count, text in enumerate(_texts(records, score_divisor, image_folder)):
+            handle.write(("," if count else "") + "\n" + text)
+        handle.write("\n]\n")
     return len(records)
 
 
@@ -222,8 +215,7 @@ def released_item(text: str, path: str, root: Path, read_images: bool) -> Item:
     stripped = text.removeprefix(PLACEHOLDER)
     if read_images:
         return Item(stripped, image)
-    key = sha256(json.dumps([stripped, path]).encode("utf-8")).hexdigest()[:32]
-    return Item.stored(stripped, image, key)
+    return Item.stored(stripped, image, digest(json.dumps([stripped, path])))
 
 
 def _dataset(paths: list[str]) -> str:
@@ -272,10 +264,9 @@ def _saved(image: ImageRef, folder: Path) -> str:
             suffix = (opened.format or "bin").lower()
     except OSError as error:
         raise BadImageError(f"image {image.label}: cannot be opened ({error})") from error
-    name = f"{sha256(data).hexdigest()[:32]}.{suffix}"
+    name = f"{digest(data)}.{suffix}"
     if not (folder / name).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
-        publish(temporary, folder / name)
+        with atomic_write(folder / name) as temporary:
+            temporary.write_bytes(data)
     return name

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,8 +13,8 @@ from typing import Any
 
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
-from unime_st.data.manifest import publish
 from unime_st.data.records import PairRecord, RecordWriter
+from unime_st.files import commit_file, digest, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class RejectedWriter:
     def __init__(self, folder: Path, name: str = REJECTED, *, log_count: bool = True) -> None:
         self.log_count = log_count
         self.path, self.count, self.first = Path(folder) / name, 0, ""
-        self._temporary = self.path.with_name(f"{name}.{os.getpid()}.tmp")
+        self._temporary = temporary_path(self.path)
 
     def add(self, reason: str, **where: Any) -> None:
         """Record one rejected row.
@@ -76,7 +74,7 @@ class RejectedWriter:
         if kind is not None or self.count == 0:
             self._temporary.unlink()
             return
-        publish(self._temporary, self.path)
+        commit_file(self._temporary, self.path)
         if self.log_count:
             logger.warning("%d rows rejected, see %s; the first: %s", self.count, self.path, self.first)
 
@@ -111,7 +109,7 @@ class ImageChecker:
         image = item.image
         if image is None:
             return None
-        key = (image.path, image.member) if image.data is None else hashlib.sha256(image.data).digest()
+        key = (image.path, image.member) if image.data is None else digest(image.data)
         try:
             if key not in self._sound:
                 image.open() if self.full else image.size()

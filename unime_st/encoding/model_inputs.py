@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import time
 from collections.abc import Hashable
@@ -23,6 +22,7 @@ from sentence_transformers.base.modality import (
 
 from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError
 from unime_st.data.items import Item
+from unime_st.files import digest
 
 _UNKNOWN_SIZE = (512, 512)
 """What an image counts for that has to be fetched first."""
@@ -253,7 +253,7 @@ def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
 
 
 def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()[:16]
+    return bytes.fromhex(digest(content))
 
 
 def is_media(text: str) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from unime_st.data.manifest import is_complete, publish, read_manifest
+from unime_st.data.manifest import is_complete, read_manifest
+from unime_st.files import atomic_write
 
 
 class VectorSink(Protocol):
@@ -143,11 +144,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(folder: Path, number: int, content: np.ndarray) -> None:
     """Write a shard of vectors that appears whole or not at all."""
-    final = shard_path(folder, number)
-    temporary = final.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_write(shard_path(folder, number)) as temporary, temporary.open("wb") as file:
         np.save(file, content)
-    publish(temporary, final)
 
 
 def _read(folder: Path, sizes: list[int], dim: int, rows: np.ndarray) -> np.ndarray:

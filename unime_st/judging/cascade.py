@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from unime_st.files import digest
 from unime_st.judging.judge import Group, Judge, PairError, set_aside
 
 
@@ -39,8 +39,7 @@ class CascadeJudge:
         self.cheap, self.strong, self.band = cheap, strong, band
         self.name = f"{cheap.name}, then {strong.name} from {band[0]:g} to {band[1]:g}"
         self.revision = f"{cheap.revision}+{strong.revision}"
-        both = f"{cheap.prompt_hash} {strong.prompt_hash} {band}"
-        self.prompt_hash = hashlib.sha256(both.encode()).hexdigest()[:16]
+        self.prompt_hash = digest(f"{cheap.prompt_hash} {strong.prompt_hash} {band}", length=16)
         self.asked = self.passed_on = 0
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:

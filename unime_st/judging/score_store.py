@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unime_st.data.manifest import StageConflictError, alone_in, finish_stage, is_complete
+from unime_st.data.manifest import StageConflictError, finish_stage, is_complete
 from unime_st.data.parquet_shards import ShardWriter
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
+from unime_st.files import folder_lock
 from unime_st.retrieval.mining import POOL_SCHEMA, Pool
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class ScoreShards:
             failed: Why a pair has none, by the same ids.
         """
         schema = SCORE_SCHEMA.with_metadata({"judge": json.dumps(self.identity)})
-        with alone_in(self.folder), ExitStack() as files:
+        with folder_lock(self.folder), ExitStack() as files:
             if not self.missing([number]):
                 return
             # What was set aside is published first: a shard that is there is complete.
@@ -161,7 +162,7 @@ class ScoreShards:
         Raises:
             StageConflictError: If a shard holds scores of another judge.
         """
-        with alone_in(self.folder) as lock:
+        with folder_lock(self.folder):
             if not is_complete(self.folder):
                 if missing := self.missing(range(self.count)):
                     logger.info("judge: this part is done; %d shards of other parts are missing", len(missing))
@@ -169,7 +170,6 @@ class ScoreShards:
                 finish_stage(self.folder, {**self._gather(), "judge": self.identity, **facts})
                 for leftover in self.folder.glob("rejected-*.jsonl"):
                     leftover.unlink()
-            Path(lock.lock_file).unlink(missing_ok=True)
         return True
 
     def _path(self, number: int) -> Path:

@@ -12,10 +12,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st.data.logits import CERTAIN_LOGIT, to_logits, to_scores
-from unime_st.data.manifest import alone_in, begin_stage, finish_stage
+from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.parquet_shards import ShardWriter, link_items
 from unime_st.data.records import ROW_SCHEMA, RecordSet
 from unime_st.data.validation import RejectedWriter
+from unime_st.files import folder_lock
 from unime_st.judging.judge import Group, Judge, PairError
 from unime_st.judging.score_store import Scores, ScoreShards
 from unime_st.judging.select import select_negatives
@@ -148,7 +149,7 @@ class JudgeWork:
         self.judge, self.output = judge, Path(output)
         identity = {"name": judge.name, "revision": judge.revision, "prompt_hash": judge.prompt_hash}
         options = {"judge": identity, "shard_size": shard_size}
-        with alone_in(self.output):  # processes that a scheduler starts at once
+        with folder_lock(self.output):  # processes that a scheduler starts at once
             self.finished = not begin_stage(
                 self.output, "judge", inputs=[self.pools.folder], options=options, overwrite=overwrite
             )

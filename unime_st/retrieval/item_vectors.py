@@ -10,11 +10,12 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from unime_st.data.manifest import StageConflictError, alone_in, begin_stage, finish_stage
+from unime_st.data.manifest import StageConflictError, begin_stage, finish_stage
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, encode_items
 from unime_st.encoding.vector_shards import shard_path, write_shard
+from unime_st.files import folder_lock
 
 _CHUNK = 4096
 
@@ -87,7 +88,7 @@ def encode_once(
         ValueError: If the model gives vectors that are not finite in float16.
     """
     folder, total = Path(folder), len(records.items)
-    with alone_in(folder) as lock:
+    with folder_lock(folder):
         if _begin(folder, records, {"model": model, "dim": dim, "dtype": "float16", "shard_size": _CHUNK}, overwrite):
             chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
             due = [chunk for chunk in chunks if not shard_path(folder, chunk[0] // _CHUNK).is_file()]
@@ -99,7 +100,6 @@ def encode_once(
             rejected = _set_aside(records, folder, len(chunks))
             sizes = [stop - start for start, stop in chunks]
             finish_stage(folder, {"rows": total, "shards": sizes, "dim": dim, "rejected": rejected})
-        Path(lock.lock_file).unlink(missing_ok=True)
     return VectorShards(folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from unime_st.data import Item
+from unime_st.files import digest
 
 PAIR_PROMPT = (
     "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
@@ -348,4 +348,4 @@ def prompt_hash(template: str, *options: Any) -> str:
         >>> len(prompt_hash("{{ messages }}", (4, 300)))
         16
     """
-    return hashlib.sha256(repr((template, *options)).encode()).hexdigest()[:16]
+    return digest(repr((template, *options)), length=16)

@@ -16,9 +16,9 @@ from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.data.items import Item
-from unime_st.data.manifest import read_json, write_json
 from unime_st.data.records import RecordSet
 from unime_st.encoding import pixel_budget
+from unime_st.files import read_json, write_json
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments

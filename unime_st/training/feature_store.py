@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from unime_st.data.manifest import publish
+from unime_st.files import atomic_write, digest
 
 _SHARD_BYTES = 128 << 20
 
@@ -87,18 +86,15 @@ class FeatureStore:
         """
         if self._waiting:
             # Named by what is in it: two processes that made the same write the same file.
-            final = self.folder / f"{hashlib.sha256(' '.join(self._waiting).encode()).hexdigest()[:32]}.safetensors"
-            temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+            final = self.folder / f"{digest(' '.join(self._waiting))}.safetensors"
             named = {
                 f"{key}/{name}": t.contiguous() for key, some in self._waiting.items() for name, t in some.items()
             }
             try:
-                save_file(named, temporary)
-                publish(temporary, final)
+                with atomic_write(final) as temporary:
+                    save_file(named, temporary)
             except (OSError, SafetensorError) as error:
                 raise OSError(f"{final} could not be written ({error}); the shards before it are whole.") from error
-            finally:
-                temporary.unlink(missing_ok=True)
         self._waiting, self._held = {}, 0
 
     def read(self, key: str) -> dict[str, torch.Tensor]:

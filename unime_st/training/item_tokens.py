@@ -17,6 +17,7 @@ from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import TokenCounter
+from unime_st.files import atomic_write
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.processes import processes
 
@@ -50,9 +51,8 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tup
             progress.update(len(chunk))
     costs = np.concatenate(parts, axis=1)
     if path is not None:
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, costs, allow_pickle=False)
-        temporary.replace(path)
+        with atomic_write(path, sync=False) as temporary, temporary.open("wb") as file:
+            np.save(file, costs, allow_pickle=False)
     return costs[0], costs[1]
 
 

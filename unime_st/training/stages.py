@@ -18,6 +18,7 @@ from torch import nn
 
 from unime_st.data.logits import to_scores
 from unime_st.data.records import RecordSet
+from unime_st.files import atomic_write
 from unime_st.losses import (
     HardNegativeRankingLoss,
     RerankerLoss,
@@ -207,9 +208,9 @@ def _teacher_vectors(arguments: DistillArguments, texts: list[str]) -> np.ndarra
         if not path.is_file():
             logger.info("distill: the teacher embeds %d texts.", len(texts))
             teacher = SentenceTransformer(arguments.teacher)
-            temporary = path.with_suffix(".tmp.npy")
-            np.save(temporary, teacher.encode(texts, show_progress_bar=True), allow_pickle=False)
-            temporary.replace(path)
+            vectors = teacher.encode(texts, show_progress_bar=True)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                np.save(file, vectors, allow_pickle=False)
         return np.load(path, allow_pickle=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 
 from unime_st.data.items import Item
-from unime_st.data.manifest import write_json
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import pixel_budget, weights_fingerprint
 from unime_st.encoding.replicas import with_processor
+from unime_st.files import atomic_write, digest, write_json
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Features, Feed
 from unime_st.training.mini_batches import MiniBatches
@@ -60,8 +59,7 @@ class VisionCache:
         check_frozen(model)
         self.records, self.keys, self.dtype = records, keys, dtype
         identity = _identity(model, dtype)
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        self.store = FeatureStore(Path(folder) / digest)
+        self.store = FeatureStore(Path(folder) / digest(json.dumps(identity, sort_keys=True), length=16))
         if processes().is_main_process:
             write_json(self.store.folder / "made_by.json", identity)
         first: Any = model[0]
@@ -190,11 +188,10 @@ def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = N
     for position in tqdm(np.unique(positions).tolist(), desc="reading images", unit="item"):
         image = records.items.at(position).image
         if image is not None:
-            keys[position] = hashlib.sha256(image.read()).hexdigest()[:32]
+            keys[position] = digest(image.read())
     if path is not None:
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, keys, allow_pickle=False)
-        temporary.replace(path)
+        with atomic_write(path, sync=False) as temporary, temporary.open("wb") as file:
+            np.save(file, keys, allow_pickle=False)
     return keys
 
 

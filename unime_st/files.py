@@ -1,0 +1,291 @@
+"""Atomic writes, content digests, folder locks and one-time unpacking: what every room does to the file system."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+_BLOCK = 1 << 20
+
+
+class FolderInUseError(RuntimeError):
+    """Another process works in the folder; the message names it."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Name to write a file under before it is complete: beside ``path``, with the process id, ending in ``.tmp``.
+
+    Args:
+        path: The final name.
+
+    Example:
+        >>> temporary_path(Path("a.json")).name == f"a.json.{os.getpid()}.tmp"
+        True
+    """
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def commit_file(temporary: Path, final: Path, *, sync: bool = True) -> None:
+    """Rename a finished temporary file to its final name.
+
+    Args:
+        temporary: A closed file in the same folder as ``final``.
+        final: The name under which readers look for it; an existing file is replaced.
+        sync: Force the bytes to disk first, so that a power failure cannot leave a file that is complete by name only.
+            False for caches that are cheap to make again.
+    """
+    if sync:
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+    os.replace(temporary, final)
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
+    """Write a file that readers see complete or not at all, whatever happens to the process.
+
+    Args:
+        path: The file to make or replace; its folder must exist.
+        sync: As for :func:`commit_file`.
+
+    Yields:
+        Path: The temporary file to write; it gets its name when the block ends without an error, else it is removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(Path(folder, "a.txt")) as temporary:
+        ...         _ = temporary.write_text("x")
+        ...     os.listdir(folder)
+        ['a.txt']
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        commit_file(temporary, path, sync=sync)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Make a folder that readers see complete or not at all, whatever happens to the process.
+
+    Args:
+        target: The folder to make.
+        overwrite: Replace an existing folder. Defaults to False.
+
+    Yields:
+        Path: A temporary folder beside it; it gets its name when the block ends without an error, else it is removed.
+
+    Raises:
+        FileExistsError: ``target`` exists and ``overwrite`` is False.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     with atomic_folder(Path(root, "a")) as part:
+        ...         _ = (part / "file").write_text("x")
+        ...     os.listdir(root)
+        ['a']
+    """
+    target = Path(target)
+    part, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if overwrite and target.exists():
+            os.replace(target, old)
+        if target.exists():  # made by another process in the meantime; renaming would replace an empty folder
+            raise FileExistsError(f"{target} exists: another process made it in the meantime")
+        os.replace(part, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def folder_lock(folder: str | Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder that several processes may write to; the system gives the lock back if its holder dies.
+
+    Args:
+        folder: The folder; the lock's file lies beside it, ``<folder>.lock``, as long as it is held.
+        wait: Wait for the other process. With False, raise at once. Defaults to True.
+
+    Raises:
+        FolderInUseError: Another process holds the folder and ``wait`` is False.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root, folder_lock(Path(root, "a")):
+        ...     os.listdir(root)
+        ['a.lock']
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise FolderInUseError(
+            f"{folder} is in use by {_holder(file)}. Wait until it has ended, or choose another output folder."
+        ) from None
+    try:
+        with suppress(OSError):  # Windows lets nobody write to a locked file
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    with suppress(OSError, ValueError):
+        if name := file.read_text(encoding="utf-8").strip():
+            return name
+    return "another process"
+
+
+def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file atomically, with a final newline.
+
+    Args:
+        path: The file to make or replace; missing folders are made.
+        content: JSON-serializable; NaN and infinity are refused because JSON has none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, "a.json"), {"a": 1})
+        ...     read_json(Path(folder, "a.json"))
+        {'a': 1}
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path, *, remedy: str = "remove the folder and run the stage again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        remedy: What the user should do if it is damaged; ends the error message.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        ValueError: The file cannot be read, or holds something else than a JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}")
+    return content
+
+
+def digest(*parts: str | bytes, length: int = 32) -> str:
+    """SHA-256 of some text and bytes, one after the other.
+
+    Args:
+        *parts: Bytes, or text (encoded as UTF-8). Boundaries between parts do not count.
+        length: Hexadecimal digits to return, up to 64. Defaults to 32.
+
+    Example:
+        >>> digest("abc", b"d", length=8) == digest("abcd", length=8)
+        True
+    """
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part.encode() if isinstance(part, str) else part)
+    return state.hexdigest()[:length]
+
+
+def content_digest(path: str | Path, *, length: int = 32) -> str:
+    """SHA-256 of what a file holds, or of the relative names and contents of all files in a folder.
+
+    Args:
+        path: File or folder.
+        length: Hexadecimal digits to return, up to 64. Defaults to 32.
+
+    Raises:
+        FileNotFoundError: There is neither.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a").write_text("abc")
+        ...     content_digest(Path(folder, "a")) == digest("abc")
+        True
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+        return digest(*(f"{file.relative_to(path)} {content_digest(file)}\n" for file in files), length=length)
+    state = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:  # hashlib.file_digest needs Python 3.11
+        while block := handle.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()[:length]
+
+
+def make_once(target: str | Path, fill: Callable[[Path], None]) -> Path:
+    """Return a folder of a cache, making it if it is not there yet.
+
+    Args:
+        target: The folder; several processes may ask for it at once, one makes it.
+        fill: Writes the content into the empty folder that it is given.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     folder = make_once(Path(root, "a"), lambda folder: (folder / "file").touch())
+        ...     os.listdir(folder)
+        ['file']
+    """
+    target = Path(target)
+    if not target.is_dir():
+        with folder_lock(target):
+            if not target.is_dir():
+                with atomic_folder(target) as part:
+                    fill(part)
+    return target
+
+
+def unpack_zip(archive: Path, folder: Path) -> None:
+    """Unpack a zip archive; members that would leave the folder are written inside it.
+
+    Args:
+        archive: The archive.
+        folder: Where its members go.
+
+    Raises:
+        ValueError: The archive is damaged, encrypted or compressed by an unknown method.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{archive} cannot be unpacked ({error}): download it again") from error
