@@ -133,6 +133,7 @@ def encode_stream(
     *,
     window: int,
     batch_size: int = 64,
+    prompt: str | None = None,
     total: int | None = None,
     show_progress_bar: bool = False,
 ) -> None:
@@ -144,6 +145,7 @@ def encode_stream(
         results: Takes float vectors in the order of the stream, a window at a time.
         window: Items that are held at once, and among which like lengths are sought.
         batch_size: As for :func:`encode_items`.
+        prompt: As for :func:`encode_items`.
         total: Length of the stream for the progress bar, where it is known.
         show_progress_bar: Show progress over items. Defaults to False.
 
@@ -151,8 +153,8 @@ def encode_stream(
         BadImageError: If an image cannot be decoded; the message names the item.
     """
     encode_into(
-        model, items, results, on_error="raise", window=window, batch_size=batch_size, total=total,
-        progress=show_progress_bar, **_truncation(model, None),
+        model, items, results, on_error="raise", window=window, batch_size=batch_size, prompt=prompt,
+        total=total, progress=show_progress_bar, **_truncation(model, None),
     )  # fmt: skip
 
 
