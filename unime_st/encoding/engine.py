@@ -110,7 +110,7 @@ class Engine:
                 for upcoming in windows:
                     open_windows.append(upcoming)
                     for batch in upcoming.batches:
-                        pending.append((upcoming, batch, pool.submit(self.runner.embed, batch)))
+                        pending.append((upcoming, batch, pool.submit(self.runner.encode, batch)))
                         finish(keep=self.runner.workers + 1)
                 finish()
             finally:
