@@ -13,7 +13,6 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
-from unime_st.backbones.pickling import PickleSafe
 from unime_st.backbones.processing import UniMEProcessorMixin
 
 
@@ -23,7 +22,7 @@ class UniMELlavaNextConfig(LlavaNextConfig):
     model_type = "unime_llava_next"
 
 
-class UniMELlavaNextModel(PickleSafe, LlavaNextModel):
+class UniMELlavaNextModel(LlavaNextModel):
     """LLaVA-1.6 without a language head."""
 
     config_class = UniMELlavaNextConfig
@@ -64,7 +63,7 @@ class UniMELlavaOnevisionConfig(LlavaOnevisionConfig):
     model_type = "unime_llava_onevision"
 
 
-class UniMELlavaOnevisionModel(PickleSafe, LlavaOnevisionModel):
+class UniMELlavaOnevisionModel(LlavaOnevisionModel):
     """LLaVA-OneVision without a language head."""
 
     config_class = UniMELlavaOnevisionConfig

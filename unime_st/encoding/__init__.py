@@ -1,4 +1,4 @@
-"""Encoding engine behind :meth:`unime_st.UniME.encode`, the mteb tasks, mining and search."""
+"""Items in, vectors out: the one engine behind :meth:`unime_st.UniME.encode`, mteb tasks, mining and the demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model identity: fingerprint of the weights of a model."""
+"""Telling models apart by their weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def weights_fingerprint(model: torch.nn.Module, leave_out: str | None = None) -> str:
-    """Compute a fingerprint from a few numbers of every tensor.
+    """Tell models of one architecture apart by a few numbers of every tensor.
 
     Args:
         model: Any module.
-        leave_out: Name of a submodule whose weights are ignored. Defaults to None.
+        leave_out: Name of a part whose weights do not count.
 
     Returns:
         str: 16 hexadecimal digits.

@@ -1,4 +1,4 @@
-"""Model replicas: copies that share weights for use in threads, and copies on several devices."""
+"""Copies of a model that several threads may use at once."""
 
 from __future__ import annotations
 
@@ -10,33 +10,31 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from unime_st.backbones.pickling import restore_output_registry
-
 
 def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a model with the same weights whose tokenizer is protected by a lock.
+    """Return a model with the same weights whose tokenizer is used by one thread at a time.
 
-    A fast tokenizer stores truncation and padding as state that every call may change, so concurrent calls would
-    interfere. Images, which dominate the cost, are still processed concurrently.
+    A fast tokenizer keeps its truncation and padding in itself, and every call may change them, so two threads would
+    disturb each other. Images, which are what costs, are processed side by side.
 
     Args:
-        model: Any Sentence Transformers model; it is not modified.
+        model: Any Sentence Transformers model; it stays as it is.
 
     Returns:
-        SentenceTransformer: Model of the same class that shares the weights.
+        SentenceTransformer: Of the same class.
     """
-    return with_processor(model, _with_lock)
+    return with_processor(model, _taking_turns)
 
 
-def with_processor(model: SentenceTransformer, change: Callable[[Any], Any]) -> SentenceTransformer:
+def with_processor(model: SentenceTransformer, changed: Callable[[Any], Any]) -> SentenceTransformer:
     """Return a model with the same weights and another processor.
 
     Args:
-        model: Any Sentence Transformers model; it is not modified.
-        change: Function from a shallow copy of the processor to its replacement.
+        model: Any Sentence Transformers model; it stays as it is.
+        changed: Gets a shallow copy of the processor, and returns what takes its place.
 
     Returns:
-        SentenceTransformer: Model of the same class that shares the weights.
+        SentenceTransformer: Of the same class.
     """
     twin = copy.copy(model)
     twin.__dict__["_modules"] = modules = dict(model._modules)
@@ -45,23 +43,23 @@ def with_processor(model: SentenceTransformer, change: Callable[[Any], Any]) -> 
     if getattr(first, "processor", None) is None:
         return twin
     modules[name] = first
-    first.processor = change(copy.copy(first.processor))
+    first.processor = changed(copy.copy(first.processor))
     if getattr(first, "input_formatter", None) is not None:
         first.input_formatter = copy.copy(first.input_formatter)
         first.input_formatter.processor = first.processor
     return twin
 
 
-def _with_lock(processor: Any) -> Any:
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer = _with_lock(copy.copy(processor.tokenizer))
-    elif hasattr(processor, "encode") and callable(processor):
-        processor.__class__ = _locked_class(type(processor))
-    return processor
+def _taking_turns(twin: Any) -> Any:
+    if getattr(twin, "tokenizer", None) is not None:
+        twin.tokenizer = _taking_turns(copy.copy(twin.tokenizer))
+    elif hasattr(twin, "encode") and callable(twin):
+        twin.__class__ = _locked(type(twin))
+    return twin
 
 
-def _locked_class(kind: type) -> type:
-    """Subclass of a tokenizer class with a lock around the calls that reach its backend."""
+def _locked(kind: type) -> type:
+    """Subclass of a tokenizer class with a lock around whatever reaches its backend."""
     lock = threading.RLock()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,14 +74,14 @@ def _locked_class(kind: type) -> type:
 
 
 def on_devices(model: SentenceTransformer, devices: list[torch.device]) -> list[SentenceTransformer]:
-    """Replicate a model on several devices.
+    """Return the model on every device; the first keeps the weights, others get copies.
 
     Args:
-        model: The model; it is moved to the first device.
-        devices: Target devices.
+        model: The model; it moves to the first device.
+        devices: Where to.
 
     Returns:
-        list[SentenceTransformer]: The model itself for the first device, copies for the others.
+        list[SentenceTransformer]: One for each device.
     """
     model.to(devices[0])
     found = [model]
@@ -91,7 +89,5 @@ def on_devices(model: SentenceTransformer, devices: list[torch.device]) -> list[
         if device == devices[0]:
             found.append(model)
             continue
-        replica = copy.deepcopy(model).to(device)
-        restore_output_registry(replica)
-        found.append(replica)
+        found.append(copy.deepcopy(model).to(device))
     return found

@@ -16,6 +16,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 from tqdm.auto import tqdm
 
+from unime_st.compat import hub_commit
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import weights_fingerprint
 from unime_st.scoring.loading import ImageTokens, default_image_tokens, image_size_limits, load_cross_encoder
@@ -160,7 +161,7 @@ class LocalJudge:
             transformer, source, answer_ids, options=options, batch_size=batch_size, cache_bytes=cache_bytes
         )
         self.name = name or Path(transformer.config.name_or_path or "model").name
-        self.revision = getattr(transformer.config, "_commit_hash", None) or weights_fingerprint(self.model)
+        self.revision = hub_commit(transformer.config) or weights_fingerprint(self.model)
         tokenizer: Any = transformer.tokenizer
         answers = tokenizer.convert_ids_to_tokens(answer_ids)
         cut = [] if max_text_tokens is None else [max_text_tokens]

@@ -11,6 +11,7 @@ from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers.base.model import BaseModel
 
+from unime_st.compat import forget_adapter
 from unime_st.training.arguments import TrainArguments
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,7 +108,7 @@ def merge_lora(model: BaseModel) -> None:
             if isinstance(child, BaseTunerLayer):
                 child.merge()
                 setattr(module, name, child.get_base_layer())
-    transformer._hf_peft_config_loaded = False
+    forget_adapter(transformer)
 
 
 def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], arguments: TrainArguments) -> BaseModel:

@@ -1,4 +1,4 @@
-"""Feature store: tensors by key in append-only safetensors shards, shared by any number of processes."""
+"""Tensors of images on disk: safetensors shards that appear whole or not at all, shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ _SHARD_BYTES = 128 << 20
 
 
 class FeatureStore:
-    """Append-only store of a few tensors for each key.
-
-    A shard appears complete or not at all, and is never changed: writers need no lock, and a killed one loses its last
-    shard only.
+    """A few tensors for each key. Shards are only ever added, so writers need no lock; a killed one loses its last.
 
     Args:
-        folder: Folder of the shards; created if it does not exist.
+        folder: Where the shards are; made if it is missing.
 
     Raises:
         ValueError: If a shard is damaged.
@@ -48,7 +45,7 @@ class FeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the index of all shards in the folder again."""
+        """Look what is in the folder."""
         self._paths = [str(path) for path in sorted(self.folder.glob("*.safetensors"))]
         found = [np.array(sorted({name.partition("/")[0] for name in _opened(path)[1]}), "S") for path in self._paths]
         keys = np.concatenate([np.array([], dtype="S1"), *found])
@@ -62,24 +59,16 @@ class FeatureStore:
         return sum(os.path.getsize(path) for path in self._paths)
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
-        """Find keys without tensors.
-
-        Args:
-            keys: Keys as bytes, of shape (n,).
-
-        Returns:
-            np.ndarray: bool of shape (n,), as of the last :meth:`refresh`.
-        """
+        """Say of every key (bytes) whether it had no tensors when the folder was last looked at."""
         return np.isin(keys, self._keys, invert=True)
 
     def add(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add tensors under a new key.
-
-        They are on disk after :meth:`flush` or when a shard is full, and can be read after :meth:`refresh`.
+        """Keep tensors under a new key; they are on disk after :meth:`flush`, or when a shard is full,
+        and can be read after :meth:`refresh`.
 
         Args:
             key: Letters and digits.
-            tensors: Tensors by name, the same names for every key.
+            tensors: The same names for every key.
 
         Raises:
             OSError: If a shard cannot be written.
@@ -90,35 +79,32 @@ class FeatureStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write the tensors added since the last shard.
+        """Write what was added since the last shard.
 
         Raises:
-            OSError: If the shard cannot be written; the earlier ones are complete.
+            OSError: If the shard cannot be written; those before it are whole.
         """
         if self._waiting:
-            # Named by its keys: two processes that compute the same shard write the same file.
-            path = self.folder / f"{digest(' '.join(self._waiting))}.safetensors"
+            # Named by what is in it: two processes that made the same write the same file.
+            final = self.folder / f"{digest(' '.join(self._waiting))}.safetensors"
             named = {
                 f"{key}/{name}": t.contiguous() for key, some in self._waiting.items() for name, t in some.items()
             }
             try:
-                with atomic_write(path) as temporary:
+                with atomic_write(final) as temporary:
                     save_file(named, temporary)
             except (OSError, SafetensorError) as error:
-                raise OSError(f"{path} could not be written ({error}); the shards before it are whole.") from error
+                raise OSError(f"{final} could not be written ({error}); the shards before it are whole.") from error
         self._waiting, self._held = {}, 0
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a key.
+        """Return the tensors of a key, mapped from the file: copy what is to be changed.
 
         Args:
             key: Its key.
 
-        Returns:
-            dict[str, torch.Tensor]: Tensors by name, mapped from the file: copy them before changing them.
-
         Raises:
-            KeyError: If the store has no such key.
+            KeyError: If there is none.
         """
         index = int(np.searchsorted(self._keys, key.encode()))
         if index == len(self._keys) or self._keys[index] != key.encode():
@@ -130,9 +116,9 @@ class FeatureStore:
 
 @lru_cache(maxsize=256)
 def _opened(path: str) -> tuple[Any, list[str]]:
-    """A memory-mapped shard, and the names of its tensors."""
+    """A shard, mapped, and the names of its tensors."""
     try:
         shard = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and its tensors are computed again.") from error
+        raise ValueError(f"{path} is damaged ({error}): remove it, and what it held is computed again.") from error
     return shard, list(shard.keys())

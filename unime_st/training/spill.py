@@ -1,4 +1,4 @@
-"""Spill file: features of mini-batches kept in a temporary file until the second pass of gradient caching."""
+"""Features of mini-batches that wait on disk for the second pass."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from unime_st.training.feed import Features
 logger = logging.getLogger(__name__)
 
 
-class SpillFile:
-    """Features of mini-batches in an anonymous temporary file, which the system removes with the process.
+class Spill:
+    """Mini-batches in a nameless temporary file, which goes with the process.
 
-    Unlike a :class:`~unime_st.training.feature_store.FeatureStore` it belongs to one process, and each mini-batch is
-    written and read once.
+    Each is written and read once: no folder to share and clean, as :class:`FeatureStore` needs for what is kept for good.
 
     Example:
-        >>> spill = SpillFile()
+        >>> spill = Spill()
         >>> spill.add(7, {"tokens": [torch.ones(2)], "kind": "image"})
         >>> 7 in spill, spill.read(7, torch.device("cpu"))
         (True, {'kind': 'image', 'tokens': [tensor([1., 1.])]})
@@ -31,25 +30,25 @@ class SpillFile:
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._entries: dict[int, tuple[int, int, Features]] = {}  # start, length, values in memory
+        self._indices: dict[int, tuple[int, int, Features]] = {}
         self._full = False
 
     def __contains__(self, number: int) -> bool:
-        return number in self._entries
+        return number in self._indices
 
     def clear(self) -> None:
-        """Drop all mini-batches."""
-        self._entries.clear()
+        """Forget all mini-batches."""
+        self._indices.clear()
         if self._file is not None:
             self._file.seek(0)
             self._file.truncate()
 
     def add(self, number: int, features: Features) -> None:
-        """Write a mini-batch. On a full disk log a warning, and from then on keep none.
+        """Keep a mini-batch, or say once that the disk is full and keep none.
 
         Args:
-            number: Number of the mini-batch.
-            features: Tensors, lists of tensors, and other values, which stay in memory.
+            number: Of the mini-batch.
+            features: Tensors, lists of tensors, and other things, which stay in memory.
         """
         if self._full:
             return
@@ -64,44 +63,41 @@ class SpillFile:
                 others[name] = value
         content = save({n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in tensors.items()})
         try:
-            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as this object
+            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
             start = self._file.seek(0, os.SEEK_END)
             self._file.write(content)
             self._file.flush()
         except OSError as error:
-            self._disable(error)
+            self._give_up(error)
             return
-        self._entries[number] = (start, len(content), others)
+        self._indices[number] = (start, len(content), others)
 
-    def _disable(self, error: OSError) -> None:
+    def _give_up(self, error: OSError) -> None:
         logger.warning(
-            "visual tokens do not fit into %s (%s): images are decoded and encoded twice a step. Set TMPDIR to use "
-            "another folder.",
+            "visual tokens do not fit into %s (%s): images are decoded and seen twice a step. TMPDIR names another "
+            "folder.",
             tempfile.gettempdir(),
             error,
         )
         self._full = True
-        self._entries.clear()
-        with suppress(OSError):  # closing tries once more to write
+        self._indices.clear()
+        with suppress(OSError):  # it tries once more to write
             if self._file is not None:
                 self._file.close()
         self._file = None
 
     def read(self, number: int, device: torch.device) -> Features:
-        """Return the features of a mini-batch.
+        """Return a mini-batch as it was added.
 
         Args:
-            number: Number of the mini-batch.
-            device: Device of the tensors.
-
-        Returns:
-            dict: The features as they were added.
+            number: Of the mini-batch.
+            device: Where its tensors go.
         """
-        start, length, others = self._entries[number]
+        start, length, others = self._indices[number]
         assert self._file is not None
         self._file.seek(start)
         features: dict[str, Any] = dict(others)
-        for name, tensor in sorted(load(self._file.read(length)).items()):  # parts of a list in their order
+        for name, tensor in sorted(load(self._file.read(length)).items()):  # the parts of a list in their order
             whole, is_part, _ = name.partition("/")
             moved = tensor.to(device)
             if is_part:

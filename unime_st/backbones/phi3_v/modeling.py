@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, Phi3Model
+from transformers import AutoModel, Phi3Model
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from unime_st.backbones.phi3_v.configuration import UniMEPhi3VConfig
-from unime_st.backbones.pickling import PickleSafe
 
 
 class Phi3VImageEmbedding(nn.Module):
@@ -29,7 +28,7 @@ class Phi3VImageEmbedding(nn.Module):
         vision = config.vision_config
         self.layer = config.vision_feature_layer
         self.crop_size = vision.image_size  # type: ignore[union-attr]
-        self.img_processor = CLIPVisionModel._from_config(vision)
+        self.img_processor = AutoModel.from_config(vision)
         width = 4 * vision.hidden_size  # type: ignore[union-attr]
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, width))
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
@@ -66,7 +65,7 @@ class Phi3VImageEmbedding(nn.Module):
         return torch.cat([grid, self.sub_GN[0].expand(rows * side, 1, -1)], dim=1).flatten(0, 1)
 
 
-class UniMEPhi3VModel(PickleSafe, Phi3Model):
+class UniMEPhi3VModel(Phi3Model):
     """Phi-3.5-Vision without a language head.
 
     Image tokens are negative ids in ``input_ids``, as in the published code: -1 for the first image of a row, -2
