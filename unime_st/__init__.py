@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unime_st._version import __version__
 from unime_st.registry import register
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from unime_st.model import UniME
     from unime_st.reranking.model import UniMEReranker
 
-__version__ = "0.1.0"
-__all__ = ["Item", "UniME", "UniMEReranker", "register"]
+__all__ = ["Item", "UniME", "UniMEReranker", "__version__", "register"]
 
 _LAZY = {
     "Item": "unime_st.data.items",

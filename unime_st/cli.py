@@ -88,8 +88,11 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from unime_st.checkpoints import verify
     from unime_st.checkpoints.verification import table
+    from unime_st.registry import resolve
 
-    checks = verify(options.model, demo_image=options.demo_image, full=options.full, device=options.device)
+    checks = verify(
+        str(resolve(options.model)), demo_image=options.demo_image, full=options.full, device=options.device
+    )
     sys.stdout.write(table(checks) + "\n")
     return 1 if any(check.passed is False for check in checks) else 0
 

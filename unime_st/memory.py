@@ -1,4 +1,4 @@
-"""Resident memory of this process: current, peak, and returning freed memory to the system."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 
 def resident() -> int:
-    """Current resident memory of this process.
+    """Resident memory of this process.
 
     Returns:
         int: Bytes.
@@ -27,7 +27,7 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """Peak resident memory of this process.
+    """Highest resident memory of this process so far.
 
     Returns:
         int: Bytes.
@@ -36,20 +36,20 @@ def peak_resident() -> int:
         >>> peak_resident() > 1 << 20
         True
     """
-    status = Path("/proc/self/status")  # ru_maxrss starts with that of the parent process
+    status = Path("/proc/self/status")  # ru_maxrss would begin with that of the process that started this one
     if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def malloc_trim() -> bool:
-    """Return freed memory that the C library keeps to the system.
+    """Hand freed memory that the C library keeps back to the system.
 
-    Buffers of all sizes that are freed between small ones that stay leave holes in the heap of every thread, which glibc
-    keeps. A call takes milliseconds, and the next use of each page a page fault.
+    Buffers of all sizes that come and go between small things that stay leave holes in the heap of every thread; glibc
+    keeps them. Takes some milliseconds, and the next use of each page its first touch.
 
     Returns:
-        bool: False on other C libraries than glibc, which have no such function.
+        bool: Whether that was possible: of the C libraries only glibc has, and needs, it.
 
     Example:
         >>> malloc_trim() == (_libc_malloc_trim() is not None)

@@ -1,4 +1,4 @@
-"""Folders and aliases: where models and caches lie on this machine, and which names stand for them."""
+"""Model aliases and the folders they stand for on this machine: ``$UNIME_HOME`` and the packaged ``unime-tiny``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ TINY = "unime-tiny"
 PACKAGED = Path(__file__).parent / "models" / "unime-tiny"
 """Folder of ``unime-tiny`` inside this package."""
 RESERVED_PREFIX = "unime-"
-ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Names that begin like this are aliases, whether or not they stand for a folder."""
+ALIAS_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class AliasError(OSError):
-    """A model name that stands for no usable folder; the message says which command makes one."""
+    """A model name without a usable folder; the message says which command makes one."""
 
 
 def home() -> Path:
-    """Folder for converted models and caches.
+    """Folder of converted models and caches.
 
     Returns:
-        ``$UNIME_HOME`` when set, else ``unime`` in the cache directory of the user.
+        ``$UNIME_HOME`` when set, else ``unime`` in the user's cache directory.
 
     Example:
         >>> home().name != ""
@@ -52,7 +53,7 @@ def check_alias(name: str) -> str:
         >>> check_alias("unime-v2-2b")
         'unime-v2-2b'
     """
-    if not ALIAS.fullmatch(name):
+    if not ALIAS_PATTERN.fullmatch(name):
         raise AliasError(f"{name!r} cannot be an alias: use letters, digits, '.', '_' and '-', e.g. 'unime-v2-2b'.")
     return name
 
@@ -71,3 +72,59 @@ def local_folder(name: str) -> Path:
         ('models', 'unime-v2')
     """
     return home() / "models" / check_alias(name)
+
+
+def local_aliases() -> list[str]:
+    """Aliases of the folders in ``$UNIME_HOME/models``, sorted.
+
+    Example:
+        >>> isinstance(local_aliases(), list)
+        True
+    """
+    models = home() / "models"
+    return (
+        sorted(path.name for path in models.iterdir() if ALIAS_PATTERN.fullmatch(path.name)) if models.is_dir() else []
+    )
+
+
+def find_model(name: str) -> Path | None:
+    """Find a model on this machine, without going to the hub.
+
+    Args:
+        name: Path of a folder, or an alias.
+
+    Returns:
+        The first that exists of: a directory of that name, ``$UNIME_HOME/models/<name>``, the model inside this package
+        (``unime-tiny``); None if there is none.
+
+    Raises:
+        AliasError: The folder of an alias is damaged; the message says how to make it again.
+
+    Example:
+        >>> find_model("unime-tiny").name
+        'unime-tiny'
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not ALIAS_PATTERN.fullmatch(name):
+        return None
+    folder = local_folder(name)
+    if not folder.is_dir():
+        if name != TINY:
+            return None
+        folder = PACKAGED
+    _check_folder(folder, name)
+    return folder
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if not (folder / "modules.json").is_file():
+        how = f"`unime pull {name}`" if name != TINY else "`pip install --force-reinstall unime-st`"
+        what = "is not a Sentence Transformers folder" if folder.is_dir() else "is missing"
+        raise AliasError(f"{name!r} stands for {folder}, which {what} (no modules.json). Make it again: {how}.")
+    broken = [path.name for path in folder.glob("*.safetensors") if not path.exists()]
+    if broken:
+        raise AliasError(
+            f"{name!r} stands for {folder}, whose weights link to files that are gone ({', '.join(broken)}). "
+            f"Make it again with `unime pull {name}` or `unime convert FOLDER --alias {name} --overwrite`."
+        )

@@ -78,7 +78,7 @@ def test_looking_without_importing_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "mteb" / "__init__.py").write_text("value = 2")
     code = (
         "import importlib.util, sys\nprint(importlib.util.find_spec('mteb').name, 'mteb' in sys.modules)\n"
-        "import unime_st.registry as r\nprint(sorted(r._done))"
+        "import unime_st.registry as r\nprint(sorted(r._registered))"
     )
     assert run(code, path=tmp_path).stdout.split("\n")[:2] == ["mteb False", "[]"]
 

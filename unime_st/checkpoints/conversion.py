@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, PreTrainedConfig
 
-from unime_st import __version__, backbones
+from unime_st import backbones
+from unime_st._version import __version__
 from unime_st.backbones.families import Family
 from unime_st.checkpoints.card import write_card
 from unime_st.checkpoints.folder import MANIFEST, link_file, quiet, write_modules

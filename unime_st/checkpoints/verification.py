@@ -18,8 +18,8 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from unime_st.checkpoints.folder import MANIFEST, quiet
 from unime_st.checkpoints.source import CheckpointError, read_source
+from unime_st.paths import AliasError, find_model
 from unime_st.recipes import RECIPES, Demo, Recipe
-from unime_st.registry import resolve
 
 _LONG = "A long caption that goes on and on about the image. " * 400
 _SMALL = 4 * 1024**3
@@ -67,7 +67,9 @@ def verify(
         >>> all(check.passed for check in verify("unime-tiny"))
         True
     """
-    folder = resolve(alias_or_folder)
+    folder = find_model(alias_or_folder)
+    if folder is None:
+        raise AliasError(f"{alias_or_folder!r} is neither a folder nor an alias of a model on this machine.")
     recipe = _recipe_of(folder, alias_or_folder)
     checks = [_check_files(folder)]
     if not checks[0].passed:

@@ -1,4 +1,4 @@
-"""Losses of UniME and UniME-V2 for the trainers of sentence-transformers."""
+"""The training objectives of UniME and UniME-V2 as sentence-transformers losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieval: exact top-k search over vectors, and mining of hard-negative candidates."""
+"""Global retrieval: exact top-k over vectors, and the pools mined with it."""
 
 from __future__ import annotations
 
