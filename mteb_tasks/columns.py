@@ -9,6 +9,7 @@ and ``image`` are what foreign models read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -25,9 +26,48 @@ PROMPT_NAME = "prompt_name"
 PROMPT_STYLE = "prompt_style"
 """Column that names the style of chat template a benchmark prescribes, for models whose template has that style."""
 
+SYSTEM_PROMPT = "system_prompt"
+"""Column with the system turn a benchmark prescribes for all items of a side."""
+
+PIXEL_RULE = "pixel_rule"
+"""Column with the image size a benchmark prescribes, see `mteb_tasks.pixel_rule`."""
+
 Modality = Literal["text", "image"]
 
 _ENCODED_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a benchmark prescribes that the items of a table are encoded; what is None is left to the model.
+
+    Args:
+        style: Style of chat template, for models whose template has it.
+        system: System turn of the chat.
+        pixels: Image size, as text of a `mteb_tasks.pixel_rule.PixelRule`.
+    """
+
+    style: str | None = None
+    system: str | None = None
+    pixels: str | None = None
+
+
+_SETTING_COLUMNS = {"style": PROMPT_STYLE, "system": SYSTEM_PROMPT, "pixels": PIXEL_RULE}
+
+
+def setting_of(table: Dataset) -> Setting:
+    """Read the setting that a table prescribes.
+
+    Args:
+        table: A table made by `to_dataset`.
+
+    Example:
+        >>> from unime_st.data.items import Item
+        >>> setting_of(to_dataset({"d0": Item(text="a cat")}, ["text"], setting=Setting(style="mmeb"))).style
+        'mmeb'
+    """
+    named = {name: column for name, column in _SETTING_COLUMNS.items() if column in table.column_names and len(table)}
+    return Setting(**{name: table[column][0] for name, column in named.items()})
 
 
 def category_modalities(category: str) -> tuple[list[Modality], list[Modality]]:
@@ -55,7 +95,7 @@ def to_dataset(
     *,
     body: Callable[[str], str] | None = None,
     prompt_name: str | None = None,
-    prompt_style: str | None = None,
+    setting: Setting | None = None,
 ) -> Dataset:
     """Build the query or corpus table of a retrieval task without decoding an image.
 
@@ -64,7 +104,7 @@ def to_dataset(
         modalities: What foreign models shall see of this side. Our loader sees the whole item in any case.
         body: Takes the instruction off a text for foreign models, which have their own; None leaves it on.
         prompt_name: Name of the prompt that our models put to items without a text; None puts none.
-        prompt_style: Style of chat template to put all items of this side in; None leaves it to the model.
+        setting: How all items of this side are encoded; None leaves it to the model.
 
     Returns:
         A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
@@ -79,7 +119,8 @@ def to_dataset(
     columns: dict[str, Sequence[Any]] = {"id": list(items), OFFICIAL_TEXT: texts}
     if "text" in modalities:
         columns["text"] = texts if body is None else [body(text) for text in texts]
-    for name, value in ((PROMPT_NAME, prompt_name), (PROMPT_STYLE, prompt_style)):
+    prescribed = {column: getattr(setting, name, None) for name, column in _SETTING_COLUMNS.items()}
+    for name, value in {PROMPT_NAME: prompt_name, **prescribed}.items():
         if value is not None:
             columns[name] = [value] * len(texts)
     # Arrow arrays: datasets would look at every value of a list.

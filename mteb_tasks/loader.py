@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,11 +15,13 @@ from datasets import Image
 from mteb.models.search_wrappers import SearchEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
-from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_STYLE, has_encoded_items, iter_items
+from mteb_tasks.columns import OFFICIAL_TEXT, Setting, has_encoded_items, iter_items, setting_of
 from mteb_tasks.description import model_meta
 from mteb_tasks.embedding_store import EmbeddingStore, NewEmbeddings
 from mteb_tasks.forecast import forecast
+from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ranking import rank_candidates, tie_order
+from mteb_tasks.ruled_images import RuledItem, prescribed_model
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.encoding import encode_stream
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<|image_1|>"
+NO_SETTING = Setting()
 WINDOW = 1024
 """Items among which like lengths are sought, and after which embeddings are safe on disk."""
 
@@ -123,7 +126,7 @@ class UniMELoader:
         self,
         windows: Iterable[list[Item]],
         *,
-        style: str | None = None,
+        setting: Setting = NO_SETTING,
         batch_size: int = 32,
         total: int | None = None,
         show_progress_bar: bool = False,
@@ -133,7 +136,7 @@ class UniMELoader:
 
         Args:
             windows: Lists of items; few lists are held at a time.
-            style: Style of chat template to use, if the model's template has it.
+            setting: How a benchmark prescribes that they are encoded.
             batch_size: Items per forward pass.
             total: About how many of them are new, for the progress bar.
             show_progress_bar: Show a bar over the items that are new.
@@ -145,25 +148,27 @@ class UniMELoader:
         Raises:
             ValueError: If there is nothing to embed.
         """
-        style = self._style(style)
+        setting = self._usable(setting)
         order: list[str] = []
         new = NewEmbeddings(self.store)
-        with self._in_style(style):
-            encode_stream(
-                self.model, self._fresh(windows, style, order, new), new,
-                window=WINDOW, batch_size=batch_size, total=total, show_progress_bar=show_progress_bar,
-            )  # fmt: skip
+        encode_stream(
+            self._prescribed(setting), self._fresh(windows, setting, order, new), new, prompt=setting.system,
+            window=WINDOW, batch_size=batch_size, total=total, show_progress_bar=show_progress_bar,
+        )  # fmt: skip
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
         return self.store.take(order)
 
     def _fresh(
-        self, windows: Iterable[list[Item]], style: str | None, order: list[str], new: NewEmbeddings
+        self, windows: Iterable[list[Item]], setting: Setting, order: list[str], new: NewEmbeddings
     ) -> Iterator[Item]:
         """The items that have no embedding yet, each once; the keys of all go to `order`."""
+        rule = None if setting.pixels is None else PixelRule.parse(setting.pixels)
         for items in windows:
             for item in map(self._readable, items):
-                key = _store_key(item, style)
+                if rule is not None:
+                    item = RuledItem.of(item, rule)
+                key = _store_key(item, setting)
                 order.append(key)
                 if new.awaits(key):
                     yield item
@@ -173,7 +178,7 @@ class UniMELoader:
 
         Args:
             name: Name of the task.
-            tables: Tables with encoded items.
+            tables: Tables with encoded items that prescribe the same setting.
             **kwargs: As for `embed`, for the few items that are embedded to find out.
 
         Returns:
@@ -185,38 +190,34 @@ class UniMELoader:
         if not logger.isEnabledFor(logging.INFO) or not any(len(table) for table in tables):
             return None
         before = len(self.store)
-        style = self._style(_style_of(tables[0]))
+        setting = self._usable(setting_of(tables[0]))
         expected = forecast(
-            self.model,
+            self._prescribed(setting),
             tables,
-            lambda item: _store_key(self._readable(item), style) in self.store,
-            lambda items: self.embed([items], style=style, **kwargs),
+            lambda item: _store_key(self._readable(item), setting) in self.store,
+            lambda items: self.embed([items], setting=setting, **kwargs),
         )
         logger.info("%s: %s", name, expected)
         return max(0, expected.new - (len(self.store) - before))
 
-    def _style(self, style: str | None) -> str | None:
-        return style if style is not None and f"'{style}'" in self._template else None
+    def _usable(self, setting: Setting) -> Setting:
+        """The setting without a style that the model's chat template does not have."""
+        known = setting.style is not None and f"'{setting.style}'" in self._template
+        return setting if known else replace(setting, style=None)
+
+    def _prescribed(self, setting: Setting) -> SentenceTransformer:
+        """The model with the chat style and the image size that a benchmark prescribes; the weights are shared."""
+        if setting.style is None and setting.pixels is None:
+            return self.model
+        rule = None if setting.pixels is None else PixelRule.parse(setting.pixels)
+        return prescribed_model(self.model, rule, setting.style)
 
     def _embed_tables(self, tables: Sequence[Dataset], **kwargs: Any) -> np.ndarray:
         # One stream, for which the model never waits between two tables.
         windows = chain.from_iterable(iter_items(table, _READ_AT_ONCE, self.model.prompts) for table in tables)
-        vectors = self.embed(windows, style=_style_of(tables[0]), **kwargs)
+        vectors = self.embed(windows, setting=setting_of(tables[0]), **kwargs)
         malloc_trim()  # what threads decoded and computed in; ranking needs memory of another kind
         return vectors
-
-    @contextmanager
-    def _in_style(self, style: str | None) -> Iterator[None]:
-        """Let the chat template be rendered in a style, whatever calls the processor."""
-        module: Any = self.model[0]
-        before = getattr(module, "processing_kwargs", None) or {}
-        if style is not None:
-            module.processing_kwargs = {**before, "chat_template": {**before.get("chat_template", {}), "style": style}}
-        try:
-            yield
-        finally:
-            if style is not None:
-                module.processing_kwargs = before
 
     def _readable(self, item: Item) -> Item:
         """Take MMEB's image token off a text for a model whose chat template does not know it."""
@@ -301,12 +302,16 @@ class UniMELoader:
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = (table.with_format("arrow")["id"].to_pylist() for table in (queries, corpus))
         try:
-            new = self.announce(task_metadata.name, [queries, corpus], **encode_kwargs)
-            vectors = self._embed_tables([queries, corpus], total=new, **encode_kwargs)
+            parts = []
+            for _, group in groupby([queries, corpus], key=setting_of):
+                tables = list(group)
+                new = self.announce(task_metadata.name, tables, **encode_kwargs)
+                parts.append(self._embed_tables(tables, total=new, **encode_kwargs))
         except BadImageError as error:
             # It names an item by its place among the new ones of a window, which nobody can look up.
             where = _index_of(error, queries, corpus, top_ranked)
             raise BadImageError(f"{task_metadata.name}, {where}: {error}") from error
+        vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         ranked = rank_candidates(
             vectors[: len(queries)],
             vectors[len(queries) :],
@@ -355,12 +360,10 @@ def _index_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranke
     return "an image"
 
 
-def _style_of(table: Dataset) -> str | None:
-    return table[PROMPT_STYLE][0] if PROMPT_STYLE in table.column_names and len(table) else None
-
-
-def _store_key(item: Item, style: str | None) -> str:
-    return item.id if style is None else digest(f"{item.id} {style}")
+def _store_key(item: Item, setting: Setting) -> str:
+    pixels = setting.pixels if item.image is not None else None
+    prescribed = [part for part in (setting.style, setting.system, pixels) if part is not None]
+    return digest(" ".join([item.id, *prescribed])) if prescribed else item.id
 
 
 def _float32(embeddings: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.timing import TimingStack
 
-from mteb_tasks.columns import category_modalities, to_dataset
+from mteb_tasks.columns import Setting, category_modalities, to_dataset
 from mteb_tasks.local_data import KeepsMetadata
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def retrieval_split(
     query_body: Callable[[str], str] | None = None,
     document_body: Callable[[str], str] | None = None,
     image_prompt: str | None = None,
-    prompt_style: str | None = None,
+    setting: Setting | None = None,
+    document_setting: Setting | None = None,
 ) -> RetrievalSplitData:
     """Turn retrieval data into the tables mteb evaluates.
 
@@ -35,7 +36,8 @@ def retrieval_split(
         query_body: Takes the instruction off a query for foreign models; None leaves texts as they are.
         document_body: The same for documents.
         image_prompt: Name of the prompt that our models put to images without a text.
-        prompt_style: Style of chat template that the benchmark prescribes, for models that have it.
+        setting: How the benchmark prescribes that queries and documents are encoded.
+        document_setting: The same for documents, where it differs.
 
     Returns:
         mteb's split: ``queries``, ``corpus``, ``relevant_docs`` and ``top_ranked`` (None = whole corpus). Candidates
@@ -53,11 +55,19 @@ def retrieval_split(
     """
     query_modalities, document_modalities = category_modalities(category)
     _check(data)
-    ours: dict[str, Any] = {"prompt_name": image_prompt, "prompt_style": prompt_style}
+    queries = to_dataset(data.queries, query_modalities, body=query_body, prompt_name=image_prompt, setting=setting)
+    corpus = to_dataset(
+        data.corpus,
+        document_modalities,
+        body=document_body,
+        prompt_name=image_prompt,
+        setting=document_setting or setting,
+    )
     return {
-        "queries": to_dataset(data.queries, query_modalities, body=query_body, **ours),
-        "corpus": to_dataset(data.corpus, document_modalities, body=document_body, **ours),
-        "relevant_docs": {query: dict.fromkeys(sorted(docs), 1) for query, docs in data.relevant.items()},
+        "queries": queries,
+        "corpus": corpus,
+        "relevant_docs": data.grades
+        or {query: dict.fromkeys(sorted(docs), 1) for query, docs in data.relevant.items()},
         "top_ranked": None
         if data.candidates is None
         else {query: list(dict.fromkeys(docs)) for query, docs in data.candidates.items()},

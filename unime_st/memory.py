@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Resident memory of this process: current, peak, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 
 def resident() -> int:
-    """Resident memory of this process.
+    """Current resident memory of this process.
 
     Returns:
         int: Bytes.
@@ -27,7 +27,7 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """Highest resident memory of this process so far.
+    """Peak resident memory of this process.
 
     Returns:
         int: Bytes.
@@ -36,20 +36,20 @@ def peak_resident() -> int:
         >>> peak_resident() > 1 << 20
         True
     """
-    status = Path("/proc/self/status")  # ru_maxrss would begin with that of the process that started this one
+    status = Path("/proc/self/status")  # ru_maxrss starts with that of the parent process
     if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def malloc_trim() -> bool:
-    """Hand freed memory that the C library keeps back to the system.
+    """Return freed memory that the C library keeps to the system.
 
-    Buffers of all sizes that come and go between small things that stay leave holes in the heap of every thread; glibc
-    keeps them. Takes some milliseconds, and the next use of each page its first touch.
+    Buffers of all sizes that are freed between small ones that stay leave holes in the heap of every thread, which glibc
+    keeps. A call takes milliseconds, and the next use of each page a page fault.
 
     Returns:
-        bool: Whether that was possible: of the C libraries only glibc has, and needs, it.
+        bool: False on other C libraries than glibc, which have no such function.
 
     Example:
         >>> malloc_trim() == (_libc_malloc_trim() is not None)

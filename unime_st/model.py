@@ -1,4 +1,4 @@
-"""`UniME`: a SentenceTransformer without the traps that vision-language backbones meet in plain Sentence Transformers."""
+"""`UniME`: SentenceTransformer for vision-language backbones, with the encoding engine."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from transformers import AutoConfig
 
 from unime_st.backbones.patches import project_patches
 from unime_st.backbones.sharding import ShardedByLayer
-from unime_st.encoding.list_inputs import distinct_inputs, embed_list
+from unime_st.encoding.list_inputs import distinct_inputs, encode_list
 
 
 class UniME(ShardedByLayer, SentenceTransformer):
     """Universal multimodal embedding model: texts, images and image+text go in, unit vectors come out.
 
-    A thin :class:`~sentence_transformers.SentenceTransformer`: what it saves loads in the plain class and the reverse.
-    It adds what the plain class leaves open:
+    A thin subclass of :class:`~sentence_transformers.SentenceTransformer`: folders saved by one load in the other. It
+    differs from the plain class as follows:
 
-    - a bare vision-language checkpoint is refused, where the plain class would silently use mean pooling;
-    - embeddings cut with ``truncate_dim`` are normalised again, so they stay unit vectors;
-    - :meth:`encode` runs on the engine of :mod:`unime_st.encoding`, with the same vectors: equal inputs are embedded
-      once, like lengths share a batch, images are decoded ahead of the device, URLs have a time-out;
-    - mixed batches of LLaVA-OneVision can be cut into mini-batches (cached losses), which needs image counts per row.
+    - a bare vision-language checkpoint is refused, for which the plain class would silently use mean pooling;
+    - embeddings truncated with ``truncate_dim`` are normalized again, so they stay unit vectors;
+    - :meth:`encode` runs on the engine of :mod:`unime_st.encoding` and gives the same vectors: equal inputs are encoded
+      once, inputs of similar length share a batch, images are decoded ahead of the device, URLs have a time limit;
+    - mixed batches of LLaVA-OneVision can be split into mini-batches (cached losses), which needs image counts per row.
 
     Args:
         model_name_or_path: Alias (``"unime-v2"``, ``"unime-tiny"``), folder, or hub name of a native model.
-        image_size: Side in pixels of the square that images are squashed to, ``"official"``, ``"training"`` or
-            ``"native"``; None keeps what the folder says. Only for folders that :command:`unime` wrote with an image
-            rule.
+        image_size: Side in pixels of the square to which images are resized, ``"official"``, ``"training"`` or
+            ``"native"``. Only for folders with an image rule, as written by :command:`unime convert`. Defaults to None,
+            the setting of the folder.
         **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`.
 
     Raises:
@@ -56,7 +56,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
         if image_size is not None and not hasattr(self.processor, "image_rule"):
             raise ValueError(
                 f"{model_name_or_path} has no image rule, so image_size={image_size!r} would have no effect. Convert it "
-                "with `unime convert ... --image-size`, or leave image_size out."
+                "with `unime convert ... --image-size`, or omit image_size."
             )
         project_patches(self)
 
@@ -77,15 +77,15 @@ class UniME(ShardedByLayer, SentenceTransformer):
         return super()._load_default_modules(model_name_or_path, *args, **kwargs)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Turn inputs into features of the model, see :meth:`SentenceTransformer.preprocess`.
+        """Preprocess inputs into model features, see :meth:`SentenceTransformer.preprocess`.
 
         Args:
             inputs: Batch of texts, images, ``{"image": ..., "text": ...}`` dicts or chats.
-            prompt: Instruction that the chat template places.
+            prompt: Instruction that is added by the chat template. Defaults to None.
             **kwargs: Passed on.
 
         Returns:
-            Features; ``batch_num_images``, where there is one, counts the images of every row.
+            dict: Features. ``batch_num_images``, if present, counts the images of every row.
 
         Example:
             >>> features = UniME("unime-tiny").preprocess([{"text": "a red circle"}])
@@ -101,14 +101,14 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """Compute embeddings, see :meth:`SentenceTransformer.encode`.
 
         Args:
-            inputs: One input, a list or an iterator, which is read to its end: text, image (PIL, path, URL, array), ``{"image": ..., "text": ...}``, chat,
-                :class:`~unime_st.Item`.
+            inputs: One input, a list or an iterator of inputs: text, image (PIL, path, URL, array),
+                ``{"image": ..., "text": ...}``, chat, :class:`~unime_st.Item`.
             *args: Passed on.
-            **kwargs: Passed on. ``batch_size`` counts rows of 256 tokens, so that batches of long inputs hold fewer
-                and batches of short inputs more; with ``truncate_dim`` the default of ``normalize_embeddings`` becomes True.
+            **kwargs: Passed on. ``batch_size`` counts units of 256 tokens, so that batches contain fewer long and more
+                short inputs. With ``truncate_dim``, ``normalize_embeddings`` defaults to True.
 
         Returns:
-            Array of shape ``(n, dim)``, or ``(dim,)`` for one input.
+            np.ndarray: Vectors of shape ``(n, dim)``, or ``(dim,)`` for one input.
 
         Example:
             >>> UniME("unime-tiny").encode(["a red circle"], truncate_dim=32).shape
@@ -128,7 +128,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
         show_progress_bar: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """What every way of encoding ends in, in this process or in one of a pool."""
+        """Encode with the engine; every way of encoding, in this process or in a pool, ends here."""
         if output_value != "sentence_embedding" or self.device.type == "hpu":
             return super()._inference(
                 inputs,
@@ -137,7 +137,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
                 show_progress_bar=show_progress_bar,
                 **kwargs,
             )
-        return embed_list(self, inputs, progress=show_progress_bar, on_cpu=save_to_cpu, **kwargs)
+        return encode_list(self, inputs, progress=show_progress_bar, on_cpu=save_to_cpu, **kwargs)
 
     def _multi_process(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         distinct, indices = distinct_inputs(inputs)

@@ -39,7 +39,7 @@ def fingerprint(root: Path, subset: str) -> str:
         named |= _images(table, version(table.stat()))
     folders = ImageFolders(root, archive=False)
     located = {name: file for name in sorted(named) if (file := folders.find(name))}
-    parts.append(_image_digest(located))
+    parts.append(files_digest(located))
     archive, packed = root / "images.zip", sorted(named - located.keys())
     if packed and archive.is_file():
         sums = _checksums(archive, version(archive.stat()))
@@ -63,18 +63,25 @@ def _images(file: Path, version: Version) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str) and name)
 
 
-def _image_digest(images: Mapping[str, Path]) -> bytes:
-    """Hash of images; kept on disk, because each process asks for it."""
+def files_digest(files: Mapping[str, Path]) -> bytes:
+    """Digest of names and contents of files; kept on disk, because each process asks for it.
+
+    Args:
+        files: File by the name that counts. A link that leads nowhere is left out.
+
+    Returns:
+        32 bytes, none where there is no file. Files are read again only when their size or times have changed.
+    """
     from unime_st.paths import home
 
-    states = {name: state for name, file in images.items() if (state := _state(file))}
+    states = {name: state for name, file in files.items() if (state := _state(file))}
     if not states:
         return b""
-    known = repr([(name, str(images[name]), version(state)) for name, state in states.items()])
+    known = repr([(name, str(files[name]), version(state)) for name, state in states.items()])
     kept = home() / "mmeb" / "digests" / digest(known, length=64)
     if kept.is_file():
         return kept.read_bytes()
-    parts = (part for name in states for part in (name, _hash(images[name])))
+    parts = (part for name in states for part in (name, _hash(files[name])))
     found = bytes.fromhex(digest(*parts, length=64))
     kept.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(kept, sync=False) as temporary:

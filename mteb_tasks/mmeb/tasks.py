@@ -15,6 +15,7 @@ import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
+from mteb_tasks.columns import Setting
 from mteb_tasks.local_data import localised
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.mmeb.content_digest import fingerprint
@@ -160,7 +161,7 @@ class MMEBTask(ItemRetrievalTask):
         """Build the tables; foreign models read texts without the official instruction."""
         query, target = (partial(_body, self.subset, side) for side in ("query", "target"))
         return retrieval_split(
-            data, self.subset.category, query_body=query, document_body=target, prompt_style=PROMPT_STYLE
+            data, self.subset.category, query_body=query, document_body=target, setting=Setting(style=PROMPT_STYLE)
         )
 
 

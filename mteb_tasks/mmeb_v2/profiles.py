@@ -10,25 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN
+from mteb_tasks.pixel_rule import PixelRule
 
 PROFILE_VARIABLE = "MMEB_V2_PROFILE"
 PAGE_QUERY = "Find a document image that matches the given query:"
 PAGE = "Understand the content of the provided document image."
-
-
-@dataclass(frozen=True)
-class PixelRule:
-    """How large an image may be after the image processor; it keeps its shape.
-
-    Args:
-        min_pixels: Fewest pixels.
-        max_pixels: Most pixels.
-        small_side: An image with a side below this many pixels is first resized to a square of twice that side; 0 never.
-    """
-
-    min_pixels: int
-    max_pixels: int
-    small_side: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mteb.abstasks.task_metadata import TaskMetadata
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,22 @@ class VisDocSet:
     def task_name(self) -> str:
         """Name of the mteb task."""
         return f"MMEB-V2-{self.key}"
+
+    @property
+    def mteb_metadata(self) -> TaskMetadata | None:
+        """Metadata of mteb's task on the same data, None where mteb has none."""
+        import mteb.tasks
+
+        return getattr(mteb.tasks, self.mteb).metadata if self.mteb else None
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Hub dataset and revision that are read without a local folder: those of mteb's task where there is one.
+
+        No commit of the three sets that mteb lacks is known; the one that is found is written into each result.
+        """
+        found = self.mteb_metadata
+        return dict(found.dataset) if found else {"path": self.hub, "revision": "main"}
 
     @property
     def folder(self) -> str:

@@ -20,7 +20,8 @@ from tiny_embedder import tiny_embedder
 from unime_st import Item, UniME
 from unime_st.data import BadImageError
 from unime_st.encoding import encode_items
-from unime_st.encoding.model_inputs import content_key, fetch, load
+from unime_st.encoding.image_urls import fetch_image
+from unime_st.encoding.model_inputs import content_key, load_input
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -165,16 +166,16 @@ def site() -> Iterator[str]:
 
 
 def test_urls_and_time_out(site: str):
-    assert fetch(f"{site}/good.png").size == (90, 60)
+    assert fetch_image(f"{site}/good.png").size == (90, 60)
     for name in ("silent", "drip"):
         started = time.monotonic()
         with pytest.raises(BadImageError, match=f"{name}.png"):
-            fetch(f"{site}/{name}.png", seconds=0.3)
+            fetch_image(f"{site}/{name}.png", seconds=0.3)
         assert time.monotonic() - started < 30
     with pytest.raises(BadImageError, match="absent.png: cannot be fetched .*404"):
-        fetch(f"{site}/absent.png")
+        fetch_image(f"{site}/absent.png")
     rows = [f"{site}/good.png", {"text": f"{site}/good.png"}, {"image": f"{site}/absent.png", "text": "x"}, noise()]
-    assert isinstance(load(rows[0]), Image.Image) and load(rows[1]) == rows[1]
+    assert isinstance(load_input(rows[0]), Image.Image) and load_input(rows[1]) == rows[1]
     vectors, mask = encode_items(tiny_embedder(), rows, on_error="skip")
     assert mask.tolist() == [True, True, False, True]
     np.testing.assert_allclose(vectors[0], vectors[3], atol=1e-5)
@@ -209,7 +210,7 @@ def test_memory_that_runs_out_halves_the_budget(caplog: pytest.LogCaptureFixture
     try:
         np.testing.assert_allclose(model.encode(rows), expected, atol=1e-5)
         refused = sum(size > 40 for size in sizes)
-        assert 1 <= refused < 10 and "going on with" in caplog.text
+        assert 1 <= refused < 10 and "continuing with" in caplog.text
         with pytest.raises(torch.OutOfMemoryError):
             model.encode(["word " * 50])
     finally:

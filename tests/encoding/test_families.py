@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st import Item, UniME
 from unime_st.encoding import encode_items
-from unime_st.encoding.engine import _WORTH_PROBING
+from unime_st.encoding.engine import _MIN_TEXTS
 from unime_st.encoding.text_fast_path import TextFastPath
 
 Get = Callable[[str], UniME]
@@ -87,7 +87,7 @@ def test_a_template_that_changes_texts_takes_the_long_way(embedder: Get):
     try:
         model.processor.chat_template = template.replace("c.text", "c.text | upper")
         assert not TextFastPath(model).usable
-        words = [f"word {number}" for number in range(_WORTH_PROBING)]
+        words = [f"word {number}" for number in range(_MIN_TEXTS)]
         np.testing.assert_allclose(model.encode(words), one_by_one(model, words), atol=2e-5)
         assert not np.allclose(model.encode("word"), embedder("qwen2.5-vl").encode("word"))
     finally:

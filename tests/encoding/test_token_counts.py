@@ -87,6 +87,6 @@ def test_batches_are_cut_where_their_images_are_too_large(batches: list[list[int
 
 
 def test_budget_must_be_positive():
-    with pytest.raises(ValueError, match="token budget must be positive, got 0"):
+    with pytest.raises(ValueError, match="budget must be at least 1 token, got 0"):
         pack([1], 0)
     assert pack([], 10) == []

@@ -10,6 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
+from unime_st.losses import SimilarityDistillationLoss
+
 LOSSES = ["similarity", "hard negatives", "all filtered", "soft labels", "soft labels, in batch"]
 ROWS = 5  # not a multiple of the mini-batch size
 
@@ -76,3 +78,27 @@ def test_matryoshka_wraps_both(embedder: Callable[..., SentenceTransformer], nam
     columns = [model(column)["sentence_embedding"] for column in batches.features(model, ["text"] * num_columns, ROWS)]
     parts = [loss.calculate_loss([[column[:, :dim]] for column in columns], labels).item() for dim in (32, 8)]
     assert value == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_matryoshka_leaves_a_teacher_of_the_same_dimension_whole(
+    embedder: Callable[..., SentenceTransformer], mini_batch_size: int | None
+) -> None:
+    model = embedder()
+    teacher = torch.randn(ROWS, model.get_embedding_dimension(), generator=torch.Generator().manual_seed(0))
+    loss = SimilarityDistillationLoss(model, 0.1)
+    inputs = batches.features(model, ["text"], ROWS)
+    model.zero_grad()
+    column = model(inputs[0])["sentence_embedding"]
+    parts = [loss.calculate_loss([[column[:, :dim]]], teacher) for dim in (32, 8)]
+    expected = parts[0] + 0.5 * parts[1]
+    expected.backward()
+    wanted = batches.gradients(model)
+
+    cached = SimilarityDistillationLoss(model, 0.1, mini_batch_size=mini_batch_size)
+    wrapped = MatryoshkaLoss(model, cached, matryoshka_dims=[32, 8], matryoshka_weights=[1.0, 0.5])
+    value, found = backward(model, wrapped, inputs, teacher)
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    assert batches.largest_difference(found, wanted) < 2e-5
+    with torch.no_grad():
+        assert wrapped(inputs, teacher).item() == pytest.approx(value, rel=1e-5)

@@ -184,6 +184,36 @@ def test_places_follow_torchs_generator(model: UniMEReranker):
     assert later[0] != later[1]
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_evaluation_does_not_change_the_training(model: UniMEReranker, mini_batch_size: int | None):
+    loss = RerankerLoss(model, pairwise_weight=0, min_list_length=2, mini_batch_size=mini_batch_size)
+    columns = worker.rows(5)
+    torch.manual_seed(3)
+    loss(columns)
+    state = torch.get_rng_state()
+    evaluated = []
+    for _ in range(2):
+        with torch.no_grad():
+            evaluated.append(loss(columns)["list"].item())
+        torch.rand(3)
+    assert evaluated[0] == evaluated[1]
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        loss(columns)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_lists_depend_on_the_queries_only(model: UniMEReranker):
+    """With batches of one row, too, the positive is not always at the same position."""
+    loss = RerankerLoss(model, pairwise_weight=0)
+    with torch.no_grad():
+        texts = [loss._draw_lists(1, 6, [f"query {number}"]) for number in range(60)]
+        items = [loss._draw_lists(1, 6, [Item(f"query {number}")]) for number in range(60)]
+        dicts = [loss._draw_lists(1, 6, [{"text": f"query {number}", "image": None}]) for number in range(60)]
+    assert texts == items == dicts
+    assert {listed.index(0) for (listed,) in texts} == set(range(6))
+
+
 def test_ten_candidates_through_their_digits(model: UniMEReranker):
     """-log P(1) is -log P(1) - log P( ")" | 1) where 10 begins alike; against prompts by hand."""
     documents = ["red", "blue", "green", "big", "small", "left", "right", "triangle", "square", "circle"]
@@ -226,6 +256,19 @@ def test_soft_targets_equal_the_formula(model: UniMEReranker, mini_batch_size: i
     assert found == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="needs the judge's scores"):
         loss(columns)
+
+
+def test_parts_that_are_none_are_absent(model: UniMEReranker):
+    """As rows of a ``datasets`` struct column come: every dict has all keys."""
+    columns = worker.rows(4)
+    as_dicts = [[value if isinstance(value, dict) else {"text": value} for value in column] for column in columns]
+    absent = [[{"text": None, "image": None, **value} for value in column] for column in as_dicts]
+    present = [[{k: part for k, part in value.items() if part is not None} for value in column] for column in as_dicts]
+    found = []
+    for given in (columns, present, absent):
+        torch.manual_seed(0)
+        found.append(worker.summed(RerankerLoss(model)(given)).item())
+    assert found[1:] == [found[0]] * 2
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 4])

@@ -111,7 +111,7 @@ def test_scalar_ceiling_empty_corpus_and_tensors():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="k must be at least 1"):
         top_k(np.eye(2), np.eye(2), 0)
-    with pytest.raises(ValueError, match="widths"):
+    with pytest.raises(ValueError, match="dimensions"):
         top_k(np.eye(2), np.eye(3), 1)
     with pytest.raises(ValueError, match="queries: 1 vectors are not finite, the first at position 1"):
         top_k(np.array([[1.0, 0.0], [np.nan, 0.0]]), np.eye(2), 1)

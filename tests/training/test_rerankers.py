@@ -91,9 +91,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     for word in (
         "rows           24",
         "2 of 4 rows",
-        "operations",
+        "FLOPs",
         "hours on this device (cpu)",
-        "GiB in the rehearsal",
+        "GiB, measured with the largest mini-batch",
     ):
         assert word in caplog.text
 

@@ -114,13 +114,13 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
         count = wraps(original)(lambda *args, **kwargs: looked.append(1) or original(*args, **kwargs))
         patch.setattr(base, "get_image_features", count)
         once, passes = FrozenTowerCache(model, torch.float32), []
-        for once.most_bytes in (1 << 20, 2000, 0):  # in memory, in memory and on disk, on disk
+        for once.max_bytes in (1 << 20, 2000, 0):  # in memory, in memory and on disk, on disk
             check(*run(plain, once))
             passes.append(len(looked))
             looked.clear()
         patch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
         once = FrozenTowerCache(model, torch.float32)
-        once.most_bytes = 0
+        once.max_bytes = 0
         for _ in range(2):
             check(*run(plain, once))
             passes.append(len(looked))

@@ -1,4 +1,4 @@
-"""Items in, vectors out: the one engine behind :meth:`unime_st.UniME.encode`, mteb tasks, mining and the demo."""
+"""Encoding engine behind :meth:`unime_st.UniME.encode`, the mteb tasks, mining and search."""
 
 from __future__ import annotations
 

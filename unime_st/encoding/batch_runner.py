@@ -1,4 +1,4 @@
-"""From a batch of inputs to its vectors: images, features, device, and what happens when memory runs out."""
+"""Batch runner: decodes, preprocesses and encodes batches in threads, and halves them when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sentence_transformers.util import truncate_embeddings
 
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
-from unime_st.encoding.model_inputs import load
+from unime_st.encoding.model_inputs import load_input
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.token_counts import pack, pixel_budget
@@ -27,63 +27,62 @@ from unime_st.encoding.token_counts import pack, pixel_budget
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_ROW = 256
-"""Tokens that one unit of ``batch_size`` stands for."""
+"""Number of tokens per unit of ``batch_size``."""
 
 _CPU_BUDGET = 1024
-"""Tokens after which a larger batch gains nothing on a CPU, and only takes memory."""
+"""Token budget on a CPU, where larger batches cost memory without being faster."""
 
 _THREAD_PIXELS = 2_000_000
-"""Stored pixels of a batch on a CPU, where every thread holds one: fewer than training allows its only batch."""
+"""Pixel budget of a batch on a CPU, where every thread holds a batch."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
 
 @dataclass
 class Job:
-    """An input on its way to a vector.
+    """One input to encode.
 
     Args:
-        row: Its place in the stream.
+        row: Position in the stream.
         value: The input.
-        cost: Tokens it will become.
-        pixels: Pixels of its images as they are stored.
-        tokens: The tokens themselves, where the input is a plain text.
-        error: Why there is no vector.
+        num_tokens: Number of tokens after preprocessing.
+        pixels: Number of stored pixels of its images.
+        tokens: Token ids, if the input is a plain text.
+        error: Reason why there is no vector.
     """
 
     row: int
     value: Any
-    cost: int = 0
+    num_tokens: int = 0
     pixels: int = 0
     tokens: np.ndarray | None = None
     error: Exception | None = None
 
 
 class BatchRunner:
-    """Runs one model on batches, in several threads that each carry a batch from the file to the vector.
+    """Encodes batches with one model in several threads; each thread takes a batch from decoding to vectors.
 
-    They take turns at the accelerators, or on a CPU at the cores, each with its share of them: for models that fit on
-    a CPU this uses them better than one operation spread over all. There are more threads than turns, so that batches
-    are ready when the model is.
+    The threads take turns on the accelerators. On a CPU several forward passes run side by side, each on its share of
+    the cores, which is faster for models of this size than one pass on all cores. There are more threads than
+    concurrent passes, so that the next batches are preprocessed in time.
 
     Args:
-        model: The embedder.
-        batch_size: Size of a batch, in rows of :data:`TOKENS_PER_ROW` tokens. Defaults to 32.
-        token_budget: Most tokens of a batch, padding included. Defaults to None: by ``batch_size``, on a CPU at most
-            1024.
-        workers: Threads. Defaults to None: one for each core that torch may use, at most eight; on a CPU at most four,
-            and one more.
-        device: Where to run: a device, or several for one copy of the model on each. Defaults to None, where the model
-            is.
-        prompt: Instruction that goes with every input.
-        truncate_dim: Leading dimensions to keep.
-        normalize_embeddings: Scale vectors to unit length.
-        output_device: Where vectors are put; None leaves them where they are made.
-        packed: Run a batch as one row without padding. Defaults to None: where the model has flash attention.
+        model: The embedding model.
+        batch_size: Size of a batch in units of :data:`TOKENS_PER_ROW` tokens. Defaults to 32.
+        token_budget: Maximum number of tokens of a batch, padding included. Defaults to None, derived from
+            ``batch_size`` and at most 1024 on a CPU.
+        workers: Number of threads. Defaults to None: the number of cores that torch may use, at most eight; on a CPU
+            at most four, plus one.
+        device: Device, or several with one copy of the model each. Defaults to None, the model's device.
+        prompt: Instruction that is added to every input. Defaults to None.
+        truncate_dim: Number of leading dimensions to keep. Defaults to None, all.
+        normalize_embeddings: Scale vectors to unit length. Defaults to False.
+        output_device: Device of the vectors. None leaves them on the model's device. Defaults to "cpu".
+        packed: Encode a batch as one row without padding. Defaults to None, if the model uses flash attention.
         **options: Passed on to ``preprocess`` and ``forward`` of the model.
 
     Raises:
-        ValueError: If a number is below one, or there is no device.
+        ValueError: If a number is below one, or the list of devices is empty.
     """
 
     def __init__(
@@ -107,9 +106,9 @@ class BatchRunner:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         several: list[Any] = list(device) if isinstance(device, (list, tuple)) else [device]
         if not several:
-            raise ValueError("device is an empty list: name at least one device, or None for where the model is")
+            raise ValueError("device is an empty list: name at least one device, or None for the model's device")
         devices = [inference_device(model, several[0]), *map(torch.device, several[1:])]
-        on_cpu = all(index.type == "cpu" for index in devices)
+        on_cpu = all(target.type == "cpu" for target in devices)
         cores = torch.get_num_threads()
         turns = min(cores, _CPU_THREADS) if on_cpu else len(devices)
         self.workers = workers or (turns + 1 if on_cpu else min(max(cores, 2), _DEVICE_THREADS))
@@ -129,55 +128,56 @@ class BatchRunner:
             copies = [without_padding(copy) for copy in copies]
         self.model = shared_by_threads(copies[0])
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
-        for copy, index in zip(copies, devices):
-            self._free.put((shared_by_threads(copy), index))
+        for copy, target in zip(copies, devices):
+            self._free.put((shared_by_threads(copy), target))
         for _ in range(turns - 1 if on_cpu else 0):
             self._free.put((self.model, devices[0]))
         self._shrinking = threading.Lock()
 
     @contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
-        """The threads that :meth:`embed` is to run in, each with its share of the cores."""
+        """Thread pool for :meth:`encode`, in which each thread uses its share of the cores."""
         before = torch.get_num_threads()
         share = lambda: torch.set_num_threads(self._threads_each)
         try:
-            with ThreadPoolExecutor(self.workers, thread_name_prefix="embedding", initializer=share) as pool:
+            with ThreadPoolExecutor(self.workers, thread_name_prefix="encoding", initializer=share) as pool:
                 yield pool
         finally:
-            torch.set_num_threads(before)  # torch also keeps the last value for threads to come
+            torch.set_num_threads(before)  # torch applies the last value to future threads, too
 
-    def embed(self, jobs: list[Job]) -> list[torch.Tensor | None]:
-        """Embed a batch; halve it when memory runs out.
+    def encode(self, jobs: list[Job]) -> list[torch.Tensor | None]:
+        """Encode a batch, in halves if the device runs out of memory.
 
         Args:
             jobs: The batch.
 
         Returns:
-            list: A vector for each job, or None where ``job.error`` says why not.
+            list[torch.Tensor | None]: A vector for each job, or None if ``job.error`` gives the reason.
         """
-        costs = [max(job.cost, 1) for job in jobs]
-        if len(jobs) > 1 and len(jobs) * max(costs) > self.budget:
-            return self._in_parts(jobs, pack(costs, self.budget))
+        counts = [max(job.num_tokens, 1) for job in jobs]
+        tokens = len(jobs) * max(counts)
+        if len(jobs) > 1 and tokens > self.budget:
+            return self._encode_parts(jobs, pack(counts, self.budget))
         try:
-            return self._embed_at_once(jobs)
+            return self._encode_whole(jobs)
         except (RuntimeError, MemoryError) as error:
             if len(jobs) == 1 or not _out_of_memory(error):
                 raise
-        clear_device_cache(garbage_collection=True)  # outside the except block, which holds on to its tensors
+        clear_device_cache(garbage_collection=True)  # after the except block, whose traceback references tensors
         with self._shrinking:
-            self.budget = min(self.budget, max(1, len(jobs) * max(costs) // 2))
-        logger.warning("out of memory with %d tokens; going on with %d a batch", len(jobs) * max(costs), self.budget)
+            self.budget = min(self.budget, max(1, tokens // 2))
+        logger.warning("out of memory with a batch of %d tokens; continuing with at most %d", tokens, self.budget)
         half = len(jobs) // 2
-        return self._in_parts(jobs, [np.arange(half), np.arange(half, len(jobs))])
+        return self._encode_parts(jobs, [np.arange(half), np.arange(half, len(jobs))])
 
-    def _in_parts(self, jobs: list[Job], parts: list[np.ndarray]) -> list[torch.Tensor | None]:
+    def _encode_parts(self, jobs: list[Job], parts: list[np.ndarray]) -> list[torch.Tensor | None]:
         vectors: list[torch.Tensor | None] = [None] * len(jobs)
         for part in parts:
-            for index, vector in zip(part, self.embed([jobs[index] for index in part])):
+            for index, vector in zip(part, self.encode([jobs[index] for index in part])):
                 vectors[index] = vector
         return vectors
 
-    def _embed_at_once(self, jobs: list[Job]) -> list[torch.Tensor | None]:
+    def _encode_whole(self, jobs: list[Job]) -> list[torch.Tensor | None]:
         good, features = self._prepare(jobs)
         vectors: list[torch.Tensor | None] = [None] * len(jobs)
         if not good:
@@ -187,21 +187,21 @@ class BatchRunner:
             found = self._run(model, features, device)
         finally:
             self._free.put((model, device))
-        # A GPU is still at work: the next thread may queue its batch while this one waits.
+        # The GPU still computes: the next thread can queue its batch while this one waits for the copy.
         found = found if self.output_device is None else found.to(self.output_device)
         for index, vector in zip(good, found):
             vectors[index] = vector
         return vectors
 
     def _prepare(self, jobs: list[Job]) -> tuple[list[int], dict[str, Any]]:
-        """Features of the jobs that can be read, and their places."""
+        """Indices of the jobs whose inputs can be read, and their features."""
         if self.text_features is not None and all(job.tokens is not None for job in jobs):
             rows = [job.tokens for job in jobs if job.tokens is not None]
             return list(range(len(jobs))), self.text_features(rows)
         good, inputs = [], []
         for index, job in enumerate(jobs):
             try:
-                inputs.append(load(job.value))
+                inputs.append(load_input(job.value))
                 good.append(index)
             except BadImageError as error:
                 job.error = error
@@ -209,13 +209,13 @@ class BatchRunner:
             return [], {}
         try:
             return good, self._features(inputs)
-        except Exception as error:  # decoders raise nearly any type on hostile bytes
+        except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
             if _out_of_memory(error):
                 raise
             if len(good) == 1:
                 jobs[good[0]].error = error
                 return [], {}
-        for index, value in zip(good, inputs):  # one of them; find it
+        for index, value in zip(good, inputs):  # at least one input is invalid: find it
             try:
                 self._features([value])
             except Exception as error:
@@ -224,7 +224,7 @@ class BatchRunner:
                 jobs[index].error = error
         kept = [(index, value) for index, value in zip(good, inputs) if jobs[index].error is None]
         if len(kept) == len(good):
-            self._features(inputs)  # each alone is fine, so say what is wrong with all of them
+            self._features(inputs)  # each input alone is valid: raise the error of the whole batch
         return ([index for index, _ in kept], self._features([value for _, value in kept])) if kept else ([], {})
 
     def _features(self, inputs: list[Any]) -> dict[str, Any]:
@@ -245,13 +245,13 @@ def _out_of_memory(error: Exception) -> bool:
 def _to_device(value: Any, device: torch.device) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    if device.type == "cuda":  # from pinned memory the copy does not hold up the kernels that are queued
+    if device.type == "cuda":  # copies from pinned memory do not block queued kernels
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device)
 
 
 def named_error(row: int, error: Exception) -> Exception:
-    """Return a ValueError, or a BadImageError for one, that says which item it is about."""
+    """Copy an error as ValueError or BadImageError, with the row of the item in its message."""
     named = (BadImageError if isinstance(error, BadImageError) else ValueError)(f"item {row}: {error}")
     named.__cause__ = error
     return named

@@ -1,4 +1,4 @@
-"""Items in, vectors out."""
+"""Encoding functions: items to an array, to a stream of windows, or to shards on disk."""
 
 from __future__ import annotations
 
@@ -70,41 +70,42 @@ def encode_items(
     on_error: Literal["raise", "skip"] = "raise",
     reasons: dict[int, str] | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Embed items; equal items are embedded once, and pixels exist only for the batches at hand.
+    """Encode items. Equal items are encoded once, and images are decoded only for the current batches.
 
     Args:
-        model: Any Sentence Transformers model that takes the modalities at hand.
-        items: Items, as a sequence or an iterator; what ``SentenceTransformer.encode`` takes is welcome, too.
-        batch_size: Size of a forward pass, in rows of 256 tokens: batches hold more short items and fewer long ones.
-            Defaults to 64; on a CPU a batch stays below 1024 tokens whatever this says.
-        token_budget: Most tokens of a forward pass, padding included. Defaults to None: by ``batch_size``.
-        workers: Threads that decode images ahead of the device. Defaults to None: by the number of cores.
-        device: Where to run; a list runs a copy of the model on each. Defaults to None, where the model is.
-        prompt: Instruction that goes with every item. Defaults to None.
-        truncate_dim: Leading dimensions to keep, scaled to unit length again. Defaults to None: those of the model.
-        show_progress_bar: Show progress over items. Defaults to False.
-        on_error: "raise" (default) stops at the first item that cannot be read; "skip" leaves its row NaN and says so
-            in the returned mask.
-        reasons: Filled with row -> why there is no vector.
+        model: Any Sentence Transformers model that supports the modalities of the items.
+        items: Sequence or iterator of items, or of any inputs of ``SentenceTransformer.encode``.
+        batch_size: Size of a forward pass in units of 256 tokens, so that batches contain more short items and fewer
+            long ones. Defaults to 64. On a CPU a batch never exceeds 1024 tokens.
+        token_budget: Maximum number of tokens of a forward pass, padding included. Defaults to None, derived from
+            ``batch_size``.
+        workers: Number of threads that decode images ahead of the device. Defaults to None, derived from the number
+            of cores.
+        device: Device, or list of devices with one copy of the model each. Defaults to None, the model's device.
+        prompt: Instruction that is added to every item. Defaults to None.
+        truncate_dim: Number of leading dimensions to keep; the vectors are normalized again. Defaults to None, the
+            setting of the model.
+        show_progress_bar: Show a progress bar over items. Defaults to False.
+        on_error: "raise" stops at the first item that cannot be read. "skip" leaves its row NaN and marks it in the
+            returned mask. Defaults to "raise".
+        reasons: Dictionary that is filled with the reason for every row without a vector. Defaults to None.
 
     Returns:
-        np.ndarray: float32 of shape (number of items, dim), as the model gives them (UniME models: unit length). With
-        ``on_error="skip"`` a tuple of it and a boolean mask of shape (number of items,), True where there is a vector.
+        np.ndarray: float32 vectors of shape (num_items, dim) as the model computes them (unit length for UniME models).
+        With ``on_error="skip"``, a tuple of the vectors and a boolean mask of shape (num_items,), which is True for rows
+        with a vector.
 
     Raises:
         BadImageError: If an image cannot be decoded and ``on_error`` is "raise"; the message names the item.
         TypeError: If ``items`` is a single item.
 
     Example:
-        ::
-
-            from sentence_transformers import SentenceTransformer
-            from unime_st import Item
-            from unime_st.encoding import encode_items
-
-            model = SentenceTransformer("unime-tiny")
-            vectors = encode_items(model, [Item("a red square"), Item("a blue circle")])
-            print(vectors @ vectors.T)
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from unime_st import Item
+        >>> from unime_st.encoding import encode_items
+        >>> model = SentenceTransformer("unime-tiny", device="cpu")
+        >>> encode_items(model, [Item("a red square"), Item("a blue circle")]).shape
+        (2, 128)
     """
     results = MemorySink()
     failed = encode_into(
@@ -133,26 +134,28 @@ def encode_stream(
     *,
     window: int,
     batch_size: int = 64,
+    prompt: str | None = None,
     total: int | None = None,
     show_progress_bar: bool = False,
 ) -> None:
-    """Embed a stream, and hand vectors over as they are made.
+    """Encode a stream of items and pass the vectors on window by window.
 
     Args:
         model: As for :func:`encode_items`.
-        items: A sequence or an iterator; it is read in another thread, a window ahead of the model.
-        results: Takes float vectors in the order of the stream, a window at a time.
-        window: Items that are held at once, and among which like lengths are sought.
+        items: Sequence or iterator, read in another thread one window ahead of the model.
+        results: Receives the vectors of each window in stream order.
+        window: Number of items that are held in memory and batched by length.
         batch_size: As for :func:`encode_items`.
-        total: Length of the stream for the progress bar, where it is known.
-        show_progress_bar: Show progress over items. Defaults to False.
+        prompt: As for :func:`encode_items`.
+        total: Length of the stream for the progress bar. Defaults to None, unknown.
+        show_progress_bar: Show a progress bar over items. Defaults to False.
 
     Raises:
         BadImageError: If an image cannot be decoded; the message names the item.
     """
     encode_into(
-        model, items, results, on_error="raise", window=window, batch_size=batch_size, total=total,
-        progress=show_progress_bar, **_truncation(model, None),
+        model, items, results, on_error="raise", window=window, batch_size=batch_size, prompt=prompt,
+        total=total, progress=show_progress_bar, **_truncation(model, None),
     )  # fmt: skip
 
 
@@ -172,42 +175,43 @@ def encode_to_shards(
     truncate_dim: int | None = None,
     show_progress_bar: bool = True,
 ) -> VectorShards:
-    """Embed a stream of any length straight to disk. Killed and called again with the same stream, it goes on there.
+    """Encode a stream of any length to shards on disk. An interrupted call resumes when called with the same stream.
 
-    Memory holds a few batches, one stretch of 4096 items and, to know repeats, about 200 bytes for each distinct item.
+    Memory holds a few batches, one window of 4096 items and about 200 bytes per distinct item to detect duplicates.
 
     Args:
         model: As for :func:`encode_items`.
-        items: A sequence or an iterator.
-        folder: Where ``vectors-00000.npy``, ... go, and ``rejected.jsonl`` with the items that have no vector.
-        dtype: Type in the files. Defaults to "float32".
+        items: Sequence or iterator of items.
+        folder: Output folder for ``vectors-00000.npy``, ... and ``rejected.jsonl``, which lists items without a vector.
+        dtype: Data type of the files. Defaults to "float32".
         on_error: As for :func:`encode_items`; rows without a vector are NaN.
-        overwrite: Replace what another call wrote. Defaults to False.
-        batch_size: As for :func:`encode_items`, and so are the options up to ``truncate_dim``.
-        token_budget: Most tokens of a forward pass.
-        workers: Threads that decode images.
-        device: Where to run.
-        prompt: Instruction that goes with every item.
-        truncate_dim: Leading dimensions to keep.
-        show_progress_bar: Show progress over items. Defaults to True.
+        overwrite: Replace the vectors of another call. Defaults to False.
+        batch_size: As for :func:`encode_items`.
+        token_budget: As for :func:`encode_items`.
+        workers: As for :func:`encode_items`.
+        device: As for :func:`encode_items`.
+        prompt: As for :func:`encode_items`.
+        truncate_dim: As for :func:`encode_items`.
+        show_progress_bar: Show a progress bar over items. Defaults to True.
 
     Returns:
-        VectorShards: The vectors, on disk. A folder that was finished with the same model is returned as it is: the
-        stream itself is not compared.
+        VectorShards: The vectors on disk. A finished folder of the same model is returned as it is; the stream itself
+        is not compared.
 
     Raises:
-        StageConflictError: If the folder holds vectors of another model and ``overwrite`` is False.
+        StageConflictError: If the folder contains vectors of another model and ``overwrite`` is False.
         BadImageError: If an image cannot be decoded and ``on_error`` is "raise".
 
     Example:
-        ::
-
-            from unime_st import Item, UniME
-            from unime_st.encoding import encode_to_shards
-
-            captions = (Item(line) for line in open("captions.txt") if line.strip())
-            vectors = encode_to_shards(UniME("unime-tiny"), captions, "runs/captions")
-            print(len(vectors), vectors[0].shape)
+        >>> import tempfile
+        >>> from unime_st import Item, UniME
+        >>> from unime_st.encoding import encode_to_shards
+        >>> captions = (Item(text) for text in ("a red square", "a blue circle"))
+        >>> vectors = encode_to_shards(
+        ...     UniME("unime-tiny", device="cpu"), captions, tempfile.mkdtemp(), show_progress_bar=False
+        ... )
+        >>> len(vectors), vectors[0].shape
+        (2, (128,))
     """
     folder = Path(folder)
     dim = _width(model, truncate_dim)
@@ -217,7 +221,7 @@ def encode_to_shards(
     shards = ShardSink(folder, dim, np.dtype(dtype))
     with RejectedWriter(folder) as rejected:
         for row in shards.without_vector():
-            rejected.add("no vector, for a reason that the run before this one met", row=row)
+            rejected.add("no vector; the reason was reported by the interrupted run before this one", row=row)
         length = _length(items)
         total = None if length is None else max(0, length - shards.before)
         rest = islice(items, shards.before, None)
@@ -237,7 +241,7 @@ def _length(items: Iterable[Item]) -> int | None:
 
 
 def _width(model: SentenceTransformer, truncate_dim: int | None) -> int:
-    # Given in a call, it takes the place of the model's own, also where that is smaller.
+    # The option of a call overrides the setting of the model, even if that one is smaller.
     with nullcontext() if truncate_dim is None else model.truncate_embeddings(truncate_dim):
         return model.get_embedding_dimension() or 0
 

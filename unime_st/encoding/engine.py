@@ -1,4 +1,4 @@
-"""From a stream of inputs to rows of vectors: distinct inputs, like lengths together, decoding ahead of the device."""
+"""Encoding engine: deduplicates a stream of inputs, batches it by length, and decodes images ahead of the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data.images import BadImageError
 from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
-from unime_st.encoding.model_inputs import content_key, is_chat, refuse_single
+from unime_st.encoding.model_inputs import content_key, is_chat, raise_if_single
 from unime_st.encoding.text_fast_path import TextFastPath, plain_text
 from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
 from unime_st.encoding.vector_shards import VectorSink
@@ -26,45 +26,47 @@ from unime_st.encoding.vector_shards import VectorSink
 logger = logging.getLogger(__name__)
 
 WINDOW = 4096
-"""Inputs among which like lengths are sought; with shards, the rows of a shard."""
+"""Number of inputs that are deduplicated and batched together; also the number of rows per shard."""
 
-_WORTH_PROBING = 64
-"""Plain texts from which on it pays to find out how the template frames them."""
+_MIN_TEXTS = 64
+"""Number of plain texts from which probing the chat template for the text fast path pays off."""
 
 
 @dataclass
 class _Window:
-    """A stretch of the stream: which rows are to be embedded, which repeat another row."""
+    """A slice of the stream: rows to encode, and rows that duplicate another row."""
 
     start: int
     size: int
     jobs: list[Job] = field(default_factory=list)
-    repeats: list[tuple[int, int]] = field(default_factory=list)  # row, the row that it repeats
+    duplicates: list[tuple[int, int]] = field(default_factory=list)  # (row, first row with this content)
     batches: list[list[Job]] = field(default_factory=list)
-    waiting: int = 0
+    open_batches: int = 0
     vectors: torch.Tensor | None = None
 
 
 class Engine:
-    """Embeds a stream of inputs with one model.
+    """Encodes a stream of inputs with one model.
 
-    The stream is read in windows of :data:`WINDOW`. Of equal inputs one is embedded. The cost of each is known before
-    its images are decoded; batches of like cost, the costliest first, fill a token budget. Threads decode and process
-    the next batches while the device works on the present one, so the images of few batches are in memory at a time.
+    The stream is read in windows of :data:`WINDOW` inputs, and each distinct input is encoded once. Token counts are
+    known before images are decoded, so that inputs of similar length are batched up to a token budget, the longest
+    first. Threads decode and preprocess the next batches while the device runs the current one, so that only the images
+    of a few batches are in memory.
 
     Args:
-        forward: The model and how it is run.
-        on_error: "raise" stops at the first input that cannot be read, "skip" goes on without it.
+        runner: The model and how batches are run.
+        on_error: "raise" stops at the first input that cannot be read, "skip" continues without it. Defaults to
+            "raise".
     """
 
-    def __init__(self, forward: BatchRunner, *, on_error: Literal["raise", "skip"] = "raise") -> None:
+    def __init__(self, runner: BatchRunner, *, on_error: Literal["raise", "skip"] = "raise") -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-        self.forward, self.on_error = forward, on_error
+        self.runner, self.on_error = runner, on_error
         self.failed: dict[int, str] = {}
         self._first: dict[Hashable, int] = {}
         self._texts: TextFastPath | None = None
-        self._cost: TokenCounter | None = None
+        self._counter: TokenCounter | None = None
 
     def run(
         self,
@@ -75,41 +77,41 @@ class Engine:
         total: int | None = None,
         progress: bool = False,
     ) -> None:
-        """Embed all inputs.
+        """Encode all inputs.
 
         Args:
-            inputs: Items or whatever ``SentenceTransformer.encode`` takes; an iterator is read as vectors are made.
-            results: Where the vectors go, window by window.
-            window: Inputs among which like lengths are sought. The first windows, of a sixteenth and a quarter, are
-                soon ready: the model waits for them. Defaults to None: :data:`WINDOW`, the first ones, too.
-            total: Length of the stream, for the progress bar.
-            progress: Show one.
+            inputs: Items or any inputs of ``SentenceTransformer.encode``. An iterator is read as vectors are computed.
+            results: Receives the vectors window by window.
+            window: Number of inputs per window. The first two windows have a sixteenth and a quarter of this size,
+                so that the model starts early. Defaults to None, windows of :data:`WINDOW` from the start.
+            total: Length of the stream for the progress bar. Defaults to None, unknown.
+            progress: Show a progress bar. Defaults to False.
 
         Raises:
             TypeError: If ``inputs`` is a single input.
-            BadImageError: If an image cannot be read and ``on_error`` is "raise"; the message names its item. Other
-                inputs that the processor refuses raise ValueError in the same way.
+            BadImageError: If an image cannot be read and ``on_error`` is "raise"; the message names the item.
+            ValueError: If the processor refuses another input and ``on_error`` is "raise".
         """
-        refuse_single(inputs)
+        raise_if_single(inputs)
         open_windows: deque[_Window] = deque()
         pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
 
-        def finish(but: int = 0) -> None:
-            while len(pending) > but:
-                self._take(*pending.popleft(), bar)
-                self._close(open_windows, results, bar)
-            self._close(open_windows, results, bar)
+        def finish(keep: int = 0) -> None:
+            while len(pending) > keep:
+                self._collect(*pending.popleft(), bar)
+                self._emit(open_windows, results, bar)
+            self._emit(open_windows, results, bar)
 
-        # A stream that breaks off leaves the vectors of what came before: shards go on from there.
-        ahead = _ahead(self._windows(iter(inputs), window), on_failure=finish)
-        with bar, self.forward.threads() as pool, closing(ahead) as windows:
+        # If the stream raises, the vectors of earlier windows are still emitted: shards resume from there.
+        ahead = _prefetch(self._windows(iter(inputs), window), on_failure=finish)
+        with bar, self.runner.threads() as pool, closing(ahead) as windows:
             try:
                 for upcoming in windows:
                     open_windows.append(upcoming)
                     for batch in upcoming.batches:
-                        pending.append((upcoming, batch, pool.submit(self.forward.embed, batch)))
-                        finish(but=self.forward.workers + 1)
+                        pending.append((upcoming, batch, pool.submit(self.runner.encode, batch)))
+                        finish(keep=self.runner.workers + 1)
                 finish()
             finally:
                 for _, _, future in pending:
@@ -121,13 +123,13 @@ class Engine:
         while block := list(islice(inputs, next(sizes))):
             window = _Window(start, len(block))
             for row, value in enumerate(block, start):
-                self._sort(window, row, value)
-            self._plan(window)
+                self._add(window, row, value)
+            self._make_batches(window)
             yield window
             start += len(block)
 
-    def _sort(self, window: _Window, row: int, value: Any) -> None:
-        """Make an input a job, or find the row that it repeats."""
+    def _add(self, window: _Window, row: int, value: Any) -> None:
+        """Register an input as a job, or as a duplicate of an earlier row."""
         try:
             key = content_key(value)
         except BadImageError as error:
@@ -139,31 +141,31 @@ class Engine:
         if first == row:
             window.jobs.append(Job(row, value))
         else:
-            window.repeats.append((row, first))
+            window.duplicates.append((row, first))
 
-    def _plan(self, window: _Window) -> None:
-        """Count the tokens of every job and pack those of like kind and length."""
+    def _make_batches(self, window: _Window) -> None:
+        """Count the tokens of all jobs and batch those of the same kind by length."""
         if len(window.jobs) > 1:
             try:
                 self._measure(window.jobs)
-            except (ValueError, TypeError):  # one of them, such as a text that is no valid Unicode; find it
+            except (ValueError, TypeError):  # at least one is invalid, such as a text with a lone surrogate: find it
                 window.jobs = [job for job in window.jobs if self._is_measurable(job)]
                 self._measure(window.jobs)
         kinds: dict[str, list[Job]] = {}
         for job in window.jobs:
-            # Sentence Transformers wraps a chat once more when it shares a batch with other inputs.
+            # Sentence Transformers formats a chat differently when it shares a batch with other inputs.
             kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
-            indices = pack([job.cost for job in jobs], self.forward.budget)
-            indices = split_by_pixels(indices, [job.pixels for job in jobs], self.forward.pixels)
+            indices = pack([job.num_tokens for job in jobs], self.runner.budget)
+            indices = split_by_pixels(indices, [job.pixels for job in jobs], self.runner.pixels)
             window.batches += [[jobs[index] for index in batch] for batch in indices]
-        window.batches.sort(key=lambda batch: -batch[0].cost)
-        window.waiting = len(window.batches)
+        window.batches.sort(key=lambda batch: -batch[0].num_tokens)
+        window.open_batches = len(window.batches)
 
     def _measure(self, jobs: list[Job]) -> None:
-        self._tokenise(jobs)
-        self._count([job for job in jobs if job.tokens is None])
+        self._tokenize(jobs)
+        self._count_tokens([job for job in jobs if job.tokens is None])
 
     def _is_measurable(self, job: Job) -> bool:
         try:
@@ -175,31 +177,31 @@ class Engine:
             return False
         return True
 
-    def _tokenise(self, jobs: list[Job]) -> None:
+    def _tokenize(self, jobs: list[Job]) -> None:
         texts = [(job, text) for job in jobs if (text := plain_text(job.value)) is not None]
-        if self._texts is None and len(texts) >= _WORTH_PROBING:
-            self._texts = TextFastPath(self.forward.model, **self.forward.prompting)
-            self.forward.text_features = self._texts.features
+        if self._texts is None and len(texts) >= _MIN_TEXTS:
+            self._texts = TextFastPath(self.runner.model, **self.runner.prompting)
+            self.runner.text_features = self._texts.features
         if self._texts is None or not self._texts.usable:
             return
         for (job, _), tokens in zip(texts, self._texts.tokens([text for _, text in texts])):
             if tokens is not None:
-                job.tokens, job.cost = tokens, len(tokens)
+                job.tokens, job.num_tokens = tokens, len(tokens)
 
-    def _count(self, jobs: list[Job]) -> None:
+    def _count_tokens(self, jobs: list[Job]) -> None:
         if not jobs:
             return
-        if self._cost is None:
-            self._cost = TokenCounter(self.forward.model, **self.forward.prompting)
-        costs, pixels = self._cost.tokens_and_pixels([job.value for job in jobs])
-        for job, cost, count in zip(jobs, costs.tolist(), pixels.tolist()):
-            job.cost, job.pixels = cost, count
+        if self._counter is None:
+            self._counter = TokenCounter(self.runner.model, **self.runner.prompting)
+        counts, pixels = self._counter.tokens_and_pixels([job.value for job in jobs])
+        for job, count, num_pixels in zip(jobs, counts.tolist(), pixels.tolist()):
+            job.num_tokens, job.pixels = count, num_pixels
 
-    def _take(
+    def _collect(
         self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[Any]
     ) -> None:
         for job, vector in zip(batch, future.result()):
-            job.value = None  # encoded images need not wait for the rest of their window
+            job.value = None  # releases the encoded image before the window is finished
             if vector is None:
                 assert job.error is not None
                 if self.on_error == "raise":
@@ -209,24 +211,24 @@ class Engine:
             if window.vectors is None:
                 window.vectors = vector.new_full((window.size, *vector.shape), float("nan"))
             window.vectors[job.row - window.start] = vector
-        window.waiting -= 1
+        window.open_batches -= 1
         bar.update(len(batch))
 
-    def _close(self, windows: deque[_Window], results: VectorSink, bar: tqdm[Any]) -> None:
-        """Hand over the windows at the front that are done."""
-        while windows and windows[0].waiting == 0:
+    def _emit(self, windows: deque[_Window], results: VectorSink, bar: tqdm[Any]) -> None:
+        """Pass finished windows at the front of the queue on to the results."""
+        while windows and windows[0].open_batches == 0:
             window = windows.popleft()
-            for row, first in window.repeats:
+            for row, first in window.duplicates:
                 if first in self.failed:
                     self.failed[row] = self.failed[first]
-            repeats = [(row, first) for row, first in window.repeats if first not in self.failed]
-            earlier = [(row, first) for row, first in repeats if first < window.start]
+            duplicates = [(row, first) for row, first in window.duplicates if first not in self.failed]
+            earlier = [(row, first) for row, first in duplicates if first < window.start]
             if earlier:
                 found = results.rows([first for _, first in earlier])
                 if window.vectors is None:
                     window.vectors = found.new_full((window.size, *found.shape[1:]), float("nan"))
                 window.vectors[[row - window.start for row, _ in earlier]] = found.to(window.vectors)
-            here = [(row - window.start, first - window.start) for row, first in repeats if first >= window.start]
+            here = [(row - window.start, first - window.start) for row, first in duplicates if first >= window.start]
             if here and window.vectors is not None:
                 rows, sources = np.array(here).T
                 window.vectors[rows] = window.vectors[sources]
@@ -234,8 +236,8 @@ class Engine:
             bar.update(window.size - len(window.jobs))
 
 
-def _ahead(windows: Iterator[_Window], *, on_failure: Callable[[], None]) -> Generator[_Window, None, None]:
-    """Prepare the next window while the present one is used."""
+def _prefetch(windows: Iterator[_Window], *, on_failure: Callable[[], None]) -> Generator[_Window, None, None]:
+    """Prepare the next window in a thread while the current one is encoded."""
     with ThreadPoolExecutor(1, thread_name_prefix="windows") as pool:
         upcoming = pool.submit(next, windows, None)
         while True:
@@ -256,25 +258,25 @@ def encode_into(
     results: VectorSink,
     *,
     on_error: Literal["raise", "skip"],
-    **how: Any,
+    **options: Any,
 ) -> dict[int, str]:
-    """Embed a stream into ``results``.
+    """Encode a stream of inputs into a sink.
 
     Args:
-        model: The embedder.
-        inputs: The stream.
-        results: Where vectors go.
+        model: The embedding model.
+        inputs: Stream of inputs.
+        results: Receives the vectors.
         on_error: See :class:`Engine`.
-        **how: ``window``, ``total`` and ``progress`` of :meth:`Engine.run`; the rest goes to :class:`BatchRunner`.
+        **options: ``window``, ``total`` and ``progress`` of :meth:`Engine.run`, and options of :class:`BatchRunner`.
 
     Returns:
-        dict[int, str]: Rows without a vector, and why.
+        dict[int, str]: Reasons by row, for rows without a vector.
     """
-    run = {name: how.pop(name) for name in ("window", "total", "progress") if name in how}
-    engine = Engine(BatchRunner(model, **how), on_error=on_error)
-    engine.run(inputs, results, **run)
+    run_options = {name: options.pop(name) for name in ("window", "total", "progress") if name in options}
+    engine = Engine(BatchRunner(model, **options), on_error=on_error)
+    engine.run(inputs, results, **run_options)
     for row, reason in islice(engine.failed.items(), 10):
         logger.warning("item %d has no vector: %s", row, reason)
     if len(engine.failed) > 10:
-        logger.warning("%d items have no vector; the first ten are named above", len(engine.failed))
+        logger.warning("%d items have no vector; the first ten are listed above", len(engine.failed))
     return engine.failed

@@ -1,4 +1,4 @@
-"""The engine as :meth:`unime_st.UniME.encode` uses it: a list of inputs, one tensor."""
+"""List encoding for :meth:`unime_st.UniME.encode`: a list of inputs to one tensor."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from unime_st.encoding.model_inputs import content_key
 from unime_st.encoding.vector_shards import MemorySink
 
 
-def embed_list(
-    model: SentenceTransformer, inputs: list[Any], *, progress: bool = False, on_cpu: bool = True, **how: Any
+def encode_list(
+    model: SentenceTransformer, inputs: list[Any], *, progress: bool = False, on_cpu: bool = True, **options: Any
 ) -> torch.Tensor:
-    """Embed a list of inputs.
+    """Encode a list of inputs.
 
     Args:
-        model: The embedder.
-        inputs: Items or whatever ``SentenceTransformer.encode`` takes.
-        progress: Show a progress bar.
-        on_cpu: Bring vectors to the CPU as they are made.
-        **how: Options of :class:`~unime_st.encoding.batch_runner.BatchRunner`.
+        model: The embedding model.
+        inputs: Items or any inputs of ``SentenceTransformer.encode``.
+        progress: Show a progress bar. Defaults to False.
+        on_cpu: Move vectors to the CPU as they are computed. Defaults to True.
+        **options: Options of :class:`~unime_st.encoding.batch_runner.BatchRunner`.
 
     Returns:
-        torch.Tensor: Of shape (len(inputs), dim), in the type of the model.
+        torch.Tensor: Vectors of shape (len(inputs), dim) in the dtype of the model.
     """
     results = MemorySink()
-    how["output_device"] = "cpu" if on_cpu else None
-    encode_into(model, inputs, results, on_error="raise", progress=progress, total=len(inputs), **how)
-    made = results.tensor()
-    return torch.tensor([], device=model.device) if made is None else made
+    options["output_device"] = "cpu" if on_cpu else None
+    encode_into(model, inputs, results, on_error="raise", progress=progress, total=len(inputs), **options)
+    vectors = results.tensor()
+    return torch.tensor([], device=model.device) if vectors is None else vectors
 
 
 def distinct_inputs(inputs: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """Leave out repeats.
+    """Remove duplicate inputs.
 
     Args:
-        inputs: Items or whatever ``SentenceTransformer.encode`` takes.
+        inputs: Items or any inputs of ``SentenceTransformer.encode``.
 
     Returns:
-        tuple: The distinct inputs in order, and for every input its place among them.
+        tuple[list, list[int]]: The distinct inputs in order, and for every input its index among them.
     """
     index: dict[Hashable, int] = {}
     distinct: list[Any] = []

@@ -1,4 +1,4 @@
-"""Telling models apart by their weights."""
+"""Model identity: fingerprint of the weights of a model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def weights_fingerprint(model: torch.nn.Module, leave_out: str | None = None) -> str:
-    """Tell models of one architecture apart by a few numbers of every tensor.
+    """Compute a fingerprint from a few numbers of every tensor.
 
     Args:
         model: Any module.
-        leave_out: Name of a part whose weights do not count.
+        leave_out: Name of a submodule whose weights are ignored. Defaults to None.
 
     Returns:
         str: 16 hexadecimal digits.

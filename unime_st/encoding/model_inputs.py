@@ -1,14 +1,11 @@
-"""What an input holds, without decoding its images."""
+"""Model inputs: texts, image sizes and content keys of an input, without decoding its images."""
 
 from __future__ import annotations
 
 import base64
 import io
-import time
 from collections.abc import Hashable
-from http.client import HTTPException
 from typing import Any
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -20,26 +17,24 @@ from sentence_transformers.base.modality import (
     is_video_url_or_path,
 )
 
-from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError
+from unime_st.data.images import MAX_PIXELS, BadImageError
 from unime_st.data.items import Item
+from unime_st.encoding.image_urls import fetch_image
 from unime_st.files import digest
 
 _UNKNOWN_SIZE = (512, 512)
-"""What an image counts for that has to be fetched first."""
-
-FETCH_SECONDS = 20.0
-"""Time after which an image behind a URL is given up."""
+"""Assumed (width, height) of an image behind a URL."""
 
 
 def texts_and_sizes(value: Any) -> tuple[list[str], list[tuple[int, int]]]:
     """Return the texts of an input and the sizes of its images, from their headers alone.
 
     Args:
-        value: An :class:`~unime_st.Item`, or whatever ``SentenceTransformer.encode`` takes: text, image (PIL, path,
-            URL, data URI, array), ``{"image": ..., "text": ...}`` with single values or lists, chat.
+        value: An :class:`~unime_st.Item`, or any input of ``SentenceTransformer.encode``: text, image (PIL, path, URL,
+            data URI, array), ``{"image": ..., "text": ...}`` with single values or lists, chat.
 
     Returns:
-        tuple: Texts, and (width, height) of every image that can be opened.
+        tuple[list[str], list[tuple[int, int]]]: Texts, and (width, height) of every image that can be opened.
 
     Example:
         >>> from PIL import Image
@@ -83,7 +78,7 @@ def _size_of_image(value: Any) -> list[tuple[int, int]]:
     if hasattr(value, "size") and callable(value.size):  # an ImageRef
         try:
             return [value.size()]
-        except BadImageError:  # reported when it is decoded
+        except BadImageError:  # reported on decoding
             return []
     return []
 
@@ -95,23 +90,23 @@ def _size_of_source(source: str) -> list[tuple[int, int]]:
         with Image.open(_opened(source)) as image:
             return [image.size]
     except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError):
-        return []  # reported when it is decoded
+        return []  # reported on decoding
 
 
 def _opened(source: str) -> str | io.BytesIO:
-    """What Pillow opens: the path, or the bytes of a data URI."""
+    """Argument for ``Image.open``: the path, or the bytes of a data URI."""
     return io.BytesIO(base64.b64decode(source.split(",", 1)[1])) if source.startswith("data:") else source
 
 
 def content_key(value: Any) -> Hashable:
-    """Return what two inputs share exactly when they have the same content.
+    """Return a key that is equal for two inputs exactly if their contents are equal.
 
     Args:
-        value: As for :func:`texts_and_sizes`. Images that lie in a file are known by its path, others by their pixels;
-            something of an unknown kind equals nothing.
+        value: As for :func:`texts_and_sizes`. Image files are identified by path, other images by their pixels. A value
+            of an unknown type equals no other.
 
     Returns:
-        Hashable: A key that holds no image alive.
+        Hashable: A key that keeps no image in memory.
 
     Raises:
         BadImageError: If the image of an :class:`~unime_st.Item` cannot be read.
@@ -127,7 +122,7 @@ def content_key(value: Any) -> Hashable:
     if isinstance(value, Item):
         return bytes.fromhex(value.id)
     if isinstance(value, dict):
-        return ("dict", *((name, content_key(part)) for name, part in value.items()))  # templates keep the order
+        return ("dict", *((name, content_key(part)) for name, part in value.items()))  # the order matters to templates
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *map(content_key, value))
     if isinstance(value, Image.Image):
@@ -154,44 +149,44 @@ def content_key(value: Any) -> Hashable:
     return object()
 
 
-def load(value: Any) -> Any:
-    """Make an input ready for the processor: items are decoded, images behind URLs are fetched, bombs are refused.
+def load_input(value: Any) -> Any:
+    """Load the images of an input: items are decoded, URLs are downloaded, oversized images are refused.
 
     Args:
         value: As for :func:`texts_and_sizes`.
 
     Returns:
-        What ``SentenceTransformer.preprocess`` takes.
+        Any: An input of ``SentenceTransformer.preprocess``.
 
     Raises:
-        BadImageError: If an image cannot be read, fetched or decoded.
+        BadImageError: If an image cannot be read, downloaded or decoded.
     """
-    return value.to_input() if isinstance(value, Item) else _fetched(value, None)
+    return value.to_input() if isinstance(value, Item) else _load_part(value, None)
 
 
-def _fetched(value: Any, kind: str | None) -> Any:
+def _load_part(value: Any, kind: str | None) -> Any:
     if isinstance(value, str):
         url = value.startswith(("http://", "https://")) and (
             kind == "image" or (kind is None and is_image_url_or_path(value))
         )
         if url:
-            return fetch(value)
+            return fetch_image(value)
         if kind == "image" or (kind is None and is_image_url_or_path(value)):
-            _refuse_bomb(value)
+            _check_pixels(value)
         return value
     if isinstance(value, dict):
         known = {name: name for name in ("text", "image")}
         return {
-            name: part if name == "content" and isinstance(part, str) else _fetched(part, known.get(name, "other"))
+            name: part if name == "content" and isinstance(part, str) else _load_part(part, known.get(name, "other"))
             for name, part in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return type(value)(_fetched(part, kind if kind in ("text", "image") else None) for part in value)
+        return type(value)(_load_part(part, kind if kind in ("text", "image") else None) for part in value)
     return value
 
 
-def _refuse_bomb(source: str) -> None:
-    """Raise for an image of too many pixels; whatever else is wrong with it, the processor will say."""
+def _check_pixels(source: str) -> None:
+    """Raise for an image with too many pixels. Other errors are left to the processor."""
     label = source if len(source) <= 200 else source[:60] + "..."
     try:
         with Image.open(_opened(source)) as image:
@@ -201,55 +196,7 @@ def _refuse_bomb(source: str) -> None:
     except (OSError, ValueError, SyntaxError, IndexError):
         return
     if width * height > MAX_PIXELS:
-        raise BadImageError(f"image {label}: {width} x {height} is more than {MAX_PIXELS} pixels; make it smaller")
-
-
-def fetch(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
-    """Fetch an image, within a time limit for the whole of it.
-
-    Args:
-        url: ``http`` or ``https`` address.
-        seconds: Time after which it is given up, also when the server sends bytes, but slowly.
-
-    Returns:
-        PIL.Image.Image: The image, not yet decoded.
-
-    Raises:
-        BadImageError: If there is none in time, or it is larger than :data:`~unime_st.data.images.MAX_BYTES`.
-    """
-    try:
-        return Image.open(io.BytesIO(fetch_bytes(url, seconds=seconds)))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"image {url}: cannot be decoded ({error})") from error
-
-
-def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
-    """Fetch the file of an image, within a time limit for the whole of it.
-
-    Args:
-        url: ``http`` or ``https`` address.
-        seconds: Time after which it is given up, also when the server sends bytes, but slowly.
-
-    Returns:
-        bytes: The file as it is.
-
-    Raises:
-        BadImageError: If it is not there in time, or larger than :data:`~unime_st.data.images.MAX_BYTES`.
-    """
-    deadline = time.monotonic() + seconds
-    content = bytearray()
-    try:
-        request = Request(url, headers={"User-Agent": "unime-st"})
-        with urlopen(request, timeout=seconds) as answer:
-            while block := answer.read1(1 << 16):
-                content += block
-                if len(content) > MAX_BYTES:
-                    raise BadImageError(f"image {url}: more than the {MAX_BYTES} bytes that an image may have")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not here after {seconds:g} seconds")
-        return bytes(content)
-    except (OSError, HTTPException) as error:
-        raise BadImageError(f"image {url}: cannot be fetched ({error})") from error
+        raise BadImageError(f"image {label}: {width} x {height} is more than {MAX_PIXELS} pixels; resize it")
 
 
 def _digest(content: bytes) -> bytes:
@@ -257,20 +204,20 @@ def _digest(content: bytes) -> bytes:
 
 
 def is_media(text: str) -> bool:
-    """Whether Sentence Transformers takes a string for an address of something else than text."""
+    """Whether Sentence Transformers treats a string as the path or URL of an image, video or audio."""
     return is_image_url_or_path(text) or is_video_url_or_path(text) or is_audio_url_or_path(text)
 
 
 def is_chat(value: Any) -> bool:
-    """Whether an input is a chat: a message, or a list of them."""
+    """Whether an input is a chat: a message or a list of messages."""
     return is_message_dict(value[0] if isinstance(value, (list, tuple)) and value else value)
 
 
-def refuse_single(inputs: Any) -> None:
-    """Raise for one input in place of many: its letters or its keys would pass for a list of texts.
+def raise_if_single(inputs: Any) -> None:
+    """Raise an error for a single input, whose letters or keys would be taken for a list of texts.
 
     Args:
-        inputs: What should be a list or an iterator.
+        inputs: The argument that must be a list or an iterator.
 
     Raises:
         TypeError: If it is a text, bytes, a dict, an item or an image.

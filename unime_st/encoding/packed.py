@@ -1,4 +1,4 @@
-"""A batch as one long row without padding, for attention that takes sequences of any length one after another."""
+"""Packed batches (padding-free): all sequences of a batch in one row, for flash attention."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers.utils.generic import is_flash_attention_requested
 
 
 def has_packed_attention(model: SentenceTransformer) -> bool:
-    """Whether the language model runs on flash attention, for which padding is wasted work and a mask is a burden.
+    """Whether the language model uses flash attention, which needs neither padding nor a mask.
 
     Args:
-        model: The embedder.
+        model: The embedding model.
 
     Example:
         >>> from unime_st import UniME
@@ -35,17 +35,17 @@ def has_packed_attention(model: SentenceTransformer) -> bool:
 
 
 def without_padding(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a model with the same weights whose language model gets a batch as one row.
+    """Return a model with the same weights whose language model receives a batch as one packed row.
 
-    Where rows meet is told by positions that start again at nought, as transformers has it: flash attention then runs
-    on the rows by themselves, and sdpa, which serves to check this, masks them from one another.
+    Sequence boundaries are marked by position ids that restart at zero, the convention of transformers: flash attention
+    then processes the sequences separately, and sdpa (used in tests) masks them from one another.
 
     Args:
-        model: An embedder of a :class:`~sentence_transformers.base.modules.Transformer` and a pooling; it stays as it
-            is.
+        model: Model of a :class:`~sentence_transformers.base.modules.Transformer` and a pooling module; it is not
+            modified.
 
     Returns:
-        SentenceTransformer: Of the same class.
+        SentenceTransformer: Model of the same class that shares the weights.
 
     Example:
         >>> from unime_st import UniME
@@ -71,12 +71,12 @@ class _PackedRows(Transformer):
         }
         packed["position_ids"] = self._positions(features)[..., mask].unsqueeze(-2)
         found = super().forward(packed, **kwargs)
-        # Only now: the vision tower would take these for the lengths of its own sequences.
+        # Added after the forward pass, because the vision tower would take them for its own sequence lengths.
         found["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         return found
 
     def _positions(self, features: dict[str, Any]) -> torch.Tensor:
-        """Positions of shape (batch, length), or (4, batch, length) for rotary positions in three directions."""
+        """Position ids of shape (batch, length), or (4, batch, length) for multimodal rotary embeddings."""
         counted = (features["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
         backbone: Any = self.model
         if not hasattr(backbone, "get_rope_index"):

@@ -1,4 +1,4 @@
-"""Copies of a model that several threads may use at once."""
+"""Model replicas: copies that share weights for use in threads, and copies on several devices."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from sentence_transformers import SentenceTransformer
 
 
 def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a model with the same weights whose tokenizer is used by one thread at a time.
+    """Return a model with the same weights whose tokenizer is protected by a lock.
 
-    A fast tokenizer keeps its truncation and padding in itself, and every call may change them, so two threads would
-    disturb each other. Images, which are what costs, are processed side by side.
+    A fast tokenizer stores truncation and padding as state that every call may change, so concurrent calls would
+    interfere. Images, which dominate the cost, are still processed concurrently.
 
     Args:
-        model: Any Sentence Transformers model; it stays as it is.
+        model: Any Sentence Transformers model; it is not modified.
 
     Returns:
-        SentenceTransformer: Of the same class.
+        SentenceTransformer: Model of the same class that shares the weights.
     """
-    return with_processor(model, _taking_turns)
+    return with_processor(model, _with_lock)
 
 
-def with_processor(model: SentenceTransformer, changed: Callable[[Any], Any]) -> SentenceTransformer:
+def with_processor(model: SentenceTransformer, change: Callable[[Any], Any]) -> SentenceTransformer:
     """Return a model with the same weights and another processor.
 
     Args:
-        model: Any Sentence Transformers model; it stays as it is.
-        changed: Gets a shallow copy of the processor, and returns what takes its place.
+        model: Any Sentence Transformers model; it is not modified.
+        change: Function from a shallow copy of the processor to its replacement.
 
     Returns:
-        SentenceTransformer: Of the same class.
+        SentenceTransformer: Model of the same class that shares the weights.
     """
     twin = copy.copy(model)
     twin.__dict__["_modules"] = modules = dict(model._modules)
@@ -43,23 +43,23 @@ def with_processor(model: SentenceTransformer, changed: Callable[[Any], Any]) ->
     if getattr(first, "processor", None) is None:
         return twin
     modules[name] = first
-    first.processor = changed(copy.copy(first.processor))
+    first.processor = change(copy.copy(first.processor))
     if getattr(first, "input_formatter", None) is not None:
         first.input_formatter = copy.copy(first.input_formatter)
         first.input_formatter.processor = first.processor
     return twin
 
 
-def _taking_turns(twin: Any) -> Any:
-    if getattr(twin, "tokenizer", None) is not None:
-        twin.tokenizer = _taking_turns(copy.copy(twin.tokenizer))
-    elif hasattr(twin, "encode") and callable(twin):
-        twin.__class__ = _locked(type(twin))
-    return twin
+def _with_lock(processor: Any) -> Any:
+    if getattr(processor, "tokenizer", None) is not None:
+        processor.tokenizer = _with_lock(copy.copy(processor.tokenizer))
+    elif hasattr(processor, "encode") and callable(processor):
+        processor.__class__ = _locked_class(type(processor))
+    return processor
 
 
-def _locked(kind: type) -> type:
-    """Subclass of a tokenizer class with a lock around whatever reaches its backend."""
+def _locked_class(kind: type) -> type:
+    """Subclass of a tokenizer class with a lock around the calls that reach its backend."""
     lock = threading.RLock()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,14 +74,14 @@ def _locked(kind: type) -> type:
 
 
 def on_devices(model: SentenceTransformer, devices: list[torch.device]) -> list[SentenceTransformer]:
-    """Return the model on every device; the first keeps the weights, others get copies.
+    """Replicate a model on several devices.
 
     Args:
-        model: The model; it moves to the first device.
-        devices: Where to.
+        model: The model; it is moved to the first device.
+        devices: Target devices.
 
     Returns:
-        list[SentenceTransformer]: One for each device.
+        list[SentenceTransformer]: The model itself for the first device, copies for the others.
     """
     model.to(devices[0])
     found = [model]

@@ -1,4 +1,4 @@
-"""Plain texts without the detour over chat messages: rendered, counted and tokenised once, for the whole window."""
+"""Fast path for plain texts: tokenizes a whole window of texts at once, without the chat template machinery."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PROBES = ("0", "a red circle", " \n 1  2\n\t3 'x' {y} \\n é☃ \n", "word " * 
 
 
 class TextFastPath:
-    """Turns plain texts into the features that ``model.preprocess`` would make of them.
+    """Computes the features of ``model.preprocess`` for plain texts by tokenization alone.
 
-    Most chat templates put a text between a fixed head and tail. Where probes show that this one does, and that the
-    tokens are the same, a text costs its tokenisation and nothing else; where not, :attr:`usable` is False.
+    Most chat templates put a text between a fixed head and tail. Probe texts show whether this template does, with the
+    same tokens; if not, :attr:`usable` is False.
 
     Args:
-        model: The embedder.
-        prompt: Instruction that goes with every text.
+        model: The embedding model.
+        prompt: Instruction that is added to every text. Defaults to None.
         **options: Further options of ``model.preprocess``.
 
     Example:
@@ -45,7 +45,7 @@ class TextFastPath:
         )
 
     def _find_frame(self, model: SentenceTransformer, prompt: str | None) -> bool:
-        """Find what the template puts around a text."""
+        """Find the head and tail that the template puts around a text."""
         transformer: Any = model[0]
         formatter, renders = transformer.input_formatter, []
         options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
@@ -55,13 +55,13 @@ class TextFastPath:
             chat = formatter.prepend_prompt_to_messages(chat, prompt) if prompt else chat
             renders.append(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
         self._head, found, self._tail = renders[1].partition(_PROBES[1])
-        for self._clean in (str, str.strip, str.rstrip):  # rstrip: a template that strips prompt and text together
+        for self._clean in (str, str.strip, str.rstrip):  # rstrip: for templates that strip prompt and text together
             if found and [self._framed(probe) for probe in _PROBES] == renders:
                 return True
         return False
 
     def _same_as(self, model: SentenceTransformer, prompt: str | None, options: dict[str, Any]) -> bool:
-        """Whether features are those of the model, batched too."""
+        """Whether the features of a batch equal those of the model."""
         limit = model.max_seq_length
         self._limit = int(min(limit if limit else 10**9, 10**9))
         names = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
@@ -87,14 +87,14 @@ class TextFastPath:
         return self._head + self._clean(text) + self._tail
 
     def tokens(self, texts: list[str]) -> list[np.ndarray | None]:
-        """Tokenise rendered texts.
+        """Tokenize texts in the frame of the template.
 
         Args:
-            texts: Texts.
+            texts: Plain texts.
 
         Returns:
-            list: int64 array of every row, template included; None for a text that needs the processor: it would be
-            truncated, or holds a special token.
+            list[np.ndarray | None]: int64 token ids of every text, template included. None for texts that need the
+            processor because they would be truncated or contain a special token.
         """
         plain = [None if self._reserved.search(text) else self._framed(text) for text in texts]
         framed = [text for text in plain if text is not None]
@@ -107,13 +107,13 @@ class TextFastPath:
         return [None if row is None or len(row) >= self._limit else row for row in rows]
 
     def features(self, rows: list[np.ndarray]) -> dict[str, Any]:
-        """Pad rows of :meth:`tokens` to a batch.
+        """Pad token ids to a batch of features.
 
         Args:
-            rows: Token ids.
+            rows: Token ids from :meth:`tokens`.
 
         Returns:
-            dict: What ``model.preprocess`` returns for these texts.
+            dict: The features that ``model.preprocess`` computes for these texts.
         """
         width = max(map(len, rows))
         ids = np.full((len(rows), width), self._tokenizer.pad_token_id, dtype=np.int64)
@@ -129,7 +129,7 @@ class TextFastPath:
 
 
 def plain_text(value: Any) -> str | None:
-    """Return the text of an input that is nothing but a text, else None.
+    """Text of an input that consists of a text only, else None.
 
     Args:
         value: As for :func:`~unime_st.encoding.model_inputs.texts_and_sizes`.
@@ -142,7 +142,7 @@ def plain_text(value: Any) -> str | None:
 
 
 def _simple(model: SentenceTransformer, options: dict[str, Any]) -> bool:
-    """Whether texts go through a chat template, and no option changes where they are cut."""
+    """Whether texts go through a chat template, and no option changes their truncation."""
     first: Any = model[0]
     if not isinstance(first, Transformer) or "message" not in first.modality_config or set(options) - {"task"}:
         return False

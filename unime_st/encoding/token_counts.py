@@ -1,4 +1,4 @@
-"""How many tokens an input will become, before any image is decoded; and batches of like length within a budget."""
+"""Token counts of inputs before images are decoded, and batching by length within a budget."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -19,18 +20,18 @@ Size = tuple[int, int]
 _CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
 
 _MEASURED_STEP = 112
-"""Grid in pixels on which image sizes are measured for processors that cannot tell their token counts."""
+"""Grid in pixels to which image sizes are rounded for processors whose token counts have to be measured."""
 
 
 class TokenCounter:
-    """Tokens of an input after template and processor, known from its text and the header of its images.
+    """Counts the tokens of inputs after template and processor, from texts and image headers only.
 
-    Text is counted by the tokenizer, images by the resize rule of the processor; where a processor has no such rule,
-    a blank image of about that size goes through it once.
+    Texts are counted by the tokenizer, images by the resize rule of the processor. For a processor without such a rule,
+    a blank image of about the same size is processed once.
 
     Args:
         model: Any Sentence Transformers model.
-        prompt: Instruction that goes with every input.
+        prompt: Instruction that is added to every input. Defaults to None.
         **options: Further options of ``model.preprocess``.
 
     Example:
@@ -48,30 +49,29 @@ class TokenCounter:
         self._processor: Any = getattr(model[0], "processor", None)
         self._images: dict[Size, int] = {}
         probe = model.preprocess(["0"], prompt=prompt, **options)
-        # The attention mask, not the width: some processors pad to a multiple.
+        # From the attention mask rather than the width, because some processors pad to a multiple.
         self._fixed = int(probe["attention_mask"].sum()) - len(self._tokens(["0"])[0])
 
     def __call__(self, inputs: Sequence[Any]) -> np.ndarray:
         """Count the tokens of inputs.
 
         Args:
-            inputs: Items, or whatever ``SentenceTransformer.encode`` takes.
+            inputs: Items or any inputs of ``SentenceTransformer.encode``.
 
         Returns:
-            np.ndarray: int64 of shape (len(inputs),), the length of each row before padding. Exact but for the few
-            tokens by which a template treats images differently from texts; an image that cannot be read counts
-            nothing.
+            np.ndarray: int64 of shape (len(inputs),), the length of each row before padding. Exact for texts; for
+            images it may differ by the few tokens that a template adds. Unreadable images count zero.
         """
         return self.tokens_and_pixels(inputs)[0]
 
     def tokens_and_pixels(self, inputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Count the tokens of inputs, and the pixels that decoding them makes.
+        """Count the tokens of inputs and the stored pixels of their images.
 
         Args:
-            inputs: Items, or whatever ``SentenceTransformer.encode`` takes.
+            inputs: Items or any inputs of ``SentenceTransformer.encode``.
 
         Returns:
-            tuple[np.ndarray, np.ndarray]: int64 of shape (len(inputs),) each.
+            tuple[np.ndarray, np.ndarray]: Tokens and pixels, int64 of shape (len(inputs),) each.
         """
         texts: list[str] = []
         sizes: list[Size] = []
@@ -98,7 +98,7 @@ class TokenCounter:
             sizes: (width, height) in pixels.
 
         Returns:
-            list[int]: Tokens of each.
+            list[int]: Number of tokens of each image.
         """
         sizes = [self._processed(size) for size in sizes]
         unknown = list({size for size in sizes if size not in self._images})
@@ -107,7 +107,7 @@ class TokenCounter:
         return [self._images[size] for size in sizes]
 
     def _processed(self, size: Size) -> Size:
-        """Size at which an image reaches the image processor."""
+        """Size at which an image is given to the image processor."""
         width, height = size
         if (side := getattr(self._processor, "image_side", None)) is not None:
             return side, side
@@ -127,18 +127,18 @@ class TokenCounter:
         return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
-def pack(costs: Any, budget: int, *, tolerance: float = 0.8, least: int = 512) -> list[np.ndarray]:
-    """Group rows into batches of like length that fit a budget once padded, the largest first.
+def pack(costs: npt.ArrayLike, budget: int, *, tolerance: float = 0.8, least: int = 512) -> list[np.ndarray]:
+    """Group rows into padded batches of similar length within a token budget, longest rows first.
 
     Args:
-        costs: Tokens of each row, of shape (n,).
-        budget: Most tokens of a batch, padding included. A row above it is a batch of its own.
-        tolerance: A batch takes no row shorter than this share of its longest one. Defaults to 0.8.
-        least: Tokens up to which a batch takes shorter rows nevertheless, since a forward pass costs something however
-            small it is. Defaults to 512.
+        costs: Number of tokens of each row, of shape (n,).
+        budget: Maximum number of tokens of a batch, padding included. A longer row forms a batch of its own.
+        tolerance: Minimum length of a row relative to the longest row of its batch. Defaults to 0.8.
+        least: Batches below this number of tokens are filled with shorter rows, because every forward pass has a fixed
+            cost. Defaults to 512.
 
     Returns:
-        list[np.ndarray]: Positions in ``costs``, every one of them once.
+        list[np.ndarray]: Indices of the rows of each batch; every row occurs once.
 
     Raises:
         ValueError: If the budget is not positive.
@@ -149,7 +149,7 @@ def pack(costs: Any, budget: int, *, tolerance: float = 0.8, least: int = 512) -
         [[1, 3], [2, 0, 4]]
     """
     if budget < 1:
-        raise ValueError(f"the token budget must be positive, got {budget}")
+        raise ValueError(f"budget must be at least 1 token, got {budget}")
     sizes = np.asarray(costs, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
     falling = np.maximum(sizes[order], 1)
@@ -165,42 +165,42 @@ def pack(costs: Any, budget: int, *, tolerance: float = 0.8, least: int = 512) -
 
 
 def pixel_budget(*devices: torch.device) -> int:
-    """Pixels of a batch's images as they are stored: decoded, they take memory, however few tokens remain of them.
+    """Maximum number of stored pixels of the images in a batch, which bounds the memory for decoded images.
 
     Args:
-        *devices: Where the model runs.
+        *devices: Devices of the model.
 
     Returns:
-        int: 8 million where all is computed on a CPU, 64 million otherwise.
+        int: 8 million if all devices are CPUs, 64 million otherwise.
     """
     return _CPU_PIXELS if all(device.type == "cpu" for device in devices) else _DEVICE_PIXELS
 
 
-def split_by_pixels(batches: Iterable[np.ndarray], pixels: Any, most: int) -> list[np.ndarray]:
-    """Cut batches where their images, decoded, would take too much memory.
+def split_by_pixels(batches: Iterable[np.ndarray], pixels: npt.ArrayLike, limit: int) -> list[np.ndarray]:
+    """Split batches whose decoded images would take too much memory.
 
     Args:
-        batches: Positions of rows.
-        pixels: Pixels of each row's images as they are stored, of shape (n,).
-        most: Most pixels of a batch. A row above it is a batch of its own.
+        batches: Indices of the rows of each batch.
+        pixels: Number of stored pixels of each row, of shape (n,).
+        limit: Maximum number of pixels of a batch. A larger row forms a batch of its own.
 
     Returns:
-        list[np.ndarray]: The same positions in the same order.
+        list[np.ndarray]: Batches with the same indices in the same order.
 
     Example:
         >>> import numpy as np
         >>> from unime_st.encoding import split_by_pixels
-        >>> [batch.tolist() for batch in split_by_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=9)]
+        >>> [batch.tolist() for batch in split_by_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], limit=9)]
         [[2, 0], [1, 3]]
-        >>> [batch.tolist() for batch in split_by_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], most=8)]
+        >>> [batch.tolist() for batch in split_by_pixels([np.array([2, 0]), np.array([1, 3])], [5, 0, 4, 9], limit=8)]
         [[2], [0], [1], [3]]
     """
-    pixels = np.asarray(pixels, dtype=np.int64)
+    counts = np.asarray(pixels, dtype=np.int64)
     parts = []
     for batch in batches:
         start = held = 0
-        for index, count in enumerate(pixels[batch].tolist()):
-            if index > start and held + count > most:
+        for index, count in enumerate(counts[batch].tolist()):
+            if index > start and held + count > limit:
                 parts.append(batch[start:index])
                 start, held = index, 0
             held += count

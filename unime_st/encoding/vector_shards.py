@@ -1,4 +1,4 @@
-"""Where vectors go: into memory, or straight to shards on disk."""
+"""Vector sinks and shards: collect encoded vectors in memory or as ``.npy`` shards on disk."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from unime_st.files import atomic_write
 
 
 class VectorSink(Protocol):
-    """Takes rows of vectors in the order of the stream."""
+    """Receives the vectors of a stream in order."""
 
     def add(self, vectors: torch.Tensor | None, size: int) -> None:
-        """Take the next ``size`` rows; None when none of them has a vector."""
+        """Append the next ``size`` rows; None if none of them has a vector."""
 
     def rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return rows taken earlier."""
+        """Return earlier rows."""
         ...
 
 
 class MemorySink:
-    """Keeps all vectors as tensors."""
+    """Sink that keeps all vectors in memory."""
 
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor | None] = []
         self._sizes: list[int] = []
 
     def add(self, vectors: torch.Tensor | None, size: int) -> None:
-        """Take the next rows."""
+        """Append the next rows."""
         self._blocks.append(vectors)
         self._sizes.append(size)
 
     def rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return rows taken earlier, all of which have a vector."""
+        """Return earlier rows, all of which have a vector."""
         starts = np.cumsum([0, *self._sizes[:-1]])
         blocks = np.searchsorted(starts, rows, side="right") - 1
         found = [self._blocks[block][row - starts[block]] for row, block in zip(rows, blocks)]  # type: ignore[index]
@@ -46,11 +46,11 @@ class MemorySink:
 
     @property
     def size(self) -> int:
-        """Rows taken so far."""
+        """Number of rows so far."""
         return sum(self._sizes)
 
     def tensor(self) -> torch.Tensor | None:
-        """All rows; None when there is no vector at all."""
+        """All rows, NaN where there is no vector; None if no row has a vector."""
         example = next((block for block in self._blocks if block is not None), None)
         if example is None:
             return None
@@ -62,21 +62,21 @@ class MemorySink:
 
 
 class ShardSink:
-    """Writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... as they come, after those that are there.
+    """Sink that writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... after existing shards.
 
     Args:
-        folder: Where to.
-        dim: Width of a vector.
-        dtype: Type in the files.
+        folder: Output folder, created if absent.
+        dim: Dimension of the vectors.
+        dtype: Data type of the files. Defaults to float32.
     """
 
     def __init__(self, folder: Path, dim: int, dtype: Any = np.float32) -> None:
         self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)
         folder.mkdir(parents=True, exist_ok=True)
-        there = (shard_path(folder, number) for number in count())
-        self.sizes = [len(np.load(path, mmap_mode="r")) for path in takewhile(Path.is_file, there)]
+        existing = takewhile(Path.is_file, (shard_path(folder, number) for number in count()))
+        self.sizes = [len(np.load(path, mmap_mode="r")) for path in existing]
         self.before = sum(self.sizes)
-        """Rows that an earlier, killed run wrote."""
+        """Number of rows that an interrupted run wrote."""
 
     def add(self, vectors: torch.Tensor | None, size: int) -> None:
         """Write the next rows as one shard."""
@@ -88,11 +88,11 @@ class ShardSink:
         self.sizes.append(size)
 
     def rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """Read rows written earlier in this run."""
+        """Read rows that were written in this run."""
         return torch.from_numpy(_read(self.folder, self.sizes, self.dim, np.asarray(rows) + self.before))
 
     def without_vector(self) -> list[int]:
-        """Rows that an earlier run left without a vector."""
+        """Rows without a vector that an interrupted run wrote."""
         rows = np.arange(self.before)
         return [
             int(row)
@@ -102,24 +102,29 @@ class ShardSink:
 
 
 class VectorShards:
-    """Vectors that :func:`~unime_st.encoding.encode_to_shards` wrote; they stay on disk until they are asked for.
+    """Vectors written by :func:`~unime_st.encoding.encode_to_shards`, read from disk on access.
 
     Args:
-        folder: Where they are.
+        folder: Folder of the shards.
 
     Raises:
         FileNotFoundError: If the folder is not finished.
 
     Example:
-        >>> from unime_st.encoding import VectorShards
-        >>> vectors = VectorShards("runs/vectors")  # doctest: +SKIP
-        >>> vectors[:2].shape, [shard.shape for shard in vectors.shards()]  # doctest: +SKIP
+        >>> import tempfile
+        >>> from unime_st import UniME
+        >>> from unime_st.encoding import VectorShards, encode_to_shards
+        >>> folder, model = tempfile.mkdtemp(), UniME("unime-tiny", device="cpu")
+        >>> _ = encode_to_shards(model, ["a red circle", "a star"], folder, show_progress_bar=False)
+        >>> vectors = VectorShards(folder)
+        >>> vectors[:1].shape, [shard.shape for shard in vectors.shards()]
+        ((1, 128), [(2, 128)])
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not is_complete(self.folder):
-            raise FileNotFoundError(f"{self.folder} holds no finished vectors; run encode_to_shards again")
+            raise FileNotFoundError(f"{self.folder}: no finished vectors; run encode_to_shards again")
         manifest = read_manifest(self.folder)
         self.dim, self._sizes = int(manifest["dim"]), [int(size) for size in manifest["shards"]]
 
@@ -133,17 +138,17 @@ class VectorShards:
         return found[0] if np.ndim(indices) == 0 else found
 
     def shards(self) -> list[np.ndarray]:
-        """All vectors as read-only memory maps, in order."""
+        """Memory maps of all shards in order."""
         return [np.load(shard_path(self.folder, number), mmap_mode="r") for number in range(len(self._sizes))]
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard of vectors lies."""
+    """Path of a shard of vectors."""
     return folder / f"vectors-{number:05d}.npy"
 
 
 def write_shard(folder: Path, number: int, content: np.ndarray) -> None:
-    """Write a shard of vectors that appears whole or not at all."""
+    """Write a shard of vectors atomically."""
     with atomic_write(shard_path(folder, number)) as temporary, temporary.open("wb") as file:
         np.save(file, content)
 

@@ -1,4 +1,4 @@
-"""The training objectives of UniME and UniME-V2 as sentence-transformers losses."""
+"""Losses of UniME and UniME-V2 for the trainers of sentence-transformers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""What the three embedding losses share: caching, chunking over rows, gathering across devices."""
+"""Base of the embedding losses: gradient caching, computation in chunks of rows, gathering across devices."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +16,22 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor, nn
 
 ROWS_AT_ONCE = 32
-"""Rows of the loss handled at once where only a token budget, and no mini-batch size, is given."""
+"""Rows of the similarity matrix computed at a time where no ``mini_batch_size`` is given."""
 
 
-def unit_rows(embeddings: Tensor) -> Tensor:
-    """L2-normalise rows in float32, or in float64 if that is what they came in.
+def normalize_rows(embeddings: Tensor) -> Tensor:
+    """L2-normalize rows in float32, or in float64 if they are float64.
 
     Args:
         embeddings: ``(rows, dim)`` of any floating dtype. Half precision is widened first: a cosine rounded to
-            bfloat16 is off by up to 0.002, which at temperature 0.02 is a tenth in the logit.
+            bfloat16 is off by up to 0.002, which at temperature 0.02 is 0.1 in the logit.
 
     Returns:
-        Tensor ``(rows, dim)``, float32 or float64.
+        Tensor: ``(rows, dim)``, float32 or float64.
+
+    Example:
+        >>> normalize_rows(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+        tensor([[0.6000, 0.8000]])
     """
     if embeddings.dtype != torch.float64:
         embeddings = embeddings.float()
@@ -36,7 +39,19 @@ def unit_rows(embeddings: Tensor) -> Tensor:
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return ``value`` if it is a positive finite number, else raise a ValueError that names the option."""
+    """Return ``value`` if it is a positive finite number.
+
+    Args:
+        name: Name of the option, for the message.
+        value: Its value.
+
+    Raises:
+        ValueError: If it is zero, negative, infinite or NaN.
+
+    Example:
+        >>> check_positive("temperature", 0.02)
+        0.02
+    """
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name} must be a positive finite number, but is {value}.")
     return value
@@ -44,11 +59,16 @@ def check_positive(name: str, value: float) -> float:
 
 @dataclass(frozen=True)
 class Shards:
-    """How the rows of one global batch lie over the processes that gather them.
+    """Distribution of the rows of a global batch over the processes that gather them.
 
     Args:
-        sizes: Number of rows of every process, in rank order; a single entry when nothing is gathered.
-        rank: Position of this process in ``sizes``.
+        sizes: Number of rows of each process, in rank order. One entry if nothing is gathered.
+        rank: Index of this process in ``sizes``.
+
+    Example:
+        >>> shards = Shards([3, 2], rank=1)
+        >>> shards.offset, shards.row_weight
+        (3, 0.4)
     """
 
     sizes: list[int]
@@ -56,7 +76,7 @@ class Shards:
 
     @classmethod
     def of(cls, num_rows: int, device: torch.device, gather: bool) -> Shards:
-        """Ask the other processes for their number of rows if ``gather`` is set."""
+        """Exchange the number of rows with the other processes if ``gather`` is set."""
         if not gather:
             return cls([num_rows], 0)
         return cls(all_gather(torch.tensor([num_rows], device=device)).tolist(), get_rank())
@@ -71,13 +91,13 @@ class Shards:
         """Weight of one row in the local loss.
 
         DDP averages gradients over processes, so the local loss is ``world_size / total_rows`` times the sum of its
-        rows: with equal shards their mean (as in sentence-transformers' losses), with uneven ones still the gradient
-        of the mean over the global batch.
+        rows. With equal shards that is their mean, as in sentence-transformers' losses; with uneven ones the gradient
+        is still that of the mean over the global batch.
         """
         return len(self.sizes) / sum(self.sizes)
 
     def gather(self, rows: Tensor, with_grad: bool = True) -> Tensor:
-        """Concatenate the rows of all processes in rank order, padding uneven shards for the transfer only."""
+        """Concatenate the rows of all processes in rank order. Uneven shards are padded for the transfer only."""
         if len(self.sizes) == 1:
             return rows
         longest = max(self.sizes)
@@ -89,13 +109,13 @@ class Shards:
 
 @dataclass
 class RowwiseLoss:
-    """A batch made ready for :meth:`CachedEmbeddingLoss.calculate_loss`.
+    """A loss that is a sum over rows, as tensors and a function of a chunk of them.
 
     Args:
-        rows: Tensors with one entry per local query; they are cut into chunks together.
-        shared: Tensors that every chunk needs whole, e.g. the gathered candidates.
+        rows: Tensors with one entry per local query. They are split into chunks together.
+        shared: Tensors that every chunk needs whole, such as the gathered candidates.
         losses: ``losses(chunk, rows, shared)`` returns the loss of each row of the chunk, shape ``(len(chunk),)``.
-            ``chunk`` is the slice of local rows, ``rows`` holds only these.
+            ``chunk`` is the slice of local rows, ``rows`` holds these rows only.
     """
 
     rows: list[Tensor]
@@ -104,20 +124,21 @@ class RowwiseLoss:
 
 
 class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
-    """Base of the embedding losses: plain or gradient-cached, on one process or on many.
+    """Base of the embedding losses: plain or gradient-cached, on one process or on several.
 
-    A subclass implements :meth:`prepare`; everything is computed on unit vectors in at least float32.
+    A subclass implements :meth:`check_inputs` and :meth:`prepare`. Losses are computed on unit vectors in at least
+    float32.
 
     Args:
         model: The model to train.
         mini_batch_size: Number of inputs embedded at a time with gradient caching
             (https://huggingface.co/papers/2101.06983), which bounds memory by the mini-batch instead of the batch.
-            None (default) embeds the batch in one ordinary forward pass.
+            None (default) embeds the batch in one forward pass.
         mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
             ``mini_batch_size`` inputs; turns gradient caching on as well.
-        gather_across_devices: Compare with the inputs of all processes instead of this one's only. The gradient then
-            equals that of one process with the whole batch; shards may differ in size.
-        show_progress_bar: Show the progress over mini-batches.
+        gather_across_devices: Compare with the inputs of all processes, not of this one only. The gradient then equals
+            that of one process with the whole batch. Shards may differ in size. Defaults to False.
+        show_progress_bar: Show a progress bar over the mini-batches. Defaults to False.
     """
 
     mini_batch_size: int | None  # type: ignore[assignment]  # None where the cache is off
@@ -141,27 +162,35 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         self.gather_across_devices = gather_across_devices
         self.show_progress_bar = show_progress_bar
         self._statistics: dict[str, tuple[Tensor | float, int]] = {}
-        self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
-        if self.uses_gradient_cache and has_static_embedding_input(model):
+        self.uses_gradient_cache = self.embeds_in_mini_batches
+        if self.embeds_in_mini_batches and has_static_embedding_input(model):
             raise ValueError(
                 f"{type(self).__name__} cannot cache gradients for a model based on a StaticEmbedding, whose inputs "
                 "cannot be split into mini-batches. Leave mini_batch_size and mini_batch_num_tokens at None."
             )
 
+    @property
+    def embeds_in_mini_batches(self) -> bool:
+        """Whether gradients are cached: each mini-batch is embedded in the forward and again in the backward pass."""
+        return self.mini_batch_size is not None or self.mini_batch_num_tokens is not None
+
     def record(self, name: str, values: Tensor) -> None:
-        """Remember numbers whose mean goes into the training log.
+        """Add values to a statistic whose mean the trainer logs.
 
         Args:
             name: Name in the log.
-            values: Numbers of any shape.
+            values: Tensor of any shape.
         """
         values = values.detach().float()
         total, count = self._statistics.get(name, (0.0, 0))
-        # Sums stay on the device: to fetch them here would make every mini-batch wait.
+        # Sums stay on the device: reading them here would synchronize it after every mini-batch.
         self._statistics[name] = (total + values.sum(), count + values.numel())
 
     def pop_statistics(self) -> dict[str, float]:
-        """Return the means of what was recorded since the last call, by name.
+        """Return the mean of each statistic since the last call, and reset them.
+
+        Returns:
+            dict[str, float]: Means by name.
 
         Example:
             >>> import torch
@@ -178,25 +207,42 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
-        """Check a batch and arrange it for the computation row by row.
+        """Arrange a checked batch for the computation in chunks of rows.
 
         Args:
-            columns: Unit vectors of every input column, each ``(rows, dim)``.
+            columns: Unit vectors of each input column, ``(rows, dim)``.
             labels: The labels of the batch, or None.
-            shards: Where this process's rows lie in the global batch.
+            shards: Distribution of the rows over the processes.
 
         Returns:
-            The tensors to differentiate and the function from a chunk of them to its losses.
+            RowwiseLoss: The tensors to differentiate, and the function from a chunk of them to its losses.
         """
 
     @abstractmethod
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
-        """Raise a ValueError if columns or labels are not what this loss takes."""
+        """Check columns and labels.
+
+        Args:
+            num_columns: Number of input columns.
+            num_rows: Number of rows.
+            labels: The labels of the batch, or None.
+
+        Raises:
+            ValueError: If they are not what this loss takes.
+        """
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Embed the columns and compute the loss; with caching, its backward pass re-embeds the mini-batches."""
+        """Embed the columns and compute the loss. With caching, the backward pass embeds the mini-batches again.
+
+        Args:
+            sentence_features: Features of each input column, as made by the model's ``preprocess``.
+            labels: The labels of the batch, see the class.
+
+        Returns:
+            Tensor: Scalar, the mean over the rows.
+        """
         sentence_features = list(sentence_features)
-        if self.uses_gradient_cache:
+        if self.embeds_in_mini_batches:
             return self.forward_cached(sentence_features, labels)
         embeddings = embed_columns(self.model, sentence_features)
         return self.calculate_loss([[column] for column in embeddings], labels)
@@ -207,14 +253,14 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         """Compute the loss of a batch from its embeddings.
 
         Args:
-            reps: For every input column the embeddings of its mini-batches, each ``(mini_batch, dim)``; they need
-                not be normalised.
+            reps: For each input column the embeddings of its mini-batches, ``(mini_batch, dim)`` each. They need not
+                be normalized.
             labels: The labels of the whole batch, see the class.
             with_backward: Back-propagate into ``reps``, one chunk of rows at a time so that the similarity matrix is
-                never held whole, and return a detached loss.
+                never in memory as a whole, and return a detached loss. Defaults to False.
 
         Returns:
-            Scalar tensor: the mean over the rows.
+            Tensor: Scalar, the mean over the rows.
 
         Raises:
             ValueError: If the number of columns or the labels are not what the loss takes.
@@ -222,7 +268,7 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         device = reps[0][0].device
         # Autocast would round the similarities to half precision whatever dtype the embeddings have.
         with torch.autocast(device.type, enabled=False):
-            columns = [unit_rows(torch.cat(column)) for column in reps]
+            columns = [normalize_rows(torch.cat(column)) for column in reps]
             self.check_inputs(len(columns), len(columns[0]), labels)
             shards = Shards.of(len(columns[0]), device, self.gather_across_devices)
             batch = self.prepare(columns, labels, shards)
@@ -230,14 +276,14 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
 
     def _sum_over_chunks(self, batch: RowwiseLoss, row_weight: float, with_backward: bool) -> Tensor:
         num_rows = len(batch.rows[0])
-        # Without a backward pass per chunk all chunk graphs would stay alive, so chunking would save nothing.
+        # Without a backward pass per chunk the graphs of all chunks would stay alive: chunking would save nothing.
         chunked = with_backward or not torch.is_grad_enabled()
         chunk_size = (self.mini_batch_size or ROWS_AT_ONCE) if chunked else num_rows
         pieces = list(zip(*(tensor.split(chunk_size) for tensor in batch.rows)))
         shared = batch.shared
         if with_backward:
             # Leaves cut the graph at the (gathered) unit vectors: each chunk's graph is freed at once, and the
-            # backward pass through normalisation and communication below happens once, not per chunk.
+            # backward pass through normalization and communication below runs once, not once per chunk.
             pieces = [tuple(tensor.detach().requires_grad_() for tensor in piece) for piece in pieces]
             shared = [tensor.detach().requires_grad_() for tensor in batch.shared]
 
@@ -257,8 +303,8 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
             torch.autograd.backward([*batch.rows, *batch.shared], [*row_gradients, *(leaf.grad for leaf in shared)])
         return total
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The options that go into the model card."""
+    def get_config_dict(self) -> dict[str, object]:
+        """Options for the model card."""
         return {
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,

@@ -1,4 +1,4 @@
-"""BibTeX entries of the papers behind the losses, for model cards."""
+"""BibTeX entries of the UniME papers, for model cards."""
 
 from __future__ import annotations
 

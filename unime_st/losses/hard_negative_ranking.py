@@ -1,10 +1,9 @@
-"""UniME stage 2: InfoNCE against the hardest in-batch candidates that are not likely false negatives."""
+"""Hard-negative ranking, UniME stage 2: InfoNCE against the hardest in-batch negatives, false negatives filtered."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -38,29 +37,30 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
                loss = mean_q -log( exp(cos(q, p) / t) / (exp(cos(q, p) / t) + sum_n exp(cos(q, n) / t)) )
 
         With fewer than ``num_negatives`` candidates left, the selected ones are repeated in turn, hardest first, up to
-        that number (the paper's duplicate rule; it leaves the order open). A dropped candidate never comes back. A
+        that number (the paper's duplicate rule, whose order it leaves open). A dropped candidate is never selected. A
         query with no candidate left contributes zero to the mean.
 
         Args:
             model: The model to train.
-            temperature: The t above. The default 0.02 is that of the released code; the paper prints none.
-            false_negative_margin: How far above the positive a candidate's cosine may be, the paper's beta. May be
-                negative, which drops candidates close *below* the positive, too.
-            num_negatives: Hard negatives per query, the paper's k. May exceed the number of candidates.
+            temperature: Divides the cosine similarities, t above. Defaults to 0.02, the value of the released code; the
+                paper gives none.
+            false_negative_margin: Drop candidates more similar than positive + margin, the paper's beta. Defaults to
+                0.1. A negative margin also drops candidates slightly *less* similar than the positive.
+            num_negatives: Hard negatives per query, the paper's k. Defaults to 8. May exceed the number of candidates.
             mini_batch_size: Number of inputs embedded at a time with gradient caching, which bounds memory by the
-                mini-batch instead of the batch. None (default) embeds the batch in one ordinary forward pass.
+                mini-batch instead of the batch. None (default) embeds the batch in one forward pass.
             mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
                 ``mini_batch_size`` inputs; turns gradient caching on as well.
-            gather_across_devices: Choose among the candidates of all processes instead of this one's only.
-            show_progress_bar: Show the progress over mini-batches.
+            gather_across_devices: Select from the candidates of all processes, not of this one only. Defaults to False.
+            show_progress_bar: Show a progress bar over the mini-batches. Defaults to False.
 
         References:
             - UniME: https://arxiv.org/abs/2504.17432, section "Hard Negative Enhanced Instruction Tuning"
             - Gradient caching: https://huggingface.co/papers/2101.06983
 
         Requirements:
-            1. (query, positive) pairs, or these with any number of negatives
-            2. Batches well above ``num_negatives``: the paper's is 1024 for 8
+            1. (query, positive) pairs, optionally with any number of negatives.
+            2. A batch size well above ``num_negatives``: the paper uses 1024 for 8.
 
         Inputs:
             +-----------------------------------------------+--------+
@@ -75,11 +75,11 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
 
         Recommendations:
             - Use ``BatchSamplers.NO_DUPLICATES``. The filter compares similarities, not contents: another query's
-              positive that equals one's own has the same cosine, passes the filter and would be pushed away.
+              positive that equals the own one has the same similarity, passes the filter and becomes a negative.
 
         Relations:
             - :class:`CachedGISTEmbedLoss` with the model itself as guide, ``margin=-false_negative_margin`` and no
-              anchor or positive contrasts filters in the same way, but has no top-k.
+              anchor or positive contrasts filters the same candidates, but has no top-k.
 
         Example:
             ::
@@ -113,7 +113,7 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
         self.num_negatives = num_negatives
 
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
-        """Raise a ValueError unless there are a query and a positive column; labels are ignored."""
+        """Check that there are a query and a positive column; labels are ignored. See the base class."""
         if num_columns < 2:
             raise ValueError(
                 "HardNegativeRankingLoss takes the columns query, positive and optionally negatives, "
@@ -121,7 +121,7 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
             )
 
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
-        """Arrange queries and the candidates of the whole (gathered) batch."""
+        """Arrange the queries and the candidates of the whole (gathered) batch; see the base class."""
         queries, *documents = columns
         per_query = len(documents)
         # (rows, 1 + negatives, dim) -> one collective for all columns; the positive of row i is entry i * per_query.
@@ -135,12 +135,12 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
         return RowwiseLoss(rows=[queries], shared=[candidates], losses=losses)
 
     def _ranking_losses(self, similarities: Tensor, own: Tensor) -> Tensor:
-        """InfoNCE of each row of ``similarities`` against its hard negatives; ``own`` (rows, 1) is the positive."""
+        """InfoNCE of each row of ``similarities`` against its hard negatives; ``own`` (rows, 1) indexes the positive."""
         positives = similarities.gather(1, own)
         with torch.no_grad():
             dropped = similarities > positives + self.false_negative_margin
             dropped.scatter_(1, own, True)
-            # topk needs k <= width; the duplicate rule below fills the rest up.
+            # topk needs k <= number of candidates; the duplicate rule below fills the other slots.
             k = min(self.num_negatives, similarities.shape[1])
             hardest = similarities.masked_fill(dropped, -torch.inf).topk(k, dim=1).indices
             num_left = (~dropped).sum(dim=1, keepdim=True).clamp(max=k)
@@ -150,13 +150,13 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
         chosen = similarities.gather(1, negatives)
         self.record("positive_similarity", positives)
         self.record("negative_similarity", chosen[num_left[:, 0] > 0])
-        self.record("filtered_candidates", dropped.sum(dim=1) - 1)  # of a query, its positive not counted
+        self.record("filtered_candidates", dropped.sum(dim=1) - 1)  # per query, its positive not counted
         logits = torch.cat([positives, chosen], dim=1) / self.temperature
         # Multiplying instead of skipping keeps rows without negatives in the graph: their gradient is zero, not absent.
         return -logits.log_softmax(dim=1)[:, 0] * (num_left[:, 0] > 0)
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The options that go into the model card."""
+    def get_config_dict(self) -> dict[str, object]:
+        """Options for the model card."""
         return {
             "temperature": self.temperature,
             "false_negative_margin": self.false_negative_margin,

@@ -1,4 +1,4 @@
-"""How the numbers of a list's candidates are written in tokens."""
+"""List answers: the tokens of the candidate numbers in a listwise prompt, and the cross entropy over them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 LIST_ANSWER_START = "Ans: ("
-"""What a listwise prompt ends with, so that the number of the best candidate follows."""
+"""End of a listwise prompt; the number of the best candidate follows."""
 
 
 def check_list_prompt(processor: Any, chat: Sequence[Any]) -> None:
-    """Refuse a chat template that would silently render a list as a pair.
+    """Check that a chat template has a listwise prompt, and would not silently render a list as a pair.
 
     Args:
         processor: Processor of a generative model.
-        chat: A query, then two candidates, the later one with the word "second".
+        chat: Messages of a query and two candidates, the second one with the text "second".
 
     Raises:
-        ValueError: If the template has no prompt for lists.
+        ValueError: If the template has no listwise prompt.
     """
 
     def render(**options: Any) -> str:
@@ -36,18 +36,18 @@ def check_list_prompt(processor: Any, chat: Sequence[Any]) -> None:
 
 
 def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
-    """Find the tokens that tell the answers "Ans: (1)", ..., "Ans: (count)" apart.
+    """Find the tokens that distinguish the answers "Ans: (1)", ..., "Ans: (count)".
 
     Args:
         tokenizer: Tokenizer of a generative model.
         count: Number of candidates.
 
     Returns:
-        list[tuple[int, ...]]: Per number the tokens behind "Ans: (", no more than it takes: one token, or two where
-        the tokenizer splits numbers into digits and another number begins alike, as 1 and 10 do.
+        list[tuple[int, ...]]: For each number the fewest tokens after "Ans: (" that distinguish it from the others: one,
+        or two where the tokenizer splits numbers into digits and another number begins alike, as 1 and 10 do.
 
     Raises:
-        ValueError: If the tokenizer cannot write the numbers, or needs more than two tokens to tell them apart.
+        ValueError: If the tokenizer cannot write the numbers, or needs more than two tokens to distinguish them.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -64,7 +64,7 @@ def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
         if ids[: len(start)] != start or tokenizer.unk_token_id in ids[len(start) :] or len(ids) == len(start):
             tokens = tokenizer.convert_ids_to_tokens(ids)
             raise ValueError(
-                f"this tokenizer has no usable index tokens: it reads {LIST_ANSWER_START + str(number) + ')'!r} as "
+                f"this tokenizer has no usable index tokens: it splits {LIST_ANSWER_START + str(number) + ')'!r} into "
                 f"{tokens}. Rank pairwise (method='pairwise'), or train with listwise_weight=0."
             )
         written.append(tuple(ids[len(start) :]))
@@ -72,14 +72,14 @@ def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
     longest = max(map(len, answers))
     if longest > 2:
         raise ValueError(
-            f"{count} candidates cannot share a list: this tokenizer needs {longest} tokens to tell their numbers "
-            f"apart. At most {longest_list(tokenizer, count - 1)} can; rank them in windows of so many."
+            f"{count} candidates cannot share a list: this tokenizer needs {longest} tokens to distinguish their "
+            f"numbers. At most {longest_list(tokenizer, count - 1)} can; rank them in windows of that size."
         )
     return answers
 
 
 def _shortest(number: int, written: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The least that a number has to itself."""
+    """The fewest first tokens of a number that no other number begins with."""
     own = written[number]
     for length in range(1, len(own)):
         if sum(other[:length] == own[:length] for other in written) == 1:
@@ -88,14 +88,14 @@ def _shortest(number: int, written: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def longest_list(tokenizer: Any, wanted: int) -> int:
-    """Find how many of ``wanted`` candidates fit into one list, as far as numbers go.
+    """Largest number of candidates in one list whose numbers :func:`index_answers` can distinguish.
 
     Args:
         tokenizer: Tokenizer of a generative model.
-        wanted: Number of candidates.
+        wanted: Upper bound.
 
     Returns:
-        int: ``wanted`` or the most below it; 0 where the tokenizer has no usable index tokens.
+        int: At most ``wanted``; 0 where the tokenizer has no usable index tokens.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -113,14 +113,14 @@ def longest_list(tokenizer: Any, wanted: int) -> int:
 
 
 def second_positions(weights: Tensor, answers: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """Find the lists whose answer goes on behind its first token.
+    """Find the lists that may have an answer of two tokens.
 
     Args:
-        weights: Probability of each place of each list to be the answer, ``(rows, places)``.
+        weights: Probability of each position of each list to be the answer, ``(rows, positions)``.
         answers: Result of :func:`index_answers`.
 
     Returns:
-        tuple: The rows, and for each the first token of its answer.
+        tuple[list[int], list[int]]: Indices of the rows, and for each the first token of the answer.
 
     Example:
         >>> import torch
@@ -138,16 +138,16 @@ def second_positions(weights: Tensor, answers: Sequence[tuple[int, ...]]) -> tup
 
 
 def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Sequence[tuple[int, ...]]) -> Tensor:
-    """Cross entropy of the answers to lists, token by token: -log P(10) is -log P(1) - log P(0 | 1).
+    """Cross entropy of list answers, token by token: -log P(10) = -log P(1) - log P(0 | 1).
 
     Args:
-        logits: Logits behind the lists, ``(rows, vocabulary)``, and behind those of :func:`second_positions`,
-            continued by their first token.
-        weights: Probability of each place of each list to be the answer, ``(rows, places)``.
+        logits: Logits after the lists, ``(rows, vocab)``, and after those of :func:`second_positions` with their first
+            token appended, ``(len(second_positions), vocab)``.
+        weights: Probability of each position of each list to be the answer, ``(rows, positions)``.
         answers: Result of :func:`index_answers`.
 
     Returns:
-        Scalar tensor: the mean over the rows.
+        Tensor: Scalar, the mean over the rows.
 
     Example:
         >>> import torch
@@ -166,10 +166,10 @@ def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Seq
 
 
 def append_tokens(features: dict[str, Any], tokens: Sequence[int]) -> None:
-    """Put a token behind each left-padded prompt, in place.
+    """Append a token to each left-padded prompt, in place.
 
     Args:
-        features: Features of the prompts.
+        features: Features of the prompts, as made by the model's ``preprocess``.
         tokens: One token per prompt.
 
     Example:

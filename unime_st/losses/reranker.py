@@ -1,4 +1,4 @@
-"""UniME-V2-Reranker: answer Yes or No about one candidate, and name the best of several."""
+"""Reranker loss, UniME-V2-Reranker: pairwise (Yes or No to one candidate) and listwise (number of the best one)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
@@ -22,6 +21,7 @@ from unime_st.losses.list_answers import (
     index_answers,
     second_positions,
 )
+from unime_st.losses.random_lists import draw_lists, evaluation_seed, list_targets, training_seed
 
 
 class RerankerLoss(CachedLossMixin, nn.Module):
@@ -43,42 +43,44 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         negatives, of which h is the hardest by the judge's score::
 
             pair = CE(Yes | q, positive) + CE(No | q, h)
-            list = CE(k | q, the x negatives in their order with the positive put in at place k)
+            list = CE(k | q, the x negatives in their order with the positive inserted at position k)
             loss = mean_q (pairwise_weight * pair + listwise_weight * list)
 
-        Each cross entropy is over the whole vocabulary at the one position where the answer stands (two positions
-        where a number takes two tokens to tell it from another, as 10 does in Qwen's tokenizers). k is uniform over
-        all 1 + x places. (In the authors' code the place is biased, the last one never holds the positive, the loss
-        also averages over header and end tokens, and no text reaches the prompt; see their paper for what is meant.)
+        Each cross entropy is over the whole vocabulary at the token of the answer (two tokens where a number needs two
+        to differ from another, as 10 does in Qwen's tokenizers). k is uniform over all 1 + x positions. This follows the
+        paper, not the authors' code: there the position is biased, the last one never holds the positive, the loss also
+        averages over header and end tokens, and no text reaches the prompt.
 
         Args:
             model: A ``CrossEncoder`` of ``[Transformer, LogitScore(yes, no)]`` whose chat template renders pairs and,
                 with ``task="listwise"``, lists; such as :class:`~unime_st.UniMEReranker`.
-            pairwise_weight: Weight of the pair term. 0 leaves it out.
-            listwise_weight: Weight of the list term. 0 leaves it out.
-            min_list_length: Train on lists of random length, uniform from this to 1 + x, with as many of the negatives
-                at random, so that the model may be used on any length up to 1 + x. None (default): always 1 + x.
-            target_temperature: Train the list term on the judge's scores s in place of the one right answer: the
-                cross entropy with ``softmax(s / target_temperature)`` over the list. Needs labels. None (default):
-                the positive is the answer.
-            mini_batch_size: Number of prompts in memory at a time. With gradient caching the gradient stays that of
-                the whole batch; images are decoded for the mini-batch only, and twice. None (default) handles all
-                pairs, and then all lists, in an ordinary forward pass.
-            show_progress_bar: Show the progress over mini-batches.
+            pairwise_weight: Weight of the pair term. 0 leaves it out. Defaults to 1.
+            listwise_weight: Weight of the list term. 0 leaves it out. Defaults to 1.
+            min_list_length: Train on lists of random length, uniform from this to 1 + x, with that many negatives
+                chosen at random, so that the model can rank lists of any length up to 1 + x. None (default): always
+                1 + x.
+            target_temperature: Train the list term on the judge's scores s instead of the one right answer: cross
+                entropy with ``softmax(s / target_temperature)`` over the list. Needs labels. None (default): the
+                positive is the answer.
+            mini_batch_size: Number of prompts in memory at a time, with gradient caching: the gradient is that of the
+                whole batch, and images are decoded for their mini-batch only, twice. None (default) runs all pairs,
+                and then all lists, in one forward pass each.
+            show_progress_bar: Show a progress bar over the mini-batches. Defaults to False.
 
         Attributes:
-            tokens: Tokens of prompts answered so far by this process, padding not counted; second passes neither.
+            tokens: Prompt tokens that this process has computed so far, without padding and without second passes.
 
         References:
             - UniME-V2: https://arxiv.org/abs/2510.13515, section "UniME-V2-Reranker", equations of L_pair and L_list
 
         Requirements:
-            1. Rows of a query, its positive and one or more negatives, the same number in every row
-            2. A tokenizer that writes the numbers 1 to 1 + x in at most two tokens where the list term is on
+            1. Rows of a query, its positive and one or more negatives, the same number in every row.
+            2. For the list term a tokenizer that writes the numbers 1 to 1 + x in at most two tokens.
 
-        The places are drawn from torch's generator, so ``torch.manual_seed`` and the trainer's seed fix them, and a
-        training resumed by the trainer goes on with the same ones. Several processes draw for the global batch, so that
-        training on several devices equals training on one.
+        In training the lists are drawn from torch's generator: ``torch.manual_seed`` and the trainer's seed determine
+        them, and a training resumed by the trainer draws the same ones. Several processes draw for the global batch, so
+        that training on several devices equals training on one. Evaluation (without gradients) uses the same lists every
+        time and leaves the generator alone.
 
         Inputs:
             +------------------------------------------------+------------------------------------------------------+
@@ -89,13 +91,13 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             | (query, positive, negative_1, ..., negative_x) | [score(positive), score(negative_1), ...], 1 + x each|
             +------------------------------------------------+------------------------------------------------------+
 
-            Inputs are texts, images, dicts with "text" and / or "image" (None counts as absent) or objects with a
-            ``to_input()`` that returns such a dict, for example :class:`~unime_st.Item`. Scores may be probabilities
-            or log-odds where only the order among the negatives counts (without ``target_temperature``).
+            Inputs are texts, images, dicts with "text" and / or "image" (a part that is None is absent) or objects with
+            a ``to_input()`` that returns such a dict, for example :class:`~unime_st.Item`. Scores may be probabilities
+            or log-odds: without ``target_temperature`` only the order of the negatives matters.
 
         Relations:
             - :class:`~sentence_transformers.cross_encoder.losses.BinaryCrossEntropyLoss` on the same pairs compares
-              Yes with No only and lets both drift away from the rest of the vocabulary.
+              Yes with No only, and does not keep both above the rest of the vocabulary.
 
         Example:
             ::
@@ -166,10 +168,13 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             inputs: The columns query, positive, negative_1, ..., negative_x.
             labels: Judge scores per row, ``(rows, 1 + x)``, or None.
             prompt: Instruction handed to the chat template.
-            task: Not used: this loss decides itself which prompts are lists.
+            task: Ignored; the loss renders pairs and lists itself.
 
         Returns:
-            The weighted terms "pair" and "list", whose sum is the loss.
+            dict[str, Tensor]: The weighted terms "pair" and "list", whose sum is the loss.
+
+        Raises:
+            ValueError: If columns or labels are not what the loss takes.
         """
         if len(inputs) < 3:
             raise ValueError(
@@ -188,10 +193,10 @@ class RerankerLoss(CachedLossMixin, nn.Module):
                 {"queries": queries, "candidates": [[negatives[index][row]] for row, index in enumerate(hardest)]}
             )
         if self.listwise_weight:
-            indices = self._draw_lists(len(queries), count)
+            indices = self._draw_lists(len(queries), count, queries)
             candidates = list(zip(*inputs[1:], strict=True))
-            lists = [[candidates[row][index] for index in listed] for row, listed in enumerate(indices)]
-            weights = self._targets(indices, scores, count)
+            lists = [[candidates[row][index] for index in order] for row, order in enumerate(indices)]
+            weights = list_targets(indices, count, scores, self.target_temperature)
             options = {"options": {"task": "listwise"}}
             columns.append({"queries": queries, "candidates": lists, **options})
             rows, tokens = second_positions(weights, index_answers(self._tokenizer, count))
@@ -210,7 +215,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         return self._parts
 
     def _in_few_passes(self, columns: list[dict[str, Any]]) -> list[list[Tensor]]:
-        """Answer all prompts; the positives' and the hardest negatives' pairs share one call, and so their images."""
+        """Run all prompts; the pairs of the positives and of the hardest negatives share a pass, and so their images."""
         reps: list[list[Tensor]] = []
         if self.pairwise_weight:
             positive, negative, *columns = columns
@@ -224,54 +229,28 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
         Args:
             query: Text, image, dict of them or item.
-            candidates: The same.
-            opened: Items that are decoded already; new ones are added.
+            candidates: One or more of the same.
+            opened: Cache of decoded items, extended in place.
 
         Returns:
-            list: For the model's ``preprocess``, with ``task="listwise"`` where it is a list.
+            list: Messages for the model's ``preprocess``, with ``task="listwise"`` for several candidates.
         """
         asked = _plain(query, opened)
         pairs = [self._to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
         return [pairs[0][0], *(pair[1] for pair in pairs)]
 
-    def _draw_lists(self, rows: int, count: int) -> list[list[int]]:
-        """Draw each row's list: which candidates (0 is the positive) stand at its places."""
-        # The seed comes from torch's own generator, whose state the trainer keeps in its checkpoints, so that a resumed
-        # training draws what an uninterrupted one does. All processes take that of the first, for the global batch.
-        seed = torch.randint(2**62, (1,))
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        world, rank = 1, 0
-        if distributed:
-            world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-            seed = seed.to(next(self.model.parameters()).device)
-            torch.distributed.broadcast(seed, src=0)
-        generator = torch.Generator().manual_seed(int(seed))
+    def _draw_lists(self, rows: int, count: int, queries: Sequence[Any] = ()) -> list[list[int]]:
+        """Draw the list of each row: indices of its candidates, 0 being the positive, in the order of the prompt."""
         shortest = count if self.min_list_length is None else min(self.min_list_length, count)
-        lengths = torch.randint(shortest, count + 1, (world * rows,), generator=generator)
-        order = torch.rand(world * rows, count - 1, generator=generator).argsort(1) + 1
-        slots = (torch.rand(world * rows, generator=generator, dtype=torch.float64) * lengths).long()
-        lists = []
-        for row in range(rank * rows, (rank + 1) * rows):
-            listed = sorted(order[row, : lengths[row] - 1].tolist())
-            listed.insert(int(slots[row]), 0)
-            lists.append(listed)
-        return lists
-
-    def _targets(self, indices: list[list[int]], scores: Tensor | None, count: int) -> Tensor:
-        """Probability that each place of each list is right, ``(rows, count)``; 0 behind the end of a list."""
-        if self.target_temperature is not None and scores is None:
-            raise ValueError("target_temperature needs the judge's scores as labels; judge first, or leave it None.")
-        targets = torch.zeros(len(indices), count)
-        for row, listed in enumerate(indices):
-            if self.target_temperature is None or scores is None:
-                targets[row, listed.index(0)] = 1.0
-            else:
-                targets[row, : len(listed)] = (scores[row, listed].float() / self.target_temperature).softmax(0)
-        return targets
+        if torch.is_grad_enabled():
+            seed = training_seed(next(self.model.parameters()).device)
+        else:
+            seed = evaluation_seed(queries)
+        return draw_lists(rows, count, shortest, seed)
 
     def _logits(self, column: dict[str, Any], begin: int, end: int, random_state: RandContext | None = None) -> Tensor:
-        """Run the model on some prompts of a column and return its logits at the answer, ``(end - begin, vocab)``."""
-        # Images are decoded here, so that no more of them are in memory than one mini-batch needs.
+        """Run the model on prompts of a column and return the logits at the answer, ``(end - begin, vocab)``."""
+        # Images are decoded here, so that only those of one mini-batch are in memory.
         opened: dict[Any, Any] = {}
         rows = zip(column["queries"][begin:end], column["candidates"][begin:end])
         chats = [self.chat(*row, opened) for row in rows]
@@ -294,14 +273,17 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         random_states: list[RandContext] | None = None,
         ranges: list[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[Tensor, RandContext | None]]:
-        """Yield the logits at the answer, mini-batch by mini-batch; called by the gradient cache.
+        """Yield the logits at the answer for each mini-batch; called by the gradient cache.
 
         Args:
             sentence_feature: One column of prompts.
             with_grad: Whether to keep the graph.
-            copy_random_state: Whether to snapshot the random state, so that dropout can be replayed.
-            random_states: Snapshots to replay.
-            ranges: Begin and end of the mini-batches.
+            copy_random_state: Whether to save the random state, so that dropout can be replayed.
+            random_states: Saved states to replay.
+            ranges: Begin and end of each mini-batch.
+
+        Yields:
+            tuple: Logits ``(mini_batch, vocab)``, and the saved random state or None.
         """
         anchor = next(self.model.parameters()).new_empty(0)  # tells the snapshot on which device the model runs
         for index, (begin, end) in enumerate(ranges or []):
@@ -316,17 +298,20 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         """Compute the loss of a batch from the logits at the answer position.
 
         Args:
-            reps: Logits of the positives' pairs, of the hardest negatives' pairs, of the lists and, where numbers take
-                two tokens, of the lists continued by the first of them; each as mini-batches of shape
-                ``(mini_batch, vocab)``; without those of a term whose weight is 0.
-            labels: Probability of each place of each list to be the answer, ``(rows, places)``; or, where every
+            reps: Logits of the pairs with the positives, of the pairs with the hardest negatives, of the lists and,
+                where numbers take two tokens, of the lists continued by the first of them; each as mini-batches
+                ``(mini_batch, vocab)``. A term of weight 0 has none.
+            labels: Probability of each position of each list to be the answer, ``(rows, 1 + x)``; or, where every
                 answer is one token, the id of the right one, ``(rows,)``.
-            with_backward: Back-propagate into ``reps`` and return a detached loss.
+            with_backward: Back-propagate into ``reps`` and return a detached loss. Defaults to False.
 
         Returns:
-            Scalar tensor: the mean over the rows of the weighted sum of both terms.
+            Tensor: Scalar, the mean over the rows of the weighted sum of both terms.
+
+        Raises:
+            ValueError: If the list term has no labels.
         """
-        # Cross entropies of half-precision logits would be computed in half precision.
+        # The cross entropy of half-precision logits would be computed in half precision.
         columns = [_widened(torch.cat(column)) for column in reps]
         parts: dict[str, Tensor] = {}
         if self.pairwise_weight:
@@ -337,7 +322,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             parts["pair"] = self.pairwise_weight * pair
         if self.listwise_weight:
             if labels is None:
-                raise ValueError("calculate_loss needs the right answers of the lists as labels")
+                raise ValueError("calculate_loss got no labels; it needs the answers of the lists.")
             labels = labels.to(columns[0].device)
             if labels.ndim == 1:
                 loss = F.cross_entropy(columns[0], labels)
@@ -351,8 +336,8 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         self._parts = parts
         return total
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The options that go into the model card."""
+    def get_config_dict(self) -> dict[str, object]:
+        """Options for the model card."""
         return {
             "pairwise_weight": self.pairwise_weight,
             "listwise_weight": self.listwise_weight,
@@ -363,12 +348,12 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
     @property
     def citation(self) -> str:
-        """BibTeX of the paper, for model cards."""
+        """BibTeX entry of the UniME-V2 paper."""
         return UNIME_V2_CITATION
 
 
 def _plain(value: Any, opened: dict[Any, Any]) -> Any:
-    """Turn an item into a dict of its decoded parts, each image decoded once, and drop the absent parts of a dict."""
+    """Decode an item to a dict of its parts, every item once, and drop the parts of a dict that are None."""
     if hasattr(value, "to_input"):
         if value not in opened:
             opened[value] = value.to_input()
@@ -377,7 +362,7 @@ def _plain(value: Any, opened: dict[Any, Any]) -> Any:
 
 
 def _scores(labels: Tensor | Sequence[Tensor] | None, rows: int, negatives: int) -> Tensor | None:
-    """Return the judge's scores as one checked tensor."""
+    """Judge scores as one checked tensor."""
     if labels is None:
         return None
     scores = labels if isinstance(labels, Tensor) else torch.stack(list(labels))
@@ -391,5 +376,5 @@ def _scores(labels: Tensor | Sequence[Tensor] | None, rows: int, negatives: int)
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Return at least float32."""
+    """Logits in at least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,10 +1,10 @@
-"""UniME-V2: align the distribution of similarities over judged candidates with the judge's scores."""
+"""Soft-label distillation, UniME-V2: align the similarities to judged candidates with the judge's scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from unime_st.losses.citations import UNIME_V2_CITATION
 
 Divergence = Literal["symmetric_kl", "js", "kl"]
 
-_SAME = 1e-5  # cosines this close to 1 are of one item, embedded twice
+_SAME = 1e-5  # two embeddings whose cosine is this close to 1 are taken for the same item
 
 
 class SoftLabelDistillationLoss(CachedEmbeddingLoss):
@@ -40,38 +40,39 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             P = softmax_C(cos(q, c) / temperature)        Q = softmax_C(s_c / label_temperature)
             loss = mean_q 1/2 (KL(P || Q) + KL(Q || P))
 
-        The loss of a query depends on its own candidates only. Plain gradient accumulation over small batches is
-        therefore exactly equivalent to a large batch: neither gradient caching nor gathering buys anything unless
-        ``in_batch_weight`` is set.
+        The loss of a query depends on its own candidates only. Gradient accumulation over small batches is therefore
+        exactly equivalent to a large batch: gradient caching and gathering have no use unless ``in_batch_weight`` is
+        set.
 
         Args:
             model: The model to train.
-            temperature: Divides the cosines. Default: the paper's 0.02.
+            temperature: Divides the cosine similarities. Defaults to 0.02, the paper's value.
             divergence: One of
 
                 - ``"symmetric_kl"`` (default): half the Jeffreys divergence, the formula above. It is what the paper's
                   equation and the released code compute, although the paper's text calls it JS divergence.
-                - ``"js"``: the Jensen-Shannon divergence proper, bounded by ln 2; learning rates do not carry over.
+                - ``"js"``: the Jensen-Shannon divergence proper, at most ln 2; it needs learning rates of its own.
                 - ``"kl"``: KL(Q || P) alone, from the judge to the model.
-            label_temperature: Divides the judge's scores. None (default) takes ``temperature``, as in the paper.
-            in_batch_weight: Weight of an additional InfoNCE of each query against the positives and mined negatives of
-                all queries in the (gathered) batch, at ``temperature``. Its own mined negatives stay out: they may be
-                false negatives, which is what the soft labels are for. So does whatever has its positive's embedding,
-                as when another query's negative is this one's positive. 0 (default) is the paper's loss.
+            label_temperature: Divides the judge's scores. None (default): ``temperature``, as in the paper.
+            in_batch_weight: Weight of an additional InfoNCE term of each query against the positives and mined negatives
+                of all queries in the (gathered) batch, at ``temperature``. Its own mined negatives are left out: they
+                may be false negatives, which is what the soft labels are for. Candidates with the embedding of its
+                positive are left out as well, such as its positive mined for another query. Defaults to 0, the paper's
+                loss.
             mini_batch_size: Number of inputs embedded at a time with gradient caching, which bounds memory by the
-                mini-batch instead of the batch. None (default) embeds the batch in one ordinary forward pass.
+                mini-batch instead of the batch. None (default) embeds the batch in one forward pass.
             mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
                 ``mini_batch_size`` inputs; turns gradient caching on as well.
-            gather_across_devices: Let the in-batch term see the candidates of all processes.
-            show_progress_bar: Show the progress over mini-batches.
+            gather_across_devices: Let the in-batch term use the candidates of all processes. Defaults to False.
+            show_progress_bar: Show a progress bar over the mini-batches. Defaults to False.
 
         References:
             - UniME-V2: https://arxiv.org/abs/2510.13515, section "MLLM Judgment Based Training Framework"
             - Gradient caching: https://huggingface.co/papers/2101.06983
 
         Requirements:
-            1. Rows of a query, its positive and one or more negatives, the same number in every row
-            2. A judge score P(Yes) in [0, 1] for each candidate, the positive's first
+            1. Rows of a query, its positive and one or more negatives, the same number in every row.
+            2. A judge score P(Yes) in [0, 1] for each candidate, the positive's first.
 
         Inputs:
             +------------------------------------------------+------------------------------------------------------+
@@ -81,12 +82,12 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             +------------------------------------------------+------------------------------------------------------+
 
         Recommendations:
-            - Alone, this loss says nothing about the rest of the corpus. Start from a model that retrieves already, or
-              set ``in_batch_weight``; watch a retrieval metric for collapse.
+            - Alone, this loss does not compare with the rest of the corpus. Start from a model that already retrieves, or
+              set ``in_batch_weight``, and evaluate a retrieval metric while training to detect collapse.
 
         Relations:
-            - :class:`DistillKLDivLoss` is the ``"kl"`` variant without caching and multiplied by the squared
-              temperature, 0.0004 here.
+            - :class:`DistillKLDivLoss` is the ``"kl"`` variant without caching, multiplied by the squared temperature
+              (0.0004 here).
 
         Example:
             ::
@@ -126,7 +127,7 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
         self.in_batch_weight = in_batch_weight
 
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
-        """Raise a ValueError unless every candidate column has a judge score in [0, 1]."""
+        """Check that every candidate column has a judge score in [0, 1]; see the base class."""
         if num_columns < 3:
             raise ValueError(
                 "SoftLabelDistillationLoss takes the columns query, positive, negative_1, ..., negative_k with at "
@@ -149,7 +150,7 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             )
 
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
-        """Arrange queries, their own candidates and, for the in-batch term, everybody's."""
+        """Arrange the queries, their own candidates and, for the in-batch term, all candidates; see the base class."""
         assert labels is not None  # check_inputs has run
         queries, *documents = columns
         log_judge = (labels.detach().to(queries) / self.label_temperature).log_softmax(dim=1)
@@ -165,15 +166,16 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             if shared:
                 indices = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
                 logits = (
-                    _against_others(query, candidates[:, 0], shared[0], indices, len(documents)) / self.temperature
+                    _in_batch_similarities(query, candidates[:, 0], shared[0], indices, len(documents))
+                    / self.temperature
                 )
                 loss = loss + self.in_batch_weight * F.cross_entropy(logits, indices, reduction="none")
             return loss
 
         return RowwiseLoss(rows=[queries, torch.stack(documents, dim=1)], shared=in_batch, losses=losses)
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The options that go into the model card."""
+    def get_config_dict(self) -> dict[str, object]:
+        """Options for the model card."""
         return {
             "temperature": self.temperature,
             "divergence": self.divergence,
@@ -188,9 +190,10 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
         return UNIME_V2_CITATION
 
 
-def _against_others(query: Tensor, positive: Tensor, pool: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Similarities ``(rows, pool)`` of queries to the positives, then the negatives, of all rows: -inf, but for the
-    own positive, where a candidate is the own row's or the positive once more.
+def _in_batch_similarities(query: Tensor, positive: Tensor, pool: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """Similarities ``(rows, pool)`` of queries to the positives, then the negatives, of all rows.
+
+    Candidates of the own row and duplicates of its positive are -inf, the own positive itself excepted.
     """
     out = positive.detach() @ pool.detach().T > 1 - _SAME
     total = len(pool) // columns

@@ -13,7 +13,7 @@ from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.images import to_rgb
-from unime_st.encoding.model_inputs import fetch_bytes
+from unime_st.encoding.image_urls import fetch_bytes
 from unime_st.scoring.prompts import as_item
 
 Offer = Item | Exception

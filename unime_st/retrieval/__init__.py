@@ -1,4 +1,4 @@
-"""Global retrieval: exact top-k over vectors, and the pools mined with it."""
+"""Retrieval: exact top-k search over vectors, and mining of hard-negative candidates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vectors that are searched: every distinct item once, in half precision on disk."""
+"""Item vectors for mining: every distinct item of a record folder, encoded once to float16 shards."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _CHUNK = 4096
 
 
 class ChunkEncoder(Protocol):
-    """Embeds chunks of the items of a folder, here or elsewhere."""
+    """Encodes chunks of the items of a folder, in this process or on a cluster."""
 
     def __call__(self, chunks: Sequence[tuple[int, int]]) -> Iterable[tuple[int, np.ndarray]]:
-        """Embed items.
+        """Encode chunks of items.
 
         Args:
-            chunks: Positions (start, stop) of the items of each, in stored order.
+            chunks: Positions (start, stop) of the items of each chunk in stored order.
 
         Returns:
-            Iterable[tuple[int, np.ndarray]]: Start and vectors of each chunk, in any order; NaN for items with
-            unreadable images.
+            Iterable[tuple[int, np.ndarray]]: Start and vectors of each chunk, in any order. Rows of unreadable items
+            are NaN.
         """
         ...
 
@@ -39,65 +39,65 @@ class ChunkEncoder(Protocol):
 def encode_chunk(
     records: ItemFolder, model: SentenceTransformer, chunk: tuple[int, int], *, batch_size: int = 64
 ) -> np.ndarray:
-    """Embed a chunk of the items of a folder.
+    """Encode a chunk of the items of a folder.
 
     Args:
-        records: Whose items.
-        model: The embedder.
-        chunk: Positions (start, stop) of the items, in stored order.
-        batch_size: Items per forward pass.
+        records: Folder of the items.
+        model: The embedding model.
+        chunk: Positions (start, stop) of the items in stored order.
+        batch_size: As for :func:`~unime_st.encoding.encode_items`. Defaults to 64.
 
     Returns:
-        np.ndarray: float16 of shape (items, dim); NaN for items with unreadable images.
+        np.ndarray: float16 vectors of shape (num_items, dim). Rows of unreadable items are NaN.
 
     Raises:
-        ValueError: If the model gives vectors that are not finite in float16.
+        ValueError: If the model computes vectors that are not finite in float16.
     """
     items = [records.items.at(position) for position in range(*chunk)]
     found, readable = encode_items(model, items, batch_size=batch_size, on_error="skip")
-    with np.errstate(over="ignore"):  # found out below
+    with np.errstate(over="ignore"):  # overflow is checked below
         vectors = np.asarray(found).astype(np.float16)
     broken = np.flatnonzero(readable & ~np.isfinite(vectors).all(axis=1))
     if len(broken):
-        raise ValueError(f"the model gives a vector that is not finite in float16 for {items[broken[0]]!r:.200}")
+        raise ValueError(f"the model computes a vector that is not finite in float16 for {items[broken[0]]!r:.200}")
     return vectors
 
 
 def encode_once(
     records: ItemFolder, model: str, dim: int, folder: str | Path, embed: ChunkEncoder, *, overwrite: bool = False
 ) -> VectorShards:
-    """Embed all distinct items to disk; finished chunks survive a kill, finished vectors serve the next run.
+    """Encode all distinct items of a folder to shards. An interrupted run resumes; finished vectors are reused.
 
-    The chunks are shards of :class:`~unime_st.encoding.VectorShards`, known by their numbers, so that a cluster may
-    give them in any order. Of several processes on one folder, one embeds and the others wait for it.
+    Every chunk is one shard of :class:`~unime_st.encoding.VectorShards` with the number of the chunk, so that a cluster
+    may return chunks in any order. If several processes use the same folder, one encodes and the others wait.
 
     Args:
-        records: Whose items.
-        model: Fingerprint of the embedder.
-        dim: Width of the vectors.
-        folder: Where they go.
-        embed: What makes the vectors.
+        records: Folder of the items.
+        model: Fingerprint of the embedding model.
+        dim: Dimension of the vectors.
+        folder: Output folder.
+        embed: Encoder of the chunks.
         overwrite: Replace vectors of other records or another model. Defaults to False.
 
     Returns:
-        VectorShards: One float16 row per item, in stored order; NaN for items with unreadable images, which are in
+        VectorShards: One float16 row per item in stored order. Rows of unreadable items are NaN; the items are listed in
         ``rejected.jsonl``.
 
     Raises:
-        StageConflictError: If the folder holds vectors of other records or another model, unless ``overwrite``.
-        ValueError: If the model gives vectors that are not finite in float16.
+        StageConflictError: If the folder contains vectors of other records or another model and ``overwrite`` is False.
+        ValueError: If the model computes vectors that are not finite in float16.
     """
     folder, total = Path(folder), len(records.items)
     with folder_lock(folder):
         if _begin(folder, records, {"model": model, "dim": dim, "dtype": "float16", "shard_size": _CHUNK}, overwrite):
             chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
             due = [chunk for chunk in chunks if not shard_path(folder, chunk[0] // _CHUNK).is_file()]
-            with tqdm(total=total, desc="embedding", unit="item") as progress:
+            with tqdm(total=total, desc="encoding", unit="item") as progress:
                 progress.update(total - sum(stop - start for start, stop in due))
                 for start, found in embed(due):
                     write_shard(folder, start // _CHUNK, found.astype(np.float16, copy=False))
                     progress.update(len(found))
-            rejected = _set_aside(records, folder, len(chunks))
+            rejected = _write_rejected(records, folder, len(chunks))
             sizes = [stop - start for start, stop in chunks]
             finish_stage(folder, {"rows": total, "shards": sizes, "dim": dim, "rejected": rejected})
     return VectorShards(folder)
@@ -112,7 +112,7 @@ def _begin(folder: Path, records: ItemFolder, options: dict[str, object], overwr
         return begin_stage(folder, "embed", inputs=[records.folder], options=options, overwrite=True)
 
 
-def _set_aside(records: ItemFolder, folder: Path, shards: int) -> int:
+def _write_rejected(records: ItemFolder, folder: Path, shards: int) -> int:
     ids = records.item_ids
     with RejectedWriter(folder, log_count=False) as rejected:
         for number in range(shards):

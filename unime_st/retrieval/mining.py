@@ -1,4 +1,4 @@
-"""Global retrieval: for every pair, the candidates that resemble its positive most."""
+"""Hard-negative mining (UniME-V2, "global retrieval"): the candidates of every pair among all other positives."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ POOL_SCHEMA = pa.schema(
         pa.field("similarities", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""One row per pair: its candidates by falling similarity to the query."""
+"""One row per pair, with its candidates in order of decreasing similarity to the query."""
 
 POOLS = ("modality", "dataset", "global")
-_QUERIES = 1 << 16  # searched together
-_GATHERED = 4096  # read from disk together
+_QUERIES = 1 << 16  # queries per search
+_GATHERED = 4096  # vectors per read from disk
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A pair and its candidates.
+    """A pair with its candidate pool.
 
     Args:
-        query: What is asked for.
-        positive: What answers it.
-        dataset: Where the pair comes from.
-        candidates: Items that resemble the answer, most similar to the query first.
+        query: The query.
+        positive: Its positive.
+        dataset: Dataset of the pair.
+        candidates: Hard-negative candidates in order of decreasing similarity to the query.
         positive_similarity: Similarity of query and positive.
         similarities: Similarity of the query and each candidate.
     """
@@ -63,7 +63,7 @@ class Pool:
 
 
 class Pools(ItemFolder):
-    """The result of :func:`mine`, as a sequence of :class:`Pool`.
+    """Mined candidate pools, as a sequence of :class:`Pool`.
 
     Args:
         folder: Folder written by :func:`mine`.
@@ -97,55 +97,60 @@ def mine(
     vectors: str | Path | None = None,
     overwrite: bool = False,
 ) -> Pools:
-    """Find the hard candidates of every pair among the positives of all others (UniME-V2, global retrieval).
+    """Mine hard-negative candidates for every pair among the positives of all other pairs (UniME-V2).
 
-    Every distinct item is embedded once, to float16 shards that stay on disk; candidates are the exact nearest
-    neighbours among these vectors, and the ceilings are similarities of the same vectors. Never a candidate of a query:
-    any positive that the records give for it, the query itself, and whatever has the same content. Killed and started
-    again, the embedding goes on where it was.
+    Every distinct item is encoded once, to float16 shards on disk. Candidates are the exact nearest neighbors among
+    these vectors, and similarity limits are computed from the same vectors. Excluded from the candidates of a query are
+    all its positives in the records, the query itself, and items with equal content. An interrupted run resumes.
 
-    Memory holds, beside the blocks of :func:`~unime_st.retrieval.top_k` and others of at most 8192 vectors, the vectors
-    of one pool's distinct positives in float16 (2 x dim bytes each), those of 65,536 queries, for each pair
-    8 x ``num_candidates`` bytes of results, and a few hundred bytes for each pair and item.
+    Memory holds blocks of :func:`~unime_st.retrieval.top_k`, the float16 vectors of one pool's distinct positives
+    (2 x dim bytes each) and of 65,536 queries, 8 x ``num_candidates`` bytes of results per pair, and a few hundred bytes
+    per pair and item.
 
     Args:
         records: Pair records, or their folder.
-        model: The embedder.
-        output: Folder to write.
-        num_candidates: Candidates per pair. Defaults to the paper's 50.
-        pool: Where candidates come from: positives of the same modality as the pair's own ("modality", the default),
-            of the same data set ("dataset"), or all ("global").
-        max_similarity: "positive" (default) keeps candidates that are strictly less similar to the query than its own
-            positive, which is how we read the paper's delta; a number m raises this ceiling to that similarity + m;
-            None sets no ceiling. A weak embedder under a strict ceiling leaves few candidates.
-        batch_size: Items per forward pass. Defaults to 64.
-        device: Where similarities are computed. Defaults to None, the CPU.
-        embed: Where the items are embedded, by the same model: see :class:`unime_st.stages.ray_engine.Cluster`. Defaults to
+        model: The embedding model.
+        output: Output folder.
+        num_candidates: Number of candidates per pair. Defaults to 50, as in the paper.
+        pool: Source of candidates: positives of the same modality as the pair's own ("modality"), of the same dataset
+            ("dataset"), or all ("global"). Defaults to "modality".
+        max_similarity: Upper limit of the similarity of a candidate to the query. "positive" keeps candidates strictly
+            less similar than the pair's own positive, our reading of the paper's delta. A number m sets the limit to the
+            similarity of the positive plus m. None sets no limit. Defaults to "positive", which leaves few candidates
+            with a weak embedding model.
+        batch_size: Batch size, as for :func:`~unime_st.encoding.encode_items`. Defaults to 64.
+        device: Device of the similarity computation. Defaults to None, the CPU.
+        embed: Encoder of the items that uses the same model, see :class:`unime_st.stages.ray_engine.Cluster`. Defaults to
             None, this process.
-        vectors: Folder of the vectors, 2 x dim bytes per item. Runs on the same records and model that name the same
-            folder embed once. Defaults to None, ``vectors`` in the output.
+        vectors: Folder of the vectors (2 x dim bytes per item). Runs on the same records and model that share this
+            folder encode only once. Defaults to None, ``vectors`` in the output folder.
         overwrite: Replace an output made with other options, and vectors of other records or another model. Defaults
             to False.
 
     Returns:
-        Pools: One row per pair, in the order of the records. Pairs whose own images cannot be read are in
-        ``rejected.jsonl`` instead; unreadable candidates are left out. If the output is finished, nothing is done.
+        Pools: One row per pair in the order of the records. Pairs with unreadable images go to ``rejected.jsonl``;
+        unreadable candidates are left out. A finished output with the same options is returned as it is.
 
     Raises:
-        ValueError: If an option makes no sense or the model gives vectors that are not finite in float16.
-        StageConflictError: If the output or the vectors were made of something else and ``overwrite`` is False.
+        ValueError: If an option is invalid, or the model computes vectors that are not finite in float16.
+        StageConflictError: If the output or the vectors were made with other inputs or options and ``overwrite`` is
+            False.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "Potential hard negative mining": top 50 with similarity < delta.
 
     Example:
-        ::
-
-            from sentence_transformers import SentenceTransformer
-            from unime_st.retrieval import mine
-
-            pools = mine("runs/own/records", SentenceTransformer("unime-tiny"), "runs/own/pools")
-            print(pools[0].query, pools[0].candidates[:3])
+        >>> import tempfile
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from unime_st import Item
+        >>> from unime_st.data import PairRecord, RecordSet
+        >>> from unime_st.retrieval import mine
+        >>> shapes = [PairRecord(Item(f"a {name}"), Item(name)) for name in ("circle", "star", "ring")]
+        >>> records = RecordSet.write(tempfile.mkdtemp(), shapes, {"source": "example"})
+        >>> model = SentenceTransformer("unime-tiny", device="cpu")
+        >>> pools = mine(records, model, tempfile.mkdtemp(), num_candidates=1, max_similarity=None)
+        >>> pools[0].query.text, len(pools[0].candidates)
+        ('a circle', 1)
     """
     records = records if isinstance(records, RecordSet) else RecordSet.load(records)
     if pool not in POOLS:
@@ -166,13 +171,13 @@ def mine(
     link_items(records.folder, output)
     folder, dim = records, int(model.get_embedding_dimension() or 0)
 
-    def here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+    def encode_here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
         return ((chunk[0], encode_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
 
     found = encode_once(
-        records, str(options["model"]), dim, vectors or output / "vectors", embed or here, overwrite=overwrite
+        records, str(options["model"]), dim, vectors or output / "vectors", embed or encode_here, overwrite=overwrite
     )
-    pairs = _Pairs(records, found, num_candidates)
+    pairs = _MinedPairs(records, found, num_candidates)
     margin = 0.0 if max_similarity == "positive" else np.inf if max_similarity is None else float(max_similarity)
     sizes = {name: _search(pairs, members, found, margin, device) for name, members in pairs.by_pool(pool)}
     facts = {"pool_sizes": sizes, **_write(pairs, output)}
@@ -180,8 +185,8 @@ def mine(
     return Pools(output)
 
 
-class _Pairs:
-    """The pairs as positions of items, and what is found for them."""
+class _MinedPairs:
+    """The pairs as positions of items, and the candidates that are found for them."""
 
     def __init__(self, records: RecordSet, vectors: VectorShards, k: int) -> None:
         self.ids = records.item_ids
@@ -197,10 +202,10 @@ class _Pairs:
         self.candidates = np.full((len(self.query), k), -1, dtype=np.int32)
         self.similarities = np.full((len(self.query), k), -np.inf, dtype=np.float32)
         self._by_query = np.argsort(self.query, kind="stable")
-        self._askers = self.query[self._by_query]
+        self._sorted_queries = self.query[self._by_query]
 
     def by_pool(self, pool: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and rows of each pool."""
+        """Name and rows of each candidate pool."""
         codes, names = {
             "modality": (self.modality[self.positive], self.modalities),
             "dataset": (self.dataset, self.datasets),
@@ -209,10 +214,10 @@ class _Pairs:
         for code in np.unique(codes[self.usable]).tolist():
             yield names[code], np.flatnonzero(self.usable & (codes == code))
 
-    def hidden(self, rows: np.ndarray, corpus: np.ndarray) -> list[list[int]]:
-        """Places in a sorted corpus that are no candidates of the rows: the query and its positives."""
+    def excluded(self, rows: np.ndarray, corpus: np.ndarray) -> list[list[int]]:
+        """Positions in a sorted corpus that are excluded for each row: the query and its positives."""
         queries, which = np.unique(self.query[rows], return_inverse=True)
-        first, last = (np.searchsorted(self._askers, queries, side) for side in ("left", "right"))
+        first, last = (np.searchsorted(self._sorted_queries, queries, side) for side in ("left", "right"))
         positions = []
         for query, start, stop in zip(queries, first, last):
             wanted = np.unique(np.append(self.positive[self._by_query[start:stop]], query))
@@ -222,16 +227,16 @@ class _Pairs:
 
 
 def _coded(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Small integers instead of strings, and the strings."""
+    """Dictionary encoding: integer codes and the distinct strings."""
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     coded = values.dictionary_encode()
     return coded.indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
 
 
 def _search(
-    pairs: _Pairs, members: np.ndarray, vectors: VectorShards, margin: float, device: str | torch.device | None
+    pairs: _MinedPairs, members: np.ndarray, vectors: VectorShards, margin: float, device: str | torch.device | None
 ) -> int:
-    """Find the candidates of the rows of a pool; gives its size."""
+    """Find the candidates of all rows of a pool. Returns the pool size."""
     corpus = np.unique(pairs.positive[members])
     corpus_vectors = _gather(vectors, corpus)
     for start in range(0, len(members), _QUERIES):
@@ -245,7 +250,7 @@ def _search(
             corpus_vectors,
             pairs.candidates.shape[1],
             max_similarity=pairs.positive_similarity[rows] + margin,
-            exclude=pairs.hidden(rows, corpus),
+            exclude=pairs.excluded(rows, corpus),
             device=device,
             show_progress_bar=True,
         )
@@ -255,7 +260,7 @@ def _search(
 
 
 def _gather(vectors: VectorShards, rows: np.ndarray) -> np.ndarray:
-    """Rows as they are stored, in half the memory of what reading them gives."""
+    """Vectors as stored, in float16 rather than the float32 of ``VectorShards``."""
     found = np.empty((len(rows), vectors.dim), dtype=np.float16)
     for start in range(0, len(rows), _GATHERED):
         part = slice(start, start + _GATHERED)
@@ -263,7 +268,7 @@ def _gather(vectors: VectorShards, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def _write(pairs: _Pairs, output: Path) -> dict[str, Any]:
+def _write(pairs: _MinedPairs, output: Path) -> dict[str, Any]:
     with ShardWriter(output, "rows", POOL_SCHEMA) as shards, RejectedWriter(output) as rejected:
         for row, usable in enumerate(pairs.usable):
             query, positive = pairs.ids[pairs.query[row]], pairs.ids[pairs.positive[row]]

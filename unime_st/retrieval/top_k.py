@@ -1,4 +1,4 @@
-"""Exact nearest neighbours in bounded memory."""
+"""Exact nearest neighbor search (top-k) in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-_RESCORE_BYTES = 1 << 20  # what stays in a core's cache
-_PART = 32  # neighbouring similarities that are looked at one by one only if the best of them counts
+_RESCORE_BYTES = 1 << 20  # fits in the cache of a core
+_PART = 32  # adjacent similarities that are inspected one by one only if their maximum is among the best
 
 
 def paired_similarity(left: Any, right: Any) -> np.ndarray:
     """Dot product of each row of ``left`` with the same row of ``right``.
 
-    :func:`top_k` compares candidates by exactly this arithmetic, so that equal vectors have equal similarities.
+    :func:`top_k` ranks candidates by exactly this arithmetic, so that equal vectors have equal similarities.
 
     Args:
         left: Array of shape (n, dim).
@@ -47,34 +47,35 @@ def top_k(
     device: str | torch.device | None = None,
     show_progress_bar: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k most similar corpus vectors of each query, as a float64 brute force would.
+    """Find the k most similar corpus vectors of each query; the result equals a float64 brute-force search.
 
-    A float32 matrix product proposes a few more than k candidates per query. Those that are too close to each other or
-    to the ceiling for float32 to order are compared in float64, equal similarities by corpus position. Where float32 cannot prove that the proposal holds the answer (many near-equal
-    vectors), the query is searched again in float64, on which the device must be able to compute.
+    A float32 matrix product proposes a few more than k candidates per query. Candidates that are too close to each other
+    or to the limit for float32 are compared in float64; ties are broken by corpus position. If float32 cannot prove that
+    the proposal contains the result (many nearly equal vectors), the query is searched again in float64, which the
+    device must support.
 
-    Memory is bounded by a few blocks of ``query_chunk`` x ``corpus_chunk`` similarities, 32 MiB each with the defaults;
-    a memory-mapped corpus is read where it lies, one in float16 is converted ``corpus_chunk`` vectors at a time. A GPU
-    also holds the corpus in float32, where half of its free memory suffices for that.
+    Memory is bounded by a few blocks of ``query_chunk`` x ``corpus_chunk`` similarities, 32 MiB each by default. A
+    memory-mapped corpus is not copied, and a float16 corpus is converted ``corpus_chunk`` vectors at a time. A GPU also
+    holds the corpus in float32 if that takes less than half of its free memory.
 
     Args:
         queries: Array or tensor of shape (n, dim).
         corpus: Array or tensor of shape (m, dim); may be a memory map.
-        k: Number of neighbours, at least 1.
-        max_similarity: Only neighbours with a similarity strictly below this count: one number or one per query.
-            Infinity means no ceiling for that query. Defaults to None, no ceiling.
-        exclude: Per query the corpus positions that do not count. Defaults to None.
-        query_chunk: Queries per block. Defaults to 1024.
-        corpus_chunk: Corpus vectors per block. Defaults to 8192.
-        device: Where the products are computed. Defaults to None, the CPU, with NumPy's BLAS.
-        show_progress_bar: Show progress over blocks. Defaults to False.
+        k: Number of neighbors, at least 1.
+        max_similarity: Exclusive upper limit of the similarity: one number, or one per query. Infinity means no limit.
+            Defaults to None, no limit.
+        exclude: Corpus positions to exclude for each query. Defaults to None.
+        query_chunk: Number of queries per block. Defaults to 1024.
+        corpus_chunk: Number of corpus vectors per block. Defaults to 8192.
+        device: Device of the matrix products. Defaults to None, the CPU with NumPy's BLAS.
+        show_progress_bar: Show a progress bar over blocks. Defaults to False.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: Similarities (float32, falling) and corpus positions (int64), both of shape
-        (n, k). Where fewer than k neighbours count, the rest is filled with -inf and -1.
+        tuple[np.ndarray, np.ndarray]: Similarities (float32, decreasing) and corpus positions (int64), both of shape
+        (n, k). If fewer than k neighbors qualify, the rest is filled with -inf and -1.
 
     Raises:
-        ValueError: If shapes do not fit, k < 1, a vector is not finite, or the options make no sense.
+        ValueError: If shapes do not match, ``k`` is below 1, or a vector is not finite.
 
     Example:
         >>> from unime_st.retrieval import top_k
@@ -85,89 +86,89 @@ def top_k(
     left, right = _matrix(queries, "queries"), _matrix(corpus, "corpus")
     if k < 1 or left.shape[1] != right.shape[1]:
         raise ValueError(
-            f"k must be at least 1 and widths equal; k = {k}, widths {left.shape[1]} and {right.shape[1]}"
+            f"k must be at least 1 and dimensions equal; got k = {k}, dimensions {left.shape[1]} and {right.shape[1]}"
         )
-    ceiling = np.full(len(left), np.inf) if max_similarity is None else np.asarray(max_similarity, dtype=np.float64)
-    ceiling = np.broadcast_to(ceiling, (len(left),))
+    limit = np.full(len(left), np.inf) if max_similarity is None else np.asarray(max_similarity, dtype=np.float64)
+    limit = np.broadcast_to(limit, (len(left),))
     if exclude is not None and len(exclude) != len(left):
         raise ValueError(f"exclude has {len(exclude)} lists for {len(left)} queries")
-    lengths, longest = _lengths(left, "queries"), _lengths(right, "corpus").max(initial=0.0)
+    norms, largest_norm = _norms(left, "queries"), _norms(right, "corpus").max(initial=0.0)
     scores = np.full((len(left), k), -np.inf, dtype=np.float32)
     indices = np.full((len(left), k), -1, dtype=np.int64)
-    # Float32 may put a neighbour of rank k some places lower, more of them where a ceiling lies among the many.
-    spare = max(8 if np.isposinf(ceiling).all() else 64, k // 4)
-    search = _Search(right, float(longest), k, spare, corpus_chunk, torch.device(device or "cpu"))
+    # Float32 may rank a neighbor of rank k slightly lower, the more so with a limit among many similar vectors.
+    spare = max(8 if np.isposinf(limit).all() else 64, k // 4)
+    search = _Search(right, float(largest_norm), k, spare, corpus_chunk, torch.device(device or "cpu"))
     starts = range(0, len(left), query_chunk)
     for start in tqdm(starts, desc="searching", unit="block", disable=not show_progress_bar):
         block = slice(start, start + query_chunk)
-        hidden = [()] * len(left[block]) if exclude is None else exclude[block]
-        scores[block], indices[block] = search.answers(left[block], lengths[block], ceiling[block], hidden)
+        excluded = [()] * len(left[block]) if exclude is None else exclude[block]
+        scores[block], indices[block] = search.answers(left[block], norms[block], limit[block], excluded)
     return scores, indices
 
 
 class _Search:
-    """Searches one corpus for blocks of queries."""
+    """Search of one corpus for blocks of queries."""
 
     def __init__(
-        self, corpus: np.ndarray, longest: float, k: int, spare: int, chunk: int, device: torch.device
+        self, corpus: np.ndarray, largest_norm: float, k: int, spare: int, chunk: int, device: torch.device
     ) -> None:
-        self.corpus, self.longest, self.k, self.chunk, self.device = corpus, longest, k, chunk, device
+        self.corpus, self.largest_norm, self.k, self.chunk, self.device = corpus, largest_norm, k, chunk, device
         self.width = k + spare
         self._crowded = False
         self._out = np.empty(0, dtype=np.float32)
         self._resident = self._on_the_device()
 
     def answers(
-        self, queries: np.ndarray, lengths: np.ndarray, ceiling: np.ndarray, exclude: Sequence[Sequence[int]]
+        self, queries: np.ndarray, norms: np.ndarray, limit: np.ndarray, exclude: Sequence[Sequence[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Search in float32; again in float64 what that cannot decide; one by one what is tied exactly."""
+        """Search in float32, undecided queries again in float64, and exact ties by brute force."""
         scores = np.full((len(queries), self.k), -np.inf)
         indices = np.full((len(queries), self.k), -1, dtype=np.int64)
         rows = np.arange(len(queries))
         for dtype in (torch.float32, torch.float64):
             if len(rows):
-                hidden = [exclude[row] for row in rows.tolist()]
-                score, index, certain = self._attempt(queries[rows], lengths[rows], ceiling[rows], hidden, dtype)
+                excluded = [exclude[row] for row in rows.tolist()]
+                score, index, certain = self._attempt(queries[rows], norms[rows], limit[rows], excluded, dtype)
                 scores[rows[certain], : score.shape[1]] = score[certain]
                 indices[rows[certain], : score.shape[1]] = index[certain]
                 rows = rows[~certain]
         for row in rows.tolist():
-            score, index = self._brute_force(queries[row], ceiling[row], exclude[row])
+            score, index = self._brute_force(queries[row], limit[row], exclude[row])
             scores[row, : len(score)], indices[row, : len(score)] = score, index
         return scores, indices
 
     def _attempt(
         self,
         queries: np.ndarray,
-        lengths: np.ndarray,
-        ceiling: np.ndarray,
+        norms: np.ndarray,
+        limit: np.ndarray,
         exclude: Sequence[Sequence[int]],
         dtype: torch.dtype,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The best of the proposals by float64, where they are, and of which queries these are surely the best."""
+        """The best proposals rescored in float64, their positions, and for which queries the result is proven."""
         limits = torch.finfo(dtype)
-        # Blocked sums of d products stray by about sqrt(d) roundings; eight times that is a safe margin. What is too
-        # small to be normal may count as nothing.
-        size, width = lengths * self.longest, queries.shape[1]
+        # Blocked sums of d products deviate by about sqrt(d) roundings; eight times that is a safe margin. Subnormal
+        # values may be flushed to zero.
+        size, width = norms * self.largest_norm, queries.shape[1]
         error = 4 * limits.eps * np.sqrt(width) * size + width * limits.tiny
-        proposed, where = self._propose(queries, ceiling + error, exclude, dtype)
-        contenders = _contenders(proposed, ceiling, error, self.k)
+        proposed, where = self._propose(queries, limit + error, exclude, dtype)
+        contenders = _contenders(proposed, limit, error, self.k)
         similarity = np.where(contenders, proposed, -np.inf)
-        self._rescore(queries, where, contenders & _unclear(proposed, ceiling, error), similarity)
-        similarity[similarity >= ceiling[:, None]] = -np.inf
+        self._rescore(queries, where, contenders & _unclear(proposed, limit, error), similarity)
+        similarity[similarity >= limit[:, None]] = -np.inf
         order = np.lexsort((where, -similarity), axis=1)[:, : self.k]
         score, index = np.take_along_axis(similarity, order, 1), np.take_along_axis(where, order, 1)
         index[np.isneginf(score)] = -1
-        certain = size < limits.max  # else the proposals may have overflowed
+        certain = size < limits.max  # otherwise the proposals may have overflowed
         if proposed.shape[1] < len(self.corpus):
-            least = proposed[:, -1]  # nothing that was not proposed is above it
+            least = proposed[:, -1]  # no other vector is above it
             certain &= np.isneginf(least) | (score[:, -1] > least + error)
         return score, index, certain
 
     def _propose(
         self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best few more than k below the bound by similarity in a precision, best first, and where they are."""
+        """The best ``width`` similarities below the bound, in one precision and in decreasing order, and their positions."""
         left = torch.tensor(queries, dtype=dtype, device=self.device)
         upper = torch.tensor(np.minimum(bound, torch.finfo(dtype).max), dtype=dtype, device=self.device)[:, None]
         rows, columns = _flatten(exclude)
@@ -186,23 +187,23 @@ class _Search:
         return best.cpu().numpy().astype(np.float64), where.gather(1, order).cpu().numpy()
 
     def _similarity(self, left: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Similarities to a block of the corpus, in memory that the next block takes over."""
+        """Similarities to a block of the corpus, in a buffer that the next block reuses."""
         if self._resident is not None and left.dtype == torch.float32:
             return left @ self._resident[start:stop].T
         if self.device.type != "cpu":
             return left @ self._moved(start, stop, left.dtype).T
-        # NumPy's BLAS takes read-only memory as it is, and is faster than PyTorch's on some processors.
+        # NumPy's BLAS accepts read-only memory and is faster than PyTorch's on some processors.
         factor = left.numpy()
         block = np.asarray(self.corpus[start:stop], dtype=factor.dtype)
         size = len(factor) * len(block)
         if self._out.dtype != factor.dtype or self._out.size < size:
             self._out = np.empty(size, dtype=factor.dtype)
         out = self._out[:size].reshape(len(factor), len(block))
-        with np.errstate(over="ignore", invalid="ignore"):  # found out by the lengths
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is detected by the norms
             return torch.from_numpy(np.matmul(factor, block.T, out=out))
 
     def _on_the_device(self) -> torch.Tensor | None:
-        """The whole corpus where a GPU has room for it: to move it for every block of queries takes longer than they do."""
+        """The corpus on a GPU with enough memory: copying it for every block of queries would dominate the time."""
         if self.device.type != "cuda" or 4 * self.corpus.size > torch.cuda.mem_get_info(self.device)[0] / 2:
             return None
         resident = torch.empty(self.corpus.shape, dtype=torch.float32, device=self.device)
@@ -218,15 +219,15 @@ class _Search:
     def _better(
         self, similarity: torch.Tensor, upper: torch.Tensor, best: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a block adds to the best so far: similarities, padded with -inf, and columns.
+        """Entries of a block that improve on the best so far: similarities, padded with -inf, and columns.
 
-        Few entries of a row do. Only where the best of a part does, its entries are looked at one by one, so that
-        finding them costs a fraction of ordering the row.
+        Few entries of a row do. Only parts whose maximum does are inspected entry by entry, which costs a fraction of
+        sorting the row.
         """
         full = best.shape[1] == self.width
         if not full or self._crowded:
             above = similarity > upper
-            self._crowded = bool(above.count_nonzero() > above.numel() / _PART)  # nearly every part has one
+            self._crowded = bool(above.count_nonzero() > above.numel() / _PART)  # most parts contain one
             similarity.masked_fill_(above, -torch.inf)
         if not full and similarity.shape[1] < self.width * _PART:
             return similarity.topk(min(self.width, similarity.shape[1]), dim=1, sorted=False)
@@ -236,7 +237,7 @@ class _Search:
         tops = parts.amax(1).view(len(best), -1)
         if full:
             least = best.amin(1)
-        else:  # as many entries as there are parts with a better one
+        else:  # the width-th largest maximum of a part is a lower bound
             least = tops.topk(self.width, dim=1)[0][:, -1].nextafter(best.new_tensor(-torch.inf))
         row, part = (tops > least[:, None]).nonzero(as_tuple=True)
         entries = parts.index_select(0, row * tops.shape[1] + part)
@@ -251,7 +252,7 @@ class _Search:
         return found, index
 
     def _rescore(self, queries: np.ndarray, where: np.ndarray, chosen: np.ndarray, similarity: np.ndarray) -> None:
-        """Put the similarities in float64 in the chosen places."""
+        """Replace the chosen similarities by float64 values."""
         step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
 
         def rescore(rows: range) -> None:
@@ -259,7 +260,7 @@ class _Search:
                 query, (columns,) = queries[row].astype(np.float64), chosen[row].nonzero()
                 for start in range(0, len(columns), step):
                     part = columns[start : start + step]
-                    # In float64 beforehand: twice as fast as to let NumPy convert while it multiplies.
+                    # Converted beforehand, which is twice as fast as a conversion during the multiplication.
                     found = self.corpus[where[row, part]].astype(np.float64)
                     similarity[row, part] = paired_similarity(query, found)
 
@@ -267,11 +268,11 @@ class _Search:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(rescore, [range(first, len(queries), threads) for first in range(threads)]))
 
-    def _brute_force(self, query: np.ndarray, ceiling: float, exclude: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _brute_force(self, query: np.ndarray, limit: float, exclude: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         starts = range(0, len(self.corpus), self.chunk)
         blocks = (self.corpus[start : start + self.chunk] for start in starts)
         similarity = np.concatenate([paired_similarity(query[None, :], block) for block in blocks])
-        counts = similarity < ceiling
+        counts = similarity < limit
         counts[list(exclude)] = False
         index = np.flatnonzero(counts)
         order = np.lexsort((index, -similarity[index]))[: self.k]
@@ -279,7 +280,7 @@ class _Search:
 
 
 def _matrix(values: Any, name: str) -> np.ndarray:
-    """Vectors in their own precision, not copied where they are an array."""
+    """Convert to a 2-d array in the precision of the values, without a copy if possible."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values if values.dtype == torch.float64 else values.float()).numpy()
@@ -290,28 +291,28 @@ def _matrix(values: Any, name: str) -> np.ndarray:
     return matrix
 
 
-def _lengths(matrix: np.ndarray, name: str) -> np.ndarray:
-    lengths = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64))
-    bad = np.flatnonzero(~np.isfinite(lengths))
+def _norms(matrix: np.ndarray, name: str) -> np.ndarray:
+    norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64))
+    bad = np.flatnonzero(~np.isfinite(norms))
     if len(bad):
         raise ValueError(f"{name}: {len(bad)} vectors are not finite, the first at position {bad[0]}")
-    return lengths
+    return norms
 
 
-def _contenders(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
-    """Which proposals, best first, can be among the k best below the ceiling if each may be off by ``error``."""
+def _contenders(proposed: np.ndarray, limit: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
+    """Mask of sorted proposals that may be among the k best below the limit, with errors up to ``error``."""
     if not proposed.size:
         return np.zeros(proposed.shape, dtype=bool)
-    certain = proposed < (ceiling - error)[:, None]
+    certain = proposed < (limit - error)[:, None]
     enough = certain.cumsum(axis=1) >= k
     kth = np.take_along_axis(proposed, enough.argmax(axis=1)[:, None], axis=1)
     least = np.where(enough[:, -1:], kth - 2 * error[:, None], -np.inf)
     return np.isfinite(proposed) & (proposed >= least)
 
 
-def _unclear(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Which proposals, best first, may change places with the next or with the ceiling if each may be off by ``error``."""
-    unclear = np.abs(proposed - ceiling[:, None]) <= error[:, None]
+def _unclear(proposed: np.ndarray, limit: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Mask of sorted proposals whose order relative to a neighbor or the limit is uncertain, given ``error``."""
+    unclear = np.abs(proposed - limit[:, None]) <= error[:, None]
     with np.errstate(invalid="ignore"):  # -inf less -inf
         close = proposed[:, :-1] - proposed[:, 1:] <= 2 * error[:, None]
     unclear[:, :-1] |= close
@@ -320,6 +321,6 @@ def _unclear(proposed: np.ndarray, ceiling: np.ndarray, error: np.ndarray) -> np
 
 
 def _flatten(exclude: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.repeat(np.arange(len(exclude)), [len(hidden) for hidden in exclude])
-    columns = np.fromiter((index for hidden in exclude for index in hidden), dtype=np.int64, count=len(rows))
+    rows = np.repeat(np.arange(len(exclude)), [len(excluded) for excluded in exclude])
+    columns = np.fromiter((index for excluded in exclude for index in excluded), dtype=np.int64, count=len(rows))
     return rows, columns

@@ -1,4 +1,4 @@
-"""Which rows stand together in a batch: data sets mixed or side by side, nothing twice, the same on any number of ranks."""
+"""Batch sampler: no duplicates, datasets mixed or in sub-batches, the same rows for any number of processes."""
 
 from __future__ import annotations
 
@@ -10,33 +10,38 @@ import numpy as np
 from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
-_PATIENCE = 4  # passes over the data after which a batch without duplicates counts as impossible
+_MAX_PASSES = 4  # passes over the data after which a batch without duplicates counts as impossible
 
 
 class RowBatches(DefaultBatchSampler):
     """Batch sampler over rows of item ids.
 
-    Rows are drawn for all processes together and dealt out in order, so that two processes with half the batch see the
-    same rows as one process with the whole. The order depends on seed and epoch alone.
+    Rows are drawn for all processes together and dealt out in order, so that two processes with half the batch size get
+    the rows of one process with the whole. The order depends on seed and epoch alone.
 
     Args:
         dataset: Rows with the columns ``query`` and ``positive`` of item ids.
         batch_size: Rows per process and batch.
-        drop_last: Leave out the rows that fill no batch; otherwise they are a smaller batch at the end, shared out
-            as evenly as they can be. Fewer rows than processes are left out.
-        seed: Seed of the order.
-        world_size: Number of processes.
-        datasets: Number of each row's data set; None (default) means one.
-        temperature: Data sets are drawn by ``size ** (1 / temperature)``. Defaults to 1, where an epoch is every row
+        drop_last: Drop the rows that fill no batch. Otherwise they form a smaller last batch, shared out as evenly as
+            possible; fewer rows than processes are dropped.
+        valid_label_columns: Not used; part of the interface.
+        generator: Not used; part of the interface.
+        seed: Seed of the order. Defaults to 0.
+        world_size: Number of processes. Defaults to 1.
+        datasets: Number of the dataset of each row. None (default): one dataset.
+        temperature: Dataset sampling temperature T: p ~ size^(1/T). Defaults to 1, proportional: an epoch has every row
             once.
-        sub_batch_size: Rows of one data set that follow each other, from the first row of a batch on. A data set that
-            ends, or has too few distinct rows, gives fewer, at the end of a batch. Defaults to 1: all mixed.
-        distinct: No query and no positive comes twice in the batch of all processes, or it would be its own in-batch
+        sub_batch_size: Consecutive rows from one dataset, counted from the first row of a batch. A dataset that ends, or
+            has too few distinct rows, gives fewer, at the end of a batch. Defaults to 1: all mixed.
+        distinct: No query and no positive occurs twice in the batch of all processes, where it would be its own in-batch
             negative. Defaults to True.
-        costs: Tokens of each row. If given, the rows of ``balanced`` batches are dealt out so that all cost the same.
+        costs: Tokens of each row. If given, rows are dealt out so that all forward passes have similar costs.
         balanced: Batches of all processes that are accumulated into one step. Defaults to 1.
-        even: The loss takes only as many rows from every process: of the smaller batch the rows that cannot be shared
-            out evenly are left out. Defaults to False.
+        even: The loss needs the same number of rows on every process: drop rows of the last batch that cannot be shared
+            out evenly. Defaults to False.
+
+    Raises:
+        ValueError: If the data have too few distinct queries or positives for a batch.
 
     Example:
         >>> from datasets import Dataset
@@ -71,23 +76,23 @@ class RowBatches(DefaultBatchSampler):
         self.pieces = world_size * balanced
         self._keys = _codes(dataset) if distinct else None
         self._groups = _groups(np.zeros(self.rows, dtype=np.int64) if datasets is None else datasets, temperature)
-        # What accelerate needs to hear, to leave batches of any size as they are.
+        # With None accelerate accepts batches of any size.
         self.batch_size = None  # type: ignore[assignment]
         if self._keys is not None:
-            self._refuse_the_impossible(batch_size * world_size)
+            self._check_distinct(batch_size * world_size)
 
-    def _refuse_the_impossible(self, size: int) -> None:
+    def _check_distinct(self, size: int) -> None:
         assert self._keys is not None
         fewest = min(len(np.unique(column)) for column in self._keys.T)
         if self.rows >= size > fewest:
             raise ValueError(
                 f"a batch of {size} rows without duplicates is impossible: the data have {fewest} distinct queries or "
-                "positives only. Lower batch_size, or add data."
+                "positives. Lower batch_size, or add data."
             )
 
     @property
     def remainder(self) -> int:
-        """Rows of the last, smaller batch; 0 if it is left out."""
+        """Rows of the last, smaller batch; 0 if it is dropped."""
         left = 0 if self.drop_last else self.rows % self.unit
         if self.even:
             left -= left % self.world_size
@@ -95,7 +100,7 @@ class RowBatches(DefaultBatchSampler):
 
     @property
     def _last_pieces(self) -> int:
-        """Into how many batches the remainder is dealt out: none of them empty, as many for every process."""
+        """Number of batches of the remainder: the same for every process, and none of them empty."""
         return min(self.pieces, self.remainder // self.world_size * self.world_size)
 
     def __len__(self) -> int:
@@ -104,7 +109,7 @@ class RowBatches(DefaultBatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed or 0, self.epoch])
         sizes = [self.unit] * (self.rows // self.unit) + [self.remainder] * (self.remainder > 0)
-        batches = self._mixed(rng, sizes) if self.sub_batch_size == 1 else self._side_by_side(rng, sizes)
+        batches = self._mixed(rng, sizes) if self.sub_batch_size == 1 else self._in_sub_batches(rng, sizes)
         for number, batch in enumerate(batches):
             yield from self._dealt(batch, self.pieces if number < self.rows // self.unit else self._last_pieces)
 
@@ -115,8 +120,8 @@ class RowBatches(DefaultBatchSampler):
             batch, deferred = self._take(size, stream, deferred)
             yield batch
 
-    def _side_by_side(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[list[int]]:
-        """Whole sub-batches first; in a batch in which a data set ends, what was left of it comes last."""
+    def _in_sub_batches(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[list[int]]:
+        """Whole sub-batches first. The remaining rows of a dataset that ends come last in their batch."""
         queues = [_Queue(members, rng) for members, _ in self._groups]
         quotas = np.array([quota for _, quota in self._groups])
         left = quotas.copy()
@@ -124,7 +129,7 @@ class RowBatches(DefaultBatchSampler):
             whole: list[int] = []
             short: list[int] = []
             taken: set[int] = set()
-            able = np.ones(len(queues), dtype=bool)  # to add a row to this batch
+            able = np.ones(len(queues), dtype=bool)  # whether a dataset can add a row to this batch
 
             def fits(row: int, taken: set[int] = taken) -> bool:
                 keys = set() if self._keys is None else set(self._keys[row].tolist())
@@ -134,9 +139,9 @@ class RowBatches(DefaultBatchSampler):
 
             while room := size - len(whole) - len(short):
                 if not able.any():
-                    raise _no_batch_of(size)
+                    raise _impossible_batch(size)
                 if not (left * able).any():
-                    left += quotas  # the next pass begins
+                    left += quotas  # next pass over the data
                 turn = int(rng.choice(len(queues), p=left * able / (left * able).sum()))
                 rows = queues[turn].take(min(self.sub_batch_size, room, int(left[turn])), fits)
                 (whole if len(rows) == self.sub_batch_size else short).extend(rows)
@@ -151,8 +156,10 @@ class RowBatches(DefaultBatchSampler):
         taken: set[int] = set()
         waiting: list[int] = []
 
-        def index(row: int) -> None:
-            query, positive = self._keys[row]  # type: ignore[index]  # checked above
+        keys = self._keys
+
+        def add(row: int) -> None:
+            query, positive = keys[row]
             if len(batch) == size or query in taken or positive in taken:
                 waiting.append(row)
             else:
@@ -160,12 +167,12 @@ class RowBatches(DefaultBatchSampler):
                 taken.update((query, positive))
 
         for row in deferred:
-            index(row)
-        for _ in range(_PATIENCE * self.rows):
+            add(row)
+        for _ in range(_MAX_PASSES * self.rows):
             if len(batch) == size:
                 return batch, waiting
-            index(next(stream))
-        raise _no_batch_of(size)
+            add(next(stream))
+        raise _impossible_batch(size)
 
     def _stream(self, rng: np.random.Generator) -> Iterator[int]:
         while True:
@@ -178,8 +185,8 @@ class RowBatches(DefaultBatchSampler):
     def _dealt(self, batch: list[int], count: int) -> list[list[int]]:
         if self.costs is None:
             return [piece.tolist() for piece in np.array_split(np.array(batch), count)]
-        # Back and forth over the rows by falling cost: every piece gets as many rows and nearly as many tokens.
-        order = sorted(batch, key=lambda row: -self.costs[row])  # type: ignore[index]
+        # In turn and back over the rows by falling cost: all pieces get the same rows and nearly the same tokens.
+        order = np.array(batch)[np.argsort(-self.costs[batch], kind="stable")].tolist()
         pieces: list[list[int]] = [[] for _ in range(count)]
         for index, row in enumerate(order):
             turn, position = divmod(index, count)
@@ -188,7 +195,7 @@ class RowBatches(DefaultBatchSampler):
 
 
 class _Queue:
-    """Rows of a data set in random order, pass after pass; those that do not fit into a batch wait for the next one."""
+    """Rows of a dataset in random order, pass after pass. Rows that do not fit into a batch wait for the next one."""
 
     def __init__(self, members: np.ndarray, rng: np.random.Generator) -> None:
         self._members, self._rng = members, rng
@@ -196,7 +203,7 @@ class _Queue:
         self._waiting: deque[int] = deque()
 
     def take(self, count: int, fits: Callable[[int], bool]) -> list[int]:
-        """Return so many rows that fit, or fewer where all others of the data set do not."""
+        """Return ``count`` rows that fit, or fewer if no other row of the dataset fits."""
         rows: list[int] = []
         waiting: list[int] = []
         count = min(count, len(self._members))
@@ -211,7 +218,7 @@ class _Queue:
         return self._fresh.pop()
 
 
-def _no_batch_of(size: int) -> ValueError:
+def _impossible_batch(size: int) -> ValueError:
     return ValueError(
         f"no batch of {size} rows without duplicates was found: too many rows share their query or positive. "
         "Lower batch_size, or raise dataset_temperature."
@@ -219,14 +226,14 @@ def _no_batch_of(size: int) -> ValueError:
 
 
 def _codes(dataset: Dataset) -> np.ndarray:
-    """A number for the query and the positive of every row, equal for equal items; shape (rows, 2)."""
+    """Number the query and the positive of each row, equal items alike; shape (rows, 2)."""
     columns = [np.array(dataset.with_format("arrow")[name].to_pylist()) for name in ("query", "positive")]
     _, codes = np.unique(np.concatenate(columns), return_inverse=True)
     return codes.reshape(2, -1).T
 
 
 def _groups(datasets: np.ndarray, temperature: float) -> list[tuple[np.ndarray, int]]:
-    """Rows of every data set, and how many of them one pass takes."""
+    """Rows of each dataset, and how many of them a pass takes."""
     members = [np.flatnonzero(datasets == number) for number in np.unique(datasets)]
     weights = np.array([len(rows) for rows in members], dtype=np.float64) ** (1.0 / temperature)
     ends = np.floor(np.cumsum(weights / weights.sum()) * len(datasets) + 0.5).astype(int)
@@ -237,14 +244,17 @@ def _groups(datasets: np.ndarray, temperature: float) -> list[tuple[np.ndarray, 
 def sampler(
     *, world_size: int = 1, datasets: Sequence[str] | None = None, drop_last: bool | None = None, **options: Any
 ) -> Callable[..., RowBatches]:
-    """Return what the trainer calls to make its batch sampler.
+    """Make a factory of batch samplers for the trainer.
 
     Args:
-        world_size: Number of processes.
-        datasets: Name of each row's data set.
-        drop_last: Instead of what the trainer says, whose options turn it on wherever there are several processes,
-            for fear of shards of different size. None (default) obeys.
-        **options: As of :class:`RowBatches`.
+        world_size: Number of processes. Defaults to 1.
+        datasets: Name of each row's dataset. None (default): one dataset.
+        drop_last: Overrides the trainer's value, which is always True with several processes. None (default): the
+            trainer's.
+        **options: Options of :class:`RowBatches`.
+
+    Returns:
+        Callable: Called by the trainer with the dataset and the arguments of its batch samplers.
 
     Example:
         >>> from datasets import Dataset

@@ -1,4 +1,4 @@
-"""Trains on item ids: each distinct item of a batch is decoded late, embedded once, and used wherever it occurs."""
+"""Training on distinct items: each item of a batch is decoded late, embedded once and used in every column."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from unime_st.training.heap import HeapTrimmer
 from unime_st.training.mini_batches import MiniBatches
 
 COLUMNS = "columns"
-"""Feature of the first bucket: which item stands where in the batch."""
+"""Feature of the first bucket: index of the distinct item in each column and row of the batch."""
 
 
 @dataclass
 class ItemCollator(SentenceTransformerDataCollator):
-    """Turns rows of item ids into the distinct items of the batch, in mini-batches of like length.
+    """Collates rows of item ids to the distinct items of the batch, in mini-batches of similar length.
 
     Args:
         preprocess_fn: ``model.preprocess``.
-        records: Where the ids lead.
-        mini_batches: How the distinct items are cut up.
-        lazy: Hand on positions only; :class:`DistinctItemsLoss` has its feed decode mini-batch after mini-batch, so
-            that memory does not grow with the batch. False decodes here, in the data loader's workers if there are
-            any: right for small batches that are embedded in one pass.
-        open_item: Makes of an item what ``preprocess_fn`` takes. Defaults to decoding it.
+        records: The record folder of the ids.
+        mini_batches: Splits the distinct items into mini-batches.
+        lazy: Collate positions only; the feed of :class:`DistinctItemsLoss` decodes each mini-batch when it is due, so
+            that memory does not grow with the batch. False (default) decodes in the collator, thus in the workers of the
+            data loader: for small batches that are embedded in one pass.
+        open_item: Converts an item to an input of ``preprocess_fn``. Defaults to decoding it.
     """
 
     records: RecordSet | None = None
@@ -47,7 +47,14 @@ class ItemCollator(SentenceTransformerDataCollator):
     open_item: Callable[[Item], Any] = Item.to_input
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows with columns ``query, positive, negative_1, ...`` of ids and an optional ``label``."""
+        """Collate rows.
+
+        Args:
+            features: Rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``.
+
+        Returns:
+            dict: Features of :class:`DistinctItemsLoss`, and ``label``.
+        """
         assert self.records is not None
         names = [name for name in features[0] if name != "label"]
         table = self.records.items.positions([row[name] for name in names for row in features])
@@ -57,47 +64,49 @@ class ItemCollator(SentenceTransformerDataCollator):
         where = np.empty_like(order)
         where[order] = np.arange(len(order))
         columns = torch.from_numpy(where[indices].reshape(len(names), len(features)))
-        batch = self._decoded(positions, groups) if not self.lazy else self._planned(positions[order], groups)
+        batch = self._planned(positions[order], groups) if self.lazy else self._decoded(positions, groups)
         batch[f"bucket0_{COLUMNS}"] = columns
         if "label" in features[0]:
             batch["label"] = torch.tensor(np.array([row["label"] for row in features]))
         return batch
 
     def _decoded(self, positions: np.ndarray, groups: list[np.ndarray]) -> dict[str, Any]:
+        assert self.records is not None
         batch: dict[str, Any] = {}
         for number, group in enumerate(groups):
-            items = [self.records.items.at(int(position)) for position in positions[group]]  # type: ignore[union-attr]
+            items = [self.records.items.at(int(position)) for position in positions[group]]
             inputs = self.preprocess_fn([self.open_item(item) for item in items])
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
         return batch
 
     def _planned(self, positions: np.ndarray, groups: list[np.ndarray]) -> dict[str, Any]:
         return {
-            "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the name by which the trainer knows inputs
+            "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the trainer recognizes inputs by this name
             "bucket0_sizes": torch.tensor([len(group) for group in groups]),
         }
 
 
 class DistinctItemsLoss(CachedLossMixin, nn.Module):
-    """Embeds the distinct items of a batch once and hands any embedding loss its columns.
+    """Embeds the distinct items of a batch once and computes any embedding loss on its columns.
 
-    With a feed, gradients are cached (https://huggingface.co/papers/2101.06983) and no more than a few mini-batches
-    are decoded at a time; without, each bucket is one forward pass. Value and gradient are those of the inner loss on
-    columns embedded one by one.
+    With a feed gradients are cached (https://huggingface.co/papers/2101.06983), and only a few mini-batches are decoded
+    at a time; without one each bucket is one forward pass. Value and gradient equal those of the inner loss on columns
+    that are embedded one by one.
 
     Args:
         loss: A loss with ``calculate_loss(reps, labels, with_backward=...)``, as all cached losses have.
-        feed: Decodes the mini-batches that a lazy :class:`ItemCollator` planned.
-        matryoshka_dims: Train the mean of the losses of these prefixes of the embedding. Defaults to the whole.
-        vision: Runs a frozen vision tower once a step. Defaults to None: it is a part of the model as others are.
+        feed: Decodes the mini-batches of a lazy :class:`ItemCollator`.
+        matryoshka_dims: Train the mean of the losses of these prefixes of the embedding. None (default): the whole
+            embedding.
+        vision: Runs a frozen vision tower once a step. None (default): the vision tower runs in both passes.
 
     Attributes:
-        tokens: Tokens embedded so far by this process, padding not counted; second passes neither.
-        items: Distinct items embedded so far by this process.
+        tokens: Tokens that this process has embedded so far, without padding and without second passes.
+        items: Distinct items that this process has embedded so far.
     """
 
     uses_gradient_cache = True
-    mini_batch_size = 1  # of planned mini-batches: what the mixin takes for inputs
+    mini_batch_size = 1  # the mixin's inputs are planned mini-batches here
 
     def __init__(
         self,
@@ -110,19 +119,19 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self.loss: Any = loss
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
-        self.vision = vision
-        self._heap = HeapTrimmer()
+        self.frozen_tower = vision
+        self._heap_trimmer = HeapTrimmer()
         self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)
         self._stream: Iterator[dict[str, Any]] = iter(())
         self._planned: list[list[int]] = []
-        self._turns: list[tuple[int, bool]] = []  # mini-batches that the stream will give, and for which pass
-        self._once: FrozenTowerCache | None = None
+        self._scheduled: list[tuple[int, bool]] = []  # mini-batches that the stream will yield; True: second pass
+        self._step_cache: FrozenTowerCache | None = None
         self._used = 0
 
     @property
     def model(self) -> Any:  # type: ignore[override]
-        """The model of the inner loss; the trainer replaces it by a wrapped one on several devices."""
+        """The model of the inner loss. The trainer replaces it by a wrapped one on several devices."""
         return self.loss.model
 
     @model.setter
@@ -130,7 +139,18 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self.loss.model = model
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Loss of one batch from :class:`ItemCollator`."""
+        """Compute the loss of a batch.
+
+        Args:
+            sentence_features: Buckets of :class:`ItemCollator`.
+            labels: Labels of the inner loss.
+
+        Returns:
+            Tensor: Scalar.
+
+        Raises:
+            ValueError: If the batch was collated lazily and there is no feed.
+        """
         buckets = [dict(features) for features in sentence_features]
         self._columns = buckets[0].pop(COLUMNS)
         if "sizes" in buckets[0]:
@@ -142,32 +162,32 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         parts = [self.model(dict(bucket))["sentence_embedding"] for bucket in buckets]
         loss = self.calculate_loss([parts], labels)
         for repeated in parts[self._used :]:
-            loss = loss + repeated[:0].sum()  # nothing, but its backward pass takes place
+            loss = loss + repeated[:0].sum()  # adds 0, but has a backward pass
         return loss
 
     def _forward_lazy(self, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         if self.feed is None:
-            raise ValueError("This batch was collated lazily: give DistinctItemsLoss a feed that decodes it.")
+            raise ValueError("DistinctItemsLoss got a lazily collated batch, but has no feed to decode it: pass feed.")
         sizes = batch["sizes"].tolist()
         planned = [part[:, 0].tolist() for part in batch["input_ids"].cpu().split(sizes)]
         self._used = len(planned)
         planned += planned[-1:] * (self._most_of_any_process(len(planned)) - len(planned))
-        self._heap.begin()
+        self._heap_trimmer.begin()
         self._planned = planned
-        turns = [(number, False) for number in range(len(planned))]
-        self._once = None
+        scheduled = [(number, False) for number in range(len(planned))]
+        self._step_cache = None
         if torch.is_grad_enabled():
-            # Sharded weights are whole only while the model itself runs, not its vision tower alone.
-            self._once = None if isinstance(next(self.model.parameters()), DTensor) else self.vision
-            if self._once:
-                self._once.begin()
+            # Sharded weights are gathered while the model itself runs, not while its vision tower runs alone.
+            self._step_cache = None if isinstance(next(self.model.parameters()), DTensor) else self.frozen_tower
+            if self._step_cache:
+                self._step_cache.begin()
             else:
-                turns += [(number, True) for number in range(len(planned))]
-        self._start(turns)
+                scheduled += [(number, True) for number in range(len(planned))]
+        self._start(scheduled)
         return self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
 
     def _most_of_any_process(self, count: int) -> int:
-        """Sharded weights are gathered in every forward pass, so all processes need as many; DDP does without."""
+        """Number of forward passes: with sharded weights, which each pass gathers, the same for all processes."""
         if not dist.is_initialized() or dist.get_world_size() == 1 or isinstance(self.model, DistributedDataParallel):
             return count
         most = torch.tensor([count], device=self._columns.device)
@@ -183,10 +203,12 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         copy_random_state: bool,
         random_state: Any = None,
     ) -> tuple[Tensor, Any]:
-        """Embed planned mini-batch number ``begin``, see :class:`CachedLossMixin`."""
-        self._heap.trim("gradient" if with_grad else "forward", self._once.host_bytes if self._once else 0)
-        if self._once and with_grad and begin in self._once:
-            features = self._once[begin]
+        """Embed planned mini-batch number ``begin``. See :class:`CachedLossMixin`."""
+        self._heap_trimmer.trim(
+            "gradient" if with_grad else "forward", self._step_cache.host_bytes if self._step_cache else 0
+        )
+        if self._step_cache and with_grad and begin in self._step_cache:
+            features = self._step_cache[begin]
         else:
             features = self._features(begin, with_grad)
         if not with_grad:
@@ -194,22 +216,22 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         count = len(self._planned[begin])
         return super().embed_minibatch(features, 0, count, with_grad, copy_random_state, random_state)
 
-    def _start(self, turns: list[tuple[int, bool]]) -> None:
-        """Let the feed work ahead on these mini-batches."""
+    def _start(self, scheduled: list[tuple[int, bool]]) -> None:
+        """Let the feed prepare these mini-batches in order."""
         assert self.feed is not None
-        self._turns = turns
-        self._stream = self.feed.stream([self._planned[number] for number, _ in turns], self._columns.device)
+        self._scheduled = scheduled
+        self._stream = self.feed.stream([self._planned[number] for number, _ in scheduled], self._columns.device)
 
     def _features(self, begin: int, with_grad: bool) -> dict[str, Any]:
-        if self._once and with_grad and not self._turns:
-            self._start([(n, True) for n in range(begin, len(self._planned)) if n not in self._once])
-        if self._turns[:1] == [(begin, with_grad)]:
+        if self._step_cache and with_grad and not self._scheduled:
+            self._start([(n, True) for n in range(begin, len(self._planned)) if n not in self._step_cache])
+        if self._scheduled[:1] == [(begin, with_grad)]:
             features = next(self._stream)
-            del self._turns[0]
-        else:  # out of turn: the mixin repeats a mini-batch to let DDP synchronise
+            del self._scheduled[0]
+        else:  # not scheduled: the mixin repeats a mini-batch so that DDP synchronizes
             assert self.feed is not None
             features = next(self.feed.stream([self._planned[begin]], self._columns.device))
-        return self._once.encode_images(begin, features, keep=not with_grad) if self._once else features
+        return self._step_cache.encode_images(begin, features, keep=not with_grad) if self._step_cache else features
 
     def _count(self, features: dict[str, Any]) -> None:
         if "attention_mask" in features:
@@ -219,7 +241,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """Inner loss of the batch, from the embeddings of the distinct items."""
+        """Compute the inner loss from the embeddings of the distinct items. See :class:`CachedLossMixin`."""
         parts = reps[0]
         embeddings = torch.cat(parts[: self._used])
         columns = [embeddings[rows] for rows in self._columns]
@@ -246,20 +268,25 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
                 column.grad.div_(count)
         return total
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The inner loss and its options, for the model card."""
+    def get_config_dict(self) -> dict[str, object]:
+        """Name and options of the inner loss, for the model card."""
         extra = {"matryoshka_dims": self.matryoshka_dims} if self.matryoshka_dims else {}
         return {"loss": type(self.loss).__name__, **self.loss.get_config_dict(), **extra}
 
 
 @dataclass
 class RerankerItemCollator(CrossEncoderDataCollator):
-    """Turns rows of item ids into rows of items, whose images the loss decodes mini-batch by mini-batch."""
+    """Collates rows of item ids to columns of items, whose images the loss decodes mini-batch by mini-batch.
+
+    Args:
+        preprocess_fn: ``model.preprocess``.
+        records: The record folder of the ids.
+    """
 
     records: RecordSet | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows with columns ``query, positive, negative_1, ...`` of ids and an optional ``label``."""
+        """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
         assert self.records is not None
         find: Callable[[str], Item] = self.records.item
         rows = [{name: value if name == "label" else find(value) for name, value in row.items()} for row in features]

@@ -1,4 +1,4 @@
-"""Tensors of images on disk: safetensors shards that appear whole or not at all, shared by any number of processes."""
+"""Feature store: tensors by key in append-only safetensors shards, shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _SHARD_BYTES = 128 << 20
 
 
 class FeatureStore:
-    """A few tensors for each key. Shards are only ever added, so writers need no lock; a killed one loses its last.
+    """Append-only store of a few tensors for each key.
+
+    A shard appears complete or not at all, and is never changed: writers need no lock, and a killed one loses its last
+    shard only.
 
     Args:
-        folder: Where the shards are; made if it is missing.
+        folder: Folder of the shards; created if it does not exist.
 
     Raises:
         ValueError: If a shard is damaged.
@@ -45,7 +48,7 @@ class FeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look what is in the folder."""
+        """Read the index of all shards in the folder again."""
         self._paths = [str(path) for path in sorted(self.folder.glob("*.safetensors"))]
         found = [np.array(sorted({name.partition("/")[0] for name in _opened(path)[1]}), "S") for path in self._paths]
         keys = np.concatenate([np.array([], dtype="S1"), *found])
@@ -59,16 +62,24 @@ class FeatureStore:
         return sum(os.path.getsize(path) for path in self._paths)
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
-        """Say of every key (bytes) whether it had no tensors when the folder was last looked at."""
+        """Find keys without tensors.
+
+        Args:
+            keys: Keys as bytes, of shape (n,).
+
+        Returns:
+            np.ndarray: bool of shape (n,), as of the last :meth:`refresh`.
+        """
         return np.isin(keys, self._keys, invert=True)
 
     def add(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep tensors under a new key; they are on disk after :meth:`flush`, or when a shard is full,
-        and can be read after :meth:`refresh`.
+        """Add tensors under a new key.
+
+        They are on disk after :meth:`flush` or when a shard is full, and can be read after :meth:`refresh`.
 
         Args:
             key: Letters and digits.
-            tensors: The same names for every key.
+            tensors: Tensors by name, the same names for every key.
 
         Raises:
             OSError: If a shard cannot be written.
@@ -79,32 +90,35 @@ class FeatureStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last shard.
+        """Write the tensors added since the last shard.
 
         Raises:
-            OSError: If the shard cannot be written; those before it are whole.
+            OSError: If the shard cannot be written; the earlier ones are complete.
         """
         if self._waiting:
-            # Named by what is in it: two processes that made the same write the same file.
-            final = self.folder / f"{digest(' '.join(self._waiting))}.safetensors"
+            # Named by its keys: two processes that compute the same shard write the same file.
+            path = self.folder / f"{digest(' '.join(self._waiting))}.safetensors"
             named = {
                 f"{key}/{name}": t.contiguous() for key, some in self._waiting.items() for name, t in some.items()
             }
             try:
-                with atomic_write(final) as temporary:
+                with atomic_write(path) as temporary:
                     save_file(named, temporary)
             except (OSError, SafetensorError) as error:
-                raise OSError(f"{final} could not be written ({error}); the shards before it are whole.") from error
+                raise OSError(f"{path} could not be written ({error}); the shards before it are whole.") from error
         self._waiting, self._held = {}, 0
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a key, mapped from the file: copy what is to be changed.
+        """Return the tensors of a key.
 
         Args:
             key: Its key.
 
+        Returns:
+            dict[str, torch.Tensor]: Tensors by name, mapped from the file: copy them before changing them.
+
         Raises:
-            KeyError: If there is none.
+            KeyError: If the store has no such key.
         """
         index = int(np.searchsorted(self._keys, key.encode()))
         if index == len(self._keys) or self._keys[index] != key.encode():
@@ -116,9 +130,9 @@ class FeatureStore:
 
 @lru_cache(maxsize=256)
 def _opened(path: str) -> tuple[Any, list[str]]:
-    """A shard, mapped, and the names of its tensors."""
+    """A memory-mapped shard, and the names of its tensors."""
     try:
         shard = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and what it held is computed again.") from error
+        raise ValueError(f"{path} is damaged ({error}): remove it, and its tensors are computed again.") from error
     return shard, list(shard.keys())

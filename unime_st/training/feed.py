@@ -1,4 +1,4 @@
-"""Mini-batches of items, decoded and processed in the background just before the model needs them."""
+"""Feed: mini-batches of items, decoded and processed in the background just before the model needs them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 
 Features = dict[str, Any]
-_AHEAD = 2  # mini-batches that every worker keeps ready
+_PREFETCH = 2  # mini-batches that each worker keeps ready
 
 
 class _Processed(Dataset):
-    """Features of a mini-batch by the positions of its items."""
+    """Dataset of mini-batches: features by the positions of the items."""
 
     def __init__(
         self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], open_item: Callable[[Item], Any]
@@ -54,13 +54,13 @@ def _all_moved(features: Features, device: torch.device) -> Features:
 
 
 class Feed:
-    """Hands out the mini-batches of a batch one after the other; only a few of them exist at any time.
+    """Streams the mini-batches of a batch; only a few of them are in memory at any time.
 
     Args:
-        records: Where the items are.
+        records: The record folder of the items.
         preprocess: ``model.preprocess``.
-        workers: Processes that decode ahead of the model. 0 decodes when asked.
-        open_item: Makes of an item what ``preprocess`` takes. Defaults to decoding it.
+        workers: Processes that decode ahead of the model. Defaults to 0: decode when asked.
+        open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
 
     Example:
         >>> import tempfile
@@ -90,8 +90,11 @@ class Feed:
         """Yield the features of mini-batches in order.
 
         Args:
-            mini_batches: Positions of the items of each.
-            device: Where the tensors go.
+            mini_batches: Positions of the items of each mini-batch.
+            device: Device of the features.
+
+        Yields:
+            dict: Input of the model.
 
         Raises:
             BadImageError: If an image cannot be decoded; the message names the item.
@@ -99,15 +102,15 @@ class Feed:
         self._mini_batches[:] = [list(positions) for positions in mini_batches]
         if self._loader is None:
             self._loader = self._make_loader(device)
-        # A loop's variable would hold on to the pixels while the model trains, and while the next ones are decoded.
+        # A loop variable would keep the pixels alive while the model trains and while the next ones are decoded.
         yield from map(partial(_all_moved, device=device), self._loader)
 
     def _make_loader(self, device: torch.device) -> DataLoader:
         options: dict[str, Any] = {}
         if self._workers:
-            # Forked workers share the model's processor; a spawned one would get a copy of the whole model.
+            # Forked workers share the model's processor; spawned ones would each get a copy of the whole model.
             fork = "fork" in multiprocessing.get_all_start_methods()
-            options = {"persistent_workers": True, "prefetch_factor": _AHEAD}
+            options = {"persistent_workers": True, "prefetch_factor": _PREFETCH}
             options |= {"multiprocessing_context": "fork"} if fork else {}
         return DataLoader(
             self._dataset,
@@ -115,8 +118,8 @@ class Feed:
             collate_fn=_unchanged,
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
-            # A loader draws a random number whenever it is read, in turns that depend on its workers; dropout is to
-            # draw the same without them, and after a resumption.
+            # A loader draws a random number when it starts, at times that depend on its workers. With a generator of its
+            # own, dropout draws the same with any number of workers and after resuming.
             generator=torch.Generator(),
             **options,
         )

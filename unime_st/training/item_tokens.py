@@ -1,4 +1,4 @@
-"""What items cost, counted before anything is decoded; rows that cannot be used are set aside."""
+"""Token and pixel counts of items, from text and image headers; rows with unreadable images are set aside."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from unime_st.training.processes import processes
 
 logger = logging.getLogger(__name__)
 UNREADABLE = -1
+"""Token count of an item whose image header cannot be read."""
 COSTS = "costs.npy"
-_AT_ONCE = 1024
+_CHUNK = 1024
 
 
 def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Count the tokens of every stored item, and the pixels that decoding it makes; nothing is decoded.
+    """Count the tokens of each stored item, and the pixels of its image. Nothing is decoded.
 
     Args:
-        records: The items.
+        records: The record folder.
         model: The model to train.
-        path: ``.npy`` file that keeps the counts for the next start.
+        path: ``.npy`` file that keeps the counts for a resumed run. Defaults to None.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: int64 of shape (items,) each; :data:`UNREADABLE` tokens where the header of a
-            image cannot be read.
+        tuple[np.ndarray, np.ndarray]: Tokens and pixels, int64 of shape (items,) each. Items whose image header cannot be
+        read have :data:`UNREADABLE` tokens.
     """
     if path is not None and path.is_file():
         tokens, pixels = np.load(path, allow_pickle=False)
@@ -46,7 +47,7 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tup
     parts = []
     items = iter(records.items)
     with tqdm(total=len(records.items), desc="counting tokens", unit="item") as progress:
-        while chunk := list(islice(items, _AT_ONCE)):
+        while chunk := list(islice(items, _CHUNK)):
             parts.append(_costs(chunk, count))
             progress.update(len(chunk))
     costs = np.concatenate(parts, axis=1)
@@ -75,32 +76,36 @@ def _costs(items: Sequence[Item], count: TokenCounter) -> np.ndarray:
 
 
 def counted_costs(arguments: TrainArguments, records: ItemFolder, model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`item_costs`, kept in the output folder for a resumed run; a dry run writes nothing.
+    """Count tokens and pixels with :func:`item_costs`, and keep the counts in the output folder for a resumed run.
 
     Args:
-        arguments: Options of the stage.
-        records: The items.
+        arguments: Options of the stage. A dry run writes nothing.
+        records: The record folder.
         model: The model to train.
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: See :func:`item_costs`.
     """
     if arguments.dry_run:
         return item_costs(records, model)
-    with processes().main_process_first():  # which leaves the counts to the others
+    with processes().main_process_first():  # the others read its file
         return item_costs(records, model, Path(arguments.output) / COSTS)
 
 
 def usable_rows(
     arguments: TrainArguments, records: ItemFolder, rows: Dataset, costs: np.ndarray
 ) -> tuple[Dataset, np.ndarray, int]:
-    """Set rows with an unreadable image aside: counted, and listed in ``rejected.jsonl``.
+    """Set rows with an unreadable image aside, and list them in ``rejected.jsonl``.
 
     Args:
-        arguments: Options of the stage.
-        records: The items.
+        arguments: Options of the stage. A dry run writes nothing.
+        records: The record folder.
         rows: Columns of item ids, beside ``label`` and ``dataset``.
-        costs: Of :func:`item_costs`.
+        costs: Token counts of :func:`item_costs`.
 
     Returns:
-        tuple: The other rows, the positions of their items of shape (rows, columns), and how many rows fell.
+        tuple[Dataset, np.ndarray, int]: The other rows, the positions of their items of shape (rows, columns), and the
+        number of rows set aside.
 
     Raises:
         ValueError: If no row is left.

@@ -1,4 +1,4 @@
-"""Mini-batches of a batch: which distinct items are embedded together."""
+"""Mini-batches: how the distinct items of a batch are grouped for embedding."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from unime_st.encoding import pack, split_by_pixels
 
 @dataclass(frozen=True)
 class MiniBatches:
-    """How the items of a batch are cut up: like lengths together, the largest first.
+    """Splits the items of a batch into mini-batches of similar length, the most expensive first.
 
     Args:
-        costs: Tokens of every stored item.
-        size: Items of a mini-batch.
-        budget: Instead: tokens of a mini-batch, padding included. With neither, items of like length are together.
-        pixels: Pixels of every stored item's image, before it is processed. None counts none.
-        most_pixels: Those that a mini-batch may decode; a larger image stands alone.
+        costs: Tokens of each stored item, of shape (items,).
+        size: Items of a mini-batch. None (default): by ``budget``.
+        budget: Tokens of a mini-batch, padding included. With neither ``size`` nor ``budget`` items are grouped by
+            similar length only.
+        pixels: Pixels of each stored item's image before processing, of shape (items,). None (default): no limit.
+        most_pixels: Most pixels that a mini-batch decodes. A larger image is a mini-batch of its own. Used with
+            ``pixels``.
+
+    Example:
+        >>> split = MiniBatches(np.array([9, 2, 8, 3]), size=2)
+        >>> [group.tolist() for group in split(np.array([0, 1, 2, 3]))]
+        [[0, 2], [3, 1]]
     """
 
     costs: np.ndarray
@@ -28,7 +35,14 @@ class MiniBatches:
     most_pixels: int = 0
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
-        """Return the mini-batches of the items at ``positions``, as places in it, by falling tokens with padding."""
+        """Split items into mini-batches.
+
+        Args:
+            positions: Positions of the items in the record folder, of shape (n,).
+
+        Returns:
+            list[np.ndarray]: Indices into ``positions``, each once, by falling tokens with padding.
+        """
         costs = self.costs[positions]
         if self.size is None:
             groups = pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))

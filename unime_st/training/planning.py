@@ -1,4 +1,4 @@
-"""Before a long run: the mini-batch that fits, a rehearsal of the worst one, and what it will take."""
+"""Cost estimate of a training: measured passes, the token budget that fits the memory, FLOPs and time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from unime_st.training.processes import processes
 
 logger = logging.getLogger(__name__)
 _PROBES = (2048, 8192)  # token budgets at which memory is measured
-_SHARE = 0.8  # of the free memory that a budget may take; the rest is for fragments and the optimiser
-_LARGEST = 1 << 20
+_MEMORY_SHARE = 0.8  # of the free memory for a token budget; the rest is for fragmentation and the optimizer
+_MAX_BUDGET = 1 << 20
 
 
 @dataclass(frozen=True)
 class MeasuredPass:
-    """What mini-batches took that are embedded in one pass.
+    """Measured forward and backward pass.
 
     Args:
-        tokens: Their tokens, padding not counted.
-        seconds: Forward and backward pass, decoding included.
-        peak_bytes: Highest memory of the device so far, or of the process where it computes on the CPU.
+        tokens: Tokens of its mini-batches, without padding.
+        seconds: Duration, decoding included.
+        peak_bytes: Peak memory so far, of the device or (CPU) of the process.
     """
 
     tokens: int
@@ -43,7 +43,18 @@ class MeasuredPass:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory so far: of the device, or of this process on the CPU."""
+    """Peak memory so far.
+
+    Args:
+        device: Device that computes.
+
+    Returns:
+        int: Bytes, of the device or (CPU) of this process.
+
+    Example:
+        >>> peak_bytes(torch.device("cpu")) > 1 << 20
+        True
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident()
@@ -56,13 +67,16 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def dry_run_step(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: torch.dtype) -> MeasuredPass:
-    """Embed mini-batches and go back through them, as one pass will; no weight and no random state changes.
+    """Run the forward and backward pass of mini-batches as a training step does. Weights and random state are kept.
 
     Args:
         model: The model, with its adapter.
-        feed: Where its items come from.
+        feed: Feed of the items.
         groups: Positions of the items of each mini-batch.
-        dtype: What autocast computes in.
+        dtype: Dtype of autocast.
+
+    Returns:
+        MeasuredPass: Tokens, time and memory.
     """
 
     def embed() -> tuple[torch.Tensor, int]:
@@ -76,12 +90,15 @@ def dry_run_step(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dty
 
 
 def measure_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], dtype: torch.dtype) -> MeasuredPass:
-    """Go forward and back once; no weight and no random state changes.
+    """Measure a forward and backward pass. Weights and random state are kept.
 
     Args:
         model: The model, with its adapter.
-        run: Returns a loss and the tokens that it took.
-        dtype: What autocast computes in.
+        run: Runs the forward pass and returns the loss and the number of tokens.
+        dtype: Dtype of autocast.
+
+    Returns:
+        MeasuredPass: Tokens, time and memory.
     """
     device = model.device
     began = time.perf_counter()
@@ -91,7 +108,7 @@ def measure_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], 
     with torch.random.fork_rng(), autocast:
         total, tokens = run()
         total.backward()
-        float(total.detach())  # waits for the device
+        float(total.detach())  # synchronizes the device
     model.zero_grad()
     model.train(was_training)
     return MeasuredPass(tokens, time.perf_counter() - began, peak_bytes(device))
@@ -100,17 +117,17 @@ def measure_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], 
 def fitting_budget(
     model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray, dtype: torch.dtype
 ) -> int:
-    """Find the token budget that fills the memory: measured at two budgets, drawn out in a straight line.
+    """Find the token budget of a mini-batch that fills the free memory, by linear extrapolation from two budgets.
 
     Args:
         model: The model, with its adapter.
-        feed: Where its items come from.
-        cut: Makes of a budget how items are cut up.
-        positions: The items.
-        dtype: What autocast computes in.
+        feed: Feed of the items.
+        cut: Makes the mini-batches of a token budget.
+        positions: Positions of the items.
+        dtype: Dtype of autocast.
 
     Returns:
-        Tokens of a mini-batch, at least those of the largest item.
+        int: Tokens of a mini-batch, at least those of the largest item.
     """
     free = _free_bytes(model.device)
     costs = cut(_PROBES[0]).costs
@@ -121,17 +138,29 @@ def fitting_budget(
         group = positions[mini_batches(positions)[0]]
         measured.append((len(group) * int(costs[group].max()), dry_run_step(model, feed, [group], dtype)))
     (small, first), (large, second) = measured
-    if large <= small:  # so little data that one mini-batch holds everything alike
+    if large <= small:  # few data: both budgets give the same mini-batch
         return max(_PROBES[-1], longest)
     slope = max(1.0, (second.peak_bytes - first.peak_bytes) / (large - small))
-    budget = small + int(_SHARE * free / slope)
-    return int(np.clip(budget, longest, _LARGEST))
+    budget = small + int(_MEMORY_SHARE * free / slope)
+    return int(np.clip(budget, longest, _MAX_BUDGET))
 
 
 def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a plain matrix product on this device: what MFU compares with."""
+    """Measure the FLOP/s of a plain matrix product: the reference of the model FLOPs utilization (MFU).
+
+    Args:
+        device: Device that computes.
+        dtype: Dtype of the matrices.
+
+    Returns:
+        float: Floating-point operations per second, best of four.
+
+    Example:
+        >>> peak_matmul_flops(torch.device("cpu"), torch.float32) > 0
+        True
+    """
     side = 8192 if device.type == "cuda" else 1024
-    own = torch.Generator(device).manual_seed(0)  # training's random numbers stay what they are
+    own = torch.Generator(device).manual_seed(0)  # leaves the random numbers of the training alone
     left, right = (torch.randn(side, side, device=device, generator=own).to(dtype) for _ in range(2))
     times = []
     for _ in range(4):
@@ -142,14 +171,17 @@ def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> float:
-    """Floating-point operations that training spends on a token: 2 per weight and pass.
+    """FLOPs of training per token: 2 per weight and pass.
 
-    Only the weights of the language model are counted, so it is a lower bound where there are images.
+    Only the weights of the language model are counted: with images it is a lower bound.
 
     Args:
         model: The model, with its adapter.
-        cached: Gradient caching: one forward pass more.
-        recomputed: Gradient checkpointing: another one.
+        cached: Gradient caching, which adds a forward pass.
+        recomputed: Gradient checkpointing, which adds a forward pass.
+
+    Returns:
+        float: Floating-point operations per token.
     """
     weights = trained = 0
     for name, parameter in model.named_parameters():
@@ -157,30 +189,30 @@ def flops_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> floa
             continue
         weights += parameter.numel()
         trained += parameter.numel() if parameter.requires_grad else 0
-    # Backward: one pass to the inputs, and one to the weights that are trained.
+    # The backward pass computes gradients of the inputs, and of the trained weights.
     return 2.0 * (weights * (2 + cached + recomputed) + trained)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """Expected cost of a training run, see :func:`estimate_training`.
 
     Args:
         rows: Rows of the data.
-        set_aside: Rows left out because an image cannot be read.
-        steps: Optimiser steps.
+        set_aside: Rows set aside because an image cannot be read.
+        steps: Optimizer steps.
         rows_per_step: Rows of a step, on all devices.
-        passes: Rows of all steps over rows of the data.
+        passes: Epochs: rows of all steps over rows of the data.
         tokens: Tokens of all steps.
         largest_item: Tokens of the most expensive item.
-        mini_batch: How the batch is cut up, in words.
-        trained: Weights that are trained.
-        weights: Weights in all.
+        mini_batch: Description of the mini-batches.
+        trained: Trained weights.
+        weights: All weights.
         flops: Floating-point operations of all steps (language model).
-        hours: Estimated from the rehearsal.
-        peak_gib: Highest memory in the rehearsal, of the device or (CPU) the process.
-        device: What it was measured on.
-        vision_cache: What is kept of images, in words; None: nothing.
+        hours: Expected duration, from the measured passes.
+        peak_gib: Peak memory of the measured passes, of the device or (CPU) of the process.
+        device: Device that they were measured on.
+        vision_cache: Description of the vision cache. None (default): there is none.
     """
 
     rows: int
@@ -206,27 +238,30 @@ class Plan:
             f"tokens         {self.tokens:,}; the largest item has {self.largest_item:,}",
             f"mini-batches   {self.mini_batch}",
             f"weights        {self.trained:,} of {self.weights:,} are trained",
-            f"operations     {self.flops:.2e} (language model)",
+            f"FLOPs          {self.flops:.2e} (language model)",
         ]
         if self.vision_cache is not None:
             lines.append(f"vision cache   {self.vision_cache}")
         lines.append(f"time           about {self.hours:.2g} hours on this device ({self.device})")
-        lines.append(f"peak memory    {self.peak_gib:.2f} GiB in the rehearsal of the largest mini-batch")
+        lines.append(f"peak memory    {self.peak_gib:.2f} GiB, measured with the largest mini-batch")
         return "\n".join(f"  {line}" for line in lines)
 
     def facts(self) -> dict[str, Any]:
-        """The plan for the manifest."""
+        """Figures for the manifest."""
         return asdict(self)
 
 
 def count_steps(arguments: TrainArguments, rows: int, *, accumulates: bool = False) -> int:
-    """Count the optimiser steps of a run.
+    """Count the optimizer steps of a run.
 
     Args:
         arguments: Options of the stage.
         rows: Rows of the data.
-        accumulates: Small batches are accumulated to the large one, over all ends. Defaults to False: batches stand
-            alone, and those that are left for the last step make a smaller one.
+        accumulates: Small batches are accumulated to the large one, across the ends of epochs. Defaults to False: the
+            batches that are left for the last step of an epoch form a smaller step.
+
+    Returns:
+        int: Number of steps.
     """
     a = arguments
     if a.max_steps > 0:
@@ -249,17 +284,20 @@ def estimate_training(
     operations: float,
     **facts: Any,
 ) -> Plan:
-    """Say what a run will take.
+    """Estimate the cost of a training run.
 
     Args:
         arguments: Options of the stage.
-        model: The model, with what is trained chosen.
-        row_costs: Tokens of every row.
-        rehearsals: Of the most expensive pass, then of a usual one.
-        steps: Optimiser steps.
-        passes_more: Time of a step that the rehearsals do not have, as a share of theirs. Defaults to 0.
-        operations: Floating-point operations of a token.
+        model: The model, with the trained weights chosen.
+        row_costs: Tokens of each row, of shape (rows,).
+        rehearsals: The most expensive pass and a typical one, measured.
+        steps: Optimizer steps.
+        passes_more: Time of a step that was not measured, as a share of the measured passes. Defaults to 0.
+        operations: Floating-point operations per token.
         **facts: Further fields of :class:`Plan`.
+
+    Returns:
+        Plan: The expected cost.
     """
     world, rows = processes().num_processes, len(row_costs)
     per_step = arguments.batch_size * arguments.gradient_accumulation_steps * world

@@ -1,4 +1,4 @@
-"""Vision cache: visual tokens of images, computed once and kept on disk, instead of a vision tower in every step."""
+"""Vision cache: visual tokens of a frozen vision tower, computed once per image and kept on disk over steps and runs."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from unime_st.training.processes import processes
 from unime_st.training.visual_tokens import (
     VISUAL_TOKENS,
     autocast,
-    base_model,
+    backbone,
     check_frozen,
+    compute_visual_tokens,
     inject_visual_tokens,
     name_of,
-    visual_layers,
 )
 
-_TOKENS_AT_ONCE = 4096
+_TOKEN_BUDGET = 4096
 _IMAGE_FEATURES = ("image_grid_thw", "image_sizes", "batch_num_images")
-_STAND_IN = Image.new("RGB", (1, 1))
+_PLACEHOLDER = Image.new("RGB", (1, 1))
 
 
 class VisionCache:
-    """Feeds a model with stored visual tokens: no decoding, no pixels, no vision tower.
+    """Visual tokens of all images of a record folder: training needs no decoding, no pixels and no vision tower.
 
     Args:
         model: The model to train, with its adapter.
-        records: The items.
-        keys: Of :func:`image_keys`.
-        folder: Where tokens are kept, for any number of models, data sets and runs.
-        dtype: What training computes in.
+        records: The record folder.
+        keys: Result of :func:`image_keys`.
+        folder: Folder of the cache. Models, datasets and runs may share it: each vision tower has a subfolder.
+        dtype: Dtype that training computes in.
 
     Raises:
-        ValueError: See :func:`check_frozen`.
+        ValueError: See :func:`~unime_st.training.visual_tokens.check_frozen`.
     """
 
     def __init__(
@@ -69,18 +69,18 @@ class VisionCache:
 
     def _with_stored_images(self, processor: Any) -> Any:
         processor.image_processor = self._images
-        if hasattr(processor, "set_image_rule"):  # the stand-in needs no rule, and a large square takes time
+        if hasattr(processor, "set_image_rule"):  # scaling the placeholder to a large square would take time
             processor.set_image_rule(None, "native", None)
         return processor
 
     def fill(self, model: BaseModel, feed: Feed, costs: np.ndarray, pixels: np.ndarray) -> None:
-        """Compute what is missing, every process its share.
+        """Compute the visual tokens that are missing, each process its share.
 
         Args:
             model: The model.
             feed: Decodes and processes items.
-            costs: Tokens of every item.
-            pixels: Pixels that decoding it makes.
+            costs: Tokens of each item, of shape (items,).
+            pixels: Pixels of each item's decoded image, of shape (items,).
 
         Raises:
             BadImageError: If an image cannot be decoded.
@@ -89,12 +89,12 @@ class VisionCache:
         keys, first = np.unique(self.keys, return_index=True)
         keys, first = keys[keys != b""], first[keys != b""]
         state = processes()
-        # Dealt out before looking what is there: somebody else may be adding to it.
+        # Shares are those of all images, not of the missing ones: another run may be adding to the folder.
         share = slice(state.process_index, None, state.num_processes)
         own = first[share][self.store.missing(keys[share])]
         if len(own):
-            cut = MiniBatches(costs, budget=_TOKENS_AT_ONCE, pixels=pixels, most_pixels=pixel_budget(model.device))
-            groups = [own[group].tolist() for group in cut(own)]
+            split = MiniBatches(costs, budget=_TOKEN_BUDGET, pixels=pixels, most_pixels=pixel_budget(model.device))
+            groups = [own[group].tolist() for group in split(own)]
             with torch.no_grad(), autocast(model, self.dtype):
                 self._compute(model, feed, groups)
         state.wait_for_everyone()
@@ -107,10 +107,10 @@ class VisionCache:
         model.eval()
         mini_batches = zip(groups, feed.stream(groups, model.device))
         for group, features in tqdm(mini_batches, total=len(groups), desc="visual tokens", unit="batch"):
-            layers = visual_layers(model, features)
+            layers = compute_visual_tokens(model, features)
             for index, position in enumerate(group):
                 tensors = {name: features[name][index : index + 1] for name in _IMAGE_FEATURES if name in features}
-                if "image_sizes" in features:  # these processors count tokens by the side of a crop
+                if "image_sizes" in features:  # LLaVA's processors count tokens by the size of a crop
                     tensors["crop"] = torch.tensor(features["pixel_values"].shape[-2:])
                 tensors["tokens"] = torch.stack([layer[index] for layer in layers])
                 self.store.add(self.keys[position].decode(), tensors)
@@ -119,11 +119,11 @@ class VisionCache:
 
     @staticmethod
     def open_item(item: Item) -> Item:
-        """Make of an item what :meth:`preprocess` takes: itself, undecoded."""
+        """Leave an item undecoded for :meth:`preprocess`."""
         return item
 
     def preprocess(self, items: list[Item]) -> Features:
-        """Make features of items as ``model.preprocess`` does, with stored tokens in the place of pixels.
+        """Make the features that ``model.preprocess`` makes, with stored visual tokens instead of pixels.
 
         Args:
             items: Items, undecoded.
@@ -134,7 +134,7 @@ class VisionCache:
         inputs: list[dict[str, Any]] = []
         self._images.stored = []
         for item in items:
-            inputs.append({} if item.image is None else {"image": _STAND_IN})
+            inputs.append({} if item.image is None else {"image": _PLACEHOLDER})
             inputs[-1].update({} if item.text is None else {"text": item.text})
             if item.image is not None:
                 key = self.keys[self.records.items.position(item.id)]
@@ -143,7 +143,7 @@ class VisionCache:
         features.pop("pixel_values", None)
         if self._images.stored:
             tokens = torch.cat([image["tokens"] for image in self._images.stored], dim=1)
-            features[VISUAL_TOKENS] = list(tokens)  # a list is not cut by rows where a batch is
+            features[VISUAL_TOKENS] = list(tokens)  # as a list it is not split by rows with the batch
         self._images.stored = []
         return features
 
@@ -153,7 +153,7 @@ class VisionCache:
 
 
 class _StoredImages:
-    """In the place of an image processor: says of stored images what the processor said of them."""
+    """Stands in for an image processor: returns the grids or sizes that the processor made of stored images."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -172,15 +172,15 @@ class _StoredImages:
 
 
 def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = None) -> np.ndarray:
-    """Know images by their content; they are read, not decoded.
+    """Digest the images of a record folder. Files are read, not decoded.
 
     Args:
-        records: The items.
-        positions: Those that matter.
-        path: ``.npy`` file that keeps the keys for the next start.
+        records: The record folder.
+        positions: Positions of the items in use.
+        path: ``.npy`` file that keeps the keys for a resumed run. Defaults to None.
 
     Returns:
-        np.ndarray: Bytes of shape (items,), empty where an item has no image or does not matter.
+        np.ndarray: Bytes of shape (items,); empty where an item has no image or is not in use.
     """
     if path is not None and path.is_file():
         return np.load(path, allow_pickle=False)
@@ -196,15 +196,20 @@ def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = N
 
 
 def largest_size(model: BaseModel, records: ItemFolder, positions: np.ndarray, costs: np.ndarray) -> int:
-    """Disk that the visual tokens take at most: text is counted as well, and an image in several items several times.
+    """Upper bound of the disk space of the visual tokens.
+
+    It counts the texts of items with an image too, and an image once for each item.
 
     Args:
         model: The model.
-        records: The items.
-        positions: Those that matter.
-        costs: Tokens of every item.
+        records: The record folder.
+        positions: Positions of the items in use.
+        costs: Tokens of each item, of shape (items,).
+
+    Returns:
+        int: Bytes.
     """
-    base: Any = base_model(model)
+    base = backbone(model)
     weight = base.get_input_embeddings().weight
     layers = 1 + len(getattr(base.config.vision_config, "deepstack_visual_indexes", ()))
     tokens = sum(int(costs[p]) for p in np.unique(positions).tolist() if records.items.at(p).image is not None)
@@ -212,8 +217,8 @@ def largest_size(model: BaseModel, records: ItemFolder, positions: np.ndarray, c
 
 
 def _identity(model: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
-    """All that the tokens of an image depend on. The language model does not count, so stages share a folder."""
-    base, processor, first = base_model(model), model.processor, model[0]
+    """Everything that the visual tokens of an image depend on. The language model is left out: stages share a folder."""
+    base, processor, first = backbone(model), model.processor, model[0]
     config = {
         name: value for name, value in base.config.to_dict().items() if name.startswith(("vision", "image", "multi"))
     }

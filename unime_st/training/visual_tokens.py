@@ -1,8 +1,8 @@
-"""Visual tokens: what a vision tower hands to the language model, computed alone and put in the place of pixels."""
+"""Visual tokens: the output of a frozen vision tower, computed separately and passed to the model instead of pixels."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -14,22 +14,25 @@ from torch import nn
 from unime_st.training.feed import Features
 
 VISUAL_TOKENS = "visual_tokens"
-"""Feature with the stored tokens of a mini-batch: those that enter the language model, then those of inner layers."""
+"""Feature with the visual tokens of a mini-batch: those of the input layer, then those that enter inner layers."""
 
 _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision")
 
 
 def check_frozen(model: BaseModel) -> None:
-    """Refuse a model whose visual tokens do not stay what they are.
+    """Check that the visual tokens of a model are the same in every step.
+
+    Args:
+        model: The model to train, with its adapter.
 
     Raises:
-        ValueError: If the family is not supported, or something outside the language model is trained or random.
+        ValueError: If the family is not supported, or a part outside the language model is trained or has dropout.
 
     Example:
         >>> from unime_st import UniME
         >>> check_frozen(UniME("unime-tiny").requires_grad_(False))
     """
-    base: Any = base_model(model)
+    base = backbone(model)
     family = base.config.model_type.removeprefix("unime_")
     if family not in _FAMILIES:
         raise ValueError(f"vision_cache supports {', '.join(_FAMILIES)}, but the model is {family}: leave it out.")
@@ -50,8 +53,26 @@ def check_frozen(model: BaseModel) -> None:
             raise ValueError(f"vision_cache needs a vision tower without dropout, but {name} has some: leave it out.")
 
 
+def compute_visual_tokens(model: BaseModel, features: Features) -> list[Any]:
+    """Run the vision tower and the projector.
+
+    Args:
+        model: The model.
+        features: Input of the model, with pixels.
+
+    Returns:
+        list: For the input layer, and for each inner layer that visual tokens enter, a sequence over the images of
+        tensors ``(tokens, hidden)``.
+    """
+    base = backbone(model)
+    accepted = signature(base.get_image_features).parameters
+    inputs = {name: value for name, value in features.items() if name in accepted}
+    output = base.get_image_features(**inputs, return_dict=True)
+    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+
+
 def inject_visual_tokens(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Hand stored tokens to the model under the name that transformers has for them."""
+    """Forward pre-hook of a model: hand :data:`VISUAL_TOKENS` on under transformers' name for them."""
     if VISUAL_TOKENS not in args[0]:
         return None
     features = dict(args[0])
@@ -60,23 +81,17 @@ def inject_visual_tokens(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any,
     return {**features, "mm_encoder_outputs": {"image": image}}, *args[1:]
 
 
-def visual_layers(model: BaseModel, features: Features) -> list[Any]:
-    """What the vision tower gives to the language model, for each layer that it enters a sequence over the images."""
-    base = base_model(model)
-    accepted = signature(base.get_image_features).parameters
-    inputs = {name: value for name, value in features.items() if name in accepted}
-    out = base.get_image_features(**inputs, return_dict=True)
-    return [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-
-
-def autocast(model: BaseModel, dtype: torch.dtype) -> Any:
+def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast context of the training; none where it computes in float32."""
     return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def base_model(model: BaseModel) -> Any:
+def backbone(model: BaseModel) -> Any:
+    """The vision-language model of transformers inside a model of Sentence Transformers, without its head."""
     transformer: Any = model.transformers_model
     return transformer.base_model
 
 
 def name_of(module: nn.Module, part: nn.Module) -> str:
+    """Name of a submodule in its module."""
     return next(name for name, child in module.named_modules() if child is part)

@@ -1,20 +1,27 @@
-"""Golden data of MMEB-V2: the full set where it is at hand, else the subset kept with the tests."""
+"""Golden data of MMEB-V2: the part kept with the tests, and the full set where it is at hand."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-KEPT = Path(__file__).parents[2] / "golden" / "v2"
-
 
 @pytest.fixture(scope="session", params=["kept", "full"])
-def golden_v2(request: pytest.FixtureRequest, golden: Path | None) -> Path:
-    """What the released evaluation code computed; tests run on the subset in the repository and on the full set."""
+def golden_v2(request: pytest.FixtureRequest) -> Path:
+    """What the released evaluation code computed: the part kept with the tests, then all of it (skipped where absent)."""
     if request.param == "kept":
-        return KEPT
-    full = golden.parent / "golden_v2" if golden else None
-    if full is None or not full.is_dir():
-        pytest.skip("the full golden data of MMEB-V2 are not at hand")
+        return request.getfixturevalue("kept_golden") / "v2"
+    full = request.getfixturevalue("golden").parent / "golden_v2"
+    if not full.is_dir():
+        pytest.skip(f"no golden data of MMEB-V2: {full} does not exist")
     return full
+
+
+@pytest.fixture
+def mini(kept_golden: Path, tmp_path: Path) -> Path:
+    """A copy of the kept mini sets, to be damaged."""
+    root = tmp_path / "data"
+    shutil.copytree(kept_golden / "v2" / "data", root)
+    return root

@@ -83,12 +83,14 @@ class RetrievalData:
         corpus: Documents by id.
         relevant: Ids of the relevant documents of each query.
         candidates: Ids of the candidates of each query. Defaults to None, the whole corpus.
+        grades: Grade of each relevant document of each query, in the order of the judgements. Defaults to None, 1 each.
     """
 
     queries: dict[str, Item]
     corpus: dict[str, Item]
     relevant: dict[str, set[str]]
     candidates: dict[str, list[str]] | None = None
+    grades: dict[str, dict[str, int]] | None = None
 
 
 def _captions(rng: random.Random, split: str, size: int, long: bool, to_image: bool) -> RetrievalData:
