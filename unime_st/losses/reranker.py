@@ -23,6 +23,9 @@ from unime_st.losses.list_answers import (
 )
 from unime_st.losses.random_lists import draw_lists, evaluation_seed, list_targets, training_seed
 
+Prompts = dict[str, Any]
+"""A column of prompts: queries, their candidates and what else shapes the prompt."""
+
 
 class RerankerLoss(CachedLossMixin, nn.Module):
     mini_batch_size: int | None  # type: ignore[assignment]  # None where the cache is off
@@ -157,7 +160,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
     def forward(
         self,
-        inputs: Sequence[Sequence[Any]],
+        inputs: Sequence[Sequence[object]],
         labels: Tensor | Sequence[Tensor] | None = None,
         prompt: str | None = None,
         task: str | None = None,
@@ -185,7 +188,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         count = 1 + len(negatives)
         scores = _scores(labels, len(queries), len(negatives))
         hardest = [0] * len(queries) if scores is None else scores[:, 1:].argmax(1).tolist()
-        columns: list[dict[str, Any]] = []
+        columns: list[Prompts] = []
         weights: Tensor | None = None
         if self.pairwise_weight:
             columns.append({"queries": queries, "candidates": [[positive] for positive in positives]})
@@ -214,7 +217,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         self.calculate_loss(self._in_few_passes(columns), weights)
         return self._parts
 
-    def _in_few_passes(self, columns: list[dict[str, Any]]) -> list[list[Tensor]]:
+    def _in_few_passes(self, columns: list[Prompts]) -> list[list[Tensor]]:
         """Run all prompts; the pairs of the positives and of the hardest negatives share a pass, and so their images."""
         reps: list[list[Tensor]] = []
         if self.pairwise_weight:
@@ -224,7 +227,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             reps = [[half] for half in pairs.chunk(2)]
         return reps + [[self._logits(column, 0, len(column["queries"]))] for column in columns]
 
-    def chat(self, query: Any, candidates: Sequence[Any], opened: dict[Any, Any]) -> list[dict[str, Any]]:
+    def chat(self, query: object, candidates: Sequence[object], opened: dict[object, object]) -> list[dict[str, Any]]:
         """Build one conversation: the query, then its candidates in order.
 
         Args:
@@ -239,7 +242,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         pairs = [self._to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
         return [pairs[0][0], *(pair[1] for pair in pairs)]
 
-    def _draw_lists(self, rows: int, count: int, queries: Sequence[Any] = ()) -> list[list[int]]:
+    def _draw_lists(self, rows: int, count: int, queries: Sequence[object] = ()) -> list[list[int]]:
         """Draw the list of each row: indices of its candidates, 0 being the positive, in the order of the prompt."""
         shortest = count if self.min_list_length is None else min(self.min_list_length, count)
         if torch.is_grad_enabled():
@@ -248,10 +251,10 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             seed = evaluation_seed(queries)
         return draw_lists(rows, count, shortest, seed)
 
-    def _logits(self, column: dict[str, Any], begin: int, end: int, random_state: RandContext | None = None) -> Tensor:
+    def _logits(self, column: Prompts, begin: int, end: int, random_state: RandContext | None = None) -> Tensor:
         """Run the model on prompts of a column and return the logits at the answer, ``(end - begin, vocab)``."""
         # Images are decoded here, so that only those of one mini-batch are in memory.
-        opened: dict[Any, Any] = {}
+        opened: dict[object, object] = {}
         rows = zip(column["queries"][begin:end], column["candidates"][begin:end])
         chats = [self.chat(*row, opened) for row in rows]
         features = self.model.preprocess(chats, prompt=column["prompt"], **column.get("options", {}))
@@ -267,7 +270,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
 
     def embed_minibatch_iter(
         self,
-        sentence_feature: dict[str, Any],
+        sentence_feature: Prompts,
         with_grad: bool,
         copy_random_state: bool,
         random_states: list[RandContext] | None = None,
@@ -352,7 +355,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         return UNIME_V2_CITATION
 
 
-def _plain(value: Any, opened: dict[Any, Any]) -> Any:
+def _plain(value: object, opened: dict[object, object]) -> object:
     """Decode an item to a dict of its parts, every item once, and drop the parts of a dict that are None."""
     if hasattr(value, "to_input"):
         if value not in opened:

@@ -126,7 +126,10 @@ class SimilarityDistillationLoss(CachedEmbeddingLoss):
         columns = embed_columns(self.model, list(sentence_features))
         leaves = [column.detach().requires_grad_() for column in columns]
         loss = self.calculate_loss([[leaf] for leaf in leaves], labels, with_backward=True)
-        surrogate = torch.stack([(column * leaf.grad).sum() for column, leaf in zip(columns, leaves)]).sum()
+        surrogate = loss.new_zeros(())
+        for column, leaf in zip(columns, leaves):
+            assert leaf.grad is not None  # the loss uses every column
+            surrogate = surrogate + (column * leaf.grad).sum()
         return loss + surrogate - surrogate.detach()
 
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Features, Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.heap import HeapTrimmer
 from unime_st.training.mini_batches import MiniBatches
@@ -46,7 +46,7 @@ class ItemCollator(SentenceTransformerDataCollator):
     lazy: bool = False
     open_item: Callable[[Item], Any] = Item.to_input
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, features: list[dict[str, Any]]) -> Features:
         """Collate rows.
 
         Args:
@@ -70,16 +70,16 @@ class ItemCollator(SentenceTransformerDataCollator):
             batch["label"] = torch.tensor(np.array([row["label"] for row in features]))
         return batch
 
-    def _decoded(self, positions: np.ndarray, groups: list[np.ndarray]) -> dict[str, Any]:
+    def _decoded(self, positions: np.ndarray, groups: list[np.ndarray]) -> Features:
         assert self.records is not None
-        batch: dict[str, Any] = {}
+        batch: Features = {}
         for number, group in enumerate(groups):
             items = [self.records.items.at(int(position)) for position in positions[group]]
             inputs = self.preprocess_fn([self.open_item(item) for item in items])
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
         return batch
 
-    def _planned(self, positions: np.ndarray, groups: list[np.ndarray]) -> dict[str, Any]:
+    def _planned(self, positions: np.ndarray, groups: list[np.ndarray]) -> Features:
         return {
             "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the trainer recognizes inputs by this name
             "bucket0_sizes": torch.tensor([len(group) for group in groups]),
@@ -123,7 +123,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._heap_trimmer = HeapTrimmer()
         self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)
-        self._stream: Iterator[dict[str, Any]] = iter(())
+        self._stream: Iterator[Features] = iter(())
         self._planned: list[list[int]] = []
         self._scheduled: list[tuple[int, bool]] = []  # mini-batches that the stream will yield; True: second pass
         self._step_cache: FrozenTowerCache | None = None
@@ -201,8 +201,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         end: int,
         with_grad: bool,
         copy_random_state: bool,
-        random_state: Any = None,
-    ) -> tuple[Tensor, Any]:
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
         """Embed planned mini-batch number ``begin``. See :class:`CachedLossMixin`."""
         self._heap_trimmer.trim(
             "gradient" if with_grad else "forward", self._step_cache.host_bytes if self._step_cache else 0
@@ -222,7 +222,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._scheduled = scheduled
         self._stream = self.feed.stream([self._planned[number] for number, _ in scheduled], self._columns.device)
 
-    def _features(self, begin: int, with_grad: bool) -> dict[str, Any]:
+    def _features(self, begin: int, with_grad: bool) -> Features:
         if self._step_cache and with_grad and not self._scheduled:
             self._start([(n, True) for n in range(begin, len(self._planned)) if n not in self._step_cache])
         if self._scheduled[:1] == [(begin, with_grad)]:
@@ -233,7 +233,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
             features = next(self.feed.stream([self._planned[begin]], self._columns.device))
         return self._step_cache.encode_images(begin, features, keep=not with_grad) if self._step_cache else features
 
-    def _count(self, features: dict[str, Any]) -> None:
+    def _count(self, features: Features) -> None:
         if "attention_mask" in features:
             self.tokens += int(features["attention_mask"].sum())
             self.items += len(features["attention_mask"])
@@ -285,7 +285,7 @@ class RerankerItemCollator(CrossEncoderDataCollator):
 
     records: RecordSet | None = None
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, features: list[dict[str, Any]]) -> Features:
         """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
         assert self.records is not None
         find: Callable[[str], Item] = self.records.item
