@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import mteb
 from sentence_transformers import SentenceTransformer
 
-from mteb_tasks import register
 from mteb_tasks.loader import UniMELoader, wrap
+from mteb_tasks.registration import register_all
 from mteb_tasks.two_stage import TwoStage
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def evaluate(
 
 @lru_cache(maxsize=64)
 def _task(name: str) -> AbsTask:
-    register()
+    register_all()
     return mteb.get_task(name)
 
 

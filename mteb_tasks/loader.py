@@ -24,7 +24,7 @@ from mteb_tasks.ranking import rank_candidates, tie_order
 from mteb_tasks.ruled_images import RuledItem, prescribed_model
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
-from unime_st.encoding import encode_stream
+from unime_st.encoding import encode_stream, weights_fingerprint
 from unime_st.files import digest
 from unime_st.memory import malloc_trim
 from unime_st.model import UniME
@@ -326,14 +326,15 @@ class UniMELoader:
 
 
 def wrap(
-    model: SentenceTransformer, name: str = "unime/local", revision: str | None = "in-memory", **fields: Any
+    model: SentenceTransformer, name: str = "unime/local", revision: str | None = None, **fields: Any
 ) -> UniMELoader:
     """Make a SentenceTransformer in memory an mteb model that takes images.
 
     Args:
         model: The model.
         name: ``organisation/model`` under which results are filed.
-        revision: Revision under which results are filed.
+        revision: Revision under which results are filed. Defaults to `model_digest`, so that mteb's cache does not
+            take the scores of one model for those of another.
         **fields: Further fields of mteb's ``ModelMeta``.
 
     Returns:
@@ -343,9 +344,36 @@ def wrap(
         >>> from sentence_transformers import SentenceTransformer
         >>> wrap(SentenceTransformer("unime-tiny"), "unime/tiny")  # doctest: +SKIP
     """
+    revision = revision or model_digest(model)
     loader = UniMELoader(name, revision, model=model)
     loader.mteb_model_meta = model_meta(name, revision, **fields)
     return loader
+
+
+def model_digest(model: SentenceTransformer) -> str:
+    """Digest of what decides the embeddings of a model in memory: weights, modules, prompts, template, image size.
+
+    Args:
+        model: The model.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    first: Any = model[0]
+    processor = getattr(first, "processor", None)
+    settings = [
+        weights_fingerprint(model),
+        [f"{type(module).__name__} {getattr(module, 'get_config_dict', dict)()}" for module in model],
+        sorted(model.prompts.items()),
+        model.default_prompt_name,
+        model.truncate_dim,
+        model.similarity_fn_name,
+        model.max_seq_length,
+        getattr(first, "processing_kwargs", None),
+        str(processor),
+        getattr(processor, "chat_template", None),
+    ]
+    return digest(repr(settings), length=16)
 
 
 def _index_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None) -> str:

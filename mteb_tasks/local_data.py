@@ -78,21 +78,6 @@ def version(found: os.stat_result) -> Version:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-class KeepsMetadata:
-    """Task whose metadata tell which data it is about, and stay when these are let go between two models.
-
-    mteb takes metadata of an object for those of filtered data and drops them, too: the second model would be filed
-    under the data of the class, and a task that has metadata as an object only could not be evaluated at all.
-    """
-
-    dataset: Any
-    data_loaded: bool
-
-    def unload_data(self) -> None:
-        """Let the data go."""
-        self.dataset, self.data_loaded = None, False
-
-
 def localised(metadata: Any, revision: str) -> Any:
     """Metadata of a task for data in a folder.
 

@@ -20,7 +20,7 @@ from mteb.timing import TimingStack
 from mteb.types import PromptType
 
 from mteb_tasks.columns import PROMPT_NAME, Modality, iter_items, to_dataset
-from mteb_tasks.local_data import KeepsMetadata
+from mteb_tasks.task_base import UniMETask, with_images
 from unime_st.data.items import Item
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Announcer(Protocol):
         """Log what embedding the tables of a task will take."""
 
 
-class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
+class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
     """Share of images strictly closer to their caption than to the foil, one subset per category.
 
     Differs from mteb's base class where that would change the result: a tie counts as wrong (a constant model scores
@@ -119,6 +119,7 @@ class CaptionPreferenceTask(KeepsMetadata, AbsTaskImageTextPairClassification):
         Returns:
             Scores by category.
         """
+        model = with_images(model, self.metadata)
         if isinstance(model, (Announcer, PairScorer)) and self._told() is not model:
             # mteb asks for one category after the other
             self._told = weakref.ref(model)

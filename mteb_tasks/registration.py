@@ -36,36 +36,24 @@ def register_all() -> None:
         return
     # First, because importing tasks and models asks mteb for tasks, which may come back here.
     _done = True
+    from mteb_tasks.catalog import registered_tasks
     from mteb_tasks.models import metas
 
     for task in registered_tasks():
         add_task(task)
     for name, meta in metas().items():
         add_model(name, meta)
+    _wrap_evaluate()
     # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
     _once_imported(_BENCHMARKS, _add_mmeb)
     _once_imported(_CLI, _wrap_run)
 
 
-def registered_tasks() -> list[type[AbsTask]]:
-    """List the task classes of this project that mteb is told about.
-
-    Example:
-        >>> [task.metadata.name for task in registered_tasks()][-1]
-        'MMEB'
-    """
-    from mteb_tasks.captions import CAPTION_TASKS
-    from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
-    from mteb_tasks.scenes import SCENES_TASKS
-    from mteb_tasks.sugarcrepe import SugarCrepeByCategory
-
-    return [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
-
-
 def add_task(task: type[AbsTask]) -> None:
     """Make mteb find a task class by its name.
 
-    A name that mteb already has stays mteb's.
+    A name that mteb already has stays mteb's. Selections by language, type or modality (``mteb.get_tasks`` without
+    names) do not include the task: they would be other evaluations than without this package.
 
     Args:
         task: The class.
@@ -87,7 +75,6 @@ def add_task(task: type[AbsTask]) -> None:
             logger.warning("mteb already has a task named %s: ours is not registered", name)
         return
     registry[name] = task
-    home.TASK_LIST = (*home.TASK_LIST, task)
     setattr(mteb.tasks, task.__name__, task)
 
 
@@ -135,9 +122,20 @@ def _add_mmeb() -> None:
     add_benchmark(make_benchmark())
 
 
+def _wrap_evaluate() -> None:
+    """Let ``mteb.evaluate`` run plain SentenceTransformers on our tasks with their images."""
+    import mteb
+
+    from mteb_tasks.evaluate_hook import with_our_tasks
+
+    # The attribute `mteb.evaluate` is the function of that name, which hides the module.
+    home: Any = sys.modules["mteb.evaluate"]
+    home.evaluate = mteb.evaluate = with_our_tasks(home.evaluate)
+
+
 def _wrap_run() -> None:
     """Let ``mteb run`` end with a table of our tasks' scores: mteb's own command prints none."""
-    from mteb_tasks.cli import with_scores
+    from mteb_tasks.run_hook import with_scores
 
     command: Any = sys.modules[_CLI]
     command.run = with_scores(command.run)

@@ -10,7 +10,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.timing import TimingStack
 
 from mteb_tasks.columns import Setting, category_modalities, to_dataset
-from mteb_tasks.local_data import KeepsMetadata
+from mteb_tasks.task_base import UniMETask
 
 if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
@@ -89,7 +89,7 @@ def _check(data: RetrievalData) -> None:
             raise ValueError(f"query {query!r} lists documents that the corpus lacks, the first is {unknown[0]!r}")
 
 
-class ItemRetrievalTask(KeepsMetadata, AbsTaskRetrieval):
+class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
     """A retrieval task whose data are items.
 
     Subclasses give ``metadata`` and `retrieval_data`. Data once loaded stay loaded, so that a list of task objects can

@@ -30,6 +30,7 @@ def make_benchmark() -> Benchmark:
     ]
     return Benchmark(
         name=BENCHMARK,
+        aliases=("MMEB",),
         display_name="MMEB",
         tasks=tasks,
         aggregations=(BenchmarkAggregation("mean_task"), *groupings),

@@ -12,11 +12,12 @@ from mteb.models.model_implementations import MODEL_REGISTRY
 
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import published, register, two_stage
-from mteb_tasks.cli import main, score_table
+from mteb_tasks.cli import main
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subsets import SUBSETS, subset_named
 from mteb_tasks.models import metas
+from mteb_tasks.scores import score_table
 from unime_st import UniMEReranker
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import evaluate, loader, wrap
+from mteb_tasks.catalog import registered_tasks
 from mteb_tasks.columns import to_dataset
 from mteb_tasks.forecast import Forecast, forecast
 from mteb_tasks.mmeb.subsets import SUBSETS
-from mteb_tasks.registration import registered_tasks
 from unime_st.data.items import Item
 from unime_st.encoding import TokenCounter, encode_stream
 

@@ -11,10 +11,10 @@ import re
 import pytest
 
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
+from mteb_tasks.catalog import registered_tasks
 from mteb_tasks.mmeb.benchmark import make_benchmark
 from mteb_tasks.mmeb.subsets import subset_named
 from mteb_tasks.mmeb.tasks import MMEB_TASKS
-from mteb_tasks.registration import registered_tasks
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
 TASKS = registered_tasks()

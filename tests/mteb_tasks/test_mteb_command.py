@@ -1,0 +1,120 @@
+"""mteb's own ``mteb run`` with the start-up hook on and off: what is not ours stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mteb_tasks.foreign import write_text_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGING = ROOT / "packaging"
+
+STOCK = {
+    "sts": ["run", "-m", "org/text", "-t", "ForeignSTS"],
+    "two": ["run", "-m", "org/text", "-t", "ForeignSTS", "ForeignRetrieval"],
+    "own": ["run", "-m", "org/tiny", "-t", "ForeignRetrieval"],
+    "unknown": ["run", "-m", "nope", "-t", "ForeignSTS"],
+    "no-model": ["run", "-t", "ForeignSTS"],
+    "no-task": ["run", "-m", "org/text", "-t", "NoSuchTask"],
+    "loud": ["run", "-m", "org/text", "-t", "ForeignSTS", "-v", "7"],
+}
+OURS = {
+    "text-model": ["run", "-m", "org/text", "-t", "ScenesVQA"],
+    "hub-model": ["run", "-m", "org/tiny", "-t", "ScenesVQA", "ForeignSTS"],
+    "again": ["run", "-m", "org/tiny", "-t", "ScenesVQA"],
+    "nobody": ["run", "-m", "nope", "-t", "ScenesVQA"],
+}
+
+
+class Commands:
+    """What a list of commands did: their output, outcomes and result files."""
+
+    def __init__(self, folder: Path, commands: dict[str, list[str]], models: dict[str, str], hook: str) -> None:
+        folder.mkdir()
+        if "again" in commands:
+            (folder / "again").symlink_to("hub-model")
+        line = (PACKAGING / "unime_st.pth").read_text().strip()
+        script = f"{line}\nimport runpy\nrunpy.run_module('tests.mteb_tasks.mteb_commands', run_name='__main__')"
+        paths = os.pathsep.join([str(PACKAGING), str(ROOT)])
+        environment = {"PYTHONPATH": paths, "UNIME_ST_AUTOLOAD": hook, "UNIME_HOME": str(folder / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(folder), json.dumps(models)],
+            input=json.dumps(commands), env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"}, cwd=folder,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-5000:]
+        self.folder, self.output, self.errors = folder, done.stdout, done.stderr
+        self.outcomes = json.loads((folder / "outcomes.json").read_text())
+
+    def shown(self, name: str) -> str:
+        """What a command wrote to standard output."""
+        return self.output.split(f"<{name}>")[1].split(f"</{name}>")[0]
+
+    def files(self, name: str) -> dict[str, object]:
+        """Every file that a command wrote; of results the scores."""
+        root = self.folder / name
+        return {str(file.relative_to(root)): _content(file) for file in sorted(root.rglob("*")) if file.is_file()}
+
+
+def _content(file: Path) -> object:
+    contents = [
+        json.loads(line) for line in (file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()])
+    ]
+    return [content.get("scores", content) for content in contents]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {"org/text": str(write_text_model(tmp_path_factory.mktemp("models") / "text")), "org/tiny": "unime-tiny"}
+
+
+@pytest.fixture(scope="module")
+def hooked(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    return Commands(tmp_path_factory.mktemp("hooked") / "runs", STOCK | OURS, models, "1")
+
+
+def test_stock_runs_are_the_same_with_and_without_the_hook(models, hooked, tmp_path):
+    models = {**models, "org/tiny": str(ROOT / "unime_st" / "models" / "unime-tiny")}
+    plain = Commands(tmp_path / "runs", STOCK, models, "0")
+    for name in STOCK:
+        assert hooked.outcomes[name] == plain.outcomes[name]
+        assert hooked.files(name) == plain.files(name)
+        assert not re.search(r"^(Foreign|org/|tiny|text)", hooked.shown(name), re.MULTILINE)  # no table of ours
+        assert sorted(map(str, (hooked.folder / name).rglob("*"))) == sorted(
+            str(path).replace(str(plain.folder), str(hooked.folder)) for path in (plain.folder / name).rglob("*")
+        )
+    assert hooked.outcomes["sts"] == "done" and hooked.files("two").keys() >= hooked.files("sts").keys()
+    assert hooked.outcomes["selected"] == plain.outcomes["selected"]
+
+
+def test_a_hub_model_runs_on_our_tasks_and_is_shown(hooked):
+    assert hooked.outcomes["hub-model"] == "done"
+    assert re.search(r"^ScenesVQA +28\.0$", hooked.shown("hub-model"), re.MULTILINE)
+    assert re.search(r"^ScenesVQA +28\.0$", hooked.shown("again"), re.MULTILINE)
+    written = {
+        name for name in hooked.files("hub-model") if name.endswith(("VQA.json", "STS.json", "predictions.json"))
+    }
+    assert written == {
+        "results/org__tiny/abc/ScenesVQA.json",
+        "results/org__tiny/abc/ForeignSTS.json",
+        "predictions/org__tiny/abc/ScenesVQA_predictions.json",
+    }
+
+
+def test_a_text_model_is_refused_on_images_and_leaves_no_folder(hooked):
+    assert re.match(
+        r"ValueError: ScenesVQA has images, and org/text .* takes only text", hooked.outcomes["text-model"]
+    )
+    assert not (hooked.folder / "text-model" / "predictions").exists()
+
+
+def test_an_unknown_model_is_refused_by_mteb(hooked):
+    assert hooked.outcomes["nobody"] == hooked.outcomes["unknown"] == "OSError: nope is not a model of the hub"
+    assert not list((hooked.folder / "nobody").rglob("*"))
