@@ -11,10 +11,10 @@ import torch
 from sentence_transformers.util import batch_to_device
 
 from unime_st.losses.list_answers import LIST_ANSWER_START
-from unime_st.reranking.ranker import evaluating
+from unime_st.scoring.pair_scorer import evaluation_mode
 
 if TYPE_CHECKING:
-    from unime_st.reranking.model import UniMEReranker
+    from unime_st.reranking.unime_reranker import UniMEReranker
 
 _NUMBER = re.compile(r"\((\d+)\)")
 
@@ -69,7 +69,7 @@ def choose(reranker: UniMEReranker, query: Any, documents: Sequence[Any], *, max
         if name in inputs:
             inputs[name] = inputs[name][:, :-begun]
     inputs.pop("num_images_per_sample", None)
-    with evaluating(reranker):
+    with evaluation_mode(reranker):
         model = cast(Any, reranker[0]).model
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = reranker.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

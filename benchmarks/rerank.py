@@ -25,7 +25,7 @@ from unime_st import Item, UniMEReranker
 from unime_st.data.records import PairRecord
 from unime_st.data.scenes import training_records
 from unime_st.losses.list_answers import LIST_ANSWER_START, append_tokens
-from unime_st.reranking.forward_counter import measured
+from unime_st.scoring.forward_counter import ForwardCounter
 
 
 def _scores(ranking: list[dict[str, Any]]) -> np.ndarray:
@@ -87,7 +87,7 @@ def lists(options: argparse.Namespace) -> None:
         winners["generated"] = [choice.index for choice in answers["generated"]]
 
     def listed() -> None:
-        reranker._engine().pairs.clear()  # so that every run sees its images anew
+        reranker.ranker().pairs.clear()  # so that every run sees its images anew
         winners["listed"] = [int(reranker.listwise_scores(query, texts[:10]).argmax()) for query, texts in queries]
 
     variants = {"generate up to 128 tokens (official)": generated, "one list of 10": listed}
@@ -112,7 +112,7 @@ def pairs(options: argparse.Namespace, work: Path) -> None:
         scores["stock"] = np.concatenate([_scores(ranking) for ranking in rankings])
 
     def shared() -> None:
-        reranker._engine().pairs.clear()
+        reranker.ranker().pairs.clear()
         rankings = [reranker.rank({"image": path}, said, activation_fn=Identity()) for path in shown]
         scores["shared"] = np.concatenate([_scores(ranking) for ranking in rankings])
 
@@ -124,9 +124,9 @@ def pairs(options: argparse.Namespace, work: Path) -> None:
 
 def _costs(reranker: UniMEReranker, variants: dict[str, Callable[[], None]], queries: int) -> None:
     for name, run in variants.items():
-        with measured(reranker) as cost:
+        with ForwardCounter(reranker) as count:
             run()
-        sys.stdout.write(f"{name}: per query {cost.per_query(queries)}\n")
+        sys.stdout.write(f"{name}: per query {count.per_query(queries)}\n")
 
 
 def main() -> None:

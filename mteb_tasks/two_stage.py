@@ -17,8 +17,8 @@ from mteb_tasks.forecast import try_some
 from mteb_tasks.loader import WINDOW, UniMELoader
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.losses.list_answers import longest_list
-from unime_st.reranking.forward_counter import Cost, measured
-from unime_st.reranking.model import UniMEReranker
+from unime_st.reranking.unime_reranker import UniMEReranker
+from unime_st.scoring.forward_counter import ForwardCount, ForwardCounter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SAMPLE = 4
 """Queries that are reranked to find out how long all will take."""
 
-COSTS: dict[str, Cost] = {}
+COSTS: dict[str, ForwardCount] = {}
 """What reranking took per query in each retrieval task of this process, for the end of ``mteb run``."""
 
 
@@ -151,7 +151,7 @@ class TwoStage:
             encode_kwargs=encode_kwargs,
             **kwargs,
         )
-        with measured(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
+        with ForwardCounter(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
             few, rerank = min(SAMPLE, len(queries)), partial(self._rerank, corpus=corpus, found=found)
             _, time = try_some(rerank, queries.select(range(few)), len(queries))
             told = f"the best {self.top_k} of {len(queries):,} queries to rerank: {time}"

@@ -15,14 +15,14 @@ from unime_st.registry import register
 if TYPE_CHECKING:
     from unime_st.data.items import Item
     from unime_st.model import UniME
-    from unime_st.reranking.model import UniMEReranker
+    from unime_st.reranking.unime_reranker import UniMEReranker
 
 __all__ = ["Item", "UniME", "UniMEReranker", "__version__", "register"]
 
 _LAZY = {
     "Item": "unime_st.data.items",
     "UniME": "unime_st.model",
-    "UniMEReranker": "unime_st.reranking.model",
+    "UniMEReranker": "unime_st.reranking.unime_reranker",
 }
 
 

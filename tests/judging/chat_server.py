@@ -29,7 +29,7 @@ class Model:
 
     def __init__(self) -> None:
         judge = LocalJudge("unime-tiny", template="tiny", device="cpu")
-        self.transformer, self.template = judge.model[0], judge.scorer._whole.template
+        self.transformer, self.template = judge.model[0], judge.scorer.whole_prompts.template
         self.lock = threading.Lock()
 
     @torch.inference_mode()

@@ -15,8 +15,9 @@ from unime_st.data import Item, RecordSet, StageConflictError
 from unime_st.data.scenes import training_records
 from unime_st.judging import CascadeJudge, Group, LocalJudge, PairError
 from unime_st.judging.calibration import calibrate, report
-from unime_st.judging.estimate import estimate_cost
-from unime_st.judging.stage import Scores, judge_part, judge_pools
+from unime_st.judging.estimate import estimate_judging
+from unime_st.judging.judge_pools import judge_part, judge_pools
+from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
 from unime_st.retrieval import Pools, mine
 from unime_st.training.arguments import JudgeArguments
@@ -36,16 +37,16 @@ def judge() -> LocalJudge:
 
 
 def test_cost(pools: Pools, judge: LocalJudge):
-    cost = estimate_cost(pools, judge, sample=24, seconds=float("inf"))
+    cost = estimate_judging(pools, judge, sample=24, seconds=float("inf"))
     pairs = len(pools) + pools.manifest["candidates"]
     assert cost.pairs == cost.sample == pairs and cost.hours > 0 and cost.disk_mb > 0
-    lengths = judge.scorer.tokens([(pool.query, [pool.positive, *pool.candidates]) for pool in pools])
+    lengths = judge.scorer.count_tokens([(pool.query, [pool.positive, *pool.candidates]) for pool in pools])
     assert (cost.tokens, cost.tokens_unshared) == pytest.approx(lengths) and lengths[0] < lengths[1]
     decoder = judge.model[0].model.model.language_model
     weights = sum(p.numel() for name, p in decoder.named_parameters() if "embed_tokens" not in name)
     assert cost.flops == pytest.approx(2 * weights * cost.tokens)
     assert "hours here" in str(cost) and cost.to_dict()["pairs"] == pairs
-    other = estimate_cost(pools, WordJudge(), sample=4)
+    other = estimate_judging(pools, WordJudge(), sample=4)
     assert other.tokens is None and other.flops is None and "tokens" not in str(other)
 
 
@@ -127,7 +128,7 @@ def test_long_texts_are_cut_where_asked(judge: LocalJudge, caplog: pytest.LogCap
     short = LocalJudge("unime-tiny", template="tiny", device="cpu", max_text_tokens=5)
     long = "a big red square on the left " * 2000
     scores = short.score([Group("a red square", [long, "a big red"])])[0]
-    assert np.isfinite(scores).all() and short.shortened == 1 and "1 texts cut after 5 tokens" in caplog.text
+    assert np.isfinite(scores).all() and short.shortened == 1 and "1 texts truncated to 5 tokens" in caplog.text
     assert short.prompt_hash != judge.prompt_hash
     tokenizer = judge.model.tokenizer
     ends = tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -14,7 +14,7 @@ import pytest
 
 from unime_st.data import RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.judging.stage import Scores
+from unime_st.judging.score_store import Scores
 from unime_st.retrieval import Pools
 from unime_st.training.arguments import JudgeArguments, MineArguments
 from unime_st.training.offline import run_judge, run_mine

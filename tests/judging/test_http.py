@@ -15,7 +15,7 @@ from tiny_embedder import tiny_embedder
 from unime_st.data import Item, PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging import Group, HttpJudge, LocalJudge, PairError, ServerError
-from unime_st.judging.stage import judge_pools
+from unime_st.judging.judge_pools import judge_pools
 from unime_st.retrieval import mine
 from unime_st.training.arguments import JudgeArguments
 from unime_st.training.offline import run_judge

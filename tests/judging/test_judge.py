@@ -41,26 +41,30 @@ def golden_image(golden: Path, name: str | None, squash: str | None) -> Path | I
     return Image.open(path).resize(({"low": 128, "high": 1344}[squash],) * 2) if squash else path
 
 
-def test_authors_log_odds(golden: Path | None, judge: LocalJudge):
-    """All pairs of the golden data; where it is absent, pairs of every kind against the recipe by hand."""
-    if golden is None:
-        groups, expected = GROUPS, [by_hand(judge, g.query, c) for g in GROUPS for c in g.candidates]
-    else:
-        data = json.loads((golden / "judge/pairwise.json").read_text())
-        judge = LocalJudge(golden / "checkpoints" / data["checkpoint"], batch_size=8, device="cpu")
-        groups, expected = [], []
-        for pair, answer in zip(data["pairs"], data["single"], strict=True):
-            squash = pair["image_resolution"]
-            texts, images = ([pair[f"{side}_{kind}"] for side in ("qry", "cand")] for kind in ("text", "image"))
-            if not texts[1] and not images[1]:
-                continue  # an item is never empty; the reranker's test has this pair
-            pil_images = [golden_image(golden, image, squash) for image in images]
-            query, candidate = (Item(text, pil_image) for text, pil_image in zip(texts, pil_images))
-            groups.append(Group(query, [candidate]))
-            expected.append(answer["yes_logit"] - answer["no_logit"])
-        assert len(groups) == 33
+def test_golden_log_odds(golden: Path):
+    """All pairs of the reference outputs."""
+    data = json.loads((golden / "judge/pairwise.json").read_text())
+    judge = LocalJudge(golden / "checkpoints" / data["checkpoint"], batch_size=8, device="cpu")
+    groups, expected = [], []
+    for pair, answer in zip(data["pairs"], data["single"], strict=True):
+        squash = pair["image_resolution"]
+        texts, images = ([pair[f"{side}_{kind}"] for side in ("qry", "cand")] for kind in ("text", "image"))
+        if not texts[1] and not images[1]:
+            continue  # an item is never empty; the reranker's test has this pair
+        pil_images = [golden_image(golden, image, squash) for image in images]
+        query, candidate = (Item(text, pil_image) for text, pil_image in zip(texts, pil_images))
+        groups.append(Group(query, [candidate]))
+        expected.append(answer["yes_logit"] - answer["no_logit"])
+    assert len(groups) == 33
     scores = judge.score(groups)
     assert all(part.dtype == np.float32 for part in scores)
+    assert np.abs(np.concatenate(scores) - expected).max() < 1e-4
+
+
+def test_log_odds_equal_the_recipe_by_hand(judge: LocalJudge):
+    scores = judge.score(GROUPS)
+    assert all(part.dtype == np.float32 for part in scores)
+    expected = [by_hand(judge, group.query, candidate) for group in GROUPS for candidate in group.candidates]
     assert np.abs(np.concatenate(scores) - expected).max() < 1e-4
 
 
@@ -89,13 +93,13 @@ def test_equals_cross_encoder_predict(judge: LocalJudge):
 
 
 def test_prompts_equal_those_of_the_processor(judge: LocalJudge):
-    bundles, failed = judge.scorer.parts.encode([(group.query, group.candidates) for group in GROUPS])
-    assert not failed and len(bundles) == len(GROUPS)
-    for bundle, pairs in bundles:
+    groups, failed = judge.scorer.prompts.encode([(group.query, group.candidates) for group in GROUPS])
+    assert not failed and len(groups) == len(GROUPS)
+    for group, pairs in groups:
         expected = judge.model[0].preprocess([conversation(query, [item]) for query, item in pairs])
-        for suffix, ids, mask in zip(bundle.suffixes, expected["input_ids"], expected["attention_mask"], strict=True):
-            assert (bundle.prefix + suffix).token_ids == ids[mask.bool()].tolist()
-        seen = [image for suffix in bundle.suffixes for image in (bundle.prefix + suffix).images]
+        for suffix, ids, mask in zip(group.suffixes, expected["input_ids"], expected["attention_mask"], strict=True):
+            assert (group.prefix + suffix).token_ids == ids[mask.bool()].tolist()
+        seen = [image for suffix in group.suffixes for image in (group.prefix + suffix).images]
         with torch.no_grad():
             alone = judge.model[0].model.get_image_features(expected["pixel_values"], expected["image_grid_thw"])
         assert (torch.cat([image.embeddings for image in seen]) - torch.cat(alone.pooler_output)).abs().max() < 1e-5
@@ -144,7 +148,7 @@ def test_memory_for_images_is_bounded(folder: str, judge: LocalJudge):
     small = LocalJudge(folder, batch_size=2, cache_bytes=1, device="cpu")
     held = []
     small.model[0].model.model.language_model.register_forward_pre_hook(
-        lambda *_: held.append(len(small.scorer.parts.bank._cache))
+        lambda *_: held.append(len(small.scorer.prompts.images._cache))
     )
     found = small.score(GROUPS)
     assert max(held) == 1
@@ -236,7 +240,7 @@ def test_models_that_cannot_answer(folder: str, tmp_path: Path):
     SentenceTransformer(modules=[transformer, pooling], device="cpu").save_pretrained(str(tmp_path / "embedder"))
     with pytest.raises(ValueError, match="without a language-model head"):
         LocalJudge(tmp_path / "embedder", device="cpu")
-    with pytest.raises(ValueError, match="a judge needs a generative CrossEncoder"):
+    with pytest.raises(ValueError, match="expected a generative CrossEncoder"):
         LocalJudge(CrossEncoder(modules=generative_modules(folder)[:1], device="cpu"))
     with pytest.raises(ValueError, match="splits 'No'"):
         LocalJudge(tiny.checkpoint(tmp_path / "no-no", words=["Yes"]), device="cpu")
@@ -250,7 +254,7 @@ def test_a_template_that_changes_texts_is_rendered_in_full(folder: str):
     shout = load_template("tiny").replace("{{- 'Query:' -}}", "{{- 'Query:' ~ (message.content[-1].text | length) -}}")
     judge = LocalJudge(folder, template=shout, device="cpu")
     pairs = [(group.query, item) for group in GROUPS[::2] for item in group.candidates]
-    render = judge.scorer.parts.render
+    render = judge.scorer.prompts.render
     prompts = render(pairs)
     messages = [conversation(query, [item], decode=False) for query, item in pairs]
     assert prompts == judge.model[0].processor.apply_chat_template(messages, chat_template=shout, tokenize=False)

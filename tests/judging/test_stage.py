@@ -19,9 +19,10 @@ from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_co
 from unime_st.data.logits import CERTAIN_LOGIT, to_scores
 from unime_st.data.manifest import begin_stage, read_manifest
 from unime_st.judging import Group, Judge, LocalJudge, PairError
-from unime_st.judging.score_store import ScoreShards
+from unime_st.judging.judge_pools import judge_pools
+from unime_st.judging.score_store import Scores, ScoreShards
 from unime_st.judging.select import select_negatives
-from unime_st.judging.stage import Scores, judge_pools, select_rows
+from unime_st.judging.select_rows import select_rows
 from unime_st.retrieval import Pools, mine
 
 COLOURS, SHAPES = ("red", "blue", "green"), ("square", "circle", "star")

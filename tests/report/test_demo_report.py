@@ -19,7 +19,8 @@ from train_scripts.demo.results import COLUMNS, TASKS
 from unime_st.data import ImageRef, Item, RecordSet, read_manifest
 from unime_st.data.scenes import FOIL_CATEGORIES, retrieval_data, training_records
 from unime_st.judging import Group
-from unime_st.judging.stage import judge_pools, select_rows
+from unime_st.judging.judge_pools import judge_pools
+from unime_st.judging.select_rows import select_rows
 from unime_st.report.charts import histogram, line_chart, ticks
 from unime_st.report.html import element, embed_image, show_item
 from unime_st.retrieval import mine

@@ -55,12 +55,13 @@ def golden_input(golden: Path, text: str, image: str | None, squash: str | None)
     return {"image": opened.resize(({"low": 128, "high": 1344}[squash],) * 2) if squash else opened, "text": text}
 
 
-def test_authors_listwise_logits(golden: Path | None, reranker: UniMEReranker):
-    """All golden lists, those of ten through their digits; without the golden data a list by hand."""
-    if golden is None:
-        expected = list_by_hand(reranker, QUERY, DOCUMENTS)[[reranker.tokenizer.encode(d)[0] for d in "12345"]]
-        assert np.abs(reranker.listwise_scores(QUERY, DOCUMENTS) - expected.numpy()).max() < 1e-4
-        return
+def test_listwise_scores_equal_a_list_by_hand(reranker: UniMEReranker):
+    expected = list_by_hand(reranker, QUERY, DOCUMENTS)[[reranker.tokenizer.encode(d)[0] for d in "12345"]]
+    assert np.abs(reranker.listwise_scores(QUERY, DOCUMENTS) - expected.numpy()).max() < 1e-4
+
+
+def test_golden_listwise_logits(golden: Path):
+    """All lists of the reference outputs, those of ten through their digits."""
     data = json.loads((golden / "judge/listwise.json").read_text())
     model = UniMEReranker(golden / "checkpoints" / data["checkpoint"], device="cpu")
     for row, answer in zip(data["lists"], data["single"], strict=True):
@@ -78,30 +79,33 @@ def test_authors_listwise_logits(golden: Path | None, reranker: UniMEReranker):
             assert np.abs(scores - expected[1 : 1 + len(documents)]).max() < 1e-4, row["id"]
 
 
-def test_authors_pairwise_log_odds(golden: Path | None, reranker: UniMEReranker):
-    """All golden pairs, the empty candidate among them; without the golden data pairs by hand."""
-    if golden is None:
-        pairs, expected = [(QUERY, document) for document in [*DOCUMENTS, ""]], []
-        for query, document in pairs:
-            (text, image), (other, second) = sides(query), sides(document)
-            prompt = tiny.PAIR.format(tiny.written(text, image), tiny.written(other, second))
-            logits = tiny.answer_logits(reranker, prompt, [part for part in (image, second) if part is not None])
-            yes, no = (reranker.tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
-            expected.append(float(logits[yes] - logits[no]))
-        scores = reranker.predict(pairs, activation_fn=RAW, batch_size=4)
-    else:
-        data = json.loads((golden / "judge/pairwise.json").read_text())
-        model = UniMEReranker(golden / "checkpoints" / data["checkpoint"], device="cpu")
-        pairs = [
-            tuple(
-                golden_input(golden, pair[f"{side}_text"], pair[f"{side}_image"], pair["image_resolution"])
-                for side in ("qry", "cand")
-            )
-            for pair in data["pairs"]
-        ]
-        expected = [answer["yes_logit"] - answer["no_logit"] for answer in data["single"]]
-        scores = model.predict(pairs, activation_fn=RAW, batch_size=8)
-        assert len(scores) == 34
+def test_pairwise_log_odds_equal_pairs_by_hand(reranker: UniMEReranker):
+    """Pairs of every kind, an empty candidate among them."""
+    pairs, expected = [(QUERY, document) for document in [*DOCUMENTS, ""]], []
+    for query, document in pairs:
+        (text, image), (other, second) = sides(query), sides(document)
+        prompt = tiny.PAIR.format(tiny.written(text, image), tiny.written(other, second))
+        logits = tiny.answer_logits(reranker, prompt, [part for part in (image, second) if part is not None])
+        yes, no = (reranker.tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
+        expected.append(float(logits[yes] - logits[no]))
+    scores = reranker.predict(pairs, activation_fn=RAW, batch_size=4)
+    assert np.abs(scores - expected).max() < 1e-4
+
+
+def test_golden_pairwise_log_odds(golden: Path):
+    """All pairs of the reference outputs, the empty candidate among them."""
+    data = json.loads((golden / "judge/pairwise.json").read_text())
+    model = UniMEReranker(golden / "checkpoints" / data["checkpoint"], device="cpu")
+    pairs = [
+        tuple(
+            golden_input(golden, pair[f"{side}_text"], pair[f"{side}_image"], pair["image_resolution"])
+            for side in ("qry", "cand")
+        )
+        for pair in data["pairs"]
+    ]
+    expected = [answer["yes_logit"] - answer["no_logit"] for answer in data["single"]]
+    scores = model.predict(pairs, activation_fn=RAW, batch_size=8)
+    assert len(scores) == 34
     assert np.abs(scores - expected).max() < 1e-4
 
 

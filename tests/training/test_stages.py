@@ -25,7 +25,7 @@ from unime_st.data.items import Item
 from unime_st.data.manifest import StageConflictError
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.judging.stage import Scores
+from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
 from unime_st.reranking import UniMEReranker
 from unime_st.training import arguments as options

@@ -16,7 +16,7 @@ from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import COMPOSITIONAL, GROUPS, RERANKED, DemoArguments
 from unime_st.files import write_json
 from unime_st.model import UniME
-from unime_st.reranking.model import UniMEReranker
+from unime_st.reranking.unime_reranker import UniMEReranker
 
 
 def evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,7 @@ from sentence_transformers.base.modules import Transformer
 
 from unime_st.data.items import Item
 from unime_st.encoding.model_inputs import is_media
-
-_PROBES = ("0", "a red circle", " \n 1  2\n\t3 'x' {y} \\n é☃ \n", "word " * 20 + "end")
+from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
 
 
 class TextFastPath:
@@ -39,26 +38,25 @@ class TextFastPath:
     def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
         self._tokenizer: Any = model.tokenizer
         self._special = False
-        self._clean: Callable[[str], str] = str
+        self._frame: TemplateFrame | None = None
         self.usable = (
             _simple(model, options) and self._find_frame(model, prompt) and self._same_as(model, prompt, options)
         )
 
     def _find_frame(self, model: SentenceTransformer, prompt: str | None) -> bool:
-        """Find the head and tail that the template puts around a text."""
+        """Find the frame that the template puts around a text."""
         transformer: Any = model[0]
-        formatter, renders = transformer.input_formatter, []
+        formatter = transformer.input_formatter
         options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
         options.pop("restore_suffix", None)
-        for probe in _PROBES:
-            chat = [formatter.to_message({"text": probe})]
+
+        def render(texts: Sequence[str]) -> str:
+            chat = [formatter.to_message({"text": texts[0]})]
             chat = formatter.prepend_prompt_to_messages(chat, prompt) if prompt else chat
-            renders.append(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
-        self._head, found, self._tail = renders[1].partition(_PROBES[1])
-        for self._clean in (str, str.strip, str.rstrip):  # rstrip: for templates that strip prompt and text together
-            if found and [self._framed(probe) for probe in _PROBES] == renders:
-                return True
-        return False
+            return str(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
+
+        self._frame = TemplateFrame.find(render)
+        return self._frame is not None
 
     def _same_as(self, model: SentenceTransformer, prompt: str | None, options: dict[str, Any]) -> bool:
         """Whether the features of a batch equal those of the model."""
@@ -68,13 +66,13 @@ class TextFastPath:
         images = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
         names |= {"<|image_", *(name for name in images if name)}
         self._reserved = re.compile("|".join(map(re.escape, sorted(names))))
-        expected = model.preprocess(list(_PROBES), prompt=prompt, **options)
+        expected = model.preprocess(list(SAMPLES), prompt=prompt, **options)
         self._names = [name for name in expected if name not in ("input_ids", "attention_mask")]
         if set(self._names) - {"mm_token_type_ids", "token_type_ids", "modality"}:
             return False
         self._modality = expected.get("modality")
         for self._special in (False, True):
-            rows = self.tokens(list(_PROBES))
+            rows = self.tokens(list(SAMPLES))
             made = self.features([row for row in rows if row is not None])
             if all(
                 torch.equal(value, made[name]) if torch.is_tensor(value) else value == made[name]
@@ -82,9 +80,6 @@ class TextFastPath:
             ):
                 return True
         return False
-
-    def _framed(self, text: str) -> str:
-        return self._head + self._clean(text) + self._tail
 
     def tokens(self, texts: list[str]) -> list[np.ndarray | None]:
         """Tokenize texts in the frame of the template.
@@ -96,7 +91,8 @@ class TextFastPath:
             list[np.ndarray | None]: int64 token ids of every text, template included. None for texts that need the
             processor because they would be truncated or contain a special token.
         """
-        plain = [None if self._reserved.search(text) else self._framed(text) for text in texts]
+        assert self._frame is not None
+        plain = [None if self._reserved.search(text) else self._frame.join([text]) for text in texts]
         framed = [text for text in plain if text is not None]
         if not framed:
             return [None] * len(texts)

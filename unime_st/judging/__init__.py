@@ -1,10 +1,11 @@
-"""The MLLM judge: prompts, the protocol of anything that scores pairs, and judges here and elsewhere."""
+"""Judging: judges that score (query, candidate) pairs, stored scores, selection of hard negatives, calibration."""
 
 from __future__ import annotations
 
-from unime_st.judging.cascade import CascadeJudge
-from unime_st.judging.http import HttpJudge, ServerError
-from unime_st.judging.judge import Group, Judge, LocalJudge, PairError
+from unime_st.judging.cascade_judge import CascadeJudge
+from unime_st.judging.http_judge import HttpJudge, ServerError
+from unime_st.judging.local_judge import LocalJudge
+from unime_st.scoring.groups import Group, Judge, PairError
 from unime_st.scoring.prompts import (
     LIST_PROMPT,
     PAIR_PROMPT,
@@ -12,7 +13,6 @@ from unime_st.scoring.prompts import (
     as_item,
     check_template,
     clean_text,
-    index_token_ids,
     load_template,
 )
 
@@ -30,6 +30,5 @@ __all__ = [
     "as_item",
     "check_template",
     "clean_text",
-    "index_token_ids",
     "load_template",
 ]

@@ -1,4 +1,4 @@
-"""How good is a judge? Measured on a sample before the bill for all pairs."""
+"""Judge calibration: AUC, accuracy, ECE and agreement of judges on a sample of labeled pairs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 
 from unime_st.data.logits import to_scores
-from unime_st.judging.judge import Group, Judge
 from unime_st.retrieval.mining import Pools
+from unime_st.scoring.groups import Group, Judge
 
 _KINDS = ("positive", "random", "hard")
 
@@ -19,13 +20,13 @@ _KINDS = ("positive", "random", "hard")
 def calibration_groups(pools: Pools, queries: int = 200, *, seed: int = 0) -> tuple[list[Group], list[list[str]]]:
     """Draw queries, each with its positive, a random negative and its hardest candidate.
 
-    The hardest candidate counts as a negative although some of them are right answers: a judge's figures on them are a
-    lower bound, and two judges are compared on the same sample.
+    The hardest candidate counts as a negative although some of them are false negatives: a judge's figures on them are a
+    lower bound, and judges are compared on the same sample.
 
     Args:
         pools: Mined pools.
-        queries: How many queries. Defaults to 200.
-        seed: Seed of the draw. Defaults to 0.
+        queries: Number of queries. Defaults to 200.
+        seed: Seed of the sample. Defaults to 0.
 
     Returns:
         tuple: Groups, and per group the kind of each candidate: "positive", "random" or "hard".
@@ -59,13 +60,14 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
     Args:
         judges: Judges to compare.
         pools: Mined pools to draw from.
-        queries: How many queries. Defaults to 200.
-        seed: Seed of the draw. Defaults to 0.
+        queries: Number of queries. Defaults to 200.
+        seed: Seed of the sample. Defaults to 0.
 
     Returns:
-        dict: "sample": pairs of each kind; "judges": per name the AUC of positives against random, hard and all
-        negatives, the accuracy of P(Yes) > 0.5, the expected calibration error and the pairs set aside; with two or
-        more judges "agreement": per pair of names the rank correlation of scores and the share of equal decisions.
+        dict: "sample": number of pairs of each kind; "judges": per name the AUC of positives against random, hard and
+        all negatives, the accuracy of P(Yes) > 0.5, the expected calibration error (ECE) and the number of pairs that
+        could not be judged ("set_aside"); with two or more judges "agreement": per pair of names Spearman's rank
+        correlation of the scores and the fraction of equal decisions.
 
     Example:
         >>> from unime_st.judging.calibration import calibrate
@@ -104,14 +106,14 @@ def _quality(logits: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """Chance that a positive scores above a negative, ties counting half.
+    """Compute the area under the ROC curve: the probability that a positive scores above a negative.
 
     Args:
         positives: Scores of positives.
         negatives: Scores of negatives.
 
     Returns:
-        float | None: None where one of the two is empty.
+        float | None: In [0, 1]; ties count half. None where one of the two is empty.
 
     Example:
         >>> import numpy as np
@@ -120,18 +122,17 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     """
     if not len(positives) or not len(negatives):
         return None
-    ordered = np.sort(negatives)
-    below = np.searchsorted(ordered, positives, "left") + np.searchsorted(ordered, positives, "right")
-    return float(below.mean() / (2 * len(negatives)))
+    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    return float(roc_auc_score(labels, np.concatenate([positives, negatives])))
 
 
 def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, bins: int = 10) -> float | None:
-    """Mean distance of what a judge says from how often it is right (ECE), over bins of equal width.
+    """Compute the expected calibration error (ECE): mean distance of P(Yes) from the fraction of matches in each bin.
 
     Args:
         probability: P(Yes) of each pair.
         truth: Whether each pair is a match.
-        bins: Number of bins. Defaults to 10.
+        bins: Number of bins of equal width. Defaults to 10.
 
     Returns:
         float | None: In [0, 1]; None without pairs.
@@ -153,22 +154,21 @@ def _agreement(left: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
     left, right = left[both], right[both]
     if len(left) < 2:
         return {"rank_correlation": None, "same_decision": None}
-    ranks = pd.DataFrame({"left": left, "right": right}).rank()
-    correlation = float(ranks["left"].corr(ranks["right"]))
+    constant = np.ptp(left) == 0 or np.ptp(right) == 0
     return {
-        "rank_correlation": correlation if np.isfinite(correlation) else None,  # a judge that always says the same
+        "rank_correlation": None if constant else float(spearmanr(left, right).statistic),
         "same_decision": float(((left > 0) == (right > 0)).mean()),
     }
 
 
 def report(result: dict[str, Any]) -> str:
-    """What :func:`calibrate` found, for people.
+    """Format the result of :func:`calibrate` as a table.
 
     Args:
-        result: Its result.
+        result: Result of :func:`calibrate`.
 
     Returns:
-        str: A table, and which judge separates best.
+        str: A Markdown table, and the judge with the best AUC.
     """
     columns = ("auc_random", "auc_hard", "auc", "accuracy", "ece", "set_aside")
     lines = [json.dumps(result["sample"]), "| judge | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
@@ -180,4 +180,4 @@ def report(result: dict[str, Any]) -> str:
     for names, row in result.get("agreement", {}).items():
         lines.append(f"{names}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
     best = max(result["judges"], key=lambda name: result["judges"][name]["auc"] or 0.0)
-    return "\n".join([*lines, f"Best at telling matches from the rest: {best}"])
+    return "\n".join([*lines, f"Best AUC of matches against the rest: {best}"])

@@ -1,4 +1,4 @@
-"""What judging will cost, before it begins."""
+"""Estimate of the cost of judging: pairs, tokens, FLOPs, hours and disk space, from a timed sample."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from unime_st.judging.judge import Group, Judge, LocalJudge
+from unime_st.judging.local_judge import LocalJudge
 from unime_st.retrieval.mining import Pools
+from unime_st.scoring.groups import Group, Judge
 
 _BYTES_PER_PAIR = 44  # an id of 32 digits, a similarity, log-odds, and what Parquet adds
+_QUERIES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class JudgingCost:
-    """What :func:`estimate_cost` expects.
+class CostEstimate:
+    """Expected cost of judging, see :func:`estimate_judging`.
 
     Args:
         queries: Distinct queries.
         pairs: Pairs to judge, positives included.
-        tokens: Tokens through the language model; None where they are not known here.
-        tokens_unshared: The same if every pair were computed on its own.
-        flops: Floating-point operations of the language model, 2 per weight and token.
-        flops_unshared: The same if every pair were computed on its own.
-        hours: Expected duration on this device, from timing a sample.
-        disk_mb: Expected size of the scores.
-        sample: Pairs that were judged to find out.
+        tokens: Tokens through the language model; None if unknown, as with a server.
+        tokens_unshared: The same with every pair computed by itself.
+        flops: Floating-point operations of the language model, 2 per weight and token; None if unknown.
+        flops_unshared: The same with every pair computed by itself.
+        hours: Expected duration on this device, from a timed sample.
+        disk_mb: Expected size of the scores in MB.
+        sample: Number of pairs in the sample.
     """
 
     queries: int
@@ -44,37 +46,36 @@ class JudgingCost:
     def __str__(self) -> str:
         text = f"{self.pairs:,} pairs of {self.queries:,} queries; "
         if self.tokens and self.tokens_unshared and self.flops and self.flops_unshared:
-            saved = self.tokens_unshared / self.tokens
             text += (
-                f"{self.tokens:.3g} tokens, {self.flops:.3g} FLOP (pair by pair {self.tokens_unshared:.3g} tokens, "
+                f"{self.tokens:.3g} tokens, {self.flops:.3g} FLOP (without prefix sharing {self.tokens_unshared:.3g} "
+                f"tokens, {self.flops_unshared:.3g} FLOP: {self.tokens_unshared / self.tokens:.1f} times as many); "
             )
-            text += f"{self.flops_unshared:.3g} FLOP: {saved:.1f} times as much); "
         return f"{text}about {self.hours:.3g} hours here, {self.disk_mb:.3g} MB of scores"
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON."""
+        """Return the estimate as a dict for JSON."""
         return asdict(self)
 
 
-def estimate_cost(
+def estimate_judging(
     pools: Pools, judge: Judge, *, sample: int = 16, seconds: float = 20.0, seed: int = 0
-) -> JudgingCost:
-    """Judge a few queries and extrapolate.
+) -> CostEstimate:
+    """Judge a sample of queries and extrapolate to all pools.
 
     Args:
         pools: Mined pools.
-        judge: What will score them.
-        sample: Queries to try at most. Defaults to 16.
-        seconds: No further query is tried after so long. Defaults to 20.
-        seed: Seed of the draw. Defaults to 0.
+        judge: The judge.
+        sample: Maximum number of queries in the sample. Defaults to 16.
+        seconds: Time after which no further query is judged. Defaults to 20.
+        seed: Seed of the sample. Defaults to 0.
 
     Returns:
-        JudgingCost: The expected cost of all pools; pairs and queries are exact but for candidates that occur in several
-        rows of one query.
+        CostEstimate: The expected cost. Numbers of pairs and queries are exact, except that a candidate which occurs in
+        several rows of one query is counted in each.
 
     Example:
-        >>> from unime_st.judging.estimate import estimate_cost
-        >>> print(estimate_cost(Pools("runs/pools"), judge))  # doctest: +SKIP
+        >>> from unime_st.judging.estimate import estimate_judging
+        >>> print(estimate_judging(Pools("runs/pools"), judge))  # doctest: +SKIP
         22,000 pairs of 2,000 queries; 5e+05 tokens, ...
     """
     table = pools.row_shards.table(["query", "candidates"])
@@ -82,24 +83,23 @@ def estimate_cost(
     pairs = len(table) + int(pc.sum(pc.list_value_length(table["candidates"])).as_py() or 0)
     rows = np.random.default_rng(seed).permutation(len(table))[:sample]
     groups = [Group(pool.query, [pool.positive, *pool.candidates]) for pool in (pools[int(row)] for row in rows)]
-    tried = 0
-    tokens = unshared = 0
+    judged = tokens = unshared = 0
     spent = 0.0
-    for start in range(0, len(groups), 4):
-        part = groups[start : start + 4]
+    for start in range(0, len(groups), _QUERIES_AT_ONCE):
+        part = groups[start : start + _QUERIES_AT_ONCE]
         began = time.perf_counter()
         judge.score(part, errors=[])
         spent += time.perf_counter() - began
-        tried += sum(len(group.candidates) for group in part)
+        judged += sum(len(group.candidates) for group in part)
         if isinstance(judge, LocalJudge):
-            counted = judge.scorer.tokens([(group.query, group.candidates) for group in part])
+            counted = judge.scorer.count_tokens([(group.query, group.candidates) for group in part])
             tokens, unshared = tokens + counted[0], unshared + counted[1]
         if spent > seconds:
             break
-    scale = pairs / tried if tried else 0.0
+    scale = pairs / judged if judged else 0.0
     weights = judge.scorer.language_weights if isinstance(judge, LocalJudge) else 0
     known = weights > 0 and tokens > 0
-    return JudgingCost(
+    return CostEstimate(
         queries=queries,
         pairs=pairs,
         tokens=tokens * scale if known else None,
@@ -108,5 +108,5 @@ def estimate_cost(
         flops_unshared=2.0 * weights * unshared * scale if known else None,
         hours=spent * scale / 3600,
         disk_mb=pairs * _BYTES_PER_PAIR / 1e6,
-        sample=tried,
+        sample=judged,
     )

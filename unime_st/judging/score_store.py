@@ -47,10 +47,10 @@ class JudgedPool(Pool):
 
 
 class Scores(ItemFolder):
-    """The result of :func:`~unime_st.judging.stage.judge_pools`, as a sequence of :class:`JudgedPool`.
+    """The result of :func:`~unime_st.judging.judge_pools.judge_pools`, as a sequence of :class:`JudgedPool`.
 
     Args:
-        folder: Folder written by :func:`~unime_st.judging.stage.judge_pools`.
+        folder: Folder written by :func:`~unime_st.judging.judge_pools.judge_pools`.
 
     Raises:
         FileNotFoundError: If judging has not finished there.

@@ -12,26 +12,27 @@ LIST_ANSWER_START = "Ans: ("
 """End of a listwise prompt; the number of the best candidate follows."""
 
 
-def check_list_prompt(processor: Any, chat: Sequence[Any]) -> None:
+def check_list_prompt(processor: Any, chat: Sequence[Any], **options: Any) -> None:
     """Check that a chat template has a listwise prompt, and would not silently render a list as a pair.
 
     Args:
         processor: Processor of a generative model.
         chat: Messages of a query and two candidates, the second one with the text "second".
+        **options: Options of ``apply_chat_template``, for example ``chat_template``.
 
     Raises:
         ValueError: If the template has no listwise prompt.
     """
 
-    def render(**options: Any) -> str:
-        return str(processor.apply_chat_template(chat, tokenize=False, **options))
+    def render(**task: Any) -> str:
+        return str(processor.apply_chat_template(chat, tokenize=False, **options, **task))
 
     prompt = render(task="listwise")
     if prompt == render() or not prompt.endswith(LIST_ANSWER_START) or "second" not in prompt:
         raise ValueError(
-            "The chat template of the model has no listwise prompt: with task='listwise' it must number all "
-            f"documents and end with {LIST_ANSWER_START!r}. Load the model with "
-            "UniMEReranker(folder, template='official') or set listwise_weight=0."
+            "The chat template has no listwise prompt: with task='listwise' it must number the candidates and end with "
+            f"{LIST_ANSWER_START!r}. Load the model with UniMEReranker(folder, template='official'), rank and train "
+            "pairwise (listwise_weight=0), or read that template for an example."
         )
 
 

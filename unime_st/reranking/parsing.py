@@ -1,11 +1,11 @@
-"""What ``rank`` takes, as items; what cannot be read is kept as the reason."""
+"""Input parsing of the reranker: texts, images, paths, URLs and dicts become items."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,14 +16,11 @@ from unime_st.data.images import to_rgb
 from unime_st.encoding.image_urls import fetch_bytes
 from unime_st.scoring.prompts import as_item
 
-Offer = Item | Exception
-"""An item; or a :class:`BadImageError`, why it cannot be read; or another error, why this is no item."""
-
 _LONGEST_PATH = 4096
 
 
-class _Blank(Item):
-    """A text without a visible character: nothing to store or to embed, but a prompt can show it."""
+class _BlankText(Item):
+    """A text without a visible character: it cannot be stored or embedded, but a prompt can show it."""
 
     __slots__ = ()
 
@@ -32,19 +29,19 @@ class _Blank(Item):
 
 
 def to_item(value: Any) -> Item:
-    """Turn an input of ``rank`` into an item; a text that is an image's URL or existing path is that image.
+    """Turn an input of ``rank`` into an item; a text that is the URL or the existing path of an image is that image.
 
     Args:
         value: Item, text (also an empty one), Pillow image or dict of them. The image of a dict may also be a path,
-            a URL (fetched here), encoded bytes, an array of 8-bit RGB, RGBA or grey pixels, or a list of one of these.
+            a URL (fetched here), encoded bytes, an array of 8-bit RGB, RGBA or gray pixels, or a list of one of these.
 
     Returns:
         Item: The same content.
 
     Raises:
-        BadImageError: If an image in memory cannot be decoded or a URL not fetched. A file is read when it is used.
-        TypeError: If the value is something else.
-        ValueError: If nothing is in it.
+        BadImageError: If an image in memory cannot be decoded or a URL not be fetched. Files are read when used.
+        TypeError: If the value is of another type.
+        ValueError: If the value holds neither a text nor an image.
 
     Example:
         >>> from unime_st.reranking.parsing import to_item
@@ -61,101 +58,90 @@ def to_item(value: Any) -> Item:
         return as_item({**value, "image": _image(value["image"])})
     text = value.get("text")
     if isinstance(text, str) and not text.strip() and value.keys() <= {"text", "image"}:
-        return _Blank(text)
+        return _BlankText(text)
     return as_item(value)
 
 
-def to_offers(values: Sequence[Any]) -> list[Offer]:
-    """Turn each input into an item, or the error that keeps it from being one.
+class ParsedInputs(NamedTuple):
+    """Inputs as items, and the errors of those that are none.
 
     Args:
-        values: See :func:`to_item`.
+        items: Per input its item, or None.
+        errors: Per input None, a :class:`BadImageError` for an image that cannot be read, or another error for an
+            input of an unsupported kind.
+    """
+
+    items: list[Item | None]
+    errors: list[Exception | None]
+
+    def raise_for_invalid(self, names: Sequence[str]) -> None:
+        """Raise the error of the first input of an unsupported kind; unreadable images are not.
+
+        Args:
+            names: Per input its name for the message.
+
+        Raises:
+            TypeError: If an input is of another type.
+            ValueError: If an input is empty.
+        """
+        for name, error in zip(names, self.errors, strict=True):
+            if error is not None and not isinstance(error, BadImageError):
+                raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name}: {error}")
+
+
+def parse_inputs(values: Sequence[Any]) -> ParsedInputs:
+    """Turn each input into an item, or the error that prevents it.
+
+    Args:
+        values: Inputs, see :func:`to_item`.
 
     Returns:
-        list: Per input its item or its error.
+        ParsedInputs: Items and errors.
 
     Example:
-        >>> from unime_st.reranking.parsing import to_offers
-        >>> [type(offer).__name__ for offer in to_offers(["a red square", 3])]
-        ['Item', 'TypeError']
+        >>> from unime_st.reranking.parsing import parse_inputs
+        >>> items, errors = parse_inputs(["a red square", 3])
+        >>> items[0].text, type(errors[1]).__name__
+        ('a red square', 'TypeError')
     """
-    offers: list[Offer] = []
+    parsed = ParsedInputs([], [])
     for value in values:
+        item: Item | None = None
+        error: Exception | None = None
         try:
-            offers.append(to_item(value))
-        except (TypeError, ValueError, AttributeError) as error:
-            offers.append(error)
-    return offers
+            item = to_item(value)
+        except (TypeError, ValueError, AttributeError) as found:
+            error = found
+        parsed.items.append(item)
+        parsed.errors.append(error)
+    return parsed
 
 
-def unreadable(offers: Sequence[Offer], *, decode: bool) -> list[ValueError | None]:
-    """Find what cannot be read, as far as that shows before a model runs.
+def image_error(item: Item) -> BadImageError | None:
+    """Decode the image of an item and return the error that this raises.
 
     Args:
-        offers: Result of :func:`to_offers`.
-        decode: Whether to decode the images, too, instead of only reading the files.
+        item: The item.
 
     Returns:
-        list[ValueError | None]: Per offer the :class:`BadImageError`, or None.
+        BadImageError | None: None if there is no image or it can be decoded.
+
+    Example:
+        >>> from unime_st import Item
+        >>> from unime_st.reranking.parsing import image_error
+        >>> type(image_error(Item(image=b"not an image"))).__name__
+        'BadImageError'
     """
-    reasons: list[ValueError | None] = []
-    for offer in offers:
-        try:
-            if isinstance(offer, BadImageError):
-                raise offer
-            if isinstance(offer, Item):
-                if decode and offer.image is not None:
-                    offer.image.open()
-                hash(offer)  # of the content, which is read for it
-            reasons.append(None)
-        except BadImageError as error:
-            reasons.append(error)
-    return reasons
-
-
-def check_query(query: Offer) -> None:
-    """Refuse a query whose image cannot be read: without it there is nothing to rank for.
-
-    Args:
-        query: See :func:`to_offers`.
-
-    Raises:
-        BadImageError: If it cannot be read.
-    """
-    (reason,) = unreadable([query], decode=True)
-    if reason is not None:
-        raise reason
-
-
-def foreign(offers: Sequence[Offer]) -> int | None:
-    """Find the first input that is no item.
-
-    Args:
-        offers: Result of :func:`to_offers`.
-
-    Returns:
-        int | None: Its place, if there is one.
-    """
-    indices = (index for index, offer in enumerate(offers) if not isinstance(offer, (Item, BadImageError)))
-    return next(indices, None)
-
-
-def refuse_foreign(query: Offer, documents: Sequence[Offer]) -> None:
-    """Raise what is wrong with the first input that is no item, and say which it is.
-
-    Args:
-        query: See :func:`to_offers`.
-        documents: The same.
-    """
-    index = foreign([query, *documents])
-    if index is not None:
-        error = [query, *documents][index]
-        name = f"document {index - 1}" if index else "query"
-        raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name}: {error}")
+    try:
+        if item.image is not None:
+            item.image.open()
+    except BadImageError as error:
+        return error
+    return None
 
 
 def _image(value: Any) -> Any:
-    """Something that an item takes as its image."""
+    """Turn the image of a dict into what an item takes."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
     if isinstance(value, np.ndarray):
@@ -166,7 +152,7 @@ def _image(value: Any) -> Any:
         return fetch_bytes(value)
     # What is longer than any path is base64 text.
     if isinstance(value, str) and (value.startswith("data:") or len(value) > _LONGEST_PATH):
-        raise TypeError("an image that is written as text is no item: save it and give its path")
+        raise TypeError("an image encoded as text is not supported: save it and pass its path")
     return value
 
 
@@ -177,16 +163,16 @@ def _is_url(text: str) -> bool:
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         raise TypeError(
-            f"an array of shape {array.shape} and type {array.dtype} is no item: expected uint8 of shape "
+            f"an array of shape {array.shape} and type {array.dtype} is not a supported image: expected uint8 of shape "
             "(height, width) or (height, width, 3 or 4)"
         )
     return Image.fromarray(array)
 
 
 def _pixels(image: Image.Image) -> bytes:
-    """A Pillow image as PPM, whose encoding and decoding is copying: these bytes are read once and thrown away.
+    """Encode a Pillow image as PPM, which only copies pixels: these bytes are read once.
 
-    An RGB image goes without what its file says about orientation: ``predict`` and the authors take its pixels.
+    The EXIF orientation of an RGB image is dropped, as ``predict`` and the authors' code take its pixels.
     """
     buffer = io.BytesIO()
     try:

@@ -1,196 +1,142 @@
-"""From a query and its documents to a ranking with scores: pairwise, listwise, and first one, then the other."""
+"""Ranker: pairwise, listwise and hybrid scores of documents, computed with shared prompt prefixes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.cross_encoder.modules import LogitScore
-from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.losses.list_answers import longest_list
-from unime_st.reranking.parsing import Offer, check_query, unreadable
-from unime_st.scoring.list_scorer import ListScorer, rotations, slide
-from unime_st.scoring.pair_scorer import PairScorer
-from unime_st.scoring.prompt_encoder import PromptTooLongError
+from unime_st.reranking.parsing import image_error
+from unime_st.scoring.chat_tokenizer import PromptTooLongError
+from unime_st.scoring.list_scorer import ListScorer, rotations, sliding_window
+from unime_st.scoring.loading import generative_parts
+from unime_st.scoring.pair_scorer import PairScorer, PairScores, evaluation_mode, score_pairs
+from unime_st.scoring.prompt_encoder import Query
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = -1e4
-"""Log-odds of a document whose image cannot be read: below all others, and a number."""
-
 Ranking = list[dict[str, Any]]
 Method = Literal["pairwise", "listwise", "hybrid"]
-Scored = tuple[np.ndarray, list[ValueError | None]]
-"""Score of each document, and why it has none: its image cannot be read, or its prompt is too long."""
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while.
-
-    Args:
-        model: What is used.
-    """
-    # Switching all of a small model twice would cost a tenth of a list.
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class Ranker:
-    """Ranks documents with the judge's engine: every image is seen once, the query passes once.
+    """Scores the documents of a query one by one or in lists; images and prefixes are computed once.
 
     Args:
         model: Generative ``CrossEncoder``, ``[Transformer, LogitScore(yes, no)]``.
 
+    Attributes:
+        pairs: Pair scorer.
+        lists: List scorer, with the same images.
+        state: What the ranker depends on, see :meth:`state_of`.
+
     Raises:
-        TypeError: If the model is something else.
+        ValueError: If the model is of another kind.
 
     Example:
         See :meth:`unime_st.UniMEReranker.rank`, which uses it.
     """
 
     def __init__(self, model: CrossEncoder) -> None:
-        head = model[-1]
-        if not isinstance(head, LogitScore) or head.false_token_id is None:
-            raise TypeError(f"{type(head).__name__} does not answer Yes or No")
+        transformer, answer_ids = generative_parts(model)
         self.model = model
-        transformer = cast(Transformer, model[0])
         self.state = self.state_of(model)
-        template = str(transformer.processor.chat_template)
-        options = {**transformer.processing_kwargs.get("image", {})}
-        self.pairs = PairScorer(transformer, template, [head.true_token_id, head.false_token_id], options=options)
+        self.pairs = PairScorer(transformer, str(transformer.processor.chat_template), answer_ids)
         self.lists = ListScorer(transformer, self.pairs)
 
     @staticmethod
-    def state_of(model: CrossEncoder) -> Any:
-        """What a ranker is made for; when it changes, another is needed."""
+    def state_of(model: CrossEncoder) -> tuple[Any, ...]:
+        """Return what a ranker depends on: template, image processor, its options and the weights' module."""
         transformer = cast(Transformer, model[0])
         return (
             transformer.processor.chat_template,
             transformer.processor.image_processor,
-            {**transformer.processing_kwargs.get("image", {})},
+            dict(transformer.processing_kwargs.get("image", {})),
             transformer.model,
         )
 
     def rank(
         self,
         query: Item,
-        documents: Sequence[Offer],
+        documents: Sequence[Item],
         method: Method,
         *,
         window: int = 10,
         permutations: int = 1,
         batch_size: int = 32,
         names: Sequence[str] | None = None,
-    ) -> Scored:
+    ) -> PairScores:
         """Score the documents of one query.
 
         Args:
-            query: What is asked.
-            documents: What might meet it; equal ones are asked about once.
-            method: "pairwise", "listwise" or "hybrid", which lists the ``window`` documents that did best pairwise.
-            window: Most candidates of a list. Defaults to 10.
-            permutations: Orders in which each list is asked about, see :meth:`listwise`. Defaults to 1.
+            query: The query.
+            documents: Its documents; equal ones are scored once.
+            method: "pairwise", "listwise" or "hybrid" (a list of the ``window`` documents with the best pairwise
+                scores).
+            window: Maximum length of a list. Defaults to 10.
+            permutations: Orders in which each list is shown, see :meth:`listwise`. Defaults to 1.
             batch_size: Prompts per forward pass. Defaults to 32.
-            names: What messages call the documents. Defaults to "document 0", ...
+            names: Names of the documents in error messages. Defaults to "document 0", ...
 
         Returns:
-            tuple: Scores, and per document why its image cannot be read. Pairwise the scores are float32 log-odds,
-            :data:`UNREADABLE` where there is a reason; listwise probabilities to be the best, 0 where there is a reason;
-            hybrid 1 + P(best of the list) for documents of the list and P(Yes) for the others.
+            PairScores: Scores, NaN where an image cannot be read, and the reasons. Pairwise scores are float32
+            log-odds; listwise scores are probabilities to be the best; hybrid scores are 1 + P(best of the list) for
+            the documents of the list and P(Yes) for the others.
 
         Raises:
             BadImageError: If the query's image cannot be read.
-            ValueError: If a prompt is longer than the model takes.
+            PromptTooLongError: If a prompt is longer than the model takes; the message names the document.
             FloatingPointError: If a logit is not finite.
         """
         names = names or [f"document {index}" for index in range(len(documents))]
-        check_query(query)
+        error = image_error(query)
+        if error is not None:
+            raise error
         if method == "listwise":
-            return self._in_windows(
-                query, documents, unreadable(documents, decode=True), window, permutations, batch_size, names
-            )
+            reasons: list[ValueError | None] = [image_error(document) for document in documents]
+            scores = np.full(len(documents), np.nan)
+            readable = [index for index, reason in enumerate(reasons) if reason is None]
+            scores[readable] = self._in_windows(query, documents, readable, window, permutations, batch_size, names)
+            return PairScores(scores, reasons)
         ((log_odds, reasons),) = self.pairwise([(query, documents)], batch_size)
         for name, reason in zip(names, reasons, strict=True):
             if reason is not None and not isinstance(reason, BadImageError):
                 raise type(reason)(f"{name}: {reason}") from reason
         if method == "pairwise":
-            return log_odds, reasons
+            return PairScores(log_odds, reasons)
         scores = torch.from_numpy(log_odds).double().sigmoid().numpy()
         readable = [index for index in range(len(documents)) if reasons[index] is None]
         best = sorted(readable, key=lambda index: -log_odds[index])[:window]
         if len(best) > 1:
-            listed, _ = self._in_windows(
-                query,
-                [documents[index] for index in best],
-                [None] * len(best),
-                window,
-                permutations,
-                batch_size,
-                [names[index] for index in best],
-            )
-            scores[best] = 1.0 + listed
-        return scores, reasons
+            scores[best] = 1.0 + self._in_windows(query, documents, best, window, permutations, batch_size, names)
+        return PairScores(scores, reasons)
 
     def pairwise(
-        self, groups: Sequence[tuple[Item, Sequence[Offer]]], batch_size: int = 32, *, show_progress_bar: bool = False
-    ) -> list[Scored]:
-        """Ask Yes or No about each document of each query; equal pairs are asked about once.
+        self, queries: Sequence[Query], batch_size: int = 32, *, show_progress_bar: bool = False
+    ) -> list[PairScores]:
+        """Ask Yes or No about each document of each query; equal pairs are scored once.
 
         Args:
-            groups: Queries with their documents.
+            queries: Queries with their documents.
             batch_size: Prompts per forward pass. Defaults to 32.
             show_progress_bar: Whether to show progress in pairs. Defaults to False.
 
         Returns:
-            list[tuple]: Per query float32 log-odds of shape (documents,), :data:`UNREADABLE` where a pair cannot be
-            scored, and per document why, else None.
+            list[PairScores]: See :func:`~unime_st.scoring.pair_scorer.score_pairs`.
 
         Raises:
             FloatingPointError: If a logit is not finite.
         """
-        # Where pairs are computed on their own, an image that fails would take its batch along.
-        decode = self.pairs.obstacle is not None
-        found: list[Scored] = [
-            (np.full(len(documents), UNREADABLE, dtype=np.float32), unreadable(documents, decode=decode))
-            for _, documents in groups
-        ]
-        indices: dict[Item, dict[Item, list[tuple[int, int]]]] = {}
-        for row, (query, documents) in enumerate(groups):
-            for document, columns in _indices(documents, found[row][1]).items():
-                cells = indices.setdefault(query, {}).setdefault(document, [])
-                cells += [(row, column) for column in columns]
-        total = sum(map(len, indices.values()))
-        with (
-            evaluating(self.model),
-            tqdm(total=total, desc="Reranking", unit="pair", disable=not show_progress_bar) as progress,
-        ):
-            asked = [(query, list(documents)) for query, documents in indices.items()]
-            for (query, document), outcome in self.pairs.score(asked, batch_size):
-                failure = outcome if isinstance(outcome, ValueError) else None
-                log_odds = (
-                    UNREADABLE if isinstance(outcome, ValueError) else _finite(outcome[0] - outcome[1], self.model)
-                )
-                for row, column in indices[query][document]:
-                    scores, reasons = found[row]
-                    scores[column], reasons[column] = log_odds, failure
-                progress.update()
-        return found
+        return score_pairs(
+            self.pairs, queries, batch_size=batch_size, description="Reranking", show_progress_bar=show_progress_bar
+        )
 
     def listwise(
         self,
@@ -203,22 +149,24 @@ class Ranker:
         """Ask for the best of all documents in one list.
 
         Args:
-            query: What is asked.
+            query: The query.
             documents: Candidates in the order in which they are numbered.
-            permutations: Orders to ask in, each a shift of the given one; the log-probabilities are averaged.
+            permutations: Orders in which the list is shown, each a shift of the given one; the log-probabilities are
+                averaged. Defaults to 1.
             batch_size: Prompts per forward pass. Defaults to 32.
-            names: What messages call the documents. Defaults to "document 0", ...
+            names: Names of the documents in error messages. Defaults to "document 0", ...
 
         Returns:
             np.ndarray: float32 logits of shape (documents,).
 
         Raises:
             BadImageError: If an image cannot be read.
-            ValueError: If the list is longer than the tokenizer can number or the model takes.
+            PromptTooLongError: If the prompt is longer than the model takes.
+            ValueError: If the list is longer than the tokenizer can number.
             FloatingPointError: If a logit is not finite.
         """
         orders = rotations(len(documents), permutations)
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             try:
                 found = self.lists(query, [[documents[index] for index in order] for order in orders], batch_size)
             except PromptTooLongError as error:
@@ -228,7 +176,11 @@ class Ranker:
                     f"a list of {len(documents)}, in which {names[longest]} has the longest text: {error}, or ask about "
                     "fewer documents at once (a smaller window)"
                 ) from error
-        _finite(torch.from_numpy(np.concatenate(found)), self.model)
+        if not np.isfinite(np.concatenate(found)).all():
+            raise FloatingPointError(
+                f"the logits of a list are {found[0].tolist()}, so the model overflowed or is broken (dtype "
+                f"{self.model.dtype}). Load it in bfloat16 or float32."
+            )
         if len(orders) == 1:
             return found[0]
         scores = np.zeros(len(documents), dtype=np.float32)
@@ -239,19 +191,20 @@ class Ranker:
     def _in_windows(
         self,
         query: Item,
-        documents: Sequence[Offer],
-        reasons: list[ValueError | None],
+        documents: Sequence[Item],
+        chosen: Sequence[int],
         window: int,
         permutations: int,
         batch_size: int,
         names: Sequence[str],
-    ) -> Scored:
-        """Probability of each document to be the best, from lists of at most ``window`` or what can be numbered."""
-        indices = _indices(documents, reasons)
+    ) -> np.ndarray:
+        """Probability of each chosen document to be the best, from lists of at most ``window`` documents."""
+        indices: dict[Item, list[int]] = {}
+        for index in chosen:
+            indices.setdefault(documents[index], []).append(index)
         distinct = list(indices)
-        scores = np.zeros(len(documents), dtype=np.float64)
         if not distinct:
-            return scores, reasons
+            return np.zeros(0)
         most = longest_list(self.model.tokenizer, min(window, len(distinct)))
         if len(distinct) > 1 and most < 2:
             raise ValueError(
@@ -259,53 +212,39 @@ class Ranker:
             )
 
         def score(members: list[int]) -> np.ndarray:
-            called = [names[indices[distinct[member]][0]] for member in members]
-            return self.listwise(query, [distinct[member] for member in members], permutations, batch_size, called)
+            own = [names[indices[distinct[member]][0]] for member in members]
+            return self.listwise(query, [distinct[member] for member in members], permutations, batch_size, own)
 
-        _, logits = slide(len(distinct), max(most, 1), score)
-        for document, probability in zip(distinct, torch.from_numpy(logits).softmax(0).tolist(), strict=True):
-            scores[indices[document]] = probability
-        return scores, reasons
+        _, logits = sliding_window(len(distinct), max(most, 1), score)
+        probability = dict(zip(distinct, torch.from_numpy(logits).softmax(0).tolist(), strict=True))
+        return np.array([probability[documents[index]] for index in chosen])
 
 
-def ranked(scores: np.ndarray, reasons: Sequence[ValueError | None]) -> Ranking:
-    """Sort documents by their scores; what cannot be read comes last, with its reason under "error".
+def sort_by_score(
+    corpus_ids: Sequence[int], scores: np.ndarray, reasons: Sequence[ValueError | None], name: str
+) -> Ranking:
+    """Sort documents by their scores; those that could not be scored come last, with the reason under "error".
 
     Args:
+        corpus_ids: Index of each document.
         scores: Score of each document.
-        reasons: Why a document cannot be read, else None.
+        reasons: Per document why it could not be scored, else None.
+        name: Name of the documents in the log, with a place for the index, such as "document {}".
 
     Returns:
-        list[dict]: ``{"corpus_id": int, "score": float}``, best first.
+        list[dict]: ``{"corpus_id": int, "score": float}``, best first; equal scores keep the given order.
 
     Example:
         >>> import numpy as np
-        >>> from unime_st.reranking.ranker import ranked
-        >>> [entry["corpus_id"] for entry in ranked(np.array([0.1, 0.7]), [None, None])]
-        [1, 0]
+        >>> from unime_st.reranking.ranker import sort_by_score
+        >>> sort_by_score([0, 1], np.array([0.25, 0.5]), [None, None], "document {}")
+        [{'corpus_id': 1, 'score': 0.5}, {'corpus_id': 0, 'score': 0.25}]
     """
     ranking: Ranking = []
     for index in sorted(range(len(scores)), key=lambda index: (reasons[index] is not None, -scores[index])):
-        entry: dict[str, Any] = {"corpus_id": index, "score": float(scores[index])}
+        entry: dict[str, Any] = {"corpus_id": int(corpus_ids[index]), "score": float(scores[index])}
         if reasons[index] is not None:
-            logger.warning("document %d is ranked last: %s", index, reasons[index])
+            logger.warning("%s is ranked last: %s", name.format(corpus_ids[index]), reasons[index])
             entry["error"] = str(reasons[index])
         ranking.append(entry)
     return ranking
-
-
-def _indices(documents: Sequence[Offer], reasons: Sequence[ValueError | None]) -> dict[Item, list[int]]:
-    """Where each distinct readable document stands."""
-    indices: dict[Item, list[int]] = {}
-    for index, document in enumerate(documents):
-        if reasons[index] is None and isinstance(document, Item):
-            indices.setdefault(document, []).append(index)
-    return indices
-
-
-def _finite(values: torch.Tensor, model: CrossEncoder) -> Any:
-    if not torch.isfinite(values).all():
-        raise FloatingPointError(
-            f"the logits are {values.tolist()} (dtype {model.dtype}); load in bfloat16 or float32"
-        )
-    return values.item() if values.ndim == 0 else values

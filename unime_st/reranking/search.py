@@ -1,11 +1,10 @@
-"""Two-stage search: embed everything, keep the nearest, rerank those."""
+"""Two-stage search: embed queries and corpus, retrieve the nearest documents, rerank those."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,17 +13,17 @@ from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import encode_items
-from unime_st.judging import Group, Judge, LocalJudge, PairError
-from unime_st.reranking.forward_counter import measured
-from unime_st.reranking.model import UniMEReranker
-from unime_st.reranking.parsing import Offer, foreign, to_offers
-from unime_st.reranking.ranker import UNREADABLE, Method, Scored
+from unime_st.reranking.parsing import parse_inputs
+from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
+from unime_st.reranking.unime_reranker import UniMEReranker
 from unime_st.retrieval import top_k as nearest
+from unime_st.scoring.forward_counter import ForwardCounter
+from unime_st.scoring.groups import Group, Judge, PairError
+from unime_st.scoring.pair_scorer import PairScores
+from unime_st.scoring.prompt_encoder import Query
 from unime_st.scoring.prompts import ItemLike
 
 logger = logging.getLogger(__name__)
-
-Groups = Sequence[tuple[Item, Sequence[Offer]]]
 
 
 def search(
@@ -37,32 +36,34 @@ def search(
     method: Method = "pairwise",
     batch_size: int = 32,
     show_progress_bar: bool = False,
-) -> list[list[dict[str, Any]]]:
-    """Retrieve by embedding, then rerank the nearest.
+) -> list[Ranking]:
+    """Retrieve the nearest documents by their embeddings, then rerank them.
 
-    Distinct items are embedded once, distinct pairs judged once, and every image is processed once per model. What
-    reranking cost per query is logged (level INFO). A document that cannot be embedded is never found; one that is
-    found but cannot be reranked comes last in its row, with the reason under "error". Both are logged (level WARNING).
+    Distinct items are embedded once, distinct pairs scored once, and every image is processed once per model. The cost
+    of reranking per query is logged (level INFO). A document that cannot be embedded is never found; one that is found
+    but cannot be reranked comes last in its row, with the reason under "error". Both are logged (level WARNING).
 
     Args:
         queries: Items, texts, images or dicts of them; as in :meth:`UniMEReranker.rank`, a str that names an existing
             image file is opened.
-        corpus: The same, what is searched.
+        corpus: Documents to search, of the same kinds.
         embedder: Any embedding model that takes the inputs.
         reranker: A :class:`~unime_st.UniMEReranker` or other generative ``CrossEncoder``, or a judge.
-        top_k: How many of the corpus to keep and rerank per query. Defaults to 10, as in the paper.
-        method: "pairwise" scores each of the nearest, for all queries together; "listwise" and "hybrid" are those of
-            :meth:`UniMEReranker.rank`, query by query. Defaults to "pairwise".
+        top_k: Number of documents to retrieve and rerank per query. Defaults to 10, as in the paper.
+        method: "pairwise" scores each of the retrieved documents, for all queries together; "listwise" and "hybrid"
+            are those of :meth:`UniMEReranker.rank`, query by query. Defaults to "pairwise".
         batch_size: Items and pairs per forward pass. Defaults to 32.
         show_progress_bar: Whether to show progress. Defaults to False.
 
     Returns:
-        list[list[dict]]: Per query, best first, ``{"corpus_id": int, "score": float, "similarity": float}``: the
-        place in ``corpus``, the reranker's score (pairwise the probability of Yes) and the cosine similarity.
+        list[list[dict]]: Per query, best first, ``{"corpus_id": int, "score": float, "similarity": float}``: the index
+        in ``corpus``, the reranker's score (pairwise the probability of Yes) and the cosine similarity.
 
     Raises:
         BadImageError: If a query's image cannot be read.
-        ValueError: If ``top_k`` or ``batch_size`` is below 1, or the reranker cannot rank lists and the method needs it.
+        TypeError: If an input is of an unsupported type.
+        ValueError: If ``top_k`` or ``batch_size`` is below 1, a text is empty, or ``method`` needs lists and the
+            reranker cannot rank them.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker", inference.
@@ -78,116 +79,110 @@ def search(
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    asked, offered = _items("queries", queries), _items("corpus", corpus)
-    vectors, mask, reasons = _embedded(embedder, [*asked, *offered], batch_size, show_progress_bar)
-    for index, reason in sorted(reasons.items()):
-        if index < len(asked):
-            raise BadImageError(f"queries[{index}]: {reason}")
-        logger.warning("corpus[%d] is left out: %s", index - len(asked), reason)
-    readable = np.flatnonzero(mask[len(asked) :])
-    if not asked or not len(readable):
-        return [[] for _ in asked]
-    similarities, found = nearest(vectors[: len(asked)], vectors[len(asked) :][readable], min(top_k, len(readable)))
-    found = readable[found]
-    groups = [(query, [cast(Item, offered[index]) for index in row]) for query, row in zip(asked, found, strict=True)]
+    items, readable, vectors, embedded = _embed(queries, corpus, embedder, batch_size, show_progress_bar)
+    rows = len(queries) + np.flatnonzero(embedded[len(queries) :])
+    if not len(queries) or not len(rows):
+        return [[] for _ in queries]
+    similarities, found = nearest(vectors[: len(queries)], vectors[rows], min(top_k, len(rows)))
+    groups = [(items[row], [items[rows[index]] for index in own]) for row, own in enumerate(found)]
+    corpus_ids = readable[rows[found]] - len(queries)
     rerank = _reranking(reranker, method, max(top_k, 2), batch_size, show_progress_bar)
-    counted = getattr(reranker, "model", None) if isinstance(reranker, LocalJudge) else reranker
-    with measured(counted) if isinstance(counted, CrossEncoder) else nullcontext() as cost:
-        scored = rerank(cast(Any, groups), found)
-    if cost is not None:
-        logger.info("reranked %d queries %s; per query %s", len(groups), method, cost.per_query(len(groups)))
-    return [_ranked(row, similarity, *own) for row, similarity, own in zip(found, similarities, scored, strict=True)]
+    model = reranker if isinstance(reranker, CrossEncoder) else getattr(reranker, "model", None)
+    with ForwardCounter(model) if isinstance(model, CrossEncoder) else nullcontext() as count:
+        scored = rerank(groups, corpus_ids)
+    if count is not None:
+        logger.info("reranked %d queries %s; per query %s", len(groups), method, count.per_query(len(groups)))
+    rankings = []
+    for own, similarity, (scores, reasons) in zip(corpus_ids, similarities, scored, strict=True):
+        by_id = dict(zip(own.tolist(), similarity.tolist(), strict=True))
+        ranking = sort_by_score(own.tolist(), scores, reasons, "corpus[{}]")
+        rankings.append([{**entry, "similarity": by_id[entry["corpus_id"]]} for entry in ranking])
+    return rankings
 
 
-def _items(side: str, values: Sequence[Any]) -> list[Offer]:
-    """Inputs as items; what is none is named."""
-    offers = to_offers(values)
-    index = foreign(offers)
-    if index is not None:
-        raise TypeError(f"{side}[{index}]: {offers[index]}")
-    for index, offer in enumerate(offers):
-        if isinstance(offer, Item) and offer.image is None and not (offer.text or "").strip():
-            raise ValueError(f"{side}[{index}]: an empty text cannot be embedded")
-    return offers
+def _embed(
+    queries: Sequence[ItemLike],
+    corpus: Sequence[ItemLike],
+    embedder: SentenceTransformer,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> tuple[list[Item], np.ndarray, np.ndarray, np.ndarray]:
+    """Embed queries and corpus.
 
+    Returns:
+        tuple: The items that could be read, queries first; the index of each among all inputs; their vectors; and which
+        of them have one.
 
-def _embedded(
-    embedder: SentenceTransformer, offers: Sequence[Offer], batch_size: int, show_progress_bar: bool
-) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Vectors, which offers have one, and why the others have none."""
-    indices = [index for index, offer in enumerate(offers) if isinstance(offer, Item)]
+    Raises:
+        BadImageError: If a query's image cannot be read; documents are logged.
+    """
+    names = [
+        f"{side}[{index}]" for side, given in (("queries", queries), ("corpus", corpus)) for index in range(len(given))
+    ]
+    parsed = parse_inputs([*queries, *corpus])
+    parsed.raise_for_invalid(names)
+    for name, item in zip(names, parsed.items, strict=True):
+        if item is not None and item.image is None and not (item.text or "").strip():
+            raise ValueError(f"{name}: an empty text cannot be embedded")
+    readable = np.array([index for index, item in enumerate(parsed.items) if item is not None], dtype=np.int64)
+    items = [item for item in parsed.items if item is not None]
     failed: dict[int, str] = {}
-    vectors, made = encode_items(
-        embedder, [cast(Item, offers[index]) for index in indices], batch_size=batch_size,
-        show_progress_bar=show_progress_bar, on_error="skip", reasons=failed,
-    )  # fmt: skip
-    reasons = {index: str(offer) for index, offer in enumerate(offers) if not isinstance(offer, Item)}
-    reasons |= {indices[row]: reason for row, reason in failed.items()}
-    mask = np.zeros(len(offers), dtype=bool)
-    mask[indices] = made
-    spread = np.full((len(offers), vectors.shape[1]), np.nan, dtype=np.float32)
-    spread[indices] = vectors
-    return spread, mask, reasons
+    vectors, embedded = encode_items(
+        embedder, items, batch_size=batch_size, show_progress_bar=show_progress_bar, on_error="skip", reasons=failed
+    )
+    reasons = {index: str(error) for index, error in enumerate(parsed.errors) if error is not None}
+    reasons |= {int(readable[row]): reason for row, reason in failed.items()}
+    for index, reason in sorted(reasons.items()):
+        if index < len(queries):
+            raise BadImageError(f"{names[index]}: {reason}")
+        logger.warning("%s is left out: %s", names[index], reason)
+    return items, readable, vectors, embedded
 
 
 def _reranking(
     reranker: CrossEncoder | Judge, method: Method, window: int, batch_size: int, show_progress_bar: bool
-) -> Callable[[Groups, np.ndarray], list[Scored]]:
-    """What scores groups; it is made before the cost is counted, because making it tries the model once."""
-    if isinstance(reranker, UniMEReranker):
-        engine = reranker._engine()
-        if method == "pairwise":
-            return lambda groups, found: [
-                (_probabilities(log_odds), reasons)
-                for log_odds, reasons in engine.pairwise(groups, batch_size, show_progress_bar=show_progress_bar)
-            ]
-        reranker._check_lists()
+) -> Callable[[Sequence[Query], np.ndarray], list[PairScores]]:
+    """Return what scores queries with their documents, as probabilities.
 
-        def ranked(groups: Groups, found: np.ndarray) -> list[Scored]:
-            waiting = tqdm(groups, desc="Reranking", unit="query", disable=not show_progress_bar)
-            return [
-                engine.rank(
-                    query, documents, method, window=window, batch_size=batch_size,
-                    names=[f"corpus[{index}]" for index in row],
-                )
-                for (query, documents), row in zip(waiting, found, strict=True)
-            ]  # fmt: skip
-
-        return ranked
-    if method != "pairwise":
+    It is made before the cost is counted, because making a ranker runs the model once.
+    """
+    if not isinstance(reranker, CrossEncoder):
+        if method != "pairwise":
+            raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
+        judge = reranker
+        return lambda queries, corpus_ids: [_probabilities(scored) for scored in _judged(judge, queries)]
+    if method == "pairwise":
+        engine = reranker.ranker() if isinstance(reranker, UniMEReranker) else Ranker(reranker)
+        return lambda queries, corpus_ids: [
+            _probabilities(scored)
+            for scored in engine.pairwise(queries, batch_size, show_progress_bar=show_progress_bar)
+        ]
+    if not isinstance(reranker, UniMEReranker):
         raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
-    judge = reranker
-    if isinstance(reranker, CrossEncoder):
-        judge = LocalJudge(reranker, batch_size=batch_size, show_progress_bar=show_progress_bar)
-    return lambda groups, found: _judged(cast(Judge, judge), groups)
+    reranker.check_lists()
+    listing = reranker.ranker()
+
+    def by_query(queries: Sequence[Query], corpus_ids: np.ndarray) -> list[PairScores]:
+        waiting = tqdm(queries, desc="Reranking", unit="query", disable=not show_progress_bar)
+        scored = []
+        for (query, documents), own in zip(waiting, corpus_ids, strict=True):
+            names = [f"corpus[{index}]" for index in own]
+            scores, reasons = listing.rank(query, documents, method, window=window, batch_size=batch_size, names=names)
+            scored.append(PairScores(np.nan_to_num(scores), reasons))
+        return scored
+
+    return by_query
 
 
-def _judged(judge: Judge, groups: Groups) -> list[Scored]:
+def _judged(judge: Judge, queries: Sequence[Query]) -> list[PairScores]:
     errors: list[PairError] = []
-    rows = judge.score([Group(query, cast(Any, documents)) for query, documents in groups], errors=errors)
-    reasons: list[list[ValueError | None]] = [[None] * len(documents) for _, documents in groups]
+    groups = [Group(query, documents) for query, documents in queries]
+    found = [PairScores(scores, [None] * len(scores)) for scores in judge.score(groups, errors=errors)]
     for error in errors:
-        reasons[error.group][error.candidate] = ValueError(error.reason)
-    return [(_probabilities(np.nan_to_num(row, nan=UNREADABLE)), own) for row, own in zip(rows, reasons, strict=True)]
+        found[error.group].reasons[error.candidate] = ValueError(error.reason)
+    return found
 
 
-def _probabilities(log_odds: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(log_odds).sigmoid().numpy()
-
-
-def _ranked(
-    row: np.ndarray, similarity: np.ndarray, scores: np.ndarray, reasons: Sequence[ValueError | None]
-) -> list[dict[str, Any]]:
-    """Sort the candidates of one query; equal scores keep the order of the embedder."""
-    entries: list[dict[str, Any]] = []
-    for index in sorted(range(len(row)), key=lambda index: (reasons[index] is not None, -scores[index])):
-        entry: dict[str, Any] = {
-            "corpus_id": int(row[index]),
-            "score": float(scores[index]),
-            "similarity": float(similarity[index]),
-        }
-        if reasons[index] is not None:
-            logger.warning("corpus[%d] is ranked last: %s", row[index], reasons[index])
-            entry["error"] = str(reasons[index])
-        entries.append(entry)
-    return entries
+def _probabilities(scored: PairScores) -> PairScores:
+    """P(Yes) of log-odds; 0 where there is a reason."""
+    return PairScores(np.nan_to_num(torch.from_numpy(scored.scores).sigmoid().numpy()), scored.reasons)

@@ -1,19 +1,20 @@
-"""Scores of all candidates of a list from the logits where its answer begins."""
+"""List scorer: scores of all candidates of a list, from the logits at the position where its answer begins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.util import batch_to_device
 
 from unime_st.data import Item
 from unime_st.losses.list_answers import append_tokens, index_answers
+from unime_st.scoring.chat_tokenizer import check_length
 from unime_st.scoring.pair_scorer import PairScorer
-from unime_st.scoring.prefix import ImageFeatures
-from unime_st.scoring.prompt_encoder import check_length
+from unime_st.scoring.prompt_encoder import readable_images
 from unime_st.scoring.prompts import conversation
 
 _GAP = 1e-3  # between the last of a window and what was left behind, in logits
@@ -22,16 +23,16 @@ Answers = Sequence[tuple[int, ...]]
 
 
 def list_logits(logits: torch.Tensor, continued: torch.Tensor, answers: Answers) -> np.ndarray:
-    """Read the scores of candidates from the logits behind a list.
+    """Compute the scores of candidates from the logits behind a list.
 
     Args:
-        logits: Behind "Ans: (", of the first token of each answer, ``(candidates,)``.
-        continued: Behind the first token, of the second token of each answer that has two; else unused.
+        logits: Logits behind "Ans: (" of the first token of each answer, shape (candidates,).
+        continued: Logits behind the first token of the second token of each answer that has two, same shape.
         answers: Result of :func:`~unime_st.losses.list_answers.index_answers`.
 
     Returns:
-        np.ndarray: float32 of shape (candidates,). Their softmax is the probability of each answer among all; where 1
-        and 10 begin alike, they share what their first token has.
+        np.ndarray: float32 of shape (candidates,). Their softmax is the probability of each answer among all. Answers
+        that begin with the same token, as 1 and 10 in Qwen's tokenizers, share the probability of that token.
 
     Example:
         >>> import torch
@@ -47,11 +48,13 @@ def list_logits(logits: torch.Tensor, continued: torch.Tensor, answers: Answers)
 
 
 class ListScorer:
-    """Answers lists with what the judge's engine shares: each image is seen once, the query passes once.
+    """Scores all candidates of a list from the logits behind one prompt.
+
+    It shares what the pair scorer shares: each image passes the vision tower once, the query the language model once.
 
     Args:
         transformer: Input module with a chat template that knows lists.
-        scorer: The judge's scorer of the same module; where it shares nothing (``scorer.obstacle``), lists do not.
+        scorer: Pair scorer of the same module; where it cannot share (``scorer.obstacle``), lists do not, either.
 
     Example:
         See :meth:`unime_st.UniMEReranker.listwise_scores`, which uses it.
@@ -65,7 +68,7 @@ class ListScorer:
         """Score the candidates of lists for one query.
 
         Args:
-            query: What is asked.
+            query: The query.
             lists: Candidates in the order in which they are numbered.
             batch_size: Prompts per forward pass. Defaults to 32.
 
@@ -80,131 +83,128 @@ class ListScorer:
         answers = [index_answers(tokenizer, len(documents)) for documents in lists]
         token_ids = sorted({token for listed in answers for answer in listed for token in answer})
         column = {token: index for index, token in enumerate(token_ids)}
-        prompts: list[tuple[int, int | None]] = []  # the list, and what its prompt is continued with
+        prompts: list[_ListPrompt] = []
         for number, listed in enumerate(answers):
-            begun = dict.fromkeys(answer[0] for answer in listed if len(answer) > 1)
-            prompts += [(number, token) for token in (None, *begun)]
-        found = dict(zip(prompts, self._logits(query, lists, prompts, token_ids, batch_size), strict=True))
+            first_digits = dict.fromkeys(answer[0] for answer in listed if len(answer) > 1)
+            prompts += [_ListPrompt(number, token) for token in (None, *first_digits)]
+        shared = self.scorer.obstacle is None and self.scorer.prompts is not None and self.scorer.prompts.query_first
+        if shared:
+            logits = self._shared(query, lists, prompts, token_ids, batch_size)
+        else:
+            logits = [self._alone(query, lists[prompt.number], prompt.token, token_ids) for prompt in prompts]
+        found = dict(zip(prompts, logits, strict=True))
         scores = []
         for number, listed in enumerate(answers):
-            first = found[number, None][[column[answer[0]] for answer in listed]]
+            first = found[_ListPrompt(number)][[column[answer[0]] for answer in listed]]
             second = torch.tensor(
-                [float(found[number, answer[0]][column[answer[1]]]) if len(answer) > 1 else 0.0 for answer in listed]
+                [
+                    float(found[_ListPrompt(number, answer[0])][column[answer[1]]]) if len(answer) > 1 else 0.0
+                    for answer in listed
+                ]
             )
             scores.append(list_logits(first, second, listed))
         return scores
 
-    def _logits(
+    def _shared(
         self,
         query: Item,
         lists: Sequence[Sequence[Item]],
-        prompts: list[tuple[int, int | None]],
+        prompts: Sequence[_ListPrompt],
         token_ids: list[int],
         batch_size: int,
     ) -> list[torch.Tensor]:
-        """Logits of some tokens behind each list, or behind a list and the first token of an answer."""
-        parts, engine = self.scorer.parts, self.scorer.engine
-        if self.scorer.obstacle is not None or parts is None or engine is None or not parts.query_first:
-            return [self._alone(query, lists[number], token, token_ids) for number, token in prompts]
-        rows = [self._row(query, documents) for documents in lists]
+        """Logits behind each prompt, with shared prefixes."""
+        encoder, engine = self.scorer.prompts, self.scorer.engine
+        assert encoder is not None and engine is not None
+        rows = [self._tokenize(query, documents) for documents in lists]
         keys = [
-            [
-                (item.image, 1 + sum(d.image is not None for d in documents) if parts.bank.together_matters else 1)
-                for item in (query, *documents)
-                if item.image is not None
-            ]
+            encoder.images.keys([item.image for item in (query, *documents) if item.image is not None])
             for documents in lists
         ]
-        if parts.bank.together_matters and query.image is None:
-            keys = [[(image, together - 1) for image, together in row] for row in keys]
-        seen = parts.bank.look(key for row in keys for key in row)
-        for image in seen.values():
-            if isinstance(image, ValueError):
-                raise image
-        images: list[list[ImageFeatures]] = [[seen[key] for key in row] for row in keys]  # type: ignore[misc]
+        encoded = encoder.images.encode_images(key for row in keys for key in row)
+        images = [readable_images([encoded[key] for key in row]) for row in keys]
         for row, shown in zip(rows, images, strict=True):
-            check_length(self.transformer, len(row) + 1 + sum(len(image.token_ids) - 1 for image in shown))
+            encoder.check(row, shown, continuation=1)  # the first digit of an answer
+        # Lists of one query share a prefix; a list and its continuations share all but the last token.
+        continued = any(prompt.token is not None for prompt in prompts)
+        by_prefix: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_prefix.setdefault(prompt.number if continued else 0, []).append(index)
         members = [([*rows[number], *([] if token is None else [token])], images[number]) for number, token in prompts]
-        # Lists of one query share its beginning; a list and its continuations share all but the end.
-        continued = any(token is not None for _, token in prompts)
-        bundles: dict[int, list[int]] = {}
-        for index, (number, _) in enumerate(prompts):
-            bundles.setdefault(number if continued else 0, []).append(index)
-        answers = engine.logits(
-            [parts.bundle([members[index] for index in indices]) for indices in bundles.values()],
-            token_ids,
-            batch_size=batch_size,
-        )
-        ordered = {
-            index: row
-            for indices, block in zip(bundles.values(), answers, strict=True)
-            for index, row in zip(indices, block)
-        }
+        groups = [encoder.group([members[index] for index in indices]) for indices in by_prefix.values()]
+        answers = engine.logits(groups, token_ids, batch_size=batch_size)
+        ordered: dict[int, torch.Tensor] = {}
+        for indices, block in zip(by_prefix.values(), answers, strict=True):
+            ordered.update(zip(indices, block, strict=True))
         return [ordered[index] for index in range(len(prompts))]
 
-    def _row(self, query: Item, documents: Sequence[Item]) -> list[int]:
-        """Token ids of a prompt with one placeholder for each image."""
-        tokenizer: Any = self.transformer.tokenizer
+    def _tokenize(self, query: Item, documents: Sequence[Item]) -> list[int]:
+        """Token ids of a list's prompt with one placeholder for each image."""
+        assert self.scorer.prompts is not None
         messages = conversation(query, documents, decode=False)
-        prompt = str(self.transformer.processor.apply_chat_template(messages, tokenize=False, task="listwise"))
-        special = not (tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token))
-        return tokenizer(prompt, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        prompt = self.transformer.processor.apply_chat_template(messages, tokenize=False, task="listwise")
+        return self.scorer.prompts.tokenizer.tokenize([str(prompt)])[0]
 
     def _alone(self, query: Item, documents: Sequence[Item], token: int | None, token_ids: list[int]) -> torch.Tensor:
-        """The same with the model's own forward on the whole prompt."""
+        """Logits behind a prompt from the model's own forward."""
         features = self.transformer.preprocess(
             [conversation(query, documents)], task="listwise", processing_kwargs={"text": {"truncation": False}}
         )
         if token is not None:
             append_tokens(features, [token])
         check_length(self.transformer, features["input_ids"].shape[1])
-        device = self.transformer.model.device
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in features.items()
-        }
-        return self.transformer(inputs)["causal_logits"][0, -1, token_ids].float().cpu()
+        outputs = self.transformer(batch_to_device(features, self.transformer.model.device))
+        return outputs["causal_logits"][0, -1, token_ids].float().cpu()
+
+
+class _ListPrompt(NamedTuple):
+    """The prompt of a list, continued with the first digit of an answer where there is one."""
+
+    number: int
+    token: int | None = None
 
 
 def rotations(count: int, number: int) -> list[list[int]]:
-    """Orders in which to show candidates: shifts by as even a step as possible.
+    """Return orders in which to show candidates: shifts by as even a step as possible.
 
     Args:
         count: Number of candidates.
-        number: Number of orders, at most ``count``; with all of them every candidate stands once at every place.
+        number: Number of orders. At most ``count`` differ; with ``count`` orders every candidate stands once at every
+            position.
 
     Returns:
-        list[list[int]]: Per order the candidate at each place; the first is the given order.
+        list[list[int]]: Per order the candidate at each position; the first is the given order.
 
     Example:
         >>> from unime_st.scoring.list_scorer import rotations
         >>> rotations(3, 2)
         [[0, 1, 2], [1, 2, 0]]
     """
-    shifts = [turn * count // number for turn in range(min(number, count))] if number < count else list(range(count))
+    shifts = [turn * count // number for turn in range(number)] if number < count else range(count)
     return [[(index + shift) % count for index in range(count)] for shift in shifts]
 
 
-def slide(count: int, window: int, score: Callable[[list[int]], np.ndarray]) -> tuple[list[int], np.ndarray]:
+def sliding_window(count: int, window: int, score: Callable[[list[int]], np.ndarray]) -> tuple[list[int], np.ndarray]:
     """Rank more candidates than a list holds: a window moves from the back to the front by half its length.
 
-    The better half of a window is asked about again in the next, so the best of all come through to the front.
+    The better half of a window is part of the next one, so the best of all candidates reach the front.
 
     Args:
         count: Number of candidates, the most promising first.
-        window: Most candidates of a list, at least 2.
-        score: Gives the logits of some candidates in one list.
+        window: Maximum length of a list, at least 2.
+        score: Returns the logits of some candidates in one list.
 
     Returns:
-        tuple: The ranking, and a logit for each candidate that falls along it: those of a window are shifted so that
-        the candidates it shares with the one before keep their mean, and stay above all that were left behind.
+        tuple: The ranking, and a logit for each candidate that falls along it. The logits of a window are shifted so
+        that candidates of the window before keep their mean, and stay above all that were left behind.
 
     References:
         Sun et al., "Is ChatGPT Good at Search?" (https://arxiv.org/abs/2304.09542), sliding windows.
 
     Example:
         >>> import numpy as np
-        >>> from unime_st.scoring.list_scorer import slide
-        >>> slide(5, 2, lambda members: np.array(members, dtype=float))[0][0]
+        >>> from unime_st.scoring.list_scorer import sliding_window
+        >>> sliding_window(5, 2, lambda members: np.array(members, dtype=float))[0][0]
         4
     """
     step = max(1, window // 2)

@@ -1,4 +1,4 @@
-"""Loading a generative vision-language model as a scorer of (query, candidate) pairs."""
+"""Loader of generative vision-language models as scorers of (query, candidate) pairs."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ ImageTokens = tuple[int, int]
 
 
 def resolve_name(name: str | Path) -> str:
-    """Turn an alias into a folder; folders and hub repositories are returned as they are.
+    """Resolve an alias to a folder; folders and hub repositories are returned unchanged.
 
     Args:
         name: A folder, a hub repository ("owner/name") or an alias such as "unime-tiny".
 
     Returns:
-        str: Something that ``from_pretrained`` takes.
+        str: A name for ``from_pretrained``.
 
     Raises:
-        AliasError: If the alias stands for nothing on this machine; the message says which command makes it.
-        FileNotFoundError: If a path, which no hub repository can be, leads to no folder.
+        AliasError: If the alias is unknown on this machine; the message says which command makes it.
+        FileNotFoundError: If a name that can only be a path is not a folder.
     """
     name = str(name)
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise FileNotFoundError(f"no folder {name}: give the folder of a model, a hub repository or an alias")
+        raise FileNotFoundError(f"no folder {name}: pass the folder of a model, a hub repository or an alias")
     return str(resolve(name)) if not os.path.isdir(name) and is_alias(name) else name
 
 
 def is_cross_encoder(folder: str) -> bool:
-    """Tell a saved ``CrossEncoder`` from a bare checkpoint or an embedding model.
+    """Return whether a folder was saved by :class:`~sentence_transformers.cross_encoder.CrossEncoder`.
 
     Args:
         folder: A folder or hub repository.
 
     Returns:
-        bool: Whether it was saved by :class:`~sentence_transformers.cross_encoder.CrossEncoder`.
+        bool: False for a bare checkpoint or an embedding model.
     """
     path = load_file_path(folder, "config_sentence_transformers.json")
     if path is None:
@@ -57,18 +57,18 @@ def is_cross_encoder(folder: str) -> bool:
 
 
 def image_size_limits(processor: ProcessorMixin, image_tokens: ImageTokens | None) -> dict[str, int] | None:
-    """Express limits in visual tokens as the pixel limits of an image processor.
+    """Convert limits in visual tokens to the pixel limits of an image processor.
 
     Args:
         processor: Processor of the model.
-        image_tokens: Fewest and most visual tokens per image, or None for the processor's own limits.
+        image_tokens: Minimum and maximum number of visual tokens per image, or None for the processor's own limits.
 
     Returns:
-        dict | None: ``{"shortest_edge": ..., "longest_edge": ...}`` in pixels as Qwen's image processors count them,
-        or None where nothing is to change.
+        dict | None: ``{"shortest_edge": ..., "longest_edge": ...}`` in pixels as Qwen's image processors count them, or
+        None for no change.
 
     Raises:
-        ValueError: If the limits are impossible or this image processor does not resize by a number of tokens.
+        ValueError: If the limits are out of range or this image processor does not resize by a number of tokens.
 
     Example:
         >>> from transformers import AutoProcessor
@@ -78,27 +78,27 @@ def image_size_limits(processor: ProcessorMixin, image_tokens: ImageTokens | Non
     """
     if image_tokens is None:
         return None
-    fewest, most = image_tokens
-    if not 0 < fewest <= most:
-        raise ValueError(f"image_tokens={image_tokens}: expected (fewest, most) with 0 < fewest <= most")
+    minimum, maximum = image_tokens
+    if not 0 < minimum <= maximum:
+        raise ValueError(f"image_tokens={image_tokens}: expected (minimum, maximum) with 0 < minimum <= maximum")
     if not limits_by_tokens(processor):
         raise ValueError(
             f"image_tokens={image_tokens} needs an image processor that resizes to a range of pixels, as Qwen's do; "
             f"{type(getattr(processor, 'image_processor', processor)).__name__} does not. Leave image_tokens unset."
         )
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
-    return {"shortest_edge": fewest * side * side, "longest_edge": most * side * side}
+    return {"shortest_edge": minimum * side * side, "longest_edge": maximum * side * side}
 
 
 def limits_by_tokens(processor: ProcessorMixin) -> bool:
-    """Whether the image processor resizes images to a range of pixels in whole visual tokens, as Qwen's do."""
+    """Return whether the image processor resizes images to a range of pixels in whole visual tokens, as Qwen's do."""
     image_processor = getattr(processor, "image_processor", None)
     size = dict(getattr(image_processor, "size", None) or {})
     return {"shortest_edge", "longest_edge"} <= size.keys() and hasattr(image_processor, "merge_size")
 
 
 def default_image_tokens(processor: ProcessorMixin, template: str | None) -> ImageTokens | None:
-    """Image limits that belong to a template by name, where the image processor knows such limits."""
+    """Return the image limits of a template by its name, or None where the image processor has no such limits."""
     return IMAGE_TOKENS.get(template or "") if limits_by_tokens(processor) else None
 
 
@@ -107,7 +107,7 @@ def use_pillow(transformer: Transformer, folder: str) -> None:
 
     Args:
         transformer: Module whose processor is changed in place.
-        folder: Folder or hub repository the processor came from.
+        folder: Folder or hub repository of the processor.
     """
     processor = transformer.processor
     # Processors from elsewhere, ours for the released checkpoints among them, choose their own backend.
@@ -119,13 +119,13 @@ def use_pillow(transformer: Transformer, folder: str) -> None:
 def set_prompt(
     transformer: Transformer, template: str, image_tokens: ImageTokens | None, *, listwise: bool = True
 ) -> None:
-    """Make a template and image limits part of a model, so that they are saved with it.
+    """Set the template and image limits of a model, so that they are saved with it.
 
     Args:
         transformer: First module of a ``CrossEncoder``, changed in place.
         template: Name or text of a chat template, see :func:`~unime_st.judging.load_template`.
-        image_tokens: Fewest and most visual tokens per image; None for those of the template.
-        listwise: Whether the template must know lists, too. Defaults to True.
+        image_tokens: Minimum and maximum number of visual tokens per image; None for those of the template.
+        listwise: Whether the template must also render lists. Defaults to True.
 
     Raises:
         ValueError: If the template drops a part of its input.
@@ -160,9 +160,9 @@ def generative_modules(
     Args:
         folder: Folder or hub repository in the layout of transformers, for example of UniME-V2-reranker-Qwen25VL-7B.
         template: See :func:`~unime_st.judging.load_template`. Defaults to "official".
-        image_tokens: Fewest and most visual tokens per image. Defaults to those of the template: 4 to 300 for
+        image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those of the template: 4 to 300 for
             "official", else the processor's own.
-        listwise: Whether the template must know lists, too, as a reranker needs. Defaults to True.
+        listwise: Whether the template must also render lists, as a reranker needs. Defaults to True.
         model_kwargs: Passed to the model's ``from_pretrained``, for example ``{"dtype": "bfloat16"}``.
         processor_kwargs: Passed to the processor's ``from_pretrained``.
         config_kwargs: Passed to the config's ``from_pretrained``.
@@ -186,7 +186,7 @@ def generative_modules(
             transformer_task="any-to-any",
             unpad_inputs=False,
             model_kwargs=dict(model_kwargs or {}),
-            # Given at once, so that the module finds that the model takes messages even if it came without a template.
+            # Passed here, so that the module finds that the model takes messages even if it came without a template.
             processor_kwargs={**(processor_kwargs or {}), "chat_template": load_template(template)},
             config_kwargs=dict(config_kwargs or {}),
         )
@@ -256,14 +256,14 @@ def prepare_saved(
     *,
     listwise: bool = True,
 ) -> None:
-    """Give a saved reranker Pillow's pixels and, where asked, another template or other image limits.
+    """Set the image backend of a saved reranker and, where given, another template or other image limits.
 
     Args:
         model: The loaded model, changed in place.
-        folder: Where it came from.
+        folder: Its folder or hub repository.
         template: Name or text of a template, or None to keep the saved one.
-        image_tokens: Fewest and most visual tokens per image, or None to keep the saved limits.
-        listwise: Whether the template must know lists, too. Defaults to True.
+        image_tokens: Minimum and maximum number of visual tokens per image, or None to keep the saved limits.
+        listwise: Whether the template must also render lists. Defaults to True.
     """
     if not isinstance(model[0], Transformer):
         return
@@ -271,3 +271,31 @@ def prepare_saved(
     project_patches(model)
     if template is not None or image_tokens is not None:
         set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)
+
+
+def generative_parts(model: CrossEncoder) -> tuple[Transformer, list[int]]:
+    """Return the input module of a pairwise model and the token ids of its two answers.
+
+    Args:
+        model: Generative ``CrossEncoder``, ``[Transformer, LogitScore(yes, no)]``.
+
+    Returns:
+        tuple[Transformer, list[int]]: The module, and the ids of Yes and No.
+
+    Raises:
+        ValueError: If the model is of another kind or has no chat template.
+
+    Example:
+        >>> from unime_st.scoring.loading import generative_parts, load_cross_encoder
+        >>> len(generative_parts(load_cross_encoder("unime-tiny", template="tiny"))[1])
+        2
+    """
+    first, last = model[0], model[-1]
+    if not isinstance(first, Transformer) or not isinstance(last, LogitScore) or last.false_token_id is None:
+        raise ValueError(
+            "expected a generative CrossEncoder, [Transformer, LogitScore(yes, no)], got "
+            f"[{', '.join(type(module).__name__ for module in model)}]. Load one with UniMEReranker(folder)."
+        )
+    if first.processor.chat_template is None:
+        raise ValueError("this CrossEncoder has no chat template: pass template='official' to UniMEReranker(folder)")
+    return first, [last.true_token_id, last.false_token_id]

@@ -1,24 +1,28 @@
-"""Logits of a few answers to every pair of a query and a candidate, with as little computing as the model allows."""
+"""Pair scorer: logits of a few answers to every pair of a query and a candidate, and the log-odds made of them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import batch_to_device
+from torch import nn
+from tqdm.auto import tqdm
 
-from unime_st.data import Item
-from unime_st.scoring.prefix import Bundle, PrefixEngine
-from unime_st.scoring.prompt_encoder import Pair, ProcessorEncoder, PromptEncoder
+from unime_st.data import BadImageError, Item
+from unime_st.scoring.prefix import PrefixEngine, PromptGroup
+from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder
 
 logger = logging.getLogger(__name__)
 
-Query = tuple[Item, Sequence[Item]]
 Outcome = torch.Tensor | ValueError
+"""Logits of the answers to a pair, or the reason why it cannot be scored."""
 
 # Prompts are sorted by length within this many batches: enough to waste little on padding, few enough to hold.
 _BATCHES_SORTED_TOGETHER = 16
@@ -26,24 +30,67 @@ _BATCHES_PREPARED_TOGETHER = 4
 _PROBE_TOKENS = 256
 
 
-class PairScorer:
-    """Scores candidates of queries with a generative vision-language model.
+class PairScores(NamedTuple):
+    """Scores of the candidates of one query.
 
-    What the prompts of a query have in common passes the language model once, every image passes the vision tower once
-    (:class:`~unime_st.scoring.prefix.PrefixEngine`). Whether a model allows that is tried once, on a made-up query;
-    where it does not, every pair is computed on its own, which is logged as a warning.
+    Args:
+        scores: float32 of shape (candidates,), NaN where there is a reason.
+        reasons: Per candidate the reason why it has no score, else None.
+    """
+
+    scores: np.ndarray
+    reasons: list[ValueError | None]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and gradients for a block, and restore the training mode of every module behind it.
+
+    Args:
+        model: The model to use in the block.
+
+    Example:
+        >>> layer = nn.Dropout().train()
+        >>> with evaluation_mode(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    # Switching all modules of a small model twice would take a tenth of the time of a list.
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class PairScorer:
+    """Scores the candidates of queries with a generative vision-language model.
+
+    The common prefix of a query's prompts passes the language model once, and every image passes the vision tower once
+    (:class:`~unime_st.scoring.prefix.PrefixEngine`). Whether a model allows that is tried once, on a made-up query.
+    Where it does not, every pair is computed by itself, which is logged as a warning.
 
     Args:
         transformer: Input module with a chat template processor.
         template: Jinja source of the chat template.
-        token_ids: Tokens whose logits are wanted.
-        options: Passed to the image processor. Defaults to the module's own.
+        token_ids: Tokens whose logits are computed.
+        image_options: Options of the image processor. Defaults to those of the module.
         batch_size: Pairs per forward pass. Defaults to 32.
-        cache_bytes: Bound of the memory for visual tokens, in bytes. Defaults to 256 MiB.
+        cache_bytes: Upper bound of the memory for visual tokens, in bytes. Defaults to 256 MiB.
 
     Attributes:
-        parts, engine: What makes prompts of parts and runs them; whole lists of candidates go through them, too.
-        obstacle: Why prompts of one query do not share their beginning; None if they do.
+        prompts, engine: Prompt encoder and shared-prefix engine; the list scorer uses them, too. None where the model
+            does not allow sharing.
+        obstacle: Reason why prompts do not share their prefix, None if they do.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
 
     Example:
         >>> from unime_st import Item, UniMEReranker
@@ -61,7 +108,7 @@ class PairScorer:
         template: str,
         token_ids: Sequence[int],
         *,
-        options: dict[str, Any] | None = None,
+        image_options: dict[str, Any] | None = None,
         batch_size: int = 32,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
@@ -70,65 +117,67 @@ class PairScorer:
         self.transformer = transformer
         self.token_ids = list(token_ids)
         self.batch_size = batch_size
-        self.cache_bytes = cache_bytes
-        self._whole = ProcessorEncoder(transformer, template, options or {})
-        self.parts: PromptEncoder | None = None
+        if image_options is None:
+            image_options = dict(transformer.processing_kwargs.get("image", {}))
+        self.whole_prompts = WholePromptEncoder(transformer, template, image_options)
+        self.prompts: PromptEncoder | None = None
         self.engine: PrefixEngine | None = None
         self.obstacle: str | None = None
         try:
             self.engine = PrefixEngine(transformer.model, transformer.processor.image_token_id)
-            self.parts = PromptEncoder(transformer, template, options or {}, cache_bytes)
-            if not self.parts.query_first:
+            self.prompts = PromptEncoder(transformer, template, image_options, cache_bytes)
+            if not self.prompts.query_first:
                 logger.warning("the template shows the candidate before the query, so prompts share little")
             self._probe()
         except Exception as error:  # whatever an unknown family raises, the slow way remains
             self.obstacle = f"{type(error).__name__}: {error}"
             logger.warning(
-                "%s: every pair is computed on its own, because its beginning cannot be shared (%s)",
+                "%s: every pair is computed by itself, because its prefix cannot be shared (%s)",
                 type(transformer.model).__name__,
                 self.obstacle,
             )
 
     def clear(self) -> None:
         """Forget the images seen so far."""
-        if self.parts is not None:
-            self.parts.bank.clear()
+        if self.prompts is not None:
+            self.prompts.images.clear()
 
     @property
     def language_weights(self) -> int:
-        """Weights of the language model that every token meets; 0 where they are not known."""
+        """Weights of the language model that every token passes; 0 where they are not known."""
         if self.engine is None:
             return 0
         tables = sum(weight.numel() for weight in self.engine.decoder.get_input_embeddings().parameters())
         return sum(weight.numel() for weight in self.engine.decoder.parameters()) - tables
 
-    def tokens(self, queries: Sequence[Query]) -> tuple[int, int]:
-        """Count tokens through the language model.
+    def count_tokens(self, queries: Sequence[Query]) -> tuple[int, int]:
+        """Count the tokens that pass the language model.
 
         Args:
-            queries: Queries, each with its distinct candidates.
+            queries: Queries with their distinct candidates.
 
         Returns:
-            tuple[int, int]: With shared beginnings, and if every pair were computed on its own. (0, 0) where the model
-            has to compute every pair on its own.
+            tuple[int, int]: With shared prefixes, and with every pair computed by itself. (0, 0) where the model does
+            not allow sharing.
         """
-        if self.obstacle is not None or self.parts is None:
+        if self.obstacle is not None or self.prompts is None:
             return 0, 0
-        bundles = [bundle for bundle, _ in self.parts.encode(queries)[0]]
-        ends = sum(len(suffix) for bundle in bundles for suffix in bundle.suffixes)
-        begins = [(len(bundle.prefix), len(bundle.suffixes)) for bundle in bundles]
-        return ends + sum(length for length, _ in begins), ends + sum(length * times for length, times in begins)
+        groups = [group for group, _ in self.prompts.encode(queries)[0]]
+        suffixes = sum(len(suffix) for group in groups for suffix in group.suffixes)
+        shared = sum(len(group.prefix) for group in groups)
+        unshared = sum(len(group.prefix) * len(group.suffixes) for group in groups)
+        return suffixes + shared, suffixes + unshared
 
     @torch.inference_mode()
     def score(self, queries: Sequence[Query], batch_size: int | None = None) -> Iterator[tuple[Pair, Outcome]]:
         """Score pairs in any order.
 
         Args:
-            queries: Queries, each with its distinct candidates.
-            batch_size: Pairs per forward pass. Defaults to None: that of the scorer.
+            queries: Queries with their distinct candidates.
+            batch_size: Pairs per forward pass. Defaults to that of the scorer.
 
         Yields:
-            tuple: A pair, and float32 logits of shape (tokens,) or the error that keeps it from being scored.
+            tuple: A pair, and float32 logits of shape (tokens,) or the reason why it cannot be scored.
         """
         batch_size = batch_size or self.batch_size
         if self.obstacle is None:
@@ -142,21 +191,23 @@ class PairScorer:
                 yield from self._alone(part[first : first + batch_size])
 
     def _shared(self, queries: Sequence[Query], batch_size: int) -> Iterator[tuple[Pair, Outcome]]:
-        assert self.parts is not None
-        window: list[tuple[Bundle, list[Pair]]] = []
+        assert self.prompts is not None
+        window: list[tuple[PromptGroup, list[Pair]]] = []
         for part in _portions(queries, _BATCHES_PREPARED_TOGETHER * batch_size):
-            bundles, failed = self.parts.encode(part)
+            groups, failed = self.prompts.encode(part)
             yield from failed
-            window += bundles
+            window += groups
             prompts = sum(len(pairs) for _, pairs in window)
             if len(window) >= batch_size or prompts >= _BATCHES_SORTED_TOGETHER * batch_size:
                 yield from self._run(window, batch_size)
                 window = []
         yield from self._run(window, batch_size)
 
-    def _run(self, window: list[tuple[Bundle, list[Pair]]], batch_size: int) -> Iterator[tuple[Pair, torch.Tensor]]:
+    def _run(
+        self, window: list[tuple[PromptGroup, list[Pair]]], batch_size: int
+    ) -> Iterator[tuple[Pair, torch.Tensor]]:
         assert self.engine is not None
-        answers = self.engine.logits([bundle for bundle, _ in window], self.token_ids, batch_size=batch_size)
+        answers = self.engine.logits([group for group, _ in window], self.token_ids, batch_size=batch_size)
         for (_, pairs), found in zip(window, answers, strict=True):
             yield from zip(pairs, found, strict=True)
 
@@ -174,31 +225,26 @@ class PairScorer:
         yield from zip(pairs, logits, strict=True)
 
     def _forward(self, pairs: Sequence[Pair], token_ids: Sequence[int]) -> torch.Tensor:
-        features = batch_to_device(self._whole.features(pairs), self.transformer.model.device)
+        features = batch_to_device(self.whole_prompts.features(pairs), self.transformer.model.device)
         features["logits_to_keep"] = 1
         return self.transformer(features)["causal_logits"][:, -1, list(token_ids)].float().cpu()
 
-    @torch.inference_mode()
     def _probe(self) -> None:
-        """Refuse to share what changes the answers, for reasons that only the model knows."""
-        assert self.parts is not None and self.engine is not None
+        """Raise an error if sharing changes the answers, for reasons that only the model knows."""
+        assert self.prompts is not None and self.engine is not None
         first, second = (Image.linear_gradient("L").resize(size).convert("RGB") for size in ((90, 60), (60, 120)))
         query = Item("Which of these is it?", first)
         candidates = [Item("It is a red square."), Item(image=second), Item("A circle", second)]
         (vocabulary,) = self.transformer.model.get_output_embeddings().weight.shape[:1]
         tokens = range(0, vocabulary, max(1, vocabulary // _PROBE_TOKENS))
-        training = self.transformer.training
-        self.transformer.eval()
-        try:
-            bundles, failed = self.parts.encode([(query, candidates)])
+        with evaluation_mode(self.transformer):
+            groups, failed = self.prompts.encode([(query, candidates)])
             if failed:
                 raise failed[0][1]
-            found = torch.cat(self.engine.logits([bundle for bundle, _ in bundles], tokens))
-            pairs = [pair for _, members in bundles for pair in members]
+            found = torch.cat(self.engine.logits([group for group, _ in groups], tokens))
+            pairs = [pair for _, members in groups for pair in members]
             expected = torch.cat([self._forward([pair], tokens) for pair in pairs])
-        finally:
-            self.transformer.train(training)
-            self.clear()
+        self.clear()
         scale = (expected - expected.mean(1, keepdim=True)).norm()
         difference = float((found - expected).norm() / scale)
         # NaN is a broken model, not another way of computing: it is reported when something is scored.
@@ -207,8 +253,89 @@ class PairScorer:
             raise ValueError(f"the logits of a made-up query change by {difference:.2g} of their spread")
 
 
+def score_pairs(
+    scorer: PairScorer,
+    queries: Sequence[Query],
+    *,
+    batch_size: int | None = None,
+    raise_errors: bool = False,
+    description: str = "Scoring",
+    show_progress_bar: bool = False,
+) -> list[PairScores]:
+    """Compute the log-odds of Yes against No for the candidates of queries; each distinct pair is scored once.
+
+    Args:
+        scorer: Scorer of the two answers, Yes first.
+        queries: Queries with their candidates, which may repeat.
+        batch_size: Pairs per forward pass. Defaults to that of the scorer.
+        raise_errors: Raise the reason of the first pair that cannot be scored instead of returning it. Defaults to
+            False.
+        description: Label of the progress bar. Defaults to "Scoring".
+        show_progress_bar: Whether to show progress in pairs. Defaults to False.
+
+    Returns:
+        list[PairScores]: Per query float32 log-odds, NaN where a pair cannot be scored, and the reasons.
+
+    Raises:
+        BadImageError: If an image cannot be read and ``raise_errors`` is True; the message names group and candidate.
+        PromptTooLongError: If a prompt is longer than the model takes and ``raise_errors`` is True.
+        FloatingPointError: If a logit is not finite.
+
+    Example:
+        >>> from unime_st import Item
+        >>> from unime_st.judging import LocalJudge
+        >>> from unime_st.scoring.pair_scorer import score_pairs
+        >>> scorer = LocalJudge("unime-tiny", template="tiny").scorer
+        >>> scores, reasons = score_pairs(scorer, [(Item("a red square"), [Item("a red square"), Item("a star")])])[0]
+        >>> scores.shape, reasons
+        ((2,), [None, None])
+    """
+    found = [
+        PairScores(np.full(len(candidates), np.nan, dtype=np.float32), [None] * len(candidates))
+        for _, candidates in queries
+    ]
+
+    def fail(row: int, column: int, error: ValueError) -> None:
+        if raise_errors:
+            raise type(error)(f"group {row}, candidate {column}: {error}") from error
+        found[row].reasons[column] = error
+
+    cells: dict[Item, dict[Item, list[tuple[int, int]]]] = {}
+    for row, (query, candidates) in enumerate(queries):
+        for column, candidate in enumerate(candidates):
+            try:
+                cells.setdefault(query, {}).setdefault(candidate, []).append((row, column))
+            except BadImageError as error:  # the content that makes items equal cannot be read
+                fail(row, column, error)
+    with (
+        evaluation_mode(scorer.transformer),
+        tqdm(
+            total=sum(map(len, cells.values())), desc=description, unit="pair", disable=not show_progress_bar
+        ) as progress,
+    ):
+        distinct = [(query, list(candidates)) for query, candidates in cells.items()]
+        for (query, candidate), outcome in scorer.score(distinct, batch_size):
+            for row, column in cells[query][candidate]:
+                if isinstance(outcome, ValueError):
+                    fail(row, column, outcome)
+                else:
+                    # Subtracted in float32: a bfloat16 difference of two logits near 20 would move in steps of 0.125.
+                    found[row].scores[column] = _finite(outcome[0] - outcome[1], row, column, scorer)
+            progress.update()
+    return found
+
+
+def _finite(log_odds: torch.Tensor, row: int, column: int, scorer: PairScorer) -> float:
+    if not torch.isfinite(log_odds):
+        raise FloatingPointError(
+            f"group {row}, candidate {column}: the log-odds are {float(log_odds)}, so the model overflowed or is broken "
+            f"(dtype {scorer.transformer.model.dtype}). Load it in bfloat16 or float32."
+        )
+    return float(log_odds)
+
+
 def _portions(queries: Sequence[Query], pairs: int) -> Iterator[list[Query]]:
-    """Cut queries into lists of about so many pairs; a query with more is cut, too."""
+    """Cut queries into lists of about so many pairs; a query with more of them is cut, too."""
     portion: list[Query] = []
     room = pairs
     for query, candidates in queries:

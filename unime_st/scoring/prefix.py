@@ -1,4 +1,4 @@
-"""Answers to many prompts that begin alike: the common beginning passes the language model once."""
+"""Shared-prefix engine: logits behind prompts that begin alike, whose common prefix is computed once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,13 +15,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision tower made of an image.
+    """Visual tokens of an image, as the language model takes them.
 
     Args:
-        token_ids: The tokens that stand for the image in a prompt, wrapping included.
-        embeddings: Visual tokens of shape (tokens, hidden), in place of the placeholders among ``token_ids``.
-        inner: The same for each inner layer that takes visual tokens, too (Qwen3-VL's DeepStack); else empty.
-        grid: Frames, rows and columns of patches where positions depend on them; else None.
+        token_ids: Token ids of the image in a prompt, wrapping included.
+        embeddings: Visual tokens of shape (tokens, hidden); they replace the placeholders among ``token_ids``.
+        inner: The same for each inner layer that also takes visual tokens (Qwen3-VL's DeepStack), else empty.
+        grid: Frames, rows and columns of patches where positions depend on them, else None.
     """
 
     token_ids: list[int]
@@ -37,12 +37,12 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A stretch of tokens with the images in it.
+    """A prompt or a part of one: token ids and the images among them.
 
     Args:
-        token_ids: Tokens with images expanded.
+        token_ids: Token ids with images expanded.
         images: The images in order.
-        starts: Where in ``token_ids`` the tokens of each image begin.
+        starts: Indices in ``token_ids`` at which the tokens of each image begin.
     """
 
     token_ids: list[int]
@@ -58,38 +58,47 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A beginning and the prompts that continue from it.
+class PromptGroup:
+    """Prompts with a common prefix.
 
     Args:
-        prefix: Shared by all; may be empty.
-        suffixes: At least one token each; the answer is read after the last.
+        prefix: Shared by all prompts; may be empty.
+        suffixes: The rest of each prompt, at least one token; the answer is read behind the last one.
     """
 
     prefix: Prompt
     suffixes: list[Prompt]
 
+    @property
+    def nested(self) -> bool:
+        """Whether the group has two suffixes of texts, and the second begins with all of the first."""
+        if len(self.suffixes) != 2 or any(suffix.images for suffix in self.suffixes):
+            return False
+        short, long = (suffix.token_ids for suffix in self.suffixes)
+        return len(short) < len(long) and long[: len(short)] == short
+
 
 class PrefixEngine:
-    """Reads a few logits behind prompts with a common beginning.
+    """Computes the logits of a few tokens behind prompts with a common prefix.
 
-    The beginning is computed once per bundle; every prompt continues from its keys and values, at the positions that it
-    would have alone. Visual tokens are given, so no image passes the vision tower here. Only the last position meets
-    the language-model head, and only its rows for the wanted tokens, in float32.
+    The prefix is computed once per group. Every prompt continues from its keys and values, at the positions that it
+    would have alone. Visual tokens are given, so no image passes the vision tower here. Only the last position passes
+    the language-model head, and only its rows for the requested tokens, in float32.
 
     Args:
         model: Generative vision-language model of transformers.
-        image_token_id: Token in whose place visual tokens are put.
+        image_token_id: Placeholder token that visual tokens replace.
 
     Raises:
         TypeError: If the model has no linear language-model head.
 
     Example:
         >>> from unime_st.judging import LocalJudge
+        >>> from unime_st.scoring.prefix import PrefixEngine, Prompt, PromptGroup
         >>> judge = LocalJudge("unime-tiny", template="tiny", device="cpu")
         >>> engine = PrefixEngine(judge.model[0].model, image_token_id=6)
-        >>> bundle = Bundle(Prompt([10, 11, 12]), [Prompt([13]), Prompt([14, 15])])
-        >>> engine.logits([bundle], [20, 21])[0].shape
+        >>> group = PromptGroup(Prompt([10, 11, 12]), [Prompt([13]), Prompt([14, 15])])
+        >>> engine.logits([group], [20, 21])[0].shape
         torch.Size([2, 2])
     """
 
@@ -103,98 +112,85 @@ class PrefixEngine:
         self._takes_inner = "deepstack_visual_embeds" in inspect.signature(self.decoder.forward).parameters
 
     def logits(
-        self, bundles: Sequence[Bundle], token_ids: Sequence[int], *, batch_size: int = 32
+        self, groups: Sequence[PromptGroup], token_ids: Sequence[int], *, batch_size: int = 32
     ) -> list[torch.Tensor]:
         """Compute the logits of a few tokens behind every prompt.
 
         Args:
-            bundles: Prompts that begin alike.
-            token_ids: Tokens whose logits are wanted.
-            batch_size: Prompts, or beginnings, per forward pass. Defaults to 32.
+            groups: Prompts with common prefixes.
+            token_ids: Tokens whose logits are computed.
+            batch_size: Prompts, or prefixes, per forward pass. Defaults to 32.
 
         Returns:
-            list[torch.Tensor]: Per bundle float32 of shape (suffixes, tokens), on the CPU.
+            list[torch.Tensor]: Per group float32 of shape (suffixes, tokens), on the CPU.
         """
-        found = [torch.empty(len(bundle.suffixes), len(token_ids)) for bundle in bundles]
-        # A beginning of which only one prompt goes on is no saving. Where a second only goes on from the first, as from a
-        # list to the first digit of its answer, it passes the end of both.
-        passing = [index for index, bundle in enumerate(bundles) if _goes_on(bundle)]
-        alone = [
-            index
-            for index, bundle in enumerate(bundles)
-            if index not in passing and (len(bundle.suffixes) == 1 or not len(bundle.prefix))
-        ]
-        shared = sorted(set(range(len(bundles))) - {*alone, *passing}, key=lambda index: len(bundles[index].prefix))
-        rows: list[_Row] = []
-        for index in alone:
-            prompts = [bundles[index].prefix + suffix for suffix in bundles[index].suffixes]
-            rows += [(prompt, index, [(column, len(prompt))]) for column, prompt in enumerate(prompts)]
-        for index in passing:
-            start, (short, long) = len(bundles[index].prefix), bundles[index].suffixes
-            rows.append((bundles[index].prefix + long, index, [(0, start + len(short)), (1, start + len(long))]))
-        self._answer(rows, token_ids, batch_size, found, None)
+        found = [torch.empty(len(group.suffixes), len(token_ids)) for group in groups]
+        whole: list[_Row] = []
+        shared: list[int] = []
+        for index, group in enumerate(groups):
+            if group.nested:  # as a list and the same list with the first digit of its answer: one row answers both
+                short, long = group.suffixes
+                start = len(group.prefix)
+                whole.append(_Row(group.prefix + long, index, [(0, start + len(short)), (1, start + len(long))]))
+            elif len(group.suffixes) == 1 or not len(group.prefix):  # nothing to share
+                prompts = [group.prefix + suffix for suffix in group.suffixes]
+                whole += [_Row(prompt, index, [(column, len(prompt))]) for column, prompt in enumerate(prompts)]
+            else:
+                shared.append(index)
+        head = _Head(self.model, token_ids)
+        self._answer(whole, head, batch_size, found)
+        shared.sort(key=lambda index: len(groups[index].prefix))
         for start in range(0, len(shared), batch_size):
             chunk = shared[start : start + batch_size]
-            beginning = self._begin([bundles[index].prefix for index in chunk])
+            prefixes = self._compute_prefixes([groups[index].prefix for index in chunk])
             rows = [
-                (suffix, index, [(column, len(suffix))])
-                for index in chunk
-                for column, suffix in enumerate(bundles[index].suffixes)
+                _Row(suffix, index, [(column, len(suffix))], prefix)
+                for prefix, index in enumerate(chunk)
+                for column, suffix in enumerate(groups[index].suffixes)
             ]
-            self._answer(
-                rows, token_ids, batch_size, found, beginning, {index: row for row, index in enumerate(chunk)}
-            )
+            self._answer(rows, head, batch_size, found, prefixes)
         return found
 
     def _answer(
         self,
         rows: list[_Row],
-        token_ids: Sequence[int],
+        head: _Head,
         batch_size: int,
         found: list[torch.Tensor],
-        beginning: _Beginning | None,
-        row_of: dict[int, int] | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        """Run prompts of like length together and put what they answer in its place."""
-        rows = sorted(rows, key=lambda row: -len(row[0]))
-        head: Any = self.model.get_output_embeddings()
-        wanted = torch.as_tensor(token_ids, device=head.weight.device)
-        weight = head.weight[wanted].float()
-        bias = None if head.bias is None else head.bias[wanted].float()
+        """Run prompts of like length together and write their answers into ``found``."""
+        rows = sorted(rows, key=lambda row: -len(row.prompt))
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            before = None
-            if beginning is not None and row_of is not None:
-                before = beginning.rows(torch.tensor([row_of[index] for _, index, _ in batch]))
-            hidden, _ = self._forward([prompt for prompt, _, _ in batch], before)
-            reads = [(row, index, *read) for row, (_, index, own) in enumerate(batch) for read in own]
-            ends = torch.tensor([[row, length - 1] for row, _, _, length in reads], device=hidden.device)
-            answers = nn.functional.linear(hidden[ends[:, 0], ends[:, 1]].float(), weight, bias).cpu()
-            for (_, index, column, _), answer in zip(reads, answers, strict=True):
-                found[index][column] = answer
+            before = None if prefixes is None else prefixes.select([row.prefix for row in batch])
+            hidden, _ = self._forward([row.prompt for row in batch], before)
+            reads = [(number, row.group, *read) for number, row in enumerate(batch) for read in row.reads]
+            ends = torch.tensor([[number, length - 1] for number, _, _, length in reads], device=hidden.device)
+            answers = head(hidden[ends[:, 0], ends[:, 1]])
+            for (_, group, column, _), answer in zip(reads, answers, strict=True):
+                found[group][column] = answer
 
-    def _begin(self, prompts: list[Prompt]) -> _Beginning:
-        cache = DynamicCache()
-        _, beginning = self._forward(prompts, _Beginning(cache, None, None))
-        return beginning
+    def _compute_prefixes(self, prompts: list[Prompt]) -> PrefixCache:
+        return self._forward(prompts, PrefixCache(DynamicCache(), None, None))[1]
 
-    def _forward(self, prompts: list[Prompt], before: _Beginning | None) -> tuple[torch.Tensor, _Beginning]:
-        """Hidden states of all positions, and what a continuation needs."""
+    def _forward(self, prompts: list[Prompt], before: PrefixCache | None) -> tuple[torch.Tensor, PrefixCache]:
+        """Hidden states of all positions, and the cache that a continuation needs."""
         device = self.decoder.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
         ids = torch.tensor([prompt.token_ids + [0] * (width - len(prompt)) for prompt in prompts])
         mask = torch.arange(width) < lengths[:, None]
-        indices = self.positions(prompts, width, None if before is None else before.ends)
-        ends = torch.where(mask, indices.amax(0) if indices.ndim == 3 else indices, -1).amax(1) + 1
+        positions = self.positions(prompts, width, None if before is None else before.ends)
+        ends = torch.where(mask, positions.amax(0) if positions.ndim == 3 else positions, -1).amax(1) + 1
         whole = mask if before is None or before.mask is None else torch.cat([before.mask, mask], 1)
         visual = ((ids == self.image_token_id) & mask).to(device)
         embeddings = self.decoder.get_input_embeddings()(ids.to(device))
         images = [image for prompt in prompts for image in prompt.images]
         extra: dict[str, Any] = {}
         if images:
-            seen = torch.cat([image.embeddings for image in images]).to(device, embeddings.dtype)
-            embeddings = embeddings.masked_scatter(visual[..., None], seen)
+            tokens = torch.cat([image.embeddings for image in images]).to(device, embeddings.dtype)
+            embeddings = embeddings.masked_scatter(visual[..., None], tokens)
             if self._takes_inner and images[0].inner:
                 extra["visual_pos_masks"] = visual
                 extra["deepstack_visual_embeds"] = [
@@ -204,43 +200,67 @@ class PrefixEngine:
         out = self.decoder(
             inputs_embeds=embeddings,
             attention_mask=None if whole.all() else whole.to(device),
-            position_ids=indices.to(device),
+            position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=cache is not None,
             **extra,
         )
-        return out.last_hidden_state, _Beginning(cache, whole, ends)
+        return out.last_hidden_state, PrefixCache(cache, whole, ends)
 
 
-_Row = tuple[Prompt, int, list[tuple[int, int]]]
-"""A prompt, the number of its bundle, and which answers it gives: their column, and behind how many of its tokens."""
+class _Row(NamedTuple):
+    """A prompt to run.
+
+    Args:
+        prompt: The prompt, without its prefix where that is cached.
+        group: Index of its group.
+        reads: Per answer to read its column and behind how many tokens of the prompt it stands.
+        prefix: Row of its prefix in the cache.
+    """
+
+    prompt: Prompt
+    group: int
+    reads: list[tuple[int, int]]
+    prefix: int = 0
 
 
-def _goes_on(bundle: Bundle) -> bool:
-    """Whether there are two prompts, of which the second begins with all of the first."""
-    if len(bundle.suffixes) != 2 or any(suffix.images for suffix in bundle.suffixes):
-        return False
-    short, long = (suffix.token_ids for suffix in bundle.suffixes)
-    return len(short) < len(long) and long[: len(short)] == short
+class _Head:
+    """The rows of the language-model head for a few tokens, in float32."""
+
+    def __init__(self, model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+        head: Any = model.get_output_embeddings()
+        rows = torch.as_tensor(token_ids, device=head.weight.device)
+        self.weight = head.weight[rows].float()
+        self.bias = None if head.bias is None else head.bias[rows].float()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden.float(), self.weight, self.bias).cpu()
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """Keys and values of prompts, which of them count, and the position that follows each."""
+class PrefixCache:
+    """Keys and values of prefixes, which of them are not padding, and the position that follows each prefix.
+
+    Args:
+        cache: Keys and values.
+        mask: Boolean of shape (prefixes, longest); None before the first pass.
+        ends: The next position of each prefix; None before the first pass.
+    """
 
     cache: DynamicCache | None
     mask: torch.Tensor | None
     ends: torch.Tensor | None
 
-    def rows(self, index: torch.Tensor) -> _Beginning:
-        """The beginnings of some prompts, in any order and number."""
+    def select(self, rows: list[int]) -> PrefixCache:
+        """Return the cache of some prefixes, in any order and number."""
         assert self.cache is not None and self.mask is not None and self.ends is not None
+        index = torch.tensor(rows)
         chosen = DynamicCache()
         width = int(self.mask[index].sum(1).max())  # the chosen may all be shorter than the longest
         for layer, (keys, values, *_) in enumerate(self.cache):
             where = index.to(keys.device)
             chosen.update(keys[where, :, :width], values[where, :, :width], layer)
-        return _Beginning(chosen, self.mask[index, :width], self.ends[index])
+        return PrefixCache(chosen, self.mask[index, :width], self.ends[index])
 
 
 class _Positions:
@@ -252,25 +272,27 @@ class _Positions:
         # Prompts of one shape are many: the model's own function takes about a millisecond for each.
         self._of_shape = lru_cache(maxsize=1 << 14)(self._compute)
 
+    def __reduce__(self) -> tuple[type[_Positions], tuple[Any]]:
+        return _Positions, (self.base,)  # the cache of a function cannot be pickled
+
     def __call__(self, prompts: list[Prompt], width: int, starts: torch.Tensor | None) -> torch.Tensor:
         """Positions of shape (prompts, width), or (3, prompts, width) where images have rows and columns."""
-        indices = torch.arange(width).expand(len(prompts), -1)
+        positions = torch.arange(width).expand(len(prompts), -1)
         if self.spatial:
-            indices = indices.repeat(3, 1, 1)
+            positions = positions.repeat(3, 1, 1)
             for row, prompt in enumerate(prompts):
                 if prompt.images:
                     grids = tuple(
                         (start, len(image.token_ids), image.grid)
                         for start, image in zip(prompt.starts, prompt.images, strict=True)
                     )
-                    indices[:, row, : len(prompt)] = self._of_shape(len(prompt), grids)
-        return indices if starts is None else indices + starts[:, None]
+                    positions[:, row, : len(prompt)] = self._of_shape(len(prompt), grids)
+        return positions if starts is None else positions + starts[:, None]
 
-    def _compute(self, length: int, images: tuple[tuple[int, int, tuple[int, ...]], ...]) -> torch.Tensor:
+    def _compute(self, length: int, images: tuple[tuple[int, int, tuple[int, ...] | None], ...]) -> torch.Tensor:
         types = torch.zeros(1, length, dtype=torch.long)
         for start, count, _ in images:
             types[0, start : start + count] = 1
         grids = torch.tensor([grid for _, _, grid in images])
-        return self.base.get_rope_index(torch.zeros_like(types), mm_token_type_ids=types, image_grid_thw=grids)[0][
-            :, 0
-        ]
+        found = self.base.get_rope_index(torch.zeros_like(types), mm_token_type_ids=types, image_grid_thw=grids)
+        return found[0][:, 0]

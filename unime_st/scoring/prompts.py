@@ -1,4 +1,4 @@
-"""What a judge and a reranker read and answer: instructions, chat templates, answer tokens."""
+"""Prompts of judge and reranker: instructions, chat templates, messages and answer tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from unime_st.data import Item
 from unime_st.files import digest
+from unime_st.losses.list_answers import check_list_prompt
 
 PAIR_PROMPT = (
     "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
@@ -27,16 +28,13 @@ LIST_PROMPT = (
 """Instruction of the listwise prompt (UniME-V2, arXiv 2510.13515), byte for byte as the authors' code has it."""
 
 ANSWERS = ("Yes", "No")
-"""The two answers of the pairwise prompt: the candidate meets the query, it does not."""
-
-LIST_ANSWER_START = "Ans: ("
-"""What a listwise prompt ends with, so that the next token is the index of the best candidate."""
+"""The two answers of the pairwise prompt: the candidate meets the requirements of the query, or it does not."""
 
 TEMPLATES = {"official": "reranker.jinja", "tiny": "tiny_reranker.jinja"}
 """Chat templates that carry a query and its candidates: file names in ``unime_st/recipes/templates``."""
 
 IMAGE_TOKENS = {"official": (4, 300)}
-"""Fewest and most visual tokens per image a template was made for; templates not named keep the processor's limits."""
+"""Minimum and maximum number of visual tokens per image, by template; others keep the processor's limits."""
 
 # Order matters: a placeholder takes the line break that follows it along, as in the authors' code.
 _PLACEHOLDERS = ("<|image_1|>\n", "<|image_1|>", "<|image_pad|>\n", "<|image_pad|>", "<image>\n", "<image>")
@@ -49,9 +47,9 @@ def load_template(name: str) -> str:
     """Return the text of a chat template.
 
     Args:
-        name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for the embedded default), or
-            the text or the file of a Jinja template of one's own that renders messages with the roles "query" and
-            "document" and, where ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
+        name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for ``unime-tiny``), or the text
+            or file of a Jinja template that renders messages with the roles "query" and "document" and, with
+            ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
 
     Returns:
         str: Jinja source.
@@ -77,14 +75,13 @@ def load_template(name: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Remove the placeholders that training texts carry where their image belongs.
+    """Remove the image placeholders of training texts.
 
     Args:
         text: For example ``"<|image_1|>\\nRepresent the given image.\\n"``.
 
     Returns:
-        str: The text without ``<|image_1|>``, ``<|image_pad|>`` and ``<image>``, each with the line break behind it;
-        all else is kept verbatim.
+        str: The text without ``<|image_1|>``, ``<|image_pad|>`` and ``<image>``, each with the line break behind it.
 
     Example:
         >>> from unime_st.judging import clean_text
@@ -97,18 +94,18 @@ def clean_text(text: str) -> str:
 
 
 def as_item(value: ItemLike) -> Item:
-    """Turn what users pass to ``rank`` and ``predict`` into an :class:`~unime_st.data.Item`.
+    """Turn an input into an :class:`~unime_st.data.Item`.
 
     Args:
-        value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", absent
-            or None where there is none.
+        value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", of which
+            one may be absent or None.
 
     Returns:
         Item: The same content.
 
     Raises:
-        TypeError: If the value is something else or a dict with other keys.
-        ValueError: If nothing is in it.
+        TypeError: If the value is of another type or a dict with other keys.
+        ValueError: If the value holds neither a text nor an image.
 
     Example:
         >>> from unime_st.judging import as_item
@@ -132,8 +129,8 @@ def message(role: str, text: str | None, image: Any = None) -> Message:
 
     Args:
         role: "query" or "document".
-        text: Its text, cleaned with :func:`clean_text`; None for an image alone.
-        image: A decoded image, True for the place of an image that is processed elsewhere, or None.
+        text: Text, cleaned with :func:`clean_text`; None for an image alone.
+        image: A decoded image, True for the placeholder of an image that is processed elsewhere, or None.
 
     Returns:
         dict: ``{"role": role, "content": [...]}``.
@@ -155,9 +152,9 @@ def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True)
     """Build the chat messages of a query with one candidate (pairwise) or several (listwise).
 
     Args:
-        query: What is asked.
+        query: The query.
         documents: The candidates in the order in which they are numbered.
-        decode: Whether to decode the images; otherwise only their places are marked. Defaults to True.
+        decode: Whether to decode the images; otherwise messages only hold placeholders. Defaults to True.
 
     Returns:
         list[dict]: One message per item, roles "query", "document", "document", ...
@@ -176,7 +173,7 @@ def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True)
 
 
 def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Find the tokens whose logits are the pairwise score.
+    """Find the answer tokens of the pairwise prompt.
 
     Args:
         tokenizer: Tokenizer of a generative model.
@@ -185,7 +182,7 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
         tuple[int, int]: Ids of "Yes" and "No".
 
     Raises:
-        ValueError: If one of them is not a single token; the message lists what the vocabulary has instead.
+        ValueError: If one of them is not a single token; the message lists similar tokens of the vocabulary.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -208,47 +205,12 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def index_token_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """Find the tokens that continue ``Ans: (`` with 1, 2, ..., count.
-
-    Args:
-        tokenizer: Tokenizer of a generative model.
-        count: Number of candidates, at least 1.
-
-    Returns:
-        list[int]: ``count`` different ids.
-
-    Raises:
-        ValueError: If a number is not one token of its own, as 10 is not where numbers are split into digits.
-
-    Example:
-        >>> from transformers import AutoTokenizer
-        >>> from unime_st.judging import index_token_ids
-        >>> index_token_ids(AutoTokenizer.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"), 3)  # doctest: +SKIP
-        [16, 17, 18]
-    """
-    if count < 1:
-        raise ValueError(f"a list needs at least 1 candidate, got {count}")
-    start = tokenizer.encode(LIST_ANSWER_START, add_special_tokens=False)
-    found: list[int] = []
-    for index in range(1, count + 1):
-        ids = tokenizer.encode(f"{LIST_ANSWER_START}{index}", add_special_tokens=False)
-        if ids[: len(start)] != start or len(ids) != len(start) + 1 or ids[-1] in (*found, tokenizer.unk_token_id):
-            raise ValueError(
-                f"{count} candidates cannot be ranked in one list: this tokenizer has single tokens for the indices 1 "
-                f"to {index - 1} only ({index} becomes {tokenizer.convert_ids_to_tokens(ids[len(start) :])}). "
-                f"Rank them in windows of at most {index - 1} candidates, or pairwise."
-            )
-        found.append(ids[-1])
-    return found
-
-
 def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> list[str]:
-    """Name what a chat template silently drops.
+    """Find the parts of the input that a chat template silently drops.
 
     Args:
         render: Turns messages into a prompt.
-        documents: Number of candidates to try with. Defaults to 1.
+        documents: Number of candidates of the sample. Defaults to 1.
 
     Returns:
         list[str]: For example ``["image of document 1"]``; empty for a template that carries everything.
@@ -271,14 +233,14 @@ def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> li
 
 
 def query_comes_first(processor: ProcessorMixin, template: str) -> bool:
-    """Whether a chat template shows the query before the candidate, as the official one does.
+    """Return whether a chat template shows the query before the candidate, as the official one does.
 
     Args:
         processor: Processor whose template engine is used.
         template: Jinja source.
 
     Returns:
-        bool: True where candidates of one query share the beginning of their prompts.
+        bool: True if the prompts of a query's candidates have a common prefix with the query in it.
 
     Example:
         >>> from transformers import AutoProcessor
@@ -293,12 +255,12 @@ def query_comes_first(processor: ProcessorMixin, template: str) -> bool:
 
 
 def check_template(processor: ProcessorMixin, template: str, *, listwise: bool = False) -> None:
-    """Refuse a chat template that does not carry every text and image of a query and its candidates.
+    """Raise an error for a chat template that drops a text or an image of a query and its candidates.
 
     Args:
         processor: Processor whose template engine is used.
         template: Jinja source.
-        listwise: Whether to check lists (``task="listwise"``) instead of pairs. Defaults to False.
+        listwise: Check lists (``task="listwise"``) instead of pairs. Defaults to False.
 
     Raises:
         ValueError: If a part of the input does not reach the prompt, or a list is rendered like a pair.
@@ -321,24 +283,20 @@ def check_template(processor: ProcessorMixin, template: str, *, listwise: bool =
     what = "a query with a list of candidates" if listwise else "a query with a candidate"
     if lost:
         raise ValueError(
-            f"the chat template does not carry {what}: {', '.join(lost)} does not reach the prompt. Use a template "
+            f"the chat template drops a part of {what}: {', '.join(lost)} does not reach the prompt. Use a template "
             f"that renders the roles 'query' and 'document', for example one of {sorted(TEMPLATES)}."
         )
     if listwise:
-        sample = [message("query", "a"), message("document", "b"), message("document", "c")]
-        if render(sample) == render(sample, **options) or not render(sample, **options).endswith(LIST_ANSWER_START):
-            raise ValueError(
-                f"the chat template does not carry {what}: with task='listwise' it must number the candidates and end "
-                f"with {LIST_ANSWER_START!r}. Use one of {sorted(TEMPLATES)} or read them for an example."
-            )
+        sample = [message("query", "first"), message("document", "first"), message("document", "second")]
+        check_list_prompt(processor, sample, chat_template=template)
 
 
 def prompt_hash(template: str, *options: Any) -> str:
-    """Fingerprint of all that shapes a prompt besides the items.
+    """Compute the fingerprint of a prompt apart from its items.
 
     Args:
         template: Jinja source.
-        *options: Whatever else changes the scores, such as the image limits and the answer tokens.
+        *options: Everything else that changes the scores, such as the image limits and the answer tokens.
 
     Returns:
         str: 16 hexadecimal digits.

@@ -11,9 +11,9 @@ from typing import Any, cast
 import numpy as np
 
 from unime_st.data.records import RecordSet
-from unime_st.judging.judge import Judge
+from unime_st.judging import Judge
+from unime_st.judging.judge_pools import JudgeWork
 from unime_st.judging.score_store import Scores
-from unime_st.judging.stage import JudgeWork
 from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk
 
 
@@ -104,7 +104,7 @@ class Cluster:
         *,
         shard_size: int = 256,
     ) -> Scores:
-        """:func:`unime_st.judging.stage.judge_pools` on the cluster, with the same output.
+        """:func:`unime_st.judging.judge_pools.judge_pools` on the cluster, with the same output.
 
         Args:
             pools: Folder of mined pools.
@@ -114,7 +114,7 @@ class Cluster:
             shard_size: Rows per shard. Defaults to 256.
 
         Returns:
-            Scores: As from :func:`~unime_st.judging.stage.judge_pools`.
+            Scores: As from :func:`~unime_st.judging.judge_pools.judge_pools`.
 
         Raises:
             StageConflictError: If the output was begun with another judge, prompt or input.

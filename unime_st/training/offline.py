@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from unime_st.data.manifest import begin_stage, finish_stage, is_complete
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.judging import CascadeJudge, HttpJudge, Judge, LocalJudge, calibration
-from unime_st.judging.estimate import estimate_cost
+from unime_st.judging.estimate import estimate_judging
+from unime_st.judging.judge_pools import judge_part
 from unime_st.judging.score_store import Scores
-from unime_st.judging.stage import judge_part, select_rows
+from unime_st.judging.select_rows import select_rows
 from unime_st.model import UniME
 from unime_st.retrieval.mining import Pools, mine
 from unime_st.training.arguments import EngineArguments, JudgeArguments, MineArguments
@@ -134,7 +135,7 @@ def run_judge(arguments: JudgeArguments) -> Path:
     judge = _one_judge(arguments, judges)
     finished = bool(arguments.scores) and is_complete(arguments.scores) and not arguments.overwrite
     if arguments.dry_run or not finished:
-        logger.info("%s: %s", judge.name, estimate_cost(pools, judge, sample=16 if arguments.dry_run else 4))
+        logger.info("%s: %s", judge.name, estimate_judging(pools, judge, sample=16 if arguments.dry_run else 4))
     if arguments.dry_run:
         return Path(arguments.output)
     output, size = _named(arguments.scores, "scores"), arguments.shard_size

@@ -13,7 +13,7 @@ from datasets import Dataset
 from unime_st.data.records import RecordSet
 from unime_st.encoding import TokenCounter
 from unime_st.losses import RerankerLoss
-from unime_st.reranking.model import UniMEReranker
+from unime_st.reranking.unime_reranker import UniMEReranker
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import RerankerArguments
 from unime_st.training.distinct_items import RerankerItemCollator

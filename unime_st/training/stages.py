@@ -27,7 +27,7 @@ from unime_st.losses import (
 )
 from unime_st.losses.base import ROWS_AT_ONCE
 from unime_st.model import UniME
-from unime_st.reranking.model import UniMEReranker
+from unime_st.reranking.unime_reranker import UniMEReranker
 from unime_st.training.arguments import (
     DistillArguments,
     HardNegativeArguments,

@@ -1,4 +1,4 @@
-"""`UniMEReranker`: a CrossEncoder that scores candidates one by one or all in one prompt."""
+"""`UniMEReranker`: a CrossEncoder that scores documents one by one (pairwise) or all in one prompt (listwise)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ from PIL import Image
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
 
-from unime_st.data import ImageRef, Item
+from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.images import padded_to_aspect, to_rgb
-from unime_st.reranking.chat_features import PLACES, ChatEncoder, is_plain, like_lengths, run_in_parts
-from unime_st.reranking.forward_counter import measured
-from unime_st.reranking.parsing import Offer, check_query, foreign, refuse_foreign, to_item, to_offers, unreadable
-from unime_st.reranking.ranker import UNREADABLE, Method, Ranker, Scored, ranked
+from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
+from unime_st.reranking.parsing import ParsedInputs, image_error, parse_inputs, to_item
+from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
+from unime_st.scoring.chat_tokenizer import check_length
+from unime_st.scoring.forward_counter import ForwardCounter
 from unime_st.scoring.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
-from unime_st.scoring.prompt_encoder import check_length
+from unime_st.scoring.pair_scorer import PairScores
 from unime_st.scoring.prompts import check_template
 
 logger = logging.getLogger(__name__)
 
 
-class UniMEReranker(CrossEncoder):
-    """Rerank texts, images and image+text with a generative vision-language model.
+_LOWEST_LOG_ODDS = -1e4  # of a document whose image cannot be read: below all others, and finite
 
-    A thin :class:`~sentence_transformers.cross_encoder.CrossEncoder`: what it saves loads in the plain class, with the
-    chat template in the folder, and the reverse. It adds:
+
+class UniMEReranker(CrossEncoder):
+    """Reranks texts, images and image+text with a generative vision-language model.
+
+    A thin :class:`~sentence_transformers.cross_encoder.CrossEncoder`: a folder saved by it loads in the plain class,
+    with the chat template in the folder, and the reverse. It adds:
 
     - bare generative checkpoints (Qwen2-VL, Qwen2.5-VL, the released UniME-V2-Reranker) become pairwise rerankers;
     - :meth:`listwise_scores` and ``rank(..., method="listwise")`` score all candidates in one forward pass, where the
-      authors' code generates an answer of up to 128 tokens and knows the winner only;
-    - :meth:`rank` lets what its prompts have in common pass the model once, and each image the vision tower;
+      authors' code generates an answer of up to 128 tokens and only knows the winner;
+    - :meth:`rank` computes the common prefix of its prompts once, and every image once;
     - inputs may also be :class:`~unime_st.data.Item`, decoded batch by batch;
-    - a prompt longer than the model takes is refused: cut, its end would no longer be where the answer is read.
+    - a prompt longer than the model takes is refused, because truncation would remove the position of the answer.
 
     Pairwise scores are ``sigmoid(l_Yes - l_No)`` unless ``activation_fn`` says otherwise.
 
@@ -47,8 +52,8 @@ class UniMEReranker(CrossEncoder):
         model_name_or_path: Folder, hub repository or alias ("unime-v2-reranker", "unime-tiny").
         template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to the one a
             saved reranker carries, else "official".
-        image_tokens: Fewest and most visual tokens per image. Defaults to those saved, else to what the template was
-            made for (4 to 300 for "official").
+        image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those saved, else to those of
+            the template (4 to 300 for "official").
         **kwargs: As for :class:`~sentence_transformers.cross_encoder.CrossEncoder`.
 
     Raises:
@@ -137,25 +142,25 @@ class UniMEReranker(CrossEncoder):
         return self._encoder[1]
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Answer prompts; those of like length pass together, and each distinct image passes the vision tower once.
+        """Run prompts; those of similar length pass together, and each distinct image passes the vision tower once.
 
         Args:
             input: Features from :meth:`preprocess`.
             **kwargs: Passed on to the modules.
 
         Returns:
-            dict: The features with "scores" and "causal_logits" behind each prompt.
+            dict: The features with "scores" and "causal_logits" at the end of each prompt.
 
         Example:
             >>> reranker(reranker.preprocess([("a red square", "a blue circle")]))["scores"].shape  # doctest: +SKIP
             torch.Size([1, 1])
         """
-        if PLACES not in input:
+        if IMAGE_INDEX not in input:
             return super().forward(input, **kwargs)
         lengths = input["attention_mask"].sum(1).tolist()
         # Processes of a sharded model wait for each other in every forward pass, so all must make the same number.
         whole = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
-        parts = [list(range(len(lengths)))] if whole else like_lengths(lengths)
+        parts = [list(range(len(lengths)))] if whole else group_by_length(lengths)
         return run_in_parts(
             input, lambda part: super(UniMEReranker, self).forward(part, **kwargs), self._transformer, parts
         )
@@ -181,7 +186,7 @@ class UniMEReranker(CrossEncoder):
         Example:
             >>> features = reranker.preprocess_lists(["a square"], [["a circle", "a box"]])  # doctest: +SKIP
         """
-        self._check_lists()
+        self.check_lists()
         to_messages = self._transformer.input_formatter.pair_to_messages
         chats, opened = [], dict[Any, Any]()
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
@@ -193,15 +198,27 @@ class UniMEReranker(CrossEncoder):
         options: dict[str, Any] = {} if share else {"processing_kwargs": {}}
         return self.preprocess(chats, task="listwise", **options)
 
-    def _check_lists(self) -> None:
-        """Refuse a template that drops a part of a list."""
+    def check_lists(self) -> None:
+        """Raise an error for a template that cannot render lists.
+
+        Raises:
+            ValueError: If the template has no prompt for lists or drops a part of one.
+
+        Example:
+            >>> UniMEReranker("unime-tiny", template="tiny").check_lists()
+        """
         processor = self._transformer.processor
         if processor.chat_template != self._listwise_template:
             check_template(processor, processor.chat_template, listwise=True)
             self._listwise_template = processor.chat_template
 
-    def _engine(self) -> Ranker:
-        """The engine for the weights, the template and the image limits as they are now."""
+    def ranker(self) -> Ranker:
+        """Return the engine for the present weights, template and image limits.
+
+        Example:
+            >>> UniMEReranker("unime-tiny", template="tiny").ranker().pairs.obstacle is None
+            True
+        """
         if self._ranker is None or self._ranker.state != Ranker.state_of(self):
             self._ranker = Ranker(self)
         return self._ranker
@@ -217,8 +234,8 @@ class UniMEReranker(CrossEncoder):
         Args:
             query: Item, text, image or dict.
             documents: Candidates, as many as the tokenizer has numbers for (99 where it splits them into digits).
-            permutations: Orders to ask in, each a shift of the given one; the log-probabilities are averaged. As many
-                as there are candidates removes what the place in the list does to a score. Defaults to 1.
+            permutations: Orders in which the list is shown, each a shift of the given one; the log-probabilities are
+                averaged. As many orders as candidates remove the effect of the position in the list. Defaults to 1.
 
         Returns:
             np.ndarray: float32 logits of shape (n,), in the order of ``documents``.
@@ -236,8 +253,8 @@ class UniMEReranker(CrossEncoder):
             raise ValueError("a list needs at least 1 candidate, got 0")
         if permutations < 1:
             raise ValueError(f"permutations must be at least 1, got {permutations}")
-        self._check_lists()
-        return self._engine().listwise(to_item(query), [to_item(document) for document in documents], permutations)
+        self.check_lists()
+        return self.ranker().listwise(to_item(query), [to_item(document) for document in documents], permutations)
 
     def rank(  # type: ignore[override]
         self,
@@ -251,26 +268,26 @@ class UniMEReranker(CrossEncoder):
         permutations: int = 1,
         batch_size: int = 32,
         **kwargs: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Ranking:
         """Rank documents for a query.
 
-        Equal documents are asked about once and get equal scores. A document whose image is missing or corrupt comes
-        last, with score 0 and the reason under "error". What it cost is logged (level INFO).
+        Equal documents are scored once. A document whose image is missing or corrupt comes last, with score 0 and the
+        reason under "error". The cost is logged (level INFO).
 
         Args:
             query: Item, text, image or dict.
             documents: Candidates of the same kinds, also empty texts. Unlike an item, a str that names an existing
                 image file is opened, as in sentence-transformers.
-            top_k: How many to return at most. Defaults to all.
+            top_k: Maximum number of documents to return. Defaults to all.
             return_documents: Whether to add each document under "text". Defaults to False.
-            method: "pairwise" asks Yes or No about each document; "listwise" asks for the best of all, in windows that
-                slide from the back to the front where there are more than ``window``, so it is best given documents in
-                the order of a first stage; "hybrid" asks for the best of the ``window`` documents that did best pairwise.
-            window: Most candidates of a list. Defaults to 10, as in the paper.
-            permutations: Orders in which each list is asked about, see :meth:`listwise_scores`. Defaults to 1.
+            method: "pairwise" asks Yes or No about each document; "listwise" asks for the best of all; "hybrid" asks
+                for the best of the ``window`` documents with the best pairwise scores. Defaults to "pairwise".
+            window: Maximum length of a list. A window slides from the back to the front over more documents, so they
+                should be in the order of a first stage. Defaults to 10, as in the paper.
+            permutations: Orders in which each list is shown, see :meth:`listwise_scores`. Defaults to 1.
             batch_size: Prompts per forward pass. Defaults to 32.
-            **kwargs: Passed to :meth:`CrossEncoder.rank` (pairwise only), for example ``prompt`` or ``pool``; except
-                ``activation_fn``, these are for its own way, which shares nothing between pairs.
+            **kwargs: Options of :meth:`CrossEncoder.rank` (pairwise only), for example ``prompt`` or ``pool``. Any but
+                ``activation_fn`` makes it compute every pair by itself.
 
         Returns:
             list[dict]: ``{"corpus_id": int, "score": float}``, best first. Scores are, pairwise, probabilities of Yes
@@ -298,54 +315,81 @@ class UniMEReranker(CrossEncoder):
             raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
         if not len(documents):
             return []
-        activation = kwargs.pop("activation_fn", None) or self.activation_fn
-        asked, *offered = to_offers([query, *documents])
-        apart = method == "pairwise" and (kwargs or not self._shares() or foreign([asked, *offered]) is not None)
-        if not apart:
-            refuse_foreign(asked, offered)
-            engine = self._engine()  # made before the cost is counted: it tries the model once
+        activation = cast(torch.nn.Module, kwargs.pop("activation_fn", None) or self.activation_fn)
+        parsed = parse_inputs([query, *documents])
+        whole_pairs = method == "pairwise" and (bool(kwargs) or not self._supports(parsed))
+        if not whole_pairs:
+            parsed.raise_for_invalid(["query", *(f"document {index}" for index in range(len(documents)))])
+            self.ranker()  # made before the cost is counted: it runs the model once
         if method != "pairwise":
-            self._check_lists()
-        with measured(self) as cost:
-            if apart:
+            self.check_lists()
+        if isinstance(parsed.errors[0], BadImageError):
+            raise parsed.errors[0]
+        with ForwardCounter(self) as count:
+            if whole_pairs:
                 options = {"activation_fn": activation, "batch_size": batch_size, **kwargs}
-                scores, reasons = self._rank_apart([query, *documents], [asked, *offered], options)
+                scores, reasons = self._rank_whole_pairs([query, *documents], parsed, options)
             else:
-                scores, reasons = engine.rank(
-                    cast(Item, asked), offered, method, window=window, permutations=permutations, batch_size=batch_size
-                )
-                if method == "pairwise":
-                    scores = cast(torch.nn.Module, activation)(torch.from_numpy(scores)).numpy()
-        logger.info("ranked %d documents, %s: %s", len(documents), method, cost)
-        ranking = ranked(scores, reasons)[:top_k]
+                scores, reasons = self._rank_items(parsed, method, window, permutations, batch_size)
+        if method == "pairwise" and not whole_pairs:
+            scores = activation(torch.from_numpy(np.nan_to_num(scores, nan=_LOWEST_LOG_ODDS))).numpy()
+        elif method != "pairwise":
+            scores = np.nan_to_num(scores)
+        logger.info("ranked %d documents, %s: %s", len(documents), method, count)
+        ranking = sort_by_score(range(len(documents)), scores, reasons, "document {}")[:top_k]
         for entry in ranking if return_documents else ():
             entry["text"] = documents[entry["corpus_id"]]
         return ranking
 
-    def _shares(self) -> bool:
-        """Whether this model says Yes or No, so that the engine can share what its pairs have in common."""
-        try:
-            self._engine()
-        except (TypeError, ValueError, AttributeError):
-            return False
-        return True
+    def _supports(self, parsed: ParsedInputs) -> bool:
+        """Return whether pairs can share prefixes: the model answers Yes or No, and the inputs are items."""
+        head = self[-1]
+        answers = isinstance(head, LogitScore) and head.false_token_id is not None
+        return answers and all(error is None or isinstance(error, BadImageError) for error in parsed.errors)
 
-    def _rank_apart(self, given: list[Any], offers: list[Offer], options: dict[str, Any]) -> Scored:
-        """Score each pair on its own, as sentence-transformers does; what cannot be read is left out."""
-        check_query(offers[0])
-        # With its image the item is shown, for which a URL has been fetched; else what was given, in its own form.
-        query, *documents = (
-            offer if isinstance(offer, Item) and offer.image is not None else value
-            for value, offer in zip(given, offers, strict=True)
+    def _rank_items(
+        self, parsed: ParsedInputs, method: Method, window: int, permutations: int, batch_size: int
+    ) -> PairScores:
+        """Score documents with the engine; those without an item get NaN and their error."""
+        query, *documents = parsed.items
+        assert query is not None
+        given = [index for index, document in enumerate(documents) if document is not None]
+        found = self.ranker().rank(
+            query,
+            [document for document in documents if document is not None],
+            method,
+            window=window,
+            permutations=permutations,
+            batch_size=batch_size,
+            names=[f"document {index}" for index in given],
         )
-        reasons = unreadable(offers[1:], decode=True)
-        readable = [index for index, reason in enumerate(reasons) if reason is None]
-        lowest = cast(torch.nn.Module, options["activation_fn"])(torch.tensor([UNREADABLE]))
-        scores = np.full(len(documents), float(lowest))
+        scores = np.full(len(documents), np.nan, dtype=found.scores.dtype)
+        scores[given] = found.scores
+        reasons = [error if isinstance(error, ValueError) else None for error in parsed.errors[1:]]
+        for index, reason in zip(given, found.reasons, strict=True):
+            reasons[index] = reason
+        return PairScores(scores, reasons)
+
+    def _rank_whole_pairs(self, given: list[Any], parsed: ParsedInputs, options: dict[str, Any]) -> PairScores:
+        """Score each pair by itself, as sentence-transformers does; what cannot be read is left out."""
+        reasons = [
+            error if isinstance(error, BadImageError) else None if item is None else image_error(item)
+            for item, error in zip(parsed.items, parsed.errors, strict=True)
+        ]
+        if reasons[0] is not None:
+            raise reasons[0]
+        # An image is passed as its item, for which a URL has been fetched; other inputs are passed as they were given.
+        query, *documents = (
+            value if item is None or item.image is None else item
+            for value, item in zip(given, parsed.items, strict=True)
+        )
+        readable = [index for index, reason in enumerate(reasons[1:]) if reason is None]
+        lowest = float(options["activation_fn"](torch.tensor([_LOWEST_LOG_ODDS])))
+        scores = np.full(len(documents), lowest)
         if readable:
-            found = super().rank(query, [documents[index] for index in readable], **options)
-            scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]  # type: ignore[index]
-        return scores, reasons
+            found = cast(Ranking, super().rank(query, [documents[index] for index in readable], **options))
+            scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]
+        return PairScores(scores, [*reasons[1:]])
 
 
 def _is_pair(row: Any) -> bool:

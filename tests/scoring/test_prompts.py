@@ -17,9 +17,9 @@ from unime_st.judging import (
     as_item,
     check_template,
     clean_text,
-    index_token_ids,
     load_template,
 )
+from unime_st.losses.list_answers import index_answers
 from unime_st.scoring.prompts import conversation
 
 QUERY = Item("<|image_1|>\nWhich is it?\n", tiny.png(0))
@@ -85,11 +85,13 @@ def test_no_single_token_lists_what_there_is(words: list[str], missing: str, nea
 
 def test_index_tokens():
     tokens = tiny.tokenizer()
-    assert tokens.convert_ids_to_tokens(index_token_ids(tokens, 9)) == list("123456789")
-    with pytest.raises(ValueError, match="at most 9 candidates"):
-        index_token_ids(tokens, 10)
+    written = [tokens.convert_ids_to_tokens(list(answer)) for answer in index_answers(tokens, 9)]
+    assert written == [[digit] for digit in "123456789"]
+    assert tokens.convert_ids_to_tokens(list(index_answers(tokens, 10)[0])) == ["1", ")"]  # 10 begins with 1, too
+    with pytest.raises(ValueError, match="At most 99 can"):
+        index_answers(tokens, 100)
     with pytest.raises(ValueError, match="at least 1"):
-        index_token_ids(tokens, 0)
+        index_answers(tokens, 0)
 
 
 LOSING = {
@@ -140,8 +142,8 @@ def test_a_template_in_a_file(tmp_path: Path):
 
 def test_as_item():
     assert as_item("a") == as_item({"text": "a", "image": None}) == as_item(Item("a"))
-    assert as_item(tiny.image(3)).modality == "image"
-    assert as_item({"text": "a", "image": tiny.image(3)}).modality == "image+text"
+    assert as_item(tiny.make_image(3)).modality == "image"
+    assert as_item({"text": "a", "image": tiny.make_image(3)}).modality == "image+text"
     for wrong in (3, {"txt": "a"}, None):
         with pytest.raises(TypeError, match="expected an Item"):
             as_item(wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A cheap judge first, the strong one where the cheap one hesitates."""
+"""Cascade of two judges: a cheap one for every pair, a strong one for the pairs the cheap one is unsure about."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from unime_st.files import digest
-from unime_st.judging.judge import Group, Judge, PairError, set_aside
+from unime_st.scoring.groups import Group, Judge, PairError, record_error
 
 
 class CascadeJudge:
-    """Ask a cheap judge about every pair and a strong one about those in between.
+    """Judges every pair with a cheap judge, and again with a strong one where the cheap one is unsure.
 
     Args:
         cheap: Judge of all pairs.
-        strong: Judge of the pairs in the band, whose scores replace the cheap ones.
-        band: Log-odds of the cheap judge from and up to which a pair goes on. Defaults to (-2, 2), P(Yes) from 0.12 to
-            0.88.
+        strong: Judge of the pairs in the band; its scores replace the cheap ones.
+        band: Lower and upper bound of the cheap judge's log-odds between which a pair is judged again. Defaults to
+            (-2, 2), P(Yes) from 0.12 to 0.88.
 
     Attributes:
-        asked, passed_on: Pairs seen by the cheap judge and by the strong one.
+        asked, passed_on: Number of pairs judged by the cheap judge and by the strong one.
 
     Raises:
         ValueError: If the band is empty.
@@ -47,7 +47,8 @@ class CascadeJudge:
 
         Args:
             groups: Queries with their candidates.
-            errors: Where given, pairs that cannot be judged are appended here and scored NaN; else they raise.
+            errors: List that collects the pairs that cannot be judged; their score is NaN. Defaults to None: the first
+                such pair raises.
 
         Returns:
             list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order.
@@ -56,16 +57,16 @@ class CascadeJudge:
             ValueError: If one of the judges cannot judge a pair and ``errors`` is None.
         """
         scores = self.cheap.score(groups, errors=errors)
-        # NaN, a pair set aside, is in no band.
+        # NaN, a pair that could not be judged, is in no band.
         inside = [np.flatnonzero((found >= self.band[0]) & (found <= self.band[1])) for found in scores]
         rows = [row for row, indices in enumerate(inside) if len(indices)]
         again = [Group(groups[row].query, [groups[row].candidates[index] for index in inside[row]]) for row in rows]
-        late: list[PairError] = []  # their places are not the caller's
+        late: list[PairError] = []  # with the indices of `again`, not the caller's
         for row, found in zip(rows, self.strong.score(again, errors=late), strict=True):
             scores[row][inside[row]] = found
         for error in late:
             row = rows[error.group]
-            set_aside(errors, row, int(inside[row][error.candidate]), ValueError(error.reason))
+            record_error(errors, row, int(inside[row][error.candidate]), ValueError(error.reason))
         self.asked += sum(map(len, scores))
         self.passed_on += sum(map(len, inside))
         return scores

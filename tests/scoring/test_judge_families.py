@@ -44,8 +44,8 @@ def pair_by_pair(judge: LocalJudge, groups: list[Group], *, backwards: bool = Fa
         scores = []
         for item in group.candidates:
             messages = conversation(group.query, [item])
-            options = {"image": judge.scorer._whole.options, "text": {"truncation": False}}
-            options["chat_template"] = {"chat_template": judge.scorer._whole.template}
+            options = {"image": judge.scorer.whole_prompts.image_options, "text": {"truncation": False}}
+            options["chat_template"] = {"chat_template": judge.scorer.whole_prompts.template}
             features = transformer.preprocess([messages[::-1] if backwards else messages], processing_kwargs=options)
             logits = transformer(batch_to_device(features, "cpu"))["causal_logits"][0, -1].float()
             scores.append(float(logits[head.true_token_id] - logits[head.false_token_id]))
@@ -84,7 +84,7 @@ def test_a_model_that_cannot_share_is_reported(tmp_path: Path, caplog: pytest.Lo
     model = load_cross_encoder(tiny.checkpoint(tmp_path), device="cpu")
     model[0].model.lm_head = Capped(model[0].model.lm_head)
     judge = LocalJudge(model, batch_size=3)
-    assert "no linear language-model head" in judge.scorer.obstacle and "on its own" in caplog.text
+    assert "no linear language-model head" in judge.scorer.obstacle and "by itself" in caplog.text
     assert difference(judge.score(GROUPS[:2]), pair_by_pair(judge, GROUPS[:2])) < 1e-4
 
 

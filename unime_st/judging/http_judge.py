@@ -1,4 +1,4 @@
-"""A judge that asks an OpenAI-compatible chat server, such as vLLM or SGLang."""
+"""HTTP judge: log-odds from an OpenAI-compatible chat server with log-probabilities, such as vLLM or SGLang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from unime_st.data import Item
-from unime_st.judging.judge import Group, PairError, set_aside
+from unime_st.scoring.groups import Group, PairError, record_error
 from unime_st.scoring.prompts import ANSWERS, PAIR_PROMPT, clean_text, prompt_hash
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class HttpJudge:
     difference of their logits as long as the server is told no temperature, as here. Requests go out query by query,
     so that the server's prefix cache computes the query once. Throttling (429), server errors (5xx), broken connections
     and stalls are tried again with growing pauses. Run through
-    :func:`~unime_st.judging.stage.judge_pools`, a run that gives up goes on where it was.
+    :func:`~unime_st.judging.judge_pools.judge_pools`, a run that gives up goes on where it was.
 
     Args:
         url: Address up to and including ``/v1``.
@@ -111,7 +111,7 @@ class HttpJudge:
             try:
                 for (row, column), answer in zip(indices, pool.map(self._outcome, pairs), strict=True):
                     if isinstance(answer, ValueError):
-                        set_aside(errors, row, column, answer)
+                        record_error(errors, row, column, answer)
                     else:
                         scores[row][column] = answer
             except BaseException:

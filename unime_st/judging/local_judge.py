@@ -1,0 +1,166 @@
+"""Local judge: log-odds of a model's Yes against its No, computed in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentence_transformers import CrossEncoder
+
+from unime_st.compat import hub_commit
+from unime_st.data import Item
+from unime_st.encoding import weights_fingerprint
+from unime_st.scoring.groups import Group, PairError
+from unime_st.scoring.loading import (
+    ImageTokens,
+    default_image_tokens,
+    generative_parts,
+    image_size_limits,
+    load_cross_encoder,
+)
+from unime_st.scoring.pair_scorer import PairScorer, score_pairs
+from unime_st.scoring.prompts import check_template, load_template, prompt_hash
+
+logger = logging.getLogger(__name__)
+
+
+class LocalJudge:
+    """Judges pairs with a generative vision-language model in this process.
+
+    The score is ``l_Yes - l_No``, the difference of the logits at the first answer position, in float32 and before any
+    temperature or repetition penalty; ``sigmoid(score)`` is the ``s`` of the paper.
+
+    Args:
+        model: Folder, hub repository or alias of a generative vision-language model or a saved reranker, or a loaded
+            ``CrossEncoder`` with a ``LogitScore`` module.
+        template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to the one a
+            saved reranker carries, else "official".
+        batch_size: Pairs per forward pass. Defaults to 32.
+        device: Such as "cuda:0". Defaults to the choice of sentence-transformers.
+        image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those of the template (4 to
+            300 for "official"), else to the limits of the model's own image processor.
+        cache_bytes: Upper bound of the memory for visual tokens of images seen before, in bytes. Defaults to 256 MiB.
+        max_text_tokens: Truncate the texts of items to this many tokens; truncations are counted in ``shortened`` and
+            logged. Defaults to None: nothing is truncated, and a prompt longer than the model takes is an error of its
+            pair.
+        model_kwargs: Passed to ``from_pretrained`` when a model is loaded, for example ``{"dtype": "bfloat16"}``.
+        name: Name of this judge in manifests. Defaults to the last part of the model's name.
+        show_progress_bar: Whether to show progress in pairs. Defaults to False.
+
+    Attributes:
+        name, revision, prompt_hash: See :class:`~unime_st.judging.Judge`; the revision is the hub's commit or a hash of
+            the weights.
+        shortened: Number of texts truncated so far, counted per call and item.
+
+    Raises:
+        ValueError: If the model is not generative, or the template drops a part of its input.
+
+    References:
+        UniME-V2 (https://arxiv.org/abs/2510.13515), "MLLM-as-a-Judge", the equation of the semantic matching score.
+
+    Example:
+        >>> from unime_st.judging import Group, LocalJudge
+        >>> judge = LocalJudge("unime-tiny", template="tiny")
+        >>> scores = judge.score([Group("a red square", ["a red square", "a blue circle"])])
+        >>> scores[0].shape, scores[0].dtype
+        ((2,), dtype('float32'))
+    """
+
+    def __init__(
+        self,
+        model: str | Path | CrossEncoder,
+        *,
+        template: str | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        image_tokens: ImageTokens | None = None,
+        cache_bytes: int = 256 * 2**20,
+        max_text_tokens: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        name: str | None = None,
+        show_progress_bar: bool = False,
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            name = name or Path(model).name
+            model = load_cross_encoder(
+                model, template=template, image_tokens=image_tokens, device=device, model_kwargs=model_kwargs
+            )
+        elif device is not None:
+            model.to(device)
+        self.model = model
+        transformer, answer_ids = generative_parts(self.model)
+        processor = transformer.processor
+        source = processor.chat_template if template is None else load_template(template)
+        check_template(processor, source)
+        size = image_size_limits(processor, image_tokens or default_image_tokens(processor, template))
+        options = {**transformer.processing_kwargs.get("image", {}), **({} if size is None else {"size": size})}
+        self.show_progress_bar = show_progress_bar
+        self.scorer = PairScorer(
+            transformer, source, answer_ids, image_options=options, batch_size=batch_size, cache_bytes=cache_bytes
+        )
+        self.name = name or Path(transformer.config.name_or_path or "model").name
+        self.revision = hub_commit(transformer.config) or weights_fingerprint(self.model)
+        tokenizer: Any = transformer.tokenizer
+        answers = tokenizer.convert_ids_to_tokens(answer_ids)
+        cut = [] if max_text_tokens is None else [max_text_tokens]
+        self.prompt_hash = prompt_hash(source, answers, sorted(options.items()), *cut)
+        self.max_text_tokens = max_text_tokens
+        self.shortened = 0
+
+    def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
+        """Score every candidate of every group; each distinct pair is judged once.
+
+        Args:
+            groups: Queries with their candidates.
+            errors: List that collects the pairs that cannot be judged (an unreadable image, a prompt longer than the
+                model takes); their score is NaN. Defaults to None: the first such pair raises.
+
+        Returns:
+            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order; empty for a group
+            without candidates.
+
+        Raises:
+            BadImageError: If an image cannot be read and ``errors`` is None; the message names group and candidate.
+            ValueError: If a prompt is longer than the model takes and ``errors`` is None.
+            FloatingPointError: If a logit is not finite.
+        """
+        found = score_pairs(
+            self.scorer,
+            [(group.query, group.candidates) for group in self._shorten(groups)],
+            raise_errors=errors is None,
+            description="Judging",
+            show_progress_bar=self.show_progress_bar,
+        )
+        if errors is not None:
+            errors += [
+                PairError(row, column, str(reason))
+                for row, scored in enumerate(found)
+                for column, reason in enumerate(scored.reasons)
+                if reason is not None
+            ]
+        return [scored.scores for scored in found]
+
+    def _shorten(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """Truncate long texts."""
+        limit, before = self.max_text_tokens, self.shortened
+        if limit is None:
+            return groups
+        tokenizer: Any = self.scorer.transformer.tokenizer
+
+        def cut(item: Item) -> Item:
+            if item.text is None or len(item.text.encode("utf-8", "replace")) < limit:  # a token has a byte at least
+                return item
+            ends = tokenizer(item.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            if len(ends) <= limit:
+                return item
+            self.shortened += 1
+            # A character may take several tokens; one that does not fit as a whole is dropped.
+            return Item(item.text[: min(ends[limit - 1][1], ends[limit][0])], item.image)
+
+        shorter = [Group(cut(group.query), [cut(candidate) for candidate in group.candidates]) for group in groups]
+        if self.shortened > before:
+            logger.warning("%s: %d texts truncated to %d tokens", self.name, self.shortened - before, limit)
+        return shorter
