@@ -20,7 +20,7 @@ ROOMS = (
     ("checkpoints",),
     ("registry", "model"),
     ("scoring",),
-    ("judging",),
+    ("judging", "selection"),
     ("reranking",),
     ("training",),
     ("stages",),
