@@ -1,4 +1,4 @@
-"""Embedding: SentenceTransformer.encode against the engine of this package, the same model and the same vectors.
+"""Encoding benchmark: `UniME.encode` beside `SentenceTransformer.encode`, same model and same vectors.
 
 python benchmarks/encode.py [--inputs 60 --throughput_images 24 --memory_images 5000 --texts 20000]
 python benchmarks/encode.py --device cuda --size 2b --inputs 600 --throughput_images 1024 --no_scaling --memory_images 0 --texts 0
@@ -30,9 +30,9 @@ STOCK, ENGINE = "SentenceTransformer.encode", "UniME.encode"
 
 
 def _pair(folder: Path | str, device: str) -> dict[str, SentenceTransformer]:
-    kind: dict[str, Any] = {"model_kwargs": {"dtype": torch.bfloat16}} if device == "cuda" else {}
-    kinds = {STOCK: SentenceTransformer, ENGINE: UniME}
-    return {label: made(str(folder), device=device, **kind) for label, made in kinds.items()}
+    options: dict[str, Any] = {"model_kwargs": {"dtype": torch.bfloat16}} if device == "cuda" else {}
+    classes = {STOCK: SentenceTransformer, ENGINE: UniME}
+    return {label: load(str(folder), device=device, **options) for label, load in classes.items()}
 
 
 def _speed(models: dict[str, SentenceTransformer], work: Path, chosen: Any) -> None:
@@ -43,23 +43,23 @@ def _speed(models: dict[str, SentenceTransformer], work: Path, chosen: Any) -> N
         runs = {label: partial(model.encode, rows) for label, model in models.items()}
         facts = {"inputs": chosen.inputs, "least_cosine": cosine, "size": chosen.size}
         result = harness.compare(name, runs, repeats=chosen.repeats, facts=facts)
-        _say(f"{name}: {chosen.inputs} inputs, least cosine {cosine:.7f}\n{harness.table(result)}")
+        _print(f"{name}: {chosen.inputs} inputs, least cosine {cosine:.7f}\n{harness.table(result)}")
 
 
 def _memory(work: Path, count: int) -> None:
-    """Peak memory above the loaded model, each variant in a process of its own."""
+    """Measure peak memory above the loaded model, each variant in its own process."""
     files = images(work / "memory", min(count, 200))
     links = work / "links"
     links.mkdir()
-    for number in range(count):  # other names, so they are not the same image to anybody
+    for number in range(count):  # different names, so that neither side can deduplicate them
         (links / f"{number}.jpg").symlink_to(files[number % len(files)])
     found = {}
     for name in (STOCK, ENGINE):
         command = [sys.executable, __file__, "--measure_memory", name, "--work", str(links)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
-        loaded, peak = map(float, told.split()[-2:])
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+        loaded, peak = map(float, output.split()[-2:])
         found[name] = {"loaded_mb": loaded, "peak_mb": peak, "above_mb": round(peak - loaded, 1)}
-    # A few images may fit into what loading left behind.
+    # A few images may fit into memory that loading has freed.
     ratio = {key: round(found[ENGINE][key] / max(found[STOCK][key], 1.0), 2) for key in ("peak_mb", "above_mb")}
     result = {"name": "encode_memory", "machine": harness.machine(), "images": count, "found": found, "ratio": ratio}
     lines = [f"{count} JPEG files given by path, unime-tiny", "", "| variant | loaded MB | peak MB | above MB |"]
@@ -68,7 +68,7 @@ def _memory(work: Path, count: int) -> None:
         f"| {name} | {v['loaded_mb']:.0f} | {v['peak_mb']:.0f} | {v['above_mb']:.0f} |" for name, v in found.items()
     ]
     harness.save(result, "\n".join(lines) + "\n")
-    _say("\n".join(lines) + f"\nengine / stock: {ratio}\n")
+    _print("\n".join(lines) + f"\nengine / stock: {ratio}\n")
 
 
 def _measure_memory(name: str, folder: Path) -> None:
@@ -77,11 +77,11 @@ def _measure_memory(name: str, folder: Path) -> None:
     model.encode(paths[:1])
     loaded = peak_resident() / 2**20
     model.encode(paths)
-    _say(f"{loaded:.1f} {peak_resident() / 2**20:.1f}\n")
+    _print(f"{loaded:.1f} {peak_resident() / 2**20:.1f}\n")
 
 
 def _overhead(count: int) -> None:
-    """Microseconds a text that the engine spends outside the forward pass, tokenising included."""
+    """Measure the microseconds per text that the engine spends outside the forward pass, tokenization included."""
     model, spent, started = UniME("unime-tiny", device="cpu"), [0.0], [0.0]
 
     def begin(*_: Any) -> None:
@@ -101,16 +101,16 @@ def _overhead(count: int) -> None:
         stages[str(size)] = round((time.perf_counter() - begun - spent[0]) / size * 1e6, 1)
     begun = time.perf_counter()
     model.tokenizer(texts, add_special_tokens=False)
-    tokenising = round((time.perf_counter() - begun) / count * 1e6, 1)
+    tokenizing = round((time.perf_counter() - begun) / count * 1e6, 1)
     result = {
         "name": "encode_overhead",
         "machine": harness.machine(),
         "microseconds": stages,
-        "tokenising": tokenising,
+        "tokenizing": tokenizing,
     }
-    told = f"microseconds a text beyond the forward pass: {stages}, of which the tokenizer alone: {tokenising}\n"
-    harness.save(result, told)
-    _say(told)
+    summary = f"microseconds per text outside the forward pass: {stages}, of which tokenizer: {tokenizing}\n"
+    harness.save(result, summary)
+    _print(summary)
 
 
 def _scaling(models: dict[str, SentenceTransformer], work: Path) -> None:
@@ -134,23 +134,33 @@ def _scaling(models: dict[str, SentenceTransformer], work: Path) -> None:
     harness.scaling("encode_scaling", axes)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + ("" if text.endswith("\n") else "\n"))
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmarks and print the results."""
     parser = harness.options(__doc__, repeats=3)
-    parser.add_argument("--size", choices=tuple(SIZES), default="mid", help="of the random Qwen2-VL")
-    parser.add_argument("--inputs", type=int, default=60, help="inputs of the mixed workload")
-    parser.add_argument("--throughput_images", type=int, default=24, help="images of the throughput, 0: none")
-    parser.add_argument("--batch_tokens", type=int, help="tokens of its batches; by default 2048, 16384 on a GPU")
-    parser.add_argument("--memory_images", type=int, default=5000, help="images of the memory measurement, 0: none")
-    parser.add_argument("--texts", type=int, default=20_000, help="short texts of the overhead measurement, 0: none")
-    parser.add_argument("--no_scaling", action="store_true", help="leave out the scaling plot")
-    parser.add_argument("--measure_memory", choices=(STOCK, ENGINE), help="one process of the memory measurement")
-    parser.add_argument("--work", type=Path, help="folder of --measure_memory")
+    parser.add_argument("--size", choices=tuple(SIZES), default="mid", help="size of the random Qwen2-VL")
+    parser.add_argument("--inputs", type=int, default=60, help="number of inputs of the mixed workload")
+    parser.add_argument(
+        "--throughput_images", type=int, default=24, help="number of images of the throughput benchmark; 0 skips it"
+    )
+    parser.add_argument(
+        "--batch_tokens", type=int, help="tokens per batch of the throughput benchmark; default 2048, on a GPU 16384"
+    )
+    parser.add_argument(
+        "--memory_images", type=int, default=5000, help="number of images of the memory benchmark; 0 skips it"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=20_000, help="number of texts of the overhead benchmark; 0 skips it"
+    )
+    parser.add_argument("--no_scaling", action="store_true", help="skip the scaling benchmark")
+    parser.add_argument(
+        "--measure_memory", choices=(STOCK, ENGINE), help="internal: measure one variant in this process"
+    )
+    parser.add_argument("--work", type=Path, help="internal: image folder of --measure_memory")
     chosen = parser.parse_args()
     if chosen.measure_memory:
         _measure_memory(chosen.measure_memory, chosen.work)
@@ -163,7 +173,7 @@ def main() -> None:
         if chosen.throughput_images:
             budget = chosen.batch_tokens or (16384 if chosen.device == "cuda" else 2048)
             sizes = {"count": chosen.throughput_images, "repeats": chosen.repeats, "budget": budget}
-            _say(throughput(models[ENGINE], work / "throughput", **sizes))
+            _print(throughput(models[ENGINE], work / "throughput", **sizes))
         if not chosen.no_scaling:
             _scaling(models, work)
         if chosen.memory_images:

@@ -1,4 +1,4 @@
-"""Side-by-side measurements: interleaved runs, medians and spread, machine and versions, JSON and a Markdown table."""
+"""Benchmark harness: interleaved runs, medians with spread, machine facts, results as JSON, Markdown and plots."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from typing import Any
 import torch
 
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
-"""Where measurements go: `benchmarks/results`, which holds those of record, or what BENCH_RESULTS names."""
+"""Output folder of results: ``benchmarks/results``, or the environment variable BENCH_RESULTS."""
 
 
 def options(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """Command line that all measurements share: device, repeats, folder of the results."""
+    """Argument parser with the options of all benchmarks: device and repeats."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each variant, after a warm-up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of the model")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="number of timed runs of each variant, after a warm-up"
+    )
     return parser
 
 
 def machine() -> dict[str, Any]:
-    """What ran the measurement, and when."""
+    """Date, hardware and package versions of a measurement."""
     processor = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -54,16 +56,16 @@ def _lines(path: str) -> list[str]:
 def compare(
     name: str, variants: dict[str, Callable[[], Any]], *, repeats: int = 5, facts: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Time variants in turn, the first being what the others are compared with.
+    """Time variants in interleaved runs; the first variant is the baseline.
 
     Args:
-        name: Stem of the files under ``benchmarks/results``.
-        variants: Label -> what to run once.
-        repeats: Timed runs of each variant, after one warm-up.
-        facts: What else belongs into the JSON: sizes of the workload, memory.
+        name: Stem of the files in :data:`RESULTS`.
+        variants: Maps a label to the function to time.
+        repeats: Number of timed runs of each variant, after one warm-up. Defaults to 5.
+        facts: Further entries of the JSON file, such as workload sizes. Defaults to None.
 
     Returns:
-        What was written: seconds of every run, medians, and the ratio of the first variant's median to each.
+        dict: The written result: seconds of every run, medians, and speed-ups over the baseline.
     """
     seconds: dict[str, list[float]] = {label: [] for label in variants}
     for repeat in range(repeats + 1):
@@ -90,36 +92,36 @@ def compare(
 
 
 def save(result: dict[str, Any], markdown: str) -> None:
-    """Write a measurement as JSON and Markdown under its name."""
+    """Write a result as JSON and Markdown."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
     (RESULTS / f"{result['name']}.md").write_text(markdown)
 
 
 def bars(result: dict[str, Any]) -> None:
-    """Draw medians with their spread, ``results/<name>.png``."""
-    index, figure = axes(result)
+    """Plot medians with their spread to ``results/<name>.png``."""
+    axis, figure = axes(result)
     labels = list(result["seconds"])
     medians = [result["median"][label] for label in labels]
     spread = [
         [middle - min(result["seconds"][label]) for label, middle in zip(labels, medians)],
         [max(result["seconds"][label]) - middle for label, middle in zip(labels, medians)],
     ]
-    index.barh(labels, medians, xerr=spread, capsize=4)
-    index.invert_yaxis()
-    index.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
+    axis.barh(labels, medians, xerr=spread, capsize=4)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds (median, whiskers: fastest and slowest run)")
     figure.savefig(RESULTS / f"{result['name']}.png", dpi=120)
 
 
 def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], Any]]]]) -> dict[str, Any]:
-    """Measure how cost grows.
+    """Measure how run time scales.
 
     Args:
-        name: Stem of the files under ``benchmarks/results``.
-        curves: Label of an axis with its points, such as "inputs: 100 200 400" -> what to run at a point, by variant.
+        name: Stem of the files in :data:`RESULTS`.
+        curves: Maps an axis with its points, such as "inputs: 100 200 400", to a function from a point to the variants.
 
     Returns:
-        What was written: seconds by axis, variant and point.
+        dict: The written result: seconds by axis, variant and point.
     """
     seconds: dict[str, dict[str, dict[str, float]]] = {}
     for axis, variants_at in curves.items():
@@ -133,19 +135,19 @@ def scaling(name: str, curves: dict[str, Callable[[int], dict[str, Callable[[], 
                 seconds.setdefault(axis.split(":")[0], {}).setdefault(label, {})[str(point)] = spent
     result = {"name": name, "machine": machine(), "seconds": seconds}
     save(result, _scaling_table(result))
-    indices, figure = axes(result, len(seconds))
-    for index, (axis, lines) in zip(indices if len(seconds) > 1 else [indices], seconds.items()):
+    subplots, figure = axes(result, len(seconds))
+    for subplot, (axis, lines) in zip(subplots if len(seconds) > 1 else [subplots], seconds.items()):
         for label, found in lines.items():
-            index.plot([int(point) for point in found], list(found.values()), marker="o", label=label)
-        index.set_xlabel(axis)
-        index.set_ylabel("seconds")
-        index.legend()
+            subplot.plot([int(point) for point in found], list(found.values()), marker="o", label=label)
+        subplot.set_xlabel(axis)
+        subplot.set_ylabel("seconds")
+        subplot.legend()
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
     return result
 
 
 def _scaling_table(result: dict[str, Any]) -> str:
-    lines = [where(result), "", "| against | variant | seconds at each point |", "|---|---|---|"]
+    lines = [where(result), "", "| axis | variant | seconds at each point |", "|---|---|---|"]
     for axis, variants in result["seconds"].items():
         for label, found in variants.items():
             lines.append(f"| {axis} | {label} | {', '.join(f'{x}: {y:.2f}' for x, y in found.items())} |")
@@ -153,20 +155,20 @@ def _scaling_table(result: dict[str, Any]) -> str:
 
 
 def axes(result: dict[str, Any], count: int = 1) -> tuple[Any, Any]:
-    """Empty axes, or an array of ``count``, and the figure that says what was measured where."""
+    """Create a figure with a title that names the benchmark and the machine, and ``count`` axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, indices = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
+    figure, subplots = pyplot.subplots(1, count, figsize=(6.4 * count, 3.6), layout="constrained")
     info = result["machine"]
     figure.suptitle(f"{result['name']}, {info['date']}, {info['processor']}", fontsize=9)
-    return indices, figure
+    return subplots, figure
 
 
 def where(result: dict[str, Any]) -> str:
-    """Date, device, machine and version in a line."""
+    """One line with date, device, machine and version."""
     info = result["machine"]
     device = "" if info["accelerator"] == "none" else f" {info['accelerator']},"
     machine = f"{info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}"
@@ -174,11 +176,11 @@ def where(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The measurement as Markdown."""
+    """Markdown table of a comparison."""
     lines = [
         where(result),
         "",
-        "| variant | median s | min - max s | times faster |",
+        "| variant | median s | min - max s | speed-up |",
         "|---|---|---|---|",
     ]
     for label, runs in result["seconds"].items():

@@ -1,4 +1,4 @@
-"""Exact search: faiss.IndexFlatIP and the bare matrix products against top_k, the same vectors and neighbours.
+"""Exact search benchmark: `top_k` beside faiss.IndexFlatIP and plain matrix products, on the same vectors.
 
 python benchmarks/retrieval.py [--device cuda] [--queries 4096 --corpus 100000 --dim 896 --k 50]
 """
@@ -18,17 +18,17 @@ from unime_st.memory import peak_resident
 from unime_st.retrieval import top_k
 
 FAISS, PRODUCTS, OURS = "faiss.IndexFlatIP", "matrix products alone", "top_k"
-BELOW, DEEP = "top_k below a ceiling (about rank 10)", "top_k below a ceiling (half are above)"
+BELOW, DEEP = "top_k with max_similarity (about rank 10)", "top_k with max_similarity (half are above)"
 QUERY_CHUNK, CORPUS_CHUNK = 1024, 8192  # the defaults of top_k
 
 
 def vectors(count: int, dim: int, seed: int) -> np.ndarray:
-    """Random unit vectors in float32, made in blocks.
+    """Random float32 unit vectors.
 
     Args:
-        count: How many.
-        dim: Width.
-        seed: Of the draw.
+        count: Number of vectors.
+        dim: Dimension.
+        seed: Random seed.
     """
     rng = np.random.default_rng(seed)
     found = np.empty((count, dim), dtype=np.float32)
@@ -39,7 +39,7 @@ def vectors(count: int, dim: int, seed: int) -> np.ndarray:
 
 
 def products(queries: np.ndarray, corpus: np.ndarray, device: str) -> None:
-    """All similarities, block by block, and nothing kept: by NumPy on a CPU, of vectors that are on the GPU already."""
+    """Compute all similarities block by block and discard them: with NumPy on a CPU, else with torch on the device."""
     left, right = (values if device == "cpu" else torch.from_numpy(values).to(device) for values in (queries, corpus))
     for start in range(0, len(queries), QUERY_CHUNK):
         for begin in range(0, len(corpus), CORPUS_CHUNK):
@@ -47,7 +47,7 @@ def products(queries: np.ndarray, corpus: np.ndarray, device: str) -> None:
 
 
 def speed(chosen: Any) -> None:
-    """Compare times, and the neighbours."""
+    """Compare times and check that the neighbors agree."""
     queries, corpus = vectors(chosen.queries, chosen.dim, 0), vectors(chosen.corpus, chosen.dim, 1)
     found: dict[str, np.ndarray] = {}
 
@@ -59,7 +59,7 @@ def speed(chosen: Any) -> None:
     def ours() -> None:
         found[OURS] = top_k(queries, corpus, chosen.k, device=chosen.device)[1]
 
-    # The similarity to the best of a tenth of the corpus: some ten of all are above it.
+    # The highest similarity within a tenth of the corpus: about ten vectors of the whole corpus exceed it.
     tenth = top_k(queries, corpus[: len(corpus) // 10], 1, device=chosen.device)[0][:, 0]
 
     def below(ceiling: np.ndarray) -> None:
@@ -74,19 +74,19 @@ def speed(chosen: Any) -> None:
     }
     shape = {"queries": chosen.queries, "corpus": chosen.corpus, "dim": chosen.dim, "k": chosen.k}
     result = harness.compare("retrieval", variants, repeats=chosen.repeats, facts=shape)
-    result["same_neighbours"] = float((found[FAISS] == found[OURS]).mean())
+    result["same_neighbors"] = float((found[FAISS] == found[OURS]).mean())
     ratios = {name: round(result["median"][name] / result["median"][PRODUCTS], 2) for name in (OURS, BELOW, DEEP)}
     result["times_the_products"] = ratios
-    told = (
+    summary = (
         f"\n{shape}: times the products: {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}; "
-        f"{result['same_neighbours']:.4%} of the places hold the neighbour that faiss names\n"
+        f"{result['same_neighbors']:.4%} of the neighbors agree with faiss\n"
     )
-    harness.save(result, harness.table(result) + told)
-    sys.stdout.write(harness.table(result) + told)
+    harness.save(result, harness.table(result) + summary)
+    sys.stdout.write(harness.table(result) + summary)
 
 
 def memory(chosen: Any) -> None:
-    """Peak memory above what the vectors take, against the number of queries; a process for each."""
+    """Measure peak memory above the vectors for several numbers of queries, each in its own process."""
     lines = ["| queries | MB above the vectors |", "|---|---|"]
     above = {}
     for count in (chosen.queries // 4, chosen.queries // 2, chosen.queries):
@@ -99,22 +99,22 @@ def memory(chosen: Any) -> None:
 
 
 def measure_memory(chosen: Any) -> None:
-    """Print by how much a search raises this process's peak memory."""
+    """Print by how much a search raises the peak memory of this process."""
     queries, corpus = vectors(chosen.queries, chosen.dim, 0), vectors(chosen.corpus, chosen.dim, 1)
-    top_k(queries[:8], corpus[:256], chosen.k, device=chosen.device)  # what libraries allocate once
+    top_k(queries[:8], corpus[:256], chosen.k, device=chosen.device)  # warm-up for one-time allocations
     before = peak_resident() / 2**20
     top_k(queries, corpus, chosen.k, device=chosen.device)
     sys.stdout.write(f"{peak_resident() / 2**20 - before:.1f}\n")
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmarks and print the results."""
     parser = harness.options(__doc__, repeats=3)
-    parser.add_argument("--queries", type=int, default=4096, help="query vectors")
-    parser.add_argument("--corpus", type=int, default=100_000, help="corpus vectors")
-    parser.add_argument("--dim", type=int, default=896, help="width of the vectors")
-    parser.add_argument("--k", type=int, default=50, help="neighbours of each query")
-    parser.add_argument("--measure_memory", action="store_true", help="one process of the memory measurement")
+    parser.add_argument("--queries", type=int, default=4096, help="number of query vectors")
+    parser.add_argument("--corpus", type=int, default=100_000, help="number of corpus vectors")
+    parser.add_argument("--dim", type=int, default=896, help="dimension of the vectors")
+    parser.add_argument("--k", type=int, default=50, help="number of neighbors per query")
+    parser.add_argument("--measure_memory", action="store_true", help="internal: measure memory in this process")
     chosen = parser.parse_args()
     if chosen.measure_memory:
         measure_memory(chosen)

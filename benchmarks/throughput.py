@@ -1,4 +1,4 @@
-"""Images a second with and without decoding, the share of the device's matrix rate, and where the time goes."""
+"""Throughput benchmark: images per second, share of the peak matmul FLOPS, and time by stage."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from unime_st.encoding import TokenCounter, encode_items, pack
 
 
 def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats: int, budget: int) -> str:
-    """Measure the engine on JPEG files, and the bare forward passes on the same images prepared beforehand.
+    """Measure the engine on JPEG files, and the forward passes alone on preprocessed images.
 
     Args:
-        model: The embedder.
-        folder: Where images are written.
-        count: How many images; each becomes about 336 x 336 pixels.
-        repeats: Timed runs, after one warm-up.
-        budget: Tokens of a batch.
+        model: The embedding model.
+        folder: Output folder for the images.
+        count: Number of images; each becomes about 336 x 336 pixels.
+        repeats: Number of timed runs after one warm-up.
+        budget: Tokens per batch.
 
     Returns:
-        The table that was written: images a second, share of the matrix rate, milliseconds an image by stage.
+        str: Markdown table with images per second, share of the peak FLOPS and milliseconds per image by stage.
     """
     paths = images(folder, count, shortest=336, longest=500)
     rows = [{"image": path} for path in paths]
@@ -38,26 +38,26 @@ def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats:
     ready = [_prepared(model, [rows[index] for index in batch]) for batch in batches]
     with FlopCounterMode(display=False) as counter:
         _forward(model, ready)
-    work = counter.get_total_flops()
+    flops = counter.get_total_flops()
     with_decoding = _median(lambda: encode_items(model, rows, token_budget=budget), repeats)
     without = _median(lambda: _forward(model, ready), repeats)
-    rate = matrix_rate(model.device)
+    peak = peak_matmul_flops(model.device)
     result = {
         "name": "encode_throughput",
         "machine": harness.machine(),
         "images": count,
-        "tokens_a_batch": budget,
-        "gflop_a_image": round(work / count / 1e9, 1),
-        "matrix_tflops": round(rate / 1e12, 2),
+        "tokens_per_batch": budget,
+        "gflop_per_image": round(flops / count / 1e9, 1),
+        "peak_matmul_tflops": round(peak / 1e12, 2),
         "images_per_second": {
             "with decoding": round(count / with_decoding, 1),
             "without decoding": round(count / without, 1),
         },
-        "share_of_matrix_rate": {
-            "with decoding": round(work / with_decoding / rate, 3),
-            "without decoding": round(work / without / rate, 3),
+        "share_of_peak": {
+            "with decoding": round(flops / with_decoding / peak, 3),
+            "without decoding": round(flops / without / peak, 3),
         },
-        "milliseconds_a_image": _stages(model, rows, ready, without / count * 1e3),
+        "milliseconds_per_image": _stages(model, rows, ready, without / count * 1e3),
         "operations": _operations(model, ready),
     }
     table = _table(result)
@@ -91,11 +91,11 @@ def _median(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def matrix_rate(device: torch.device) -> float:
-    """Floating-point operations a second of a large product: bfloat16 on a GPU, float32 on a CPU.
+def peak_matmul_flops(device: torch.device) -> float:
+    """Measure the FLOPS of a large matrix product: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
-        device: Where.
+        device: The device.
     """
     side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left = torch.randn(side, side, device=device, dtype=kind)
@@ -111,7 +111,7 @@ def matrix_rate(device: torch.device) -> float:
 def _stages(
     model: SentenceTransformer, rows: list[dict[str, str]], ready: list[dict[str, Any]], forward: float
 ) -> dict[str, float]:
-    """Each stage by itself, one after another in one thread."""
+    """Milliseconds per image of each stage alone, in one thread."""
     decoded = [{"image": Image.open(row["image"]).convert("RGB")} for row in rows]
     vision: Any = getattr(model[0].model, "visual", None)
     spent = {
@@ -134,7 +134,7 @@ def _vision(tower: Any, ready: list[dict[str, Any]]) -> None:
 
 
 def _operations(model: SentenceTransformer, ready: list[dict[str, Any]], most: int = 8) -> dict[str, float]:
-    """Share of the forward passes by operation."""
+    """Share of the forward time by operation."""
     on_gpu = model.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         _forward(model, ready[:4])
@@ -145,17 +145,17 @@ def _operations(model: SentenceTransformer, ready: list[dict[str, Any]], most: i
 
 
 def _table(result: dict[str, Any]) -> str:
-    speed, share = result["images_per_second"], result["share_of_matrix_rate"]
+    speed, share = result["images_per_second"], result["share_of_peak"]
     lines = [
-        f"{harness.where(result)}; {result['images']} JPEG files, {result['gflop_a_image']} GFLOP each, "
-        f"{result['matrix_tflops']} TFLOP/s in a large product",
+        f"{harness.where(result)}; {result['images']} JPEG files, {result['gflop_per_image']} GFLOP each, "
+        f"{result['peak_matmul_tflops']} TFLOP/s in a large matrix product",
         "",
-        "| | images/s | share of the matrix rate |",
+        "| | images/s | share of peak FLOPS |",
         "|---|---|---|",
     ]
     lines += [f"| {name} | {speed[name]} | {share[name]:.1%} |" for name in speed]
-    lines += ["", "| stage, by itself in one thread | ms an image |", "|---|---|"]
-    lines += [f"| {name} | {spent} |" for name, spent in result["milliseconds_a_image"].items()]
-    lines += ["", "| operation | share of the forward passes |", "|---|---|"]
+    lines += ["", "| stage, alone in one thread | ms per image |", "|---|---|"]
+    lines += [f"| {name} | {spent} |" for name, spent in result["milliseconds_per_image"].items()]
+    lines += ["", "| operation | share of forward time |", "|---|---|"]
     lines += [f"| `{name}` | {share:.1%} |" for name, share in result["operations"].items()]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Random models and mixed inputs for measurements; everything is made here, nothing is downloaded."""
+"""Benchmark workloads: random models and synthetic inputs, without downloads."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SIZES = {
 
 
 def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336, device: str = "cpu") -> Path:
-    """Write a random Qwen2-VL embedder, with the processor and chat template of the embedded default.
+    """Write a random Qwen2-VL embedding model with the processor and chat template of ``unime-tiny``.
 
     Args:
-        folder: Where to.
-        size: Row of :data:`SIZES`.
-        pixels: Most pixels of an image after the image processor.
-        device: Where weights are made; bfloat16 on CUDA.
+        folder: Output folder.
+        size: Key of :data:`SIZES`. Defaults to "mid".
+        pixels: Maximum number of pixels of a processed image. Defaults to 336 x 336.
+        device: Device on which weights are drawn; bfloat16 on CUDA. Defaults to "cpu".
     """
     tiny = SentenceTransformer("unime-tiny", device="cpu")
     processor, config = tiny.processor, tiny.config
@@ -68,12 +68,12 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
 
 
 def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
-    """Write a random generative Qwen2.5-VL with the processor of the embedded default.
+    """Write a random generative Qwen2.5-VL with the processor of ``unime-tiny``.
 
     Args:
-        folder: Where to.
-        size: Row of the workloads' sizes.
-        device: Where weights are made; bfloat16 on CUDA.
+        folder: Output folder.
+        size: Key of :data:`SIZES`.
+        device: Device on which weights are drawn; bfloat16 on CUDA.
     """
     tiny = UniMEReranker("unime-tiny", template="tiny", device="cpu")[0]
     processor, vision_config = tiny.processor, tiny.model.config.vision_config
@@ -107,13 +107,13 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
 
 
 def images(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600) -> list[str]:
-    """Write JPEG files of smooth noise, about as large as photographs of their size.
+    """Write JPEG files of smooth noise, with file sizes similar to photographs.
 
     Args:
-        folder: Where to.
-        count: How many.
-        shortest: Least side in pixels.
-        longest: Greatest side in pixels.
+        folder: Output folder.
+        count: Number of files.
+        shortest: Minimum side in pixels. Defaults to 200.
+        longest: Maximum side in pixels. Defaults to 1600.
     """
     rng, paths = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,24 +126,24 @@ def images(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600
 
 
 def sentences(count: int, *, least: int = 5, most: int = 400) -> list[str]:
-    """Random words.
+    """Generate texts of random words.
 
     Args:
-        count: How many texts.
-        least: Fewest words.
-        most: Most words.
+        count: Number of texts.
+        least: Minimum number of words. Defaults to 5.
+        most: Maximum number of words. Defaults to 400.
     """
     words, rng = "a red blue circle square above the of left large small and".split(), random.Random(0)
     return [f"{number} " + " ".join(rng.choices(words, k=rng.randint(least, most))) for number in range(count)]
 
 
 def mixed(folder: Path, count: int, *, repeats: float) -> list[Any]:
-    """A third images, a third texts, a third both, in random order.
+    """Generate a mixed workload in random order: a third images, a third texts, a third image with text.
 
     Args:
-        folder: Where images are written.
-        count: How many inputs.
-        repeats: Share of inputs that occurred before.
+        folder: Output folder for the images.
+        count: Number of inputs.
+        repeats: Fraction of inputs that are duplicates.
     """
     rng = random.Random(1)
     fresh = max(3, round(count * (1 - repeats)))

@@ -1,3 +1,5 @@
+"""Image references: decoding, orientation, transparency, size limits, corrupt files."""
+
 from __future__ import annotations
 
 import io
@@ -41,7 +43,7 @@ def test_palette_with_and_without_transparency():
     assert np.asarray(opened(palette, transparency=0)).tolist() == [[[255, 255, 255], [200, 100, 50]]]
 
 
-def test_transparent_colour_of_rgb_and_grey():
+def test_transparent_color_of_rgb_and_grayscale():
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (9, 9, 9))
     assert np.asarray(opened(image, transparency=(1, 2, 3))).tolist() == [[[255, 255, 255], [9, 9, 9]]]
@@ -49,13 +51,13 @@ def test_transparent_colour_of_rgb_and_grey():
 
 
 @pytest.mark.parametrize("value, expected", [(0, 0), (257 * 128, 128), (65535, 255)])
-def test_sixteen_bit_grey_is_scaled(value: int, expected: int):
+def test_sixteen_bit_grayscale_is_scaled(value: int, expected: int):
     deep = Image.fromarray(np.full((2, 2), value, dtype=np.uint16))
     assert opened(deep).getpixel((0, 0)) == (expected,) * 3
     assert opened(deep, "TIFF").getpixel((0, 0)) == (expected,) * 3
 
 
-def test_float_grey_is_scaled():
+def test_float_grayscale_is_scaled():
     assert opened(Image.new("F", (1, 1), 0.5), "TIFF").getpixel((0, 0)) == (128, 128, 128)
 
 
@@ -78,7 +80,7 @@ def test_garbled_exif_does_not_spoil_the_image():
 
 
 def test_animation_gives_its_first_frame():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     for kind in ("GIF", "PNG", "WEBP"):
         red, green, blue = opened(frames[0], kind, save_all=True, append_images=frames[1:]).getpixel((0, 0))
         assert red > 240 and green < 15 and blue < 15

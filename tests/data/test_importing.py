@@ -1,3 +1,5 @@
+"""Import of own data: formats, pair specifications, rejected rows."""
+
 from __future__ import annotations
 
 import io
@@ -21,8 +23,8 @@ ODD_MODES = ("RGB", "RGBA", "P", "L", "LA", "1", "I;16", "CMYK")
 
 
 def encoded(seed: int, mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> bytes:
-    grey = np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    gray = np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8)
+    image = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(gray).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     return buffer.getvalue()

@@ -1,3 +1,5 @@
+"""Items: identity by content, modality, invalid arguments."""
+
 from __future__ import annotations
 
 import copy

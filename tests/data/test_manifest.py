@@ -1,3 +1,5 @@
+"""Stage manifests: plan, resume, conflict, overwrite."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The layout of TIGER-Lab/MMEB-train, written here as its authors publish it."""
+"""Import of TIGER-Lab/MMEB-train, from a copy with the published layout."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Record folders: round trip, shards, relative image paths, workers."""
+
 from __future__ import annotations
 
 import json

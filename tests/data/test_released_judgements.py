@@ -1,3 +1,5 @@
+"""Released UniME-V2 files: lossless import and export, streaming of JSON lists."""
+
 from __future__ import annotations
 
 import json

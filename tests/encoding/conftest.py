@@ -1,4 +1,4 @@
-"""Tiny models of every family, as folders that the converter made."""
+"""Fixtures: tiny models of every family, as converted folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that cannot be used, servers that hang, memory that runs out."""
+"""Invalid inputs, unresponsive servers and out-of-memory errors in the encoding engine."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def noise(width: int = 90, height: int = 60) -> Image.Image:
 
 
 def bomb() -> bytes:
-    """A PNG of a few hundred kilobytes that says it has 400 million pixels."""
+    """A small PNG file with 400 million pixels."""
     return encoded(Image.new("1", (20_000, 20_000)))
 
 
-def test_good_and_bad_images_together():
+def test_valid_and_corrupt_images_together():
     turned = Image.Exif()
     turned[0x0112] = 6
     frames = [noise(), noise().rotate(90)]
@@ -70,7 +70,7 @@ def test_good_and_bad_images_together():
         encode_items(tiny_embedder(), items[: len(good) + 1])
 
 
-def test_an_input_that_the_processor_refuses_is_found_in_its_batch():
+def test_invalid_input_is_located_in_its_batch():
     rows = ["fine", {"image": noise(), "text": "<|image_pad|> one too many"}, {"image": noise(), "text": "fine"}]
     vectors, mask = encode_items(tiny_embedder(), rows, on_error="skip")
     assert mask.tolist() == [True, False, True] and np.isfinite(vectors[mask]).all()
@@ -81,8 +81,8 @@ def test_an_input_that_the_processor_refuses_is_found_in_its_batch():
     assert np.isfinite(encode_items(tiny_embedder(), ["", "a"])).all()
 
 
-def test_hostile_images_that_the_processor_opens(tmp_path: Path):
-    """Given by path or as a Pillow image, where the decoder of another library meets them."""
+def test_corrupt_images_by_path(tmp_path: Path):
+    """Images given by path or as Pillow images, which the decoder of the processor opens."""
     (tmp_path / "truncated.jpg").write_bytes(encoded(noise(600, 400), "JPEG")[:9000])
     (tmp_path / "bomb.png").write_bytes(bomb())
     uri = "data:image/png;base64," + base64.b64encode(encoded(Image.new("1", (12_000, 8_000)))).decode()
@@ -99,7 +99,7 @@ def test_hostile_images_that_the_processor_opens(tmp_path: Path):
             encode_items(tiny_embedder(), ["fine", row, "too"])
 
 
-def test_texts_that_are_no_unicode():
+def test_invalid_unicode():
     rows = ["fine", "half \ud800", {"text": "\udfff"}, {"image": noise(), "text": "half \ud800"}, "half \ud800", "too"]
     vectors, mask = encode_items(tiny_embedder(), rows * 30, on_error="skip")
     assert mask.tolist() == [True, False, False, False, False, True] * 30 and np.isfinite(vectors[mask]).all()
@@ -116,7 +116,7 @@ def test_one_image_in_every_form(tmp_path: Path):
     np.testing.assert_allclose(vectors, np.tile(vectors[:1], (len(forms), 1)), atol=1e-5)
 
 
-def test_what_is_no_stream_and_no_number():
+def test_single_inputs_and_invalid_options():
     for single in ("a text", {"text": "a text"}, Item("a text"), noise(), b"a text"):
         with pytest.raises(TypeError, match="a list or an iterator of inputs, got a single"):
             encode_items(tiny_embedder(), single)
@@ -165,7 +165,7 @@ def site() -> Iterator[str]:
         server.shutdown()
 
 
-def test_urls_and_time_out(site: str):
+def test_url_time_limit(site: str):
     assert fetch_image(f"{site}/good.png").size == (90, 60)
     for name in ("silent", "drip"):
         started = time.monotonic()
@@ -195,8 +195,8 @@ def test_same_content_same_key(tmp_path: Path):
     assert content_key({"a": object()}) != content_key({"a": object()})
 
 
-def test_memory_that_runs_out_halves_the_budget(caplog: pytest.LogCaptureFixture):
-    """No device here runs out reliably, so a hook refuses batches as a small one would."""
+def test_out_of_memory_halves_the_budget(caplog: pytest.LogCaptureFixture):
+    """A hook raises the out-of-memory error, since no device here runs out reliably."""
     model = UniME(modules=list(tiny_embedder().children()), device="cpu")
     rows = [{"image": noise(30 * (1 + number % 4), 60), "text": str(number)} for number in range(12)]
     expected, sizes = model.encode(rows), []

@@ -1,4 +1,4 @@
-"""Few tokens do not mean little memory: batches are cut by the pixels that decoding makes, too."""
+"""Pixel budget: batches are limited by decoded pixels as well as by tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SIZES = [(1600, 1200), (400, 300), (1200, 1600), (3000, 3000), (640, 480), (1600
 
 
 def photographs(folder: Path) -> list[str]:
-    """Three images of every size; after the image processor all are sixteen tokens or fewer."""
+    """Two images of every size, each at most sixteen tokens after the image processor."""
     rng, paths = np.random.default_rng(0), []
-    for number in range(3 * len(SIZES)):
+    for number in range(2 * len(SIZES)):
         grain = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
         paths.append(str(folder / f"{number}.jpg"))
         Image.fromarray(grain).resize(SIZES[number % len(SIZES)], Image.Resampling.BICUBIC).save(paths[-1])

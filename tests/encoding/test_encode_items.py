@@ -1,3 +1,5 @@
+"""`encode_items` and `encode_to_shards`: options, errors, resumption."""
+
 from __future__ import annotations
 
 import json

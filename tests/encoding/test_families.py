@@ -1,4 +1,4 @@
-"""`UniME.encode` against the plain class, one input at a time, for every family."""
+"""`UniME.encode` equals `SentenceTransformer.encode` with a batch size of one, for every model family."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _plain(model: SentenceTransformer) -> SentenceTransformer:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_vectors_are_those_of_one_input_at_a_time(embedder: Get, name: str):
+def test_vectors_equal_those_of_single_inputs(embedder: Get, name: str):
     model, rows = embedder(name), inputs()
     expected = one_by_one(model, rows)
     for options in ({}, {"token_budget": 300, "workers": 3}):
@@ -66,10 +66,10 @@ def test_vectors_are_those_of_one_input_at_a_time(embedder: Get, name: str):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("prompt", [None, "Find: "])
-def test_texts_are_tokenised_as_the_model_does(embedder: Get, name: str, prompt: str | None):
+def test_text_fast_path_equals_preprocess(embedder: Get, name: str, prompt: str | None):
     model = embedder(name)
     path = TextFastPath(model, prompt)
-    assert path.usable, "else texts of a released family take the long way"
+    assert path.usable, "the fast path must support the released families"
     some = ["x", "é ☃", "two\nlines", "end. ", "{{ messages }}", "word " * 90]
     rows = path.tokens(some)
     assert all(row is not None for row in rows)
@@ -81,7 +81,7 @@ def test_texts_are_tokenised_as_the_model_does(embedder: Get, name: str, prompt:
     assert path.tokens([f"a {special} b", "<|image_1|> what", "word " * 3000]) == [None] * 3
 
 
-def test_a_template_that_changes_texts_takes_the_long_way(embedder: Get):
+def test_text_fast_path_is_off_for_templates_that_change_texts(embedder: Get):
     model = embedder("qwen2-vl")
     template = model.processor.chat_template
     try:
@@ -134,6 +134,7 @@ def test_prompts_by_name_queries_and_documents(embedder: Get):
     assert model.encode(np.array(["one", "two"])).shape == (2, 32)
 
 
+@pytest.mark.slow
 def test_items_and_pool_of_processes(embedder: Get):
     model = embedder("unime-v2")
     rows = [*inputs()[66:72], Item("an item"), Item("an item"), Item("both", make_image(5))]
@@ -142,8 +143,8 @@ def test_items_and_pool_of_processes(embedder: Get):
     np.testing.assert_allclose(model.encode(rows, device=["cpu"], chunk_size=3), expected, atol=2e-5)
 
 
-def test_threads_do_not_disturb_each_other(embedder: Get):
-    """A fast tokenizer keeps padding and truncation in itself."""
+def test_threads_do_not_interfere(embedder: Get):
+    """A fast tokenizer stores padding and truncation as state."""
     model = embedder("unime-v2-2b")
     rows = [{"image": make_image(number), "text": "word " * (number % 11)} for number in range(24)]
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""A batch as one row without padding: the same vectors for every family."""
+"""Packed batches give the same vectors as padded ones, for every model family."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def one_by_one(model: SentenceTransformer) -> np.ndarray:
 
 
 def embedded(model: SentenceTransformer, **how: Any) -> tuple[np.ndarray, list[list[int]]]:
-    """Vectors, and the lengths of the rows in every forward pass."""
+    """Vectors, and the sequence lengths in every forward pass."""
     sequences: list[list[int]] = []
 
     def seen(module: torch.nn.Module, given: tuple[dict[str, Any]]) -> None:
@@ -73,7 +73,7 @@ def row_by_row(
     attention_mask: torch.Tensor | None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What the kernels of flash attention do with what transformers gives them."""
+    """Reference implementation of variable-length attention with the arguments that transformers passes."""
     assert attention_mask is None
     starts, length = given.get("cu_seq_lens_q"), query.shape[2]
     if starts is None and (positions := given.get("position_ids")) is not None and len(query) == 1:
@@ -94,7 +94,7 @@ def row_by_row(
 
 @pytest.fixture
 def flash() -> Iterator[str]:
-    """Attention for sequences of any length, on the CPU; flash attention itself needs a GPU."""
+    """Name of a registered CPU implementation of variable-length attention; flash attention needs a GPU."""
     name = "flash_attention_by_rows"
     AttentionInterface.register(name, row_by_row)
     AttentionMaskInterface.register(name, flash_attention_mask)

@@ -1,3 +1,5 @@
+"""Token counts before decoding, and batching by length and pixels."""
+
 from __future__ import annotations
 
 import io

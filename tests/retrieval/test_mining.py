@@ -1,3 +1,5 @@
+"""Mining of hard-negative candidates: pools, limits, resumption, shared vectors."""
+
 from __future__ import annotations
 
 import json

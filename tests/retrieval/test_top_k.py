@@ -1,3 +1,5 @@
+"""`top_k` equals a float64 brute-force search."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The drawn scenes: what they claim is true, splits are disjoint, false negatives are real."""
+"""Synthetic scenes: captions are true, splits are disjoint, false negatives exist."""
 
 from __future__ import annotations
 
