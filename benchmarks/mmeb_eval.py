@@ -151,8 +151,8 @@ def measure(side: str) -> dict[str, Any]:
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
     from sentence_transformers import SentenceTransformer
 
-    from mteb_tasks.description import model_meta
     from mteb_tasks.loader import UniMELoader
+    from mteb_tasks.metadata import model_meta
     from mteb_tasks.mmeb.tasks import mmeb_tasks
     from unime_st import UniME
     from unime_st.memory import peak_resident, resident

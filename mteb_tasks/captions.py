@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mteb_tasks.local_data import (
-    FOLDER_VARIABLE,
-    below,
+    EVAL_FOLDER_VARIABLE,
     evaluation_folder,
+    folder_digest,
     image_fault,
-    localised,
     read_json,
-    state,
-    version,
+    resolve_within,
+    stat_signature,
+    with_digest,
 )
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
@@ -92,7 +92,7 @@ def _extracted(files: Sequence[Path]) -> Path:
     """Write the images of parquet files to a folder of the cache, once, and return it."""
     from unime_st.paths import home
 
-    states = [(str(file.resolve()), version(file.stat())) for file in files]
+    states = [(str(file.resolve()), stat_signature(file.stat())) for file in files]
 
     def write_images(folder: Path) -> None:
         for number, (where, image) in enumerate(_values(files, "image")):
@@ -151,7 +151,7 @@ def read_sharegpt4v(folder: Path) -> Iterator[Captioned]:
             name, caption = record["image"], record["conversations"][1]["value"].replace("\n", " ")
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{found[0]}: record {number} has no image or no second turn ({error!r})") from error
-        image = below(folder, name) or below(folder / "data", name)
+        image = resolve_within(folder, name) or resolve_within(folder / "data", name)
         if image is None:
             raise FileNotFoundError(f"{found[0]}: record {number} names {name}, which is not in {folder}")
         if not caption.strip():
@@ -173,12 +173,12 @@ class CaptionRetrieval(ItemRetrievalTask):
     to_image: ClassVar[bool]
 
     def __init__(self, **kwargs: Any) -> None:
-        if os.environ.get(FOLDER_VARIABLE):
+        if os.environ.get(EVAL_FOLDER_VARIABLE):
             try:
-                revision = state(evaluation_folder(*self.folder_names))
+                revision = folder_digest(evaluation_folder(*self.folder_names))
             except FileNotFoundError:
                 revision = "missing"  # said aloud when the data are needed
-            self.metadata = localised(self.metadata, revision)
+            self.metadata = with_digest(self.metadata, revision)
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:

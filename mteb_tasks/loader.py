@@ -16,9 +16,9 @@ from mteb.models.search_wrappers import SearchEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import OFFICIAL_TEXT, Setting, has_encoded_items, iter_items, setting_of
-from mteb_tasks.description import model_meta
+from mteb_tasks.embedding_estimate import estimate_embedding
 from mteb_tasks.embedding_store import EmbeddingStore, NewEmbeddings
-from mteb_tasks.forecast import forecast
+from mteb_tasks.metadata import model_meta
 from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ranking import rank_candidates, tie_order
 from mteb_tasks.ruled_images import RuledItem, prescribed_model
@@ -173,7 +173,7 @@ class UniMELoader:
                 if new.awaits(key):
                     yield item
 
-    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> int | None:
+    def log_estimate(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> int | None:
         """Log what embedding some tables will take: items, distinct items, tokens and time.
 
         Args:
@@ -191,7 +191,7 @@ class UniMELoader:
             return None
         before = len(self.store)
         setting = self._usable(setting_of(tables[0]))
-        expected = forecast(
+        expected = estimate_embedding(
             self._prescribed(setting),
             tables,
             lambda item: _store_key(self._readable(item), setting) in self.store,
@@ -305,7 +305,7 @@ class UniMELoader:
             parts = []
             for _, group in groupby([queries, corpus], key=setting_of):
                 tables = list(group)
-                new = self.announce(task_metadata.name, tables, **encode_kwargs)
+                new = self.log_estimate(task_metadata.name, tables, **encode_kwargs)
                 parts.append(self._embed_tables(tables, total=new, **encode_kwargs))
         except BadImageError as error:
             # It names an item by its place among the new ones of a window, which nobody can look up.

@@ -13,11 +13,11 @@ from PIL import Image
 from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError, ImageRef
 from unime_st.files import digest
 
-FOLDER_VARIABLE = "UNIME_EVAL_DIR"
-LOCAL = "local-"
+EVAL_FOLDER_VARIABLE = "UNIME_EVAL_DIR"
+LOCAL_PREFIX = "local-"
 """What the revision of data in a folder of the user's begins with."""
-Version = tuple[int, int, int]
-"""From `version`."""
+StatSignature = tuple[int, int, int]
+"""From `stat_signature`."""
 
 
 def evaluation_folder(*names: str) -> Path:
@@ -32,17 +32,19 @@ def evaluation_folder(*names: str) -> Path:
     Raises:
         FileNotFoundError: If the variable is not set or there is no such folder.
     """
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = os.environ.get(EVAL_FOLDER_VARIABLE)
     if not named:
-        raise FileNotFoundError(f"set {FOLDER_VARIABLE} to the folder that holds {names[0]}/ (see docs/evaluation.md)")
+        raise FileNotFoundError(
+            f"set {EVAL_FOLDER_VARIABLE} to the folder that holds {names[0]}/ (see docs/evaluation.md)"
+        )
     for parent in (Path(named).expanduser(), Path(named).expanduser() / "retrieval"):
         for name in names:
             if (parent / name).is_dir():
                 return parent / name
-    raise FileNotFoundError(f"{FOLDER_VARIABLE}={named} has no folder {' or '.join(names)}")
+    raise FileNotFoundError(f"{EVAL_FOLDER_VARIABLE}={named} has no folder {' or '.join(names)}")
 
 
-def state(*folders: Path) -> str:
+def folder_digest(*folders: Path) -> str:
     """Digest of the names, sizes and times of change of all files in some folders.
 
     Args:
@@ -62,11 +64,11 @@ def state(*folders: Path) -> str:
             for name in sorted(names):
                 file = Path(place, name)
                 if file.is_file():
-                    parts.append(f"{file.relative_to(folder)} {version(file.stat())}\n")
+                    parts.append(f"{file.relative_to(folder)} {stat_signature(file.stat())}\n")
     return digest(*parts, length=12)
 
 
-def version(found: os.stat_result) -> Version:
+def stat_signature(found: os.stat_result) -> StatSignature:
     """Tell a changed file from the one that was there, without reading it.
 
     Args:
@@ -78,7 +80,7 @@ def version(found: os.stat_result) -> Version:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def localised(metadata: Any, revision: str) -> Any:
+def with_digest(metadata: Any, revision: str) -> Any:
     """Metadata of a task for data in a folder.
 
     Args:
@@ -90,22 +92,22 @@ def localised(metadata: Any, revision: str) -> Any:
         so it never takes a score of other data for this one's.
     """
     subsets = metadata.eval_langs if isinstance(metadata.eval_langs, dict) else {"": metadata.eval_langs}
-    tag = f"{LOCAL}{revision}"
+    tag = f"{LOCAL_PREFIX}{revision}"
     names = {f"{subset}-{tag}" if subset else tag: languages for subset, languages in subsets.items()}
     return metadata.model_copy(update={"dataset": {**metadata.dataset, "revision": tag}, "eval_langs": names})
 
 
-def official(subset: str) -> str:
+def without_digest(subset: str) -> str:
     """Name of a subset without the digest of local data.
 
     Example:
-        >>> official("swap_obj-local-4fc98cea1690"), official("default")
+        >>> without_digest("swap_obj-local-4fc98cea1690"), without_digest("default")
         ('swap_obj', 'default')
     """
-    return subset.rpartition(f"-{LOCAL}")[0] or subset
+    return subset.rpartition(f"-{LOCAL_PREFIX}")[0] or subset
 
 
-def below(folder: Path, name: str) -> Path | None:
+def resolve_within(folder: Path, name: str) -> Path | None:
     """A file that data name, if it lies below their folder; links there may lead where the user put the file.
 
     Args:

@@ -1,4 +1,4 @@
-"""Task metadata with every field mteb's own tests ask for, and descriptive statistics kept in this package."""
+"""mteb metadata of our tasks and models, with every field that mteb's own tests ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.models.model_meta import ScoringFunction
 
-from mteb_tasks.local_data import LOCAL
+from mteb_tasks.local_data import LOCAL_PREFIX
 from unime_st.paths import home
 
 UNIME_V2_BIBTEX = r"""
@@ -35,7 +37,7 @@ class UniMETaskMetadata(TaskMetadata):
     def descriptive_stat_path(self) -> Path:
         """Where the statistics of this task are stored."""
         revision = str(self.dataset["revision"])
-        if revision.startswith(LOCAL):
+        if revision.startswith(LOCAL_PREFIX):
             return home() / "descriptive_stats" / f"{self.name}-{revision}.json"
         return Path(__file__).parent / "descriptive_stats" / f"{self.name}.json"
 
@@ -74,3 +76,34 @@ def task_metadata(*, name: str, description: str, category: str, **fields: Any) 
         "bibtex_citation": UNIME_V2_BIBTEX,
     }
     return UniMETaskMetadata(**{**known, "name": name, "description": description, "category": category, **fields})
+
+
+def model_meta(name: str, revision: str | None, *, loader: Any = None, **fields: Any) -> ModelMeta:
+    """Describe one of our embedding models to mteb.
+
+    Args:
+        name: ``organisation/model``; mteb names result folders after it.
+        revision: Part of mteb's result key: two different models must not share it.
+        loader: What mteb calls to load the model; None for a model already in memory.
+        **fields: Further fields of mteb's ``ModelMeta``.
+
+    Returns:
+        Metadata that declares text and image input (a plain SentenceTransformer would be declared text only and
+        refused by every image task) and cosine similarity.
+
+    Example:
+        >>> model_meta("unime/local", "1").modalities
+        ['text', 'image']
+    """
+    known: dict[str, Any] = {
+        "loader": loader,
+        "name": name,
+        "revision": revision,
+        "modalities": ["text", "image"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "framework": ["Sentence Transformers"],
+        "use_instructions": True,
+        "languages": ["eng-Latn"],
+    }
+    empty = ModelMeta.create_empty().model_dump()
+    return ModelMeta(**{**empty, **known, **fields})

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mteb_tasks.description import model_meta
+from mteb_tasks.metadata import model_meta
 from unime_st.files import digest
 from unime_st.paths import PACKAGED, TINY, home, local_folder
 from unime_st.recipes import RELEASED
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from mteb_tasks.loader import UniMELoader
     from mteb_tasks.two_stage import TwoStage
 
-FOLDER_VARIABLE = "UNIME_MODEL"
+MODEL_VARIABLE = "UNIME_MODEL"
 RERANKER_VARIABLE = "UNIME_RERANKER"
 CACHE_VARIABLE = "UNIME_EMBEDDING_CACHE"
-LOCAL = "unime-local"
-RERANKER = "unime-v2-reranker"
+LOCAL_MODEL = "unime-local"
+RELEASED_RERANKER = "unime-v2-reranker"
 _SAMPLE = 1 << 20
 
 
@@ -63,7 +63,7 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     from unime_st.reranking import UniMEReranker
 
     embedder = load_embedder(name.removesuffix("+reranker"), revision, **dict(kwargs))
-    source = os.environ.get(RERANKER_VARIABLE) or RERANKER
+    source = os.environ.get(RERANKER_VARIABLE) or RELEASED_RERANKER
     reranker: Any = UniMEReranker(str(resolve(source)), device=kwargs.get("device"))
     side = getattr(embedder.model.processor, "image_side", None)
     theirs = reranker.processor
@@ -120,15 +120,15 @@ def metas() -> dict[str, ModelMeta]:
         its own.
     """
     embedders = [alias for alias in known_aliases() if alias not in RELEASED or RELEASED[alias].task == "embedding"]
-    if os.environ.get(FOLDER_VARIABLE):
-        embedders.append(LOCAL)
+    if os.environ.get(MODEL_VARIABLE):
+        embedders.append(LOCAL_MODEL)
     second = os.environ.get(RERANKER_VARIABLE)
-    second_revision = _revision(second or RERANKER)
+    second_revision = _revision(second or RELEASED_RERANKER)
     found: dict[str, ModelMeta] = {}
     for alias in embedders:
-        revision = _revision(os.environ[FOLDER_VARIABLE] if alias == LOCAL else alias)
+        revision = _revision(os.environ[MODEL_VARIABLE] if alias == LOCAL_MODEL else alias)
         found[alias] = model_meta(f"unime/{alias}", revision, loader=load_embedder, **_facts(alias))
-        if alias.startswith("unime-v2") or (alias in (LOCAL, TINY) and second):
+        if alias.startswith("unime-v2") or (alias in (LOCAL_MODEL, TINY) and second):
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
             found[name] = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
     return found
@@ -147,8 +147,8 @@ def check_variables(name: str) -> None:
         >>> check_variables("unime-v2+reranker")
     """
     alias, two_stages, _ = name.removeprefix("unime/").partition("+reranker")
-    needed = [FOLDER_VARIABLE] if alias == LOCAL else []
-    needed += [RERANKER_VARIABLE] if two_stages and alias in (LOCAL, TINY) else []
+    needed = [MODEL_VARIABLE] if alias == LOCAL_MODEL else []
+    needed += [RERANKER_VARIABLE] if two_stages and alias in (LOCAL_MODEL, TINY) else []
     unset = [variable for variable in needed if not os.environ.get(variable)]
     if unset:
         raise ValueError(f"{name} takes its folders from {' and '.join(needed)}: set {' and '.join(unset)}")
@@ -163,11 +163,11 @@ def _facts(alias: str) -> dict[str, Any]:
 
 
 def _folder(alias: str) -> Path:
-    if alias != LOCAL:
+    if alias != LOCAL_MODEL:
         return resolve(alias)
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = os.environ.get(MODEL_VARIABLE)
     if not named:
-        raise ValueError(f"{LOCAL} stands for the folder in ${FOLDER_VARIABLE}, which is not set")
+        raise ValueError(f"{LOCAL_MODEL} stands for the folder in ${MODEL_VARIABLE}, which is not set")
     return resolve(named)
 
 

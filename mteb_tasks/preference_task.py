@@ -52,10 +52,10 @@ class PairScorer(Protocol):
 
 
 @runtime_checkable
-class Announcer(Protocol):
+class LogsEstimate(Protocol):
     """A model that can say what embedding will take."""
 
-    def announce(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> object:
+    def log_estimate(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> object:
         """Log what embedding the tables of a task will take."""
 
 
@@ -71,7 +71,7 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
     image_prompt: str | None = None
     """Name of the prompt that our models put to the images."""
     _support_search = True
-    _told: Callable[[], Any] = staticmethod(lambda: None)
+    _logged_for: Callable[[], Any] = staticmethod(lambda: None)
     """Gives the model that has said what the task will take, as long as somebody else holds it."""
 
     @abstractmethod
@@ -120,25 +120,25 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
             Scores by category.
         """
         model = with_images(model, self.metadata)
-        if isinstance(model, (Announcer, PairScorer)) and self._told() is not model:
+        if isinstance(model, (LogsEstimate, PairScorer)) and self._logged_for() is not model:
             # mteb asks for one category after the other
-            self._told = weakref.ref(model)
-            self._tell_cost(model, split, **kwargs.get("encode_kwargs", {}))
+            self._logged_for = weakref.ref(model)
+            self._log_estimate(model, split, **kwargs.get("encode_kwargs", {}))
         return super().evaluate(model, split, subsets_to_run, **kwargs)
 
-    def _tell_cost(self, model: Announcer | PairScorer, split: str, **encode_kwargs: Any) -> None:
+    def _log_estimate(self, model: LogsEstimate | PairScorer, split: str, **encode_kwargs: Any) -> None:
         self.load_data()
         tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
-        if isinstance(model, Announcer):
+        if isinstance(model, LogsEstimate):
             texts = {text for table in tables for name in self.texts_column_names for text in table[name]}
             captions = to_dataset({text: Item(text=text) for text in sorted(texts)}, ["text"])
-            model.announce(self.metadata.name, [*tables, captions], **encode_kwargs)
+            model.log_estimate(self.metadata.name, [*tables, captions], **encode_kwargs)
         elif logger.isEnabledFor(logging.INFO):
-            from mteb_tasks.forecast import try_some
+            from mteb_tasks.embedding_estimate import timed_sample
 
             count = sum(map(len, tables))
             sample = [group for table in tables for group in _groups(model, table.select(range(min(2, len(table)))))]
-            _, time = try_some(model.score_groups, sample, count)
+            _, time = timed_sample(model.score_groups, sample, count)
             logger.info("%s: %s pairs of image and text to judge: %s", self.metadata.name, f"{2 * count:,}", time)
 
     def _evaluate_subset(

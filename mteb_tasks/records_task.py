@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mteb_tasks.local_data import localised, official
+from mteb_tasks.local_data import with_digest, without_digest
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.retrieval_task import ItemRetrievalTask
 from unime_st.data.items import Item
@@ -50,12 +50,15 @@ class RecordsRetrieval(ItemRetrievalTask):
             dataset={"path": str(folder), "revision": "local"},
             eval_langs={subset: ["eng-Latn"] for subset in self._dataset_of},
         )
-        self.metadata = localised(metadata, _fingerprint(self.records))
+        self.metadata = with_digest(metadata, _fingerprint(self.records))
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Collect queries, positives and pairs of one dataset."""
-        rows, dataset = self.records.rows.select(["query", "positive", "dataset"]), self._dataset_of[official(subset)]
+        rows, dataset = (
+            self.records.rows.select(["query", "positive", "dataset"]),
+            self._dataset_of[without_digest(subset)],
+        )
         relevant: dict[str, set[str]] = {}
         for row in rows.to_pylist():
             if row["dataset"] == dataset:

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from mteb_tasks.mmeb.tasks import MMEB_TASKS, checked_together, wanted
+from mteb_tasks.mmeb.tasks import MMEB_TASKS, available_tasks, preflight_together
 from mteb_tasks.models import check_variables
 from mteb_tasks.run_context import CurrentRun, new_run
 from mteb_tasks.scores import Scores, score_table
@@ -44,7 +44,7 @@ def with_scores(run: RunCommand) -> RunCommand:
         if args.model is not None:
             check_variables(args.model)
         args.tasks = _without_missing(args.tasks)
-        with new_run(args.output_folder) as current, checked_together(args.tasks or ()):
+        with new_run(args.output_folder) as current, preflight_together(args.tasks or ()):
             run(args)
         if current.tasks:
             try:
@@ -71,7 +71,7 @@ def _costs() -> str:
 def _without_missing(names: list[str] | None) -> list[str] | None:
     """Tasks of a run without the MMEB subsets that are missing, where that is allowed."""
     asked = [task for task in MMEB_TASKS if task.metadata.name in (names or ())]
-    left_out = {task.metadata.name for task in asked} - {task.metadata.name for task in wanted(asked)}
+    left_out = {task.metadata.name for task in asked} - {task.metadata.name for task in available_tasks(asked)}
     if names is None or not left_out:
         return names
     logger.warning("left out, because there are no data of them: %s", ", ".join(sorted(left_out)))

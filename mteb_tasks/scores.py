@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mteb_tasks import published
-from mteb_tasks.local_data import official
+from mteb_tasks.local_data import without_digest
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS
 from mteb_tasks.mmeb.tasks import mean_scores
 from mteb_tasks.preference_task import group_means
@@ -149,7 +149,7 @@ def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
         found = scores[task]
         if task in _ORDER or task == "MMEB" or not found:
             continue
-        subsets = {official(name): 100 * float(row["main_score"]) for name, row in found.items()}
+        subsets = {without_digest(name): 100 * float(row["main_score"]) for name, row in found.items()}
         groups = group_means(subsets)
         if len(subsets) == 1 and not groups:
             single[task] = next(iter(subsets.values()))

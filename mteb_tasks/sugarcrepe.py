@@ -9,14 +9,14 @@ from typing import Any
 
 from mteb_tasks.captions import CAPTION_PROMPT
 from mteb_tasks.local_data import (
-    FOLDER_VARIABLE,
-    below,
+    EVAL_FOLDER_VARIABLE,
     evaluation_folder,
+    folder_digest,
     image_fault,
-    localised,
-    official,
     read_json,
-    state,
+    resolve_within,
+    with_digest,
+    without_digest,
 )
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.preference_task import CaptionPreferenceTask
@@ -49,7 +49,7 @@ def read_category(folder: Path, category: str) -> list[Foil]:
             name, caption, foil = (pairs[number][key] for key in ("filename", "caption", "negative_caption"))
         except (LookupError, TypeError) as error:
             raise ValueError(f"{file}: pair {number} lacks a field ({error!r})") from error
-        image = below(folder / "val2017", name)
+        image = resolve_within(folder / "val2017", name)
         if image is None:
             raise FileNotFoundError(f"{file}: the image {name} of pair {number} is not in {folder / 'val2017'}")
         if image not in whole and (fault := image_fault(image)):
@@ -92,15 +92,15 @@ class SugarCrepeByCategory(CaptionPreferenceTask):
     )
 
     def __init__(self, **kwargs: Any) -> None:
-        if os.environ.get(FOLDER_VARIABLE):
+        if os.environ.get(EVAL_FOLDER_VARIABLE):
             try:
                 folder = evaluation_folder("sugarcrepe", "sugar-crepe")
-                revision = state(folder / "data", folder / "val2017")
+                revision = folder_digest(folder / "data", folder / "val2017")
             except FileNotFoundError:
                 revision = "missing"  # said aloud when the data are needed
-            self.metadata = localised(self.metadata, revision)
+            self.metadata = with_digest(self.metadata, revision)
         super().__init__(**kwargs)
 
     def foils(self, category: str, split: str) -> Sequence[Foil]:
         """Read the pairs of one category."""
-        return read_category(evaluation_folder("sugarcrepe", "sugar-crepe"), official(category))
+        return read_category(evaluation_folder("sugarcrepe", "sugar-crepe"), without_digest(category))

@@ -13,7 +13,7 @@ from mteb.models import ModelMeta
 from sentence_transformers import CrossEncoder
 
 from mteb_tasks.columns import iter_items
-from mteb_tasks.forecast import try_some
+from mteb_tasks.embedding_estimate import timed_sample
 from mteb_tasks.loader import WINDOW, UniMELoader
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.losses.list_answers import longest_list
@@ -153,7 +153,7 @@ class TwoStage:
         )
         with ForwardCounter(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
             few, rerank = min(SAMPLE, len(queries)), partial(self._rerank, corpus=corpus, found=found)
-            _, time = try_some(rerank, queries.select(range(few)), len(queries))
+            _, time = timed_sample(rerank, queries.select(range(few)), len(queries))
             told = f"the best {self.top_k} of {len(queries):,} queries to rerank: {time}"
             logger.info("%s: %s", task_metadata.name, told)
             if len(queries) > few:

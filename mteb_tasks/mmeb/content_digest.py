@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mteb_tasks.local_data import Version, version
+from mteb_tasks.local_data import StatSignature, stat_signature
 from mteb_tasks.mmeb.location import IMAGE_FOLDERS, ImageFolders, MMEBDataError, parquet_files
 from mteb_tasks.mmeb.subset_reader import read_table
 from unime_st.files import atomic_write, content_digest, digest
 
 
-def fingerprint(root: Path, subset: str) -> str:
+def subset_digest(root: Path, subset: str) -> str:
     """Short digest of a subset's data; nothing is unpacked.
 
     Args:
@@ -35,21 +35,21 @@ def fingerprint(root: Path, subset: str) -> str:
     parts: list[bytes] = []
     named: set[str] = set()
     for table in files:
-        parts.append(_digest(table, version(table.stat())))
-        named |= _images(table, version(table.stat()))
+        parts.append(_digest(table, stat_signature(table.stat())))
+        named |= _images(table, stat_signature(table.stat()))
     folders = ImageFolders(root, archive=False)
     located = {name: file for name in sorted(named) if (file := folders.find(name))}
     parts.append(files_digest(located))
     archive, packed = root / "images.zip", sorted(named - located.keys())
     if packed and archive.is_file():
-        sums = _checksums(archive, version(archive.stat()))
+        sums = _checksums(archive, stat_signature(archive.stat()))
         listed = [[sums.get(f"{folder}/{name}".lstrip("/")) for folder in IMAGE_FOLDERS] for name in packed]
         parts.append(repr(listed).encode())
     return digest(*parts, length=12)
 
 
 @lru_cache(maxsize=64)
-def _images(file: Path, version: Version) -> frozenset[str]:
+def _images(file: Path, signature: StatSignature) -> frozenset[str]:
     """Paths of images in a table; its version is part of the key so that a changed one is read again."""
     names: set[object] = set()
     try:
@@ -77,7 +77,7 @@ def files_digest(files: Mapping[str, Path]) -> bytes:
     states = {name: state for name, file in files.items() if (state := _state(file))}
     if not states:
         return b""
-    known = repr([(name, str(files[name]), version(state)) for name, state in states.items()])
+    known = repr([(name, str(files[name]), stat_signature(state)) for name, state in states.items()])
     kept = home() / "mmeb" / "digests" / digest(known, length=64)
     if kept.is_file():
         return kept.read_bytes()
@@ -99,7 +99,7 @@ def _state(file: Path) -> os.stat_result | None:
 
 
 @lru_cache(maxsize=4)
-def _checksums(archive: Path, version: Version) -> dict[str, int]:
+def _checksums(archive: Path, signature: StatSignature) -> dict[str, int]:
     """Checksums of an archive's files."""
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -109,7 +109,7 @@ def _checksums(archive: Path, version: Version) -> dict[str, int]:
 
 
 @lru_cache(maxsize=256)
-def _digest(file: Path, version: Version) -> bytes:
+def _digest(file: Path, signature: StatSignature) -> bytes:
     return _hash(file)
 
 

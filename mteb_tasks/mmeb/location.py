@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from mteb_tasks.local_data import version
+from mteb_tasks.local_data import stat_signature
 from unime_st.files import digest, make_once, unpack_zip
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "MMEB_EVAL_DIR"
+MMEB_FOLDER_VARIABLE = "MMEB_EVAL_DIR"
 HUB_DATASET = "TIGER-Lab/MMEB-eval"
 HUB_REVISION = "main"
 """No commit of the data is known to us; the one that was found is written into each result."""
@@ -30,7 +30,7 @@ def local_root() -> Path | None:
         The folder, which may not exist (tasks are made long before data are needed), or None when the variable is not
         set: the data then come from the hub.
     """
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = os.environ.get(MMEB_FOLDER_VARIABLE)
     return Path(named).expanduser() if named else None
 
 
@@ -49,7 +49,7 @@ def data_root(subsets: Iterable[str]) -> Path:
     root = local_root()
     if root is not None:
         if not root.is_dir():
-            raise MMEBDataError(f"{FOLDER_VARIABLE}={root} is not a folder")
+            raise MMEBDataError(f"{MMEB_FOLDER_VARIABLE}={root} is not a folder")
         return root
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -59,7 +59,7 @@ def data_root(subsets: Iterable[str]) -> Path:
         folder = snapshot_download(HUB_DATASET, repo_type="dataset", revision=HUB_REVISION, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MMEBDataError(
-            f"{HUB_DATASET} cannot be fetched ({error}); download it elsewhere and set {FOLDER_VARIABLE} to its folder"
+            f"{HUB_DATASET} cannot be fetched ({error}); download it elsewhere and set {MMEB_FOLDER_VARIABLE} to its folder"
         ) from error
     return Path(folder)
 
@@ -129,7 +129,7 @@ def _unpacked(archive: Path) -> Path | None:
         return None
     from unime_st.paths import home
 
-    name = "unpacked-" + digest(f"{archive.resolve()} {version(archive.stat())}", length=16)
+    name = "unpacked-" + digest(f"{archive.resolve()} {stat_signature(archive.stat())}", length=16)
     for parent in (archive.parent, home() / "mmeb"):
         if (parent / name).is_dir():
             return parent / name

@@ -16,9 +16,9 @@ from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from mteb_tasks.columns import Setting
-from mteb_tasks.local_data import localised
+from mteb_tasks.local_data import with_digest
 from mteb_tasks.metadata import task_metadata
-from mteb_tasks.mmeb.content_digest import fingerprint
+from mteb_tasks.mmeb.content_digest import subset_digest
 from mteb_tasks.mmeb.location import (
     HUB_DATASET,
     HUB_REVISION,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mteb.results import TaskResult
 
 ALLOW_MISSING_VARIABLE = "MMEB_ALLOW_MISSING"
-PROMPT_STYLE = "mmeb"
+MMEB_STYLE = "mmeb"
 """UniME v1 was evaluated on MMEB with the bare texts of MMEB, on all other sets with its one-word prompts."""
 MMEB_BIBTEX = r"""
 @article{jiang2024vlm2vec,
@@ -58,7 +58,7 @@ _SUBTYPES = {
 }
 
 
-def preflight(root: Path, subsets: Iterable[Subset]) -> None:
+def check_subsets(root: Path, subsets: Iterable[Subset]) -> None:
     """Check tables and images of several subsets before anything is encoded.
 
     Args:
@@ -83,31 +83,31 @@ def preflight(root: Path, subsets: Iterable[Subset]) -> None:
 
 
 @dataclass
-class Together:
+class Preflight:
     """Subsets that are evaluated in one run: all are checked before the first one is encoded.
 
     Args:
         subsets: The subsets.
-        states: Fingerprints of those that were checked.
+        digests: Digests of those that were checked.
     """
 
     subsets: tuple[Subset, ...]
-    states: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
-    def check(self, root: Path, own: Subset, state: str) -> None:
+    def check(self, root: Path, own: Subset, own_digest: str) -> None:
         """Check all of them, unless that was done and one of them is as it was then.
 
         Args:
             root: Folder of the evaluation data.
             own: The subset that is about to be encoded.
-            state: Its fingerprint.
+            own_digest: Its digest.
 
         Raises:
             MMEBDataError: Lists the first fault of each faulty subset.
         """
-        if self.states.get(own.name) != state:
-            preflight(root, self.subsets)
-            self.states = {subset.name: fingerprint(root, subset.name) for subset in self.subsets}
+        if self.digests.get(own.name) != own_digest:
+            check_subsets(root, self.subsets)
+            self.digests = {subset.name: subset_digest(root, subset.name) for subset in self.subsets}
 
 
 class MMEBTask(ItemRetrievalTask):
@@ -118,27 +118,27 @@ class MMEBTask(ItemRetrievalTask):
     """
 
     subset: ClassVar[Subset]
-    together: Together | None = None
+    preflight: Preflight | None = None
     """The run that the task is part of; None is a run of its own."""
 
     def __init__(self, **kwargs: Any) -> None:
         root = local_root()
         if root is not None:
-            self.metadata = localised(self.metadata, fingerprint(root, self.subset.name))
+            self.metadata = with_digest(self.metadata, subset_digest(root, self.subset.name))
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Read the rows; see `mteb_tasks.mmeb.subset_reader.read_subset`."""
-        together = self.together or Together((self.subset,))
-        root = data_root([found.name for found in together.subsets])
-        state = fingerprint(root, self.subset.name)
-        if local_root() is not None and f"local-{state}" != subset:
+        preflight = self.preflight or Preflight((self.subset,))
+        root = data_root([found.name for found in preflight.subsets])
+        own = subset_digest(root, self.subset.name)
+        if local_root() is not None and f"local-{own}" != subset:
             raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make the task anew")
         if local_root() is None:  # the hub's cache names a snapshot by its commit: it stands in the result
             self.metadata = self.metadata.model_copy(
                 update={"dataset": {**self.metadata.dataset, "revision": root.name}}
             )
-        together.check(root, self.subset, state)
+        preflight.check(root, self.subset, own)
         table = read_subset(root, self.subset)
         files = locate_images(table, ImageFolders(root))
         names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
@@ -161,7 +161,7 @@ class MMEBTask(ItemRetrievalTask):
         """Build the tables; foreign models read texts without the official instruction."""
         query, target = (partial(_body, self.subset, side) for side in ("query", "target"))
         return retrieval_split(
-            data, self.subset.category, query_body=query, document_body=target, setting=Setting(style=PROMPT_STYLE)
+            data, self.subset.category, query_body=query, document_body=target, setting=Setting(style=MMEB_STYLE)
         )
 
 
@@ -206,7 +206,7 @@ MMEB_TASKS: tuple[type[MMEBTask], ...] = tuple(_task_class(subset) for subset in
 """One class for each subset, in the order of `SUBSETS`."""
 
 
-def wanted(tasks: Sequence[type[MMEBTask]]) -> Sequence[type[MMEBTask]]:
+def available_tasks(tasks: Sequence[type[MMEBTask]]) -> Sequence[type[MMEBTask]]:
     """Leave out the subsets that are missing, where that is allowed.
 
     Args:
@@ -223,21 +223,21 @@ def wanted(tasks: Sequence[type[MMEBTask]]) -> Sequence[type[MMEBTask]]:
 
 
 @contextmanager
-def checked_together(names: Iterable[str]) -> Iterator[None]:
+def preflight_together(names: Iterable[str]) -> Iterator[None]:
     """Let the first task that reads its data check those of all tasks of a run.
 
     Args:
         names: Names of the tasks; ``"MMEB"`` stands for its parts.
     """
     named = set(names)
-    whole = wanted(MMEB_TASKS) if MMEB.metadata.name in named else ()
+    whole = available_tasks(MMEB_TASKS) if MMEB.metadata.name in named else ()
     found = tuple(task.subset for task in MMEB_TASKS if task.metadata.name in named or task in whole)
-    before = MMEBTask.together
-    MMEBTask.together = Together(found) if found else None
+    before = MMEBTask.preflight
+    MMEBTask.preflight = Preflight(found) if found else None
     try:
         yield
     finally:
-        MMEBTask.together = before
+        MMEBTask.preflight = before
 
 
 def mmeb_tasks() -> list[MMEBTask]:
@@ -246,10 +246,10 @@ def mmeb_tasks() -> list[MMEBTask]:
     Returns:
         All 36, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there.
     """
-    tasks = [task() for task in wanted(MMEB_TASKS)]
-    together = Together(tuple(task.subset for task in tasks))
+    tasks = [task() for task in available_tasks(MMEB_TASKS)]
+    preflight = Preflight(tuple(task.subset for task in tasks))
     for task in tasks:
-        task.together = together
+        task.preflight = preflight
     return tasks
 
 
@@ -282,7 +282,7 @@ class MMEB(AbsTaskAggregate):
         self.metadata = self.metadata.model_copy(update={"tasks": tasks})
         if local_root() is not None:
             parts = "".join(task.metadata.revision for task in tasks)
-            self.metadata = localised(self.metadata, digest(parts, length=12))
+            self.metadata = with_digest(self.metadata, digest(parts, length=12))
         super().__init__(**kwargs)
 
     def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import yaml
 
-from mteb_tasks.local_data import version
+from mteb_tasks.local_data import stat_signature
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.visdoc_sets import VisDocSet
 from unime_st.files import digest, make_once
@@ -22,7 +22,7 @@ from unime_st.paths import home
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "MMEB_V2_DIR"
+MMEB_V2_FOLDER_VARIABLE = "MMEB_V2_DIR"
 MEDIA_DATASET = "TIGER-Lab/MMEB-V2"
 MEDIA_REVISION = "e7bbfeb69a70dfe32ff36da3d6d8dbe31fc36af1"
 ANNOTATIONS_DATASET = "ziyjiang/MMEB_Test_Instruct"
@@ -33,7 +33,7 @@ _IMAGE_ARCHIVE = "mmeb_v1.tar.gz"
 
 def local_root() -> Path | None:
     """Folder named by ``$MMEB_V2_DIR``; None when the variable is not set: the data then come from the hub."""
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = os.environ.get(MMEB_V2_FOLDER_VARIABLE)
     return Path(named).expanduser() if named else None
 
 
@@ -54,7 +54,7 @@ class DataFolder:
 
     def __init__(self, root: Path, *, unpack: bool = True) -> None:
         if not root.is_dir():
-            raise MMEBDataError(f"{FOLDER_VARIABLE}={root} is not a folder")
+            raise MMEBDataError(f"{MMEB_V2_FOLDER_VARIABLE}={root} is not a folder")
         self.root, self.unpack = root, unpack
 
     def tables(self, row: VisDocSet) -> dict[str, list[Path]]:
@@ -194,7 +194,7 @@ def archive_parts(archive: Path) -> list[Path]:
 
 def _unpacked(parts: Sequence[Path]) -> Path:
     """Unpack an archive once, beside it or in the cache of this package, and return the folder."""
-    states = [(str(part.resolve()), version(part.stat())) for part in parts]
+    states = [(str(part.resolve()), stat_signature(part.stat())) for part in parts]
     name, beside = f"unpacked-{digest(repr(states), length=16)}", parts[0].parent
     for parent in (beside, home() / "mmeb_v2"):
         if (parent / name).is_dir():

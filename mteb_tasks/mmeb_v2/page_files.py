@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
-from mteb_tasks.local_data import image_fault, version
+from mteb_tasks.local_data import image_fault, stat_signature
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.data_folder import DataFolder
 from mteb_tasks.mmeb_v2.page_tables import PageTables
@@ -164,7 +164,7 @@ def _bytes_fault(content: bytes) -> str | None:
 
 
 def _cache(tables: PageTables) -> Path:
-    states = [(str(file.resolve()), version(file.stat())) for file, _ in tables.corpus_files]
+    states = [(str(file.resolve()), stat_signature(file.stat())) for file, _ in tables.corpus_files]
     return home() / "mmeb_v2" / "pages" / digest(repr(states), length=16)
 
 

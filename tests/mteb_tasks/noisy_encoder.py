@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from mteb_tasks.description import model_meta
+from mteb_tasks.metadata import model_meta
 
 
 class Noisy:

@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import evaluate, wrap
 from mteb_tasks.mmeb import content_digest as fingerprints
-from mteb_tasks.mmeb.content_digest import fingerprint
+from mteb_tasks.mmeb.content_digest import subset_digest
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subset_reader import read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, subset_named
@@ -192,7 +192,7 @@ def test_a_image_of_the_same_size_in_bytes_is_other_data(tmp_path, monkeypatch, 
             shutil.make_archive(str(root / "images"), "zip", root, "images")
             (root / "images").rename(root / "aside")
         try:
-            return [fingerprint(root, name) for name in ("CIRR", "OVEN")]
+            return [subset_digest(root, name) for name in ("CIRR", "OVEN")]
         finally:
             if zipped:
                 (root / "aside").rename(root / "images")

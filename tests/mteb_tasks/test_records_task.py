@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mteb_tasks import RecordsRetrieval, evaluate, wrap
-from mteb_tasks.local_data import official
+from mteb_tasks.local_data import without_digest
 from mteb_tasks.retrieval_task import retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
@@ -28,8 +28,8 @@ def test_a_record_folder_becomes_a_task_with_one_subset_per_dataset(tiny, tmp_pa
     task = RecordsRetrieval(tmp_path / "mine")
     scores = evaluate(tiny, [task], tmp_path / "out")
     assert task.metadata.name == "Records-mine"
-    assert {official(subset) for subset in scores["Records-mine"]} == {"names", "captions"}
-    names = next(tables for subset, tables in task.dataset.items() if official(subset) == "names")["test"]
+    assert {without_digest(subset) for subset in scores["Records-mine"]} == {"names", "captions"}
+    names = next(tables for subset, tables in task.dataset.items() if without_digest(subset) == "names")["test"]
     assert len(names["queries"]) == 2 and len(names["corpus"]) == 3
     blue = next(query for query in names["queries"]["id"] if len(names["relevant_docs"][query]) == 2)
     assert names["relevant_docs"][blue].keys() < set(names["corpus"]["id"])

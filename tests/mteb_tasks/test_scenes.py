@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mteb_tasks import evaluate, wrap
-from mteb_tasks.description import model_meta
+from mteb_tasks.metadata import model_meta
 from mteb_tasks.preference_task import group_means
 from mteb_tasks.scenes import SCENES_TASKS, ScenesCompositional, ScenesGrounding, ScenesShortT2IRetrieval, ScenesVQA
 from unime_st.encoding import encode_stream

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mteb_tasks.in_process import evaluate as run_mteb
-from mteb_tasks.local_data import official
+from mteb_tasks.local_data import without_digest
 from mteb_tasks.records_task import RecordsRetrieval
 from train_scripts.demo.settings import OwnDataArguments
 from unime_st.data.importing import import_records
@@ -82,7 +82,7 @@ def evaluate(arguments: OwnDataArguments, name: str, results: Path) -> None:
     output = Path(arguments.output)
     model = UniME(arguments.model if name == "base" else str(output / name))
     (subsets,) = run_mteb(model, [RecordsRetrieval(str(output / "test"))], results.parent).values()
-    scores = {official(subset): numbers["hit_rate_at_1"] for subset, numbers in subsets.items()}
+    scores = {without_digest(subset): numbers["hit_rate_at_1"] for subset, numbers in subsets.items()}
     write_json(results, {**scores, "mean": sum(scores.values()) / len(scores)})
 
 

@@ -13,7 +13,7 @@ from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import evaluate, loader, wrap
 from mteb_tasks.catalog import registered_tasks
 from mteb_tasks.columns import to_dataset
-from mteb_tasks.forecast import Forecast, forecast
+from mteb_tasks.embedding_estimate import EmbeddingEstimate, estimate_embedding
 from mteb_tasks.mmeb.subsets import SUBSETS
 from unime_st.data.items import Item
 from unime_st.encoding import TokenCounter, encode_stream
@@ -26,17 +26,17 @@ def test_items_distinct_ones_and_tokens_are_counted(tiny, tmp_path):
     corpus = {f"d{i}": Item(text=f"number {i % 4}") for i in range(8)}
     tables = [to_dataset(queries, ["text", "image"]), to_dataset(corpus, ["text"])]
     embedded = []
-    found = forecast(tiny, tables, lambda item: item.image is None, embedded.extend)
+    found = estimate_embedding(tiny, tables, lambda item: item.image is None, embedded.extend)
     assert (found.items, found.distinct, found.new) == (18, 9, 5)
     assert embedded == list(queries.values())[:5]
     assert found.tokens == TokenCounter(tiny)(embedded).sum() and found.seconds >= 0
-    assert forecast(tiny, tables, lambda item: True, embedded.extend).new == 0
+    assert estimate_embedding(tiny, tables, lambda item: True, embedded.extend).new == 0
 
 
 def test_the_unit_of_time_fits():
-    ends = [str(Forecast(1, 1, 1, 1, seconds)).rsplit(", ", 1)[1] for seconds in (0.2, 75.0, 7200.0)]
+    ends = [str(EmbeddingEstimate(1, 1, 1, 1, seconds)).rsplit(", ", 1)[1] for seconds in (0.2, 75.0, 7200.0)]
     assert ends == ["0.2 s", "1.2 min", "2.0 h"]
-    assert str(Forecast(2, 1, 0, 0, 0.0)).endswith("all embedded before")
+    assert str(EmbeddingEstimate(2, 1, 0, 0, 0.0)).endswith("all embedded before")
 
 
 @pytest.mark.parametrize("task", registered_tasks()[:-1], ids=lambda task: task.metadata.name)

@@ -28,7 +28,7 @@ SAMPLE = 32
 
 
 @dataclass(frozen=True)
-class Forecast:
+class EmbeddingEstimate:
     """What `forecast` expects.
 
     Args:
@@ -39,7 +39,7 @@ class Forecast:
         seconds: Time that they will take on this device.
 
     Example:
-        >>> print(Forecast(2000, 1500, 1200, 120_000, 150.0))
+        >>> print(EmbeddingEstimate(2000, 1500, 1200, 120_000, 150.0))
         2,000 items, 1,500 distinct, about 1,200 to embed: 120,000 tokens, 2.5 min
     """
 
@@ -61,7 +61,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / length:.1f} {unit}"
 
 
-def try_some(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
+def timed_sample(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
     """Do a little of something, and find out how long the whole will take.
 
     Args:
@@ -73,7 +73,7 @@ def try_some(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
         What `run` gave, and the time for all, for a reader.
 
     Example:
-        >>> try_some(sum, [1, 2], 1000)[0]
+        >>> timed_sample(sum, [1, 2], 1000)[0]
         3
     """
     started = time.perf_counter()
@@ -81,12 +81,12 @@ def try_some(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
     return found, _duration((time.perf_counter() - started) * count / max(1, len(some)))
 
 
-def forecast(
+def estimate_embedding(
     model: SentenceTransformer,
     tables: Sequence[Dataset],
     is_known: Callable[[Item], bool],
     embed: Callable[[list[Item]], object],
-) -> Forecast:
+) -> EmbeddingEstimate:
     """Find out what embedding tables will take, from a sample that is embedded on the way.
 
     Args:
@@ -114,13 +114,13 @@ def forecast(
         fresh += [item for item in items if not is_known(item)]
     count = sum(map(len, tables))
     if not fresh:
-        return Forecast(count, len(distinct), 0, 0, 0.0)
+        return EmbeddingEstimate(count, len(distinct), 0, 0, 0.0)
     per_item = float(TokenCounter(model)(fresh).mean())
     started = time.perf_counter()
     embed(fresh)
     seconds = (time.perf_counter() - started) / len(fresh)
     new = round(len(distinct) * len(fresh) / len(chosen))
-    return Forecast(count, len(distinct), new, round(new * per_item), new * seconds)
+    return EmbeddingEstimate(count, len(distinct), new, round(new * per_item), new * seconds)
 
 
 def _contents(table: Dataset) -> Iterator[tuple[str, str, object]]:
