@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-_SUBTOKENS = ("Yes", "No", *"0123456789")
+ANSWERS = ("Yes", "No")
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_WORDS = "a red blue green big small square circle triangle on the left of right image Query Candidate Ans".split()
 _LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLM |= {"num_key_value_heads": 2, "initializer_range": 0.3}
 _CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 _CLIP |= {"image_size": 56, "patch_size": 14, "initializer_range": 0.3}
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+_VISION_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+_QWEN: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "Qwen2VL": (14, {}, {"embed_dim": 32, "mlp_ratio": 2, "initializer_range": 0.3}),
+    "Qwen2_5_VL": (14, {}, {"out_hidden_size": 32, "intermediate_size": 48, "fullatt_block_indexes": [1]}),
+    "Qwen3VL": (
+        16,
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, "head_dim": 8},
+        {
+            "out_hidden_size": 32,
+            "intermediate_size": 48,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 64,
+        },
+    ),
+}
+"""Patch size, and what the text and vision configuration add to the common ones."""
 _PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -28,76 +52,90 @@ _CHATML = (
 )
 
 
-def tokenizer(specials: list[str], *, bos: str | None = None, **named: Any) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, plus special tokens and whole words for answers."""
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def tokenizer(
+    specials: Sequence[str], *, words: Sequence[str] = ANSWERS, bos: str | None = None, **named: Any
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that keeps digits apart, as Qwen's.
+
+    Args:
+        specials: Special tokens.
+        words: Whole tokens beside a few common ones, here the answers of a judge.
+        bos: Special token in front of every text.
+        **named: Named special tokens, e.g. `eos_token`.
+
+    Returns:
+        The tokenizer of transformers; it pads on the right, as most publishers' do.
+    """
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{N}|\p{L}+|[^\p{L}\p{N}]"), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(list(_SUBTOKENS))
-    backend.add_special_tokens(specials)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, min_frequency=2, show_progress=False)
+    backend.train_from_iterator([" ".join([*_WORDS, *words])] * 3, trainer)
+    backend.add_special_tokens(list(specials))
     if bos is not None:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, model_max_length=2048, **named)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, model_max_length=1024, **named)
     made.padding_side = "right"
     return made
 
 
-def _save(folder: Path, config: Any, model: str, processor: Any) -> Path:
+def _save(folder: Path, config: Any, model: str, processor: Any, seed: int = 0) -> Path:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         getattr(transformers, model)(config).eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def _qwen_parts(kind: str) -> tuple[Any, dict[str, int]]:
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-    names.append("<|video_pad|>")
-    tok = tokenizer(names, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    pixels: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 140 * 140}
-    if kind == "Qwen3VL":
-        pixels = {"size": {"shortest_edge": 64 * 64, "longest_edge": 160 * 160}, "patch_size": 16}
-        videos = transformers.Qwen3VLVideoProcessor(patch_size=16)
-    else:
-        videos = transformers.Qwen2VLVideoProcessor()
-    template = _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+def qwen_tokenizer(words: Sequence[str] = ANSWERS) -> PreTrainedTokenizerFast:
+    """The tokenizer of the Qwen families, with the given words as whole tokens."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *_VISION_TOKENS.values()]
+    return tokenizer(specials, words=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def qwen(
+    folder: Path,
+    kind: str = "Qwen2VL",
+    *,
+    words: Sequence[str] = ANSWERS,
+    template: str | None = _CHATML.replace("IMAGE", IMAGE),
+    sides: tuple[int, int] = (56, 140),
+    vision_depth: int = 2,
+    seed: int = 0,
+) -> Path:
+    """Write a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+
+    Args:
+        folder: Where to write.
+        kind: What the names of transformers' classes begin with.
+        words: Whole tokens of the tokenizer.
+        template: Chat template; None for none.
+        sides: Sides in pixels of the smallest and the largest square that images are fitted to.
+        vision_depth: Layers of the vision tower.
+        seed: Seed of the weights.
+
+    Returns:
+        The folder.
+    """
+    patch, own_text, own_vision = _QWEN[kind]
+    pixels = {"size": dict(zip(("shortest_edge", "longest_edge"), (side**2 for side in sides))), "patch_size": patch}
+    videos = transformers.Qwen3VLVideoProcessor if kind == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    tok = qwen_tokenizer(words)
     processor = getattr(transformers, f"{kind}Processor")(
-        transformers.Qwen2VLImageProcessor(**pixels), tok, videos, chat_template=template
+        transformers.Qwen2VLImageProcessor(**pixels), tok, videos(patch_size=patch), chat_template=template
     )
-    ids = tok.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
-    return processor, dict(
-        zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), ids)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**_LLM, "vocab_size": len(tok), "rope_parameters": _MROPE, **own_text},
+        vision_config={"depth": vision_depth, "hidden_size": 32, "num_heads": 2, **own_vision},
+        tie_word_embeddings=kind == "Qwen2VL",
+        **{name: tok.convert_tokens_to_ids(token) for name, token in _VISION_TOKENS.items()},
     )
-
-
-def qwen2_vl(folder: Path) -> Path:
-    processor, ids = _qwen_parts("Qwen2VL")
-    text = {**_LLM, "vocab_size": len(processor.tokenizer), "rope_parameters": _MROPE}
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "initializer_range": 0.3}
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    return _save(folder, config, "Qwen2VLForConditionalGeneration", processor)
-
-
-def qwen2_5_vl(folder: Path) -> Path:
-    processor, ids = _qwen_parts("Qwen2_5_VL")
-    text = {**_LLM, "vocab_size": len(processor.tokenizer), "rope_parameters": _MROPE}
-    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
-    vision |= {"fullatt_block_indexes": [1]}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    return _save(folder, config, "Qwen2_5_VLForConditionalGeneration", processor)
-
-
-def qwen3_vl(folder: Path) -> Path:
-    processor, ids = _qwen_parts("Qwen3VL")
-    rope = {**_MROPE, "mrope_interleaved": True}
-    text = {**_LLM, "vocab_size": len(processor.tokenizer), "rope_parameters": rope, "head_dim": 8}
-    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
-    return _save(folder, config, "Qwen3VLForConditionalGeneration", processor)
+    return _save(folder, config, f"{kind}ForConditionalGeneration", processor, seed)
 
 
 def llava_next(folder: Path) -> Path:
@@ -225,9 +263,9 @@ def phi3_v(folder: Path) -> Path:
 
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "qwen2-vl": qwen2_vl,
-    "qwen2.5-vl": qwen2_5_vl,
-    "qwen3-vl": qwen3_vl,
+    "qwen2-vl": qwen,
+    "qwen2.5-vl": partial(qwen, kind="Qwen2_5_VL"),
+    "qwen3-vl": partial(qwen, kind="Qwen3VL"),
     "llava-1.6": llava_next,
     "llava-onevision": llava_onevision,
     "internvl3": internvl,

@@ -8,12 +8,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from local_hub import COMMIT, Hub, local_hub
-from tiny_checkpoints import qwen2_vl
 
 from unime_st.checkpoints import pull
 from unime_st.paths import AliasError
@@ -22,8 +21,8 @@ REPOSITORY = "TianchengGu/UniME-V2-Qwen2VL-2B"
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return qwen2_vl(tmp_path_factory.mktemp("hub"))
+def repository(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("qwen2-vl")
 
 
 @pytest.fixture

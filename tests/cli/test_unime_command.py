@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
-from tiny_checkpoints import qwen2_vl
 
 from unime_st.cli import COMMANDS, main
 
 
 def test_convert_and_verify(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
-    source = qwen2_vl(tmp_path)
+    source = checkpoint("qwen2-vl")
     words = ["convert", str(source), "--recipe", "unime-v2-2b", "--image-size", "56"]  # the alias follows
     assert main(words) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "home" / "models" / "unime-v2-2b")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tiny_checkpoints import qwen2_5_vl, qwen2_vl
 from transformers import AutoModel
 
 import unime_st
 from unime_st.checkpoints import convert
 from unime_st.paths import AliasError, check_alias, home, local_folder
 from unime_st.registry import is_alias, known_aliases, resolve
+
+Get = Callable[[str], Path]
 
 
 @pytest.fixture
@@ -89,10 +91,9 @@ def test_errors_name_the_way_out(models: Path, monkeypatch: pytest.MonkeyPatch) 
         CrossEncoder("unime-v2-2b")
 
 
-def test_aliases_load_in_the_plain_classes(models: Path, tmp_path: Path) -> None:
-    for build, recipe in ((qwen2_vl, "unime-v2-2b"), (qwen2_5_vl, "unime-v2-reranker")):
-        (tmp_path / recipe).mkdir()
-        convert(build(tmp_path / recipe), recipe, alias=recipe, image_size=56)
+def test_aliases_load_in_the_plain_classes(models: Path, checkpoint: Get) -> None:
+    for recipe in ("unime-v2-2b", "unime-v2-reranker"):
+        convert(checkpoint(recipe), recipe, alias=recipe, image_size=56)
     assert SentenceTransformer("unime-v2-2b", device="cpu").encode(["a"]).shape == (1, 32)
     assert len(CrossEncoder("unime-v2-reranker", device="cpu").rank("a", ["b", "c"])) == 2
     assert type(AutoModel.from_pretrained(local_folder("unime-v2-2b"))).__name__ == "UniMEQwen2VLModel"
@@ -123,8 +124,8 @@ def test_import_is_light_and_idempotent() -> None:
     assert python(f"import sys, unime_st; print({heavy})") == "[]"
 
 
-def test_auto_classes_are_taught_before_their_first_use(models: Path, tmp_path: Path) -> None:
-    folder = convert(qwen2_vl(tmp_path), "unime-v2-2b", output=tmp_path / "out", image_size=56)
+def test_auto_classes_are_taught_before_their_first_use(models: Path, checkpoint: Get, tmp_path: Path) -> None:
+    folder = convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "out", image_size=56)
     code = (
         "import unime_st\nfrom transformers import AutoProcessor\n"
         f"print(type(AutoProcessor.from_pretrained({str(folder)!r})).__name__)"
@@ -132,8 +133,8 @@ def test_auto_classes_are_taught_before_their_first_use(models: Path, tmp_path: 
     assert python(code) == "UniMEQwen2VLProcessor"
 
 
-def test_loud_without_the_package_and_fine_after_its_import(models: Path, tmp_path: Path) -> None:
-    folder = convert(qwen2_vl(tmp_path), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+def test_loud_without_the_package_and_fine_after_its_import(models: Path, checkpoint: Get) -> None:
+    folder = convert(checkpoint("qwen2-vl"), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
     code = (
         "from sentence_transformers import SentenceTransformer\n"
         f"try: SentenceTransformer({str(folder)!r})\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import qwen2_vl
 
 from unime_st._after_import import AfterImport
 from unime_st.checkpoints import convert
@@ -32,9 +32,9 @@ def run(code: str, *, path: Path | None = None, **environment: str) -> subproces
     )
 
 
-def test_literal_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_literal_command(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
-    convert(qwen2_vl(tmp_path), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+    convert(checkpoint("qwen2-vl"), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
     code = "from sentence_transformers import SentenceTransformer as S; print(S('unime-v2-2b').encode('a cat').shape)"
     result = run(code)
     assert result.stdout.strip() == "(32,)", result.stderr

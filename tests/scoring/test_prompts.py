@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_reranker as tiny
+from tiny_checkpoints import qwen_tokenizer
 from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
 from unime_st.data import Item
@@ -28,7 +29,7 @@ DOCUMENTS = [Item("a red square"), Item(image=tiny.png(1)), Item("<|image_1|> th
 
 @pytest.fixture(scope="module")
 def processor() -> Qwen2VLProcessor:
-    return Qwen2VLProcessor(Qwen2VLImageProcessor(), tiny.tokenizer(), Qwen2VLVideoProcessor())
+    return Qwen2VLProcessor(Qwen2VLImageProcessor(), qwen_tokenizer(), Qwen2VLVideoProcessor())
 
 
 def rendered(processor: Qwen2VLProcessor, template: str, documents: list[Item], **options: Any) -> str:
@@ -72,7 +73,7 @@ def test_clean_text_keeps_all_else():
 
 
 def test_answer_tokens():
-    tokens = tiny.tokenizer()
+    tokens = qwen_tokenizer()
     yes, no = answer_token_ids(tokens)
     assert tokens.convert_ids_to_tokens([yes, no]) == ["Yes", "No"]
 
@@ -80,11 +81,11 @@ def test_answer_tokens():
 @pytest.mark.parametrize("words, missing, near", [(["yes", "No"], "Yes", "yes"), (["Yes"], "No", "Yes")])
 def test_no_single_token_lists_what_there_is(words: list[str], missing: str, near: str):
     with pytest.raises(ValueError, match=rf"splits '{missing}' into .*'{near}'"):
-        answer_token_ids(tiny.tokenizer(words))
+        answer_token_ids(qwen_tokenizer(words))
 
 
 def test_index_tokens():
-    tokens = tiny.tokenizer()
+    tokens = qwen_tokenizer()
     written = [tokens.convert_ids_to_tokens(list(answer)) for answer in index_answers(tokens, 9)]
     assert written == [[digit] for digit in "123456789"]
     assert tokens.convert_ids_to_tokens(list(index_answers(tokens, 10)[0])) == ["1", ")"]  # 10 begins with 1, too
