@@ -173,7 +173,7 @@ def test_verdict_follows_the_sign(shift: float, words: str, tmp_path: Path):
         row["value"] += shift * (row["model"] == "v2")
     (tmp_path / "results.json").write_text(json.dumps(made_up(rows)))
     text = Page(write_demo_report(tmp_path).read_text(encoding="utf-8")).text
-    assert f"UniME-V2 {words} the control that was trained with equal steps" in text
+    assert f"UniME-V2 {words} the equal-steps control" in text
     counts = [9 * (shift > 0), 9 * (shift < 0), 9 * (shift == 0)]
     assert "ahead in {} columns, behind in {}, equal in {}.".format(*counts) in text
     assert f"It is ahead in {2 * (shift > 0)} of 2 seeds." in text
@@ -251,7 +251,7 @@ def test_chance_is_named(tmp_path: Path):
     assert results.below_chance("v2") == ["swap_att"]
     (tmp_path / "results.json").write_text(json.dumps(made_up(rows)))
     page = Page(write_demo_report(tmp_path).read_text(encoding="utf-8"))
-    assert "stays at chance in: replace attribute, swap object, add object." in page.text
+    assert "is at chance in: replace attribute, swap object, add object." in page.text
     assert "It prefers the wrong caption in: swap attribute." in page.text
     assert "UniME-V2 + reranker was not evaluated on these categories." in page.text
     table = page.table("model", "replace object")
@@ -295,10 +295,10 @@ def test_plain_table():
     "change, message",
     [
         ({"value": float("nan")}, "row 2: value is nan"),
-        ({"value": 55.0}, "row 2: value is 55.0, not a share"),
+        ({"value": 55.0}, "row 2: value is 55.0; expected a fraction"),
         ({"seed": "0"}, "row 2: seed is '0'"),
         ({"model": "v3"}, "unknown model 'v3'; expected one of base"),
-        ({"metric": "hit_rate_at_1", "task": "short_i2t"}, "row 2: base, short_i2t, seed 3 is there twice"),
+        ({"metric": "hit_rate_at_1", "task": "short_i2t"}, "row 2: base, short_i2t, seed 3 occurs twice"),
     ],
 )
 def test_damaged_results(change: dict, message: str):

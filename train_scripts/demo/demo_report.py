@@ -1,4 +1,4 @@
-"""The demo's report: one static page from the folders of a run."""
+"""HTML report of a demo run: tables, loss curves, judged pairs and retrieved documents on one static page."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ _DIFFERENCES = (
     ("reranker − UniME-V2 alone", "v2_reranker", "v2"),
 )
 _STAGES = {
-    "Records": "Scenes are drawn from a seed and worded as pairs of a query and its answer; some scenes come twice, so "
-    "that right answers occur among the candidates of other pairs.",
-    "Stage 1": "On texts alone, the model learns to rate the similarity of texts as a text-embedding teacher does.",
-    "Stage 2": "On pairs, the model learns from the most similar wrong answers in the batch, after those that look "
-    "like right answers are left out.",
-    "Mining": "For each query, the answers of other pairs that the model finds most similar are collected.",
-    "Judging": "The generative model is asked whether each of them answers the query; its score is P(Yes).",
-    "Selection": "Candidates that the judge finds about as good as the pair's own answer are filtered; of the rest, a "
-    "spread-out selection is kept.",
-    "UniME-V2": "The model's similarities to answer and negatives are trained towards the judge's scores.",
-    "Reranker": "The generative model is trained on the same judged rows to answer Yes or No and to name the best of a "
-    "list; it then orders the first documents that the embedder finds.",
-    "Controls": "The same pairs with plain in-batch InfoNCE: once with as many steps as UniME-V2, once with as much "
+    "Records": "Scenes are drawn from a seed and described as (query, positive) pairs; some scenes occur twice, so "
+    "that there are false negatives among the candidates.",
+    "Stage 1": "The similarities of a text-embedding teacher are distilled into the model, on texts alone.",
+    "Stage 2": "Contrastive training with the hardest negatives of the batch, after false negatives are filtered.",
+    "Mining": "For each query, the most similar positives of other pairs are its candidates.",
+    "Judging": "The generative model is asked whether each candidate matches the query; its score is P(Yes).",
+    "Selection": "Candidates scored about as high as the positive are filtered as false negatives; of the rest, hard "
+    "negatives are sampled with a stride over the similarity ranks.",
+    "UniME-V2": "The distribution of similarities over positive and negatives is aligned with the judge's scores.",
+    "Reranker": "The generative model is trained on the same judged rows, pairwise (Yes or No) and listwise (the index "
+    "of the best); it then reorders the first documents of the embedder.",
+    "Controls": "The same pairs with plain in-batch InfoNCE: once for as many steps as UniME-V2, once with as much "
     "compute.",
-    "Evaluation": "mteb runs all models on held-out scenes that were in no training stage.",
+    "Evaluation": "All models are evaluated with mteb on held-out scenes.",
 }
 _CATEGORY_NAMES = {"obj": "object", "att": "attribute", "rel": "relation"}
 
@@ -54,25 +53,24 @@ def write_demo_report(run: str | Path) -> Path:
 
     Args:
         run: Folder of the run, with ``results.json`` and one folder ``seed-<s>`` per seed. Parts of a seed's folder
-            that are not there (a stage that was not run, a model without predictions) are named as missing in the page.
+            that are missing (a stage that was not run, a model without predictions) are named as such in the page.
 
     Returns:
         Path: The page.
 
     Raises:
         FileNotFoundError: If there is no ``results.json``.
-        ValueError: If the results or a file of the run are damaged; the message names file and row.
+        ValueError: If the results or a file of the run are malformed; the message names file and row.
 
     Example:
-        ::
-
-            from train_scripts.demo.demo_report import write_demo_report
-
-            print(write_demo_report("runs/demo"))
+        >>> write_demo_report("runs/demo")  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
     """
     run = Path(run)
     if not (run / "results.json").is_file():
-        raise FileNotFoundError(f"{run}: no results.json; run the demo first, or name the folder of a finished run")
+        raise FileNotFoundError(
+            f"{run}: no results.json found; run the demo first, or give the folder of a finished run"
+        )
     results = DemoResults(read_json(run / "results.json"))
     seed = run / f"seed-{results.seeds[0]}"
     parts = [
@@ -86,7 +84,7 @@ def write_demo_report(run: str | Path) -> Path:
     ]
     output = run / REPORT
     with atomic_write(output) as temporary:
-        temporary.write_text(page("UniME-V2 on a laptop: demo report", *parts), encoding="utf-8")
+        temporary.write_text(page("UniME-V2 demo report", *parts), encoding="utf-8")
     return output
 
 
@@ -99,8 +97,11 @@ def _number(summary: Summary | None, *, signed: bool = False) -> Html:
 
 def _headline(results: DemoResults) -> Iterator[Html | None]:
     seeds = len(results.seeds)
-    yield element("h1", "UniME-V2, trained, judged, reranked and evaluated on one machine")
-    intro = "This page shows one run of the demo as it was measured, on held-out scenes that no stage has seen. "
+    yield element("h1", "UniME-V2 demo: training, judging, reranking and evaluation on one machine")
+    intro = (
+        "Results of one run of the demo on held-out scenes. The models are toys: the demo shows that the parts work "
+        "together, not how large a gain to expect. "
+    )
     yield element("p", intro, *_verdict(results))
     spread = "mean ± standard deviation over seeds" if seeds > 1 else "one seed, so no spread is known"
     caption = f"hit@1 and accuracy in percent; {seeds} seed{'s' * (seeds > 1)}; {spread}; best of each column in bold"
@@ -110,24 +111,24 @@ def _headline(results: DemoResults) -> Iterator[Html | None]:
     means = [(MODELS[model], results.values(model, MEAN), model in CONTROLS) for model in results.models]
     rows = [(name, [100 * value for value in values.values()], other) for name, values, other in means if values]
     if rows:
-        title = f"Mean over the {len(results.columns)} columns: one dot per seed, a stroke for their mean"
+        title = f"Mean over the {len(results.columns)} columns: one dot per seed, a bar at their mean"
         chart = dot_chart(rows, x_label="percent")
         yield element("figure", element("figcaption", title), element("div", chart, class_="scroll"))
 
 
 def _verdict(results: DemoResults) -> Iterator[str]:
-    """The comparison that matters most in words, whatever its sign."""
+    """UniME-V2 against the controls in words, whatever the sign."""
     difference = results.difference("v2", "in_batch", MEAN)
     if difference is None:
-        yield "This run does not hold both UniME-V2 and the control of equal steps with all columns, so there is no comparison."
+        yield "This run lacks UniME-V2 or the equal-steps control in some column, so there is no comparison."
         return
     columns = [found for column in results.columns if (found := results.difference("v2", "in_batch", column))]
     points = [round(100 * found.mean, 1) for found in columns]
     ahead, behind = sum(value > 0 for value in points), sum(value < 0 for value in points)
     amount = " ".join(filter(None, difference.parts(signed=True)))
     yield (
-        f"On the mean over all columns UniME-V2 is {_direction(difference.mean)} the control that was trained with "
-        f"equal steps ({amount} points): ahead in {ahead} columns, behind in {behind}, equal in "
+        f"On the mean over all columns UniME-V2 is {_direction(difference.mean)} the equal-steps control "
+        f"({amount} points): ahead in {ahead} columns, behind in {behind}, equal in "
         f"{len(points) - ahead - behind}."
     )
     ours, theirs = results.values("v2", MEAN), results.values("in_batch", MEAN)
@@ -137,7 +138,7 @@ def _verdict(results: DemoResults) -> Iterator[str]:
     compute = results.difference("v2", "in_batch_compute", MEAN)
     if compute is not None:
         amount = " ".join(filter(None, compute.parts(signed=True)))
-        yield f" It is {_direction(compute.mean)} the control of equal compute ({amount} points)."
+        yield f" It is {_direction(compute.mean)} the equal-compute control ({amount} points)."
 
 
 def _direction(difference: float) -> str:
@@ -176,28 +177,28 @@ def _difference_table(results: DemoResults) -> Html | None:
         for label, model, other in _DIFFERENCES
         if model in results.models and other in results.models
     ]
-    caption = "Differences in points, taken seed by seed"
+    caption = "Paired differences over seeds, in percentage points"
     return table(["", *columns], [("", rows)], caption=caption) if rows else None
 
 
 def _sampling_note(results: DemoResults) -> str:
     queries = results.setting("eval_size", "the number of queries of each retrieval task")
     return (
-        f"With {queries} queries per retrieval task, a single hit@1 has a standard error of up to "
-        f"{100 * math.sqrt(0.25 / queries):.1f} points from the choice of queries alone, which the spread over seeds does "
-        "not show because all seeds answer the same queries. Seconds: what a model takes beyond the one it starts from, "
-        "per seed and without evaluation; for UniME-V2 with mining and judging."
+        f"With {queries} queries per retrieval task, hit@1 has a standard error of up to "
+        f"{100 * math.sqrt(0.25 / queries):.1f} points from the choice of queries alone. The spread over seeds does not "
+        "include it, because all seeds answer the same queries. Seconds are those that a model takes beyond the one it "
+        "starts from, per seed, without evaluation; UniME-V2's include mining and judging."
     )
 
 
 def _stages(results: DemoResults) -> Iterator[Html]:
-    yield element("h2", "What was done")
+    yield element("h2", "Stages")
     yield element("ul", *(element("li", element("b", name), f": {text}") for name, text in _STAGES.items()))
     seconds = results.stage_seconds()
     if seconds:
         rows = [[stage, *_seconds(found)] for stage, found in seconds.items()]
         rows.append(["all stages", *_seconds(Summary(sum(found.mean for found in seconds.values())))])
-        yield table(["stage", "seconds", "spread"], [("", rows)], caption="Time of each stage, for one seed")
+        yield table(["stage", "seconds", "spread"], [("", rows)], caption="Seconds per stage and seed")
 
 
 def _seconds(found: Summary) -> tuple[str, ...]:
@@ -215,7 +216,7 @@ def _curves(run: Path, results: DemoResults) -> Iterator[Html]:
     if not charts:
         yield element("p", "This run kept no training logs.")
         return
-    how = "One line per seed. Losses differ in kind, so heights cannot be compared between charts."
+    how = "One line per seed. The losses differ, so values cannot be compared between charts."
     yield element("p", how, class_="muted")
     yield element("div", *charts, class_="charts")
 
@@ -236,22 +237,22 @@ def _read_log(path: Path) -> list[tuple[float, float]]:
 
 
 def _judging(results: DemoResults, seed: Path) -> Iterator[Html]:
-    yield element("h2", "What the judge said")
-    yield element("p", f"Of seed {results.seeds[0]}.", class_="muted")
+    yield element("h2", "Judge scores and selected negatives")
+    yield element("p", f"Seed {results.seeds[0]}.", class_="muted")
     yield selection_statistics(seed)
     yield element("h3", "Judged pairs")
     yield judged_gallery(seed)
 
 
 def _retrieval(results: DemoResults, seed: Path) -> Iterator[Html]:
-    yield element("h2", "What UniME-V2 and the control retrieve")
+    yield element("h2", "Retrieved documents of UniME-V2 and the control")
     comparisons = compare(seed, results.setting("eval_size", "the number of queries of each retrieval task"))
     if not comparisons:
-        yield element("p", "This run kept no predictions of both UniME-V2 and the control of equal steps.")
+        yield element("p", "This run kept no predictions of UniME-V2 and the equal-steps control.")
         return
     how = (
-        f"Of seed {results.seeds[0]}, held-out queries in their order, at most two of each task; nothing was picked by "
-        "hand. A document counts as right whenever what it says is true, so a query may have several."
+        f"Seed {results.seeds[0]}: the first held-out queries with each outcome, at most two per task, not picked by "
+        "hand. A document is right if it is true of the query, so a query may have several right documents."
     )
     yield element("p", how, class_="muted")
     yield outcome_table(comparisons)
@@ -267,9 +268,8 @@ def _compositional(results: DemoResults) -> Iterator[Html]:
     yield element("h2", "Compositional understanding by category")
     band = 100 * results.chance_band()
     how = (
-        "An image should be closer to its caption than to one that differs by one replaced, swapped or added word; "
-        f"guessing gives 50 percent. A number within two standard errors of that (50 ± {band:.1f}) cannot be told from "
-        "guessing and is marked ≈."
+        "An image should be closer to its caption than to a foil with one replaced, swapped or added word; chance is 50 "
+        f"percent. Accuracies within two standard errors of chance (50 ± {band:.1f}) are marked ≈."
     )
     yield element("p", how)
     for model in results.models:
@@ -290,9 +290,7 @@ def _chance_sentence(results: DemoResults, model: str) -> str:
     if not any(results.summary(model, name) for name in results.categories):
         return f"{MODELS[model]} was not evaluated on these categories."
     at, below = (", ".join(map(_spoken, found(model))) for found in (results.at_chance, results.below_chance))
-    sentence = (
-        f"{MODELS[model]} stays at chance in: {at}." if at else f"{MODELS[model]} stays at chance in no category."
-    )
+    sentence = f"{MODELS[model]} is at chance in: {at}." if at else f"{MODELS[model]} is at chance in no category."
     return sentence + (f" It prefers the wrong caption in: {below}." if below else "")
 
 
@@ -324,7 +322,7 @@ def _described(results: DemoResults) -> Iterator[str]:
 
 
 def _flat(name: str, value: Any) -> dict[str, Content]:
-    """A nested setting as names and values."""
+    """Flatten a nested setting to names and values."""
     if isinstance(value, Mapping):
         return {key: text for part in value for key, text in _flat(f"{name}: {part}", value[part]).items()}
     return {} if value is None else {name: element("code", value)}

@@ -1,4 +1,4 @@
-"""What the judge said and what selection made of it, as parts of the demo's report."""
+"""Judge scores and selected hard negatives of a demo run, as sections of its report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from unime_st.judging.score_store import JudgedPool, Scores
 from unime_st.report.charts import histogram
 from unime_st.report.html import Content, Html, element, facts, join, show_item, show_items
 
-_SHOWN_FILTERED, _SHOWN = 3, 8  # candidates of a gallery's row
-_LOOK_AT = 4000  # rows
+_SHOWN_FILTERED, _SHOWN = 3, 8  # candidates per card
+_LOOK_AT = 4000  # rows searched for examples
 _HISTOGRAMS = {
     "positive": "own positives",
     "candidates": "mined candidates",
@@ -25,7 +25,7 @@ _HISTOGRAMS = {
 
 
 def selection_statistics(folder: Path) -> Html:
-    """Show what the false-negative filter did.
+    """Counts and histograms of the false-negative filter.
 
     Args:
         folder: Folder of one seed.
@@ -74,7 +74,7 @@ def _figure(title: str, chart: Html) -> Html:
 
 
 def judged_gallery(folder: Path) -> Html:
-    """Show judged pools: the query, its positive, and candidates with their scores and what became of them.
+    """Cards of judged pools: query, positive, and candidates with their scores and whether each was filtered or chosen.
 
     Args:
         folder: Folder of one seed.
@@ -99,7 +99,7 @@ def judged_gallery(folder: Path) -> Html:
 def _examples(
     scores: Scores, rows: RecordSet, options: dict[str, Any]
 ) -> Iterator[tuple[JudgedPool, dict[str, bool]]]:
-    """Pools that show both decisions, each with the ids of the negatives chosen from it."""
+    """Pools with both a filtered and a chosen candidate, each with the ids of its chosen negatives."""
     shown: set[str] = set()
     chosen: dict[tuple[str, str], list[str]] = {}
     for row in rows.row_shards.rows():
@@ -117,7 +117,7 @@ def _examples(
 
 
 def _filtered(positive_logit: float, logits: list[float], options: dict[str, Any]) -> np.ndarray:
-    """Which candidates the false-negative filter takes out, as the selection stage decides it."""
+    """Mask of the candidates that the false-negative filter of the selection stage drops."""
     divisor, margin = options["score_divisor"], options["margin"]
     pool = to_scores(logits, divisor=divisor)
     positive = max(float(to_scores(positive_logit, divisor=divisor)), options["min_positive_score"])

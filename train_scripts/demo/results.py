@@ -1,4 +1,4 @@
-"""The numbers of a demo run: checked, averaged over seeds, and as a plain table."""
+"""Results of a demo run: validation, mean and standard deviation over seeds, and the Markdown table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MODELS = {
     "v2": "UniME-V2 (mined + judged + soft labels)",
     "v2_reranker": "UniME-V2 + reranker",
 }
-"""Names of the models that the demo compares, in the order in which they are shown."""
+"""Display names of the compared models, in display order."""
 
 REPORT = "report.html"
-"""Name of the page in the folder of a run."""
+"""File name of the report in the folder of a run."""
 
 CONTROLS = ("in_batch", "in_batch_compute")
 
@@ -34,7 +34,7 @@ TASKS = {
     "vqa": "ScenesVQA",
     "grounding": "ScenesGrounding",
 }
-"""mteb's name of each retrieval task."""
+"""Name in mteb of each retrieval task."""
 
 COLUMNS = {
     "short t2i": ("short_t2i", "hit_rate_at_1"),
@@ -51,7 +51,7 @@ COLUMNS = {
 
 MEAN = "mean"
 
-# What has to be done for a model beyond the one it starts from. A stage that is not here bears the model's own name.
+# Stages that a model takes beyond the one it starts from, where they are not the one of its own name.
 _STAGES = {"v2": ("mine", "judge", "select", "v2")}
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": str,
@@ -64,7 +64,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Summary:
-    """A number over seeds.
+    """Mean and standard deviation of a number over seeds.
 
     Args:
         mean: Mean over the seeds.
@@ -80,7 +80,7 @@ class Summary:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def parts(self, *, scale: float = 100.0, signed: bool = False) -> tuple[str, str]:
-        """Text of mean and spread, the latter empty for one seed.
+        """Format mean and spread; the spread is empty for one seed.
 
         Args:
             scale: Factor before rounding to one decimal. Defaults to 100, for percent.
@@ -92,14 +92,14 @@ class Summary:
 
 
 class DemoResults:
-    """The content of a demo's ``results.json``.
+    """Validated content of a demo's ``results.json``.
 
     Args:
         content: The decoded file: "rows" of model, seed, task, metric and value; "seconds" by stage; optionally
             "seconds_by_seed", "settings", "versions", "machine", "notes" and "peak_rss_mb".
 
     Raises:
-        ValueError: If a row is damaged or there twice; the message names it.
+        ValueError: If a row is malformed or duplicated; the message names it.
 
     Example:
         >>> from train_scripts.demo.results import DemoResults
@@ -134,16 +134,16 @@ class DemoResults:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"results.json, row {number}: {name} is {value!r}; expected {', '.join(_FIELDS)}")
         if not 0.0 <= row["value"] <= 1.0:  # catches NaN as well
-            raise ValueError(f"results.json, row {number}: value is {row['value']!r}, not a share in [0, 1]")
+            raise ValueError(f"results.json, row {number}: value is {row['value']!r}, expected a fraction in [0, 1]")
         values = self._values.setdefault((row["model"], row["task"], row["metric"]), {})
         if row["seed"] in values:
             raise ValueError(
-                f"results.json, row {number}: {row['model']}, {row['task']}, seed {row['seed']} is there twice"
+                f"results.json, row {number}: {row['model']}, {row['task']}, seed {row['seed']} occurs twice"
             )
         values[row["seed"]] = float(row["value"])
 
     def values(self, model: str, column: str) -> dict[int, float]:
-        """One value for each seed.
+        """One value per seed.
 
         Args:
             model: Key of :data:`MODELS`.
@@ -163,13 +163,13 @@ class DemoResults:
         return Summary.of(list(values.values())) if values else None
 
     def difference(self, model: str, other: str, column: str) -> Summary | None:
-        """``model`` minus ``other``, taken seed by seed; None if they share no seed."""
+        """Paired difference ``model`` minus ``other`` over seeds; None if they share no seed."""
         ours, theirs = self.values(model, column), self.values(other, column)
         paired = [ours[seed] - theirs[seed] for seed in self.seeds if seed in ours and seed in theirs]
         return Summary.of(paired) if paired else None
 
     def stage_seconds(self) -> dict[str, Summary]:
-        """Seconds of each stage for one seed, in the order of the file."""
+        """Seconds per seed of each stage, in the order of the file."""
         by_seed = self.content.get("seconds_by_seed") or {"all": self.content.get("seconds") or {}}
         found: dict[str, list[float]] = {}
         for stages in by_seed.values():
@@ -180,14 +180,14 @@ class DemoResults:
     def model_seconds(self, model: str) -> float | None:
         """Seconds that a model takes beyond the one it starts from; None for the untrained one.
 
-        For UniME-V2 these are mining, judging, selection and training.
+        UniME-V2's include mining, judging and selection.
         """
         seconds = self.stage_seconds()
         own = [seconds[stage].mean for stage in _STAGES.get(model, (model,)) if stage in seconds]
         return sum(own) if own else None
 
     def setting(self, name: str, meaning: str) -> int:
-        """A number of the settings that the report needs.
+        """A positive integer of the settings that the report needs.
 
         Args:
             name: Its key.
@@ -217,20 +217,20 @@ class DemoResults:
 
 
 def render_table(results: Mapping[str, Any]) -> str:
-    """Write the demo's headline table as Markdown that is readable as plain text.
+    """Render the demo's result table as aligned Markdown.
 
     Args:
         results: The decoded ``results.json``, see :class:`DemoResults`.
 
     Returns:
-        str: One row for each model; percent, mean over seeds with ± the standard deviation where there are several.
-        Seconds are those a model takes beyond the one it starts from.
+        str: One row per model, in percent: mean over seeds, with ± the standard deviation if there are several. Seconds
+        are those that a model takes beyond the one it starts from.
 
     Raises:
-        ValueError: If the results are damaged.
+        ValueError: If the results are malformed.
 
     Example:
-        >>> from train_scripts.demo.demo_report import render_table
+        >>> from train_scripts.demo.results import render_table
         >>> row = {"model": "base", "seed": 0, "task": "vqa", "metric": "hit_rate_at_1", "value": 0.25}
         >>> print(render_table({"rows": [row], "seconds": {}}))
         | model                  |  VQA | mean | seconds |

@@ -1,4 +1,4 @@
-"""What two models retrieve for the same queries, side by side."""
+"""Top documents of two models for the same queries, as sections of the demo's report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unime_st.data.scenes import RetrievalData, retrieval_data
 from unime_st.report.html import Html, element, join, show_item, show_items, table
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
-"""Documents with scores of each query, best first."""
+"""Documents and scores per query, best first."""
 
 _TOP, _PER_TASK = 3, 2
 _OUTCOMES = ("both right", "only V2 right", "only the control right", "both wrong")
@@ -21,7 +21,7 @@ _OUTCOMES = ("both right", "only V2 right", "only the control right", "both wron
 
 @dataclass(frozen=True)
 class Comparison:
-    """A task with the rankings of UniME-V2 and of the control, and the queries by who is right.
+    """Rankings of UniME-V2 and of the control on a task, and the queries grouped by which of them is right.
 
     Args:
         task: Key of :data:`~train_scripts.demo.results.TASKS`.
@@ -49,7 +49,7 @@ def read_rankings(folder: Path, task: str) -> Ranking | None:
         The documents of each query, best first; None if there is no file.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file does not hold the predictions of a retrieval task.
     """
     path = folder / f"{TASKS[task]}_predictions.json"
     if not path.is_file():
@@ -77,7 +77,7 @@ def compare(folder: Path, size: int, *, ours: str = "v2", control: str = "in_bat
         list[Comparison]: One for each task, in the order of the tasks.
 
     Raises:
-        ValueError: If predictions are damaged or were made on queries or documents other than those of ``size``.
+        ValueError: If predictions are malformed or were made on other queries or documents than those of ``size``.
     """
     found = []
     for task in TASKS:
@@ -105,7 +105,7 @@ def _outcomes(data: RetrievalData, ours: Ranking, control: Ranking) -> dict[str,
 
 
 def outcome_table(comparisons: Sequence[Comparison]) -> Html:
-    """Count who is right how often.
+    """Number of queries per task by which model is right.
 
     Args:
         comparisons: From :func:`compare`.
@@ -118,7 +118,7 @@ def outcome_table(comparisons: Sequence[Comparison]) -> Html:
 
 
 def gallery(comparisons: Sequence[Comparison], outcomes: Sequence[str]) -> Html:
-    """Show the first queries of each task that ended in a certain way.
+    """Cards of the first queries of each task with given outcomes.
 
     Args:
         comparisons: From :func:`compare`.

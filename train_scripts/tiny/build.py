@@ -1,4 +1,4 @@
-"""Builds the empty embedded default: a small, real Qwen2-VL with its tokenizer and processor."""
+"""Tokenizer, processor and randomly initialized Qwen2-VL of `unime-tiny`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unime_st.data.scenes.scene_pairs import TRAINING_MIX
 from unime_st.scoring.prompts import LIST_PROMPT, PAIR_PROMPT
 
 VOCABULARY = 2048
-SIDE = 84  # pixels; patch 14 and merge 2 make 9 visual tokens of a square picture
+SIDE = 84  # pixels; patch 14 and merge 2 make 9 visual tokens of a square image
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -34,14 +34,14 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# How Qwen2's tokenizer cuts text into words: contractions, words, single digits, punctuation, white space.
+# Pre-tokenization of Qwen2: contractions, words, single digits, punctuation, white space.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def _symbol_names() -> Iterator[str]:
-    """Names of Unicode's symbols: everyday English words for things, which the scenes do not have."""
+    """Names of Unicode's symbols: everyday English nouns that the scenes lack."""
     for code in range(0x2000, 0x1FB00):
         if unicodedata.category(chr(code)) == "So":
             yield unicodedata.name(chr(code), "").lower()
@@ -63,9 +63,9 @@ def _corpus(seed: int) -> Iterator[str]:
 
 
 def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer trained on the words of the scenes and the names of Unicode's symbols.
+    """Train a byte-level BPE tokenizer on descriptions of scenes and the names of Unicode's symbols.
 
-    Every text can be encoded; ``Yes``, ``No`` and the digits are single tokens, as in Qwen2-VL.
+    ``Yes``, ``No`` and the digits are single tokens, as in Qwen2-VL.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -92,12 +92,12 @@ def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     )
     for word in ("Yes", "No", *string.digits):
         if len(fast.encode(word, add_special_tokens=False)) != 1:
-            raise ValueError(f"{word!r} is not a single token of the trained vocabulary.")
+            raise ValueError(f"{word!r} is not a single token of the trained vocabulary; add it to the corpus.")
     return fast
 
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
-    """Qwen2-VL's processor for small pictures; any picture becomes about 84 x 84 pixels, its aspect ratio kept."""
+    """Processor of Qwen2-VL that resizes every image to about 84 x 84 pixels, keeping its aspect ratio."""
     template = (resources.files("unime_st.recipes") / "templates" / "tiny_embedding.jinja").read_text()
     sizes = {"min_pixels": SIDE * SIDE, "max_pixels": SIDE * SIDE}
     grid = {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2}
@@ -110,7 +110,7 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
-    """A randomly initialised Qwen2-VL of about 1.4 million parameters."""
+    """Randomly initialized Qwen2-VL of about 1.4 million parameters."""
 
     def id_of(token: str) -> int:
         return tokenizer.get_vocab()[token]

@@ -1,4 +1,4 @@
-"""Turns a pre-trained checkpoint into the folder that is shipped: embedder, judge and reranker start in one file."""
+"""Package a pre-trained checkpoint as the folder of `unime-tiny`: embedder, judge and reranker in one file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ license: apache-2.0
 ---
 # unime-tiny
 
-A Qwen2-VL of 1.4 million parameters, pre-trained from scratch on procedurally drawn scenes: describing, answering,
-judging pairs with Yes or No, choosing from a list, and saying what an item was from the one vector at its end. It is the
-embedded default of `unime-st`: backbone of the demo's embedders, its judge, and the start of its reranker. No pairs were
-ever compared in training: as an embedder it is a start, not a retriever. It knows nothing of the real world.
+A Qwen2-VL of 1.4 million parameters, pre-trained from scratch on procedurally drawn scenes: captioning, question
+answering, judging pairs with Yes or No, choosing from a list, and reconstructing an item from its embedding. `unime-st`
+ships it as the default of its demo: backbone of the embedders, judge, and start of the reranker. It had no contrastive
+training, so it is not a retriever yet, and it knows nothing of the real world.
 
-Made by these commands; loss and accuracy of every kind of lesson are in `pretraining.jsonl`:
+Made by these commands; loss and accuracy per task are in `pretraining.jsonl`:
 
 ```
 {commands}
@@ -32,7 +32,7 @@ python -c "from train_scripts.tiny.package import package; package('{last}', 'un
 
 
 def package(checkpoint: str | Path, output: str | Path) -> Path:
-    """Write a native Sentence Transformers folder whose weights are still the whole language model.
+    """Write a native Sentence Transformers folder that still holds the whole language model.
 
     Args:
         checkpoint: Folder written by :func:`train_scripts.tiny.pretrain.pretrain`.
@@ -43,12 +43,12 @@ def package(checkpoint: str | Path, output: str | Path) -> Path:
     """
     output = Path(output)
     shutil.rmtree(output, ignore_errors=True)
-    # Cutting a long row with a picture would cut the end of the prompt, where the embedding is read.
+    # Truncation of a long input with an image would cut the end of the prompt, where the embedding is read.
     whole = {"text": {"truncation": False}}
     transformer = Transformer(str(checkpoint), unpad_inputs=False, processing_kwargs=whole)
     pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
     SentenceTransformer(modules=[transformer, pooling, Normalize()]).save_pretrained(str(output))
-    # The embedder's weights lack the head; the whole model serves as embedder, judge and reranker alike.
+    # The embedder's weights lack the language-model head, which judge and reranker need.
     AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(output)
     shutil.copy(Path(checkpoint) / "log.jsonl", output / LOG)
     (output / "README.md").write_text(_card(output / LOG), encoding="utf-8")
@@ -56,7 +56,7 @@ def package(checkpoint: str | Path, output: str | Path) -> Path:
 
 
 def _card(log: Path) -> str:
-    """Model card with the commands that made the weights, from what they logged."""
+    """Model card with the commands that made the weights, read from their log."""
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     runs = [entry["arguments"] for entry in entries if "arguments" in entry]
     commands = [

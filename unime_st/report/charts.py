@@ -1,4 +1,4 @@
-"""Charts as inline SVG, in the colours of the page they stand in."""
+"""Line, bar and dot charts and histograms as inline SVG, in the colors of the page they stand in."""
 
 from __future__ import annotations
 
@@ -55,16 +55,18 @@ def line_chart(
         raise ValueError("a chart needs at least one point")
     across, up = (ticks(min(values), max(values)) for values in zip(*points))
 
-    def index(x: float, y: float) -> tuple[float, float]:
+    def to_svg(x: float, y: float) -> tuple[float, float]:
         return (
             _LEFT + (x - across[0]) / (across[-1] - across[0]) * (width - _LEFT - _RIGHT),
             height - _BOTTOM - (y - up[0]) / (up[-1] - up[0]) * (height - _TOP - _BOTTOM),
         )
 
-    parts = _grid([(index(x, up[0])[0], x) for x in across], [(index(across[0], y)[1], y) for y in up], width, height)
+    parts = _grid(
+        [(to_svg(x, up[0])[0], x) for x in across], [(to_svg(across[0], y)[1], y) for y in up], width, height
+    )
     parts.append(element("text", x_label, x=width - _RIGHT, y=height - 4, text_anchor="end"))
     for number, (name, line) in enumerate(lines.items()):
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (index(*point) for point in line))
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (to_svg(*point) for point in line))
         opacity = max(0.35, 1.0 - 0.3 * number)
         stroke = element("polyline", points=drawn, class_="stroke", stroke_opacity=f"{opacity:g}")
         parts.append(element("g", element("title", name), stroke))
@@ -113,7 +115,7 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], bool]], *, x_label: str
     """Draw the values of each row as dots, and their mean as a stroke.
 
     Args:
-        rows: Name, values, and whether to draw it in the second colour (a control).
+        rows: Name, values, and whether to draw it in the second color (a control).
         x_label: What the values are.
         width: Width in the chart's own units. Defaults to 640.
 
@@ -127,18 +129,18 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], bool]], *, x_label: str
     height = line * len(rows) + _TOP + _BOTTOM
     across = ticks(0.0, max(value for _, values, _ in rows for value in values))
 
-    def index(value: float) -> float:
+    def x_of(value: float) -> float:
         return left + value / across[-1] * (width - left - 2 * _RIGHT)
 
-    parts = _grid([(index(value), value) for value in across], [], width, height, vertical=True)
+    parts = _grid([(x_of(value), value) for value in across], [], width, height, vertical=True)
     parts.append(element("text", x_label, x=width - _RIGHT, y=height - 4, text_anchor="end"))
     for number, (name, values, other) in enumerate(rows):
         middle = _TOP + line * number + line / 2
-        mean = index(sum(values) / len(values))
+        mean = x_of(sum(values) / len(values))
         parts.append(element("text", name, x=left - 12, y=middle + 4, text_anchor="end", class_="label"))
         parts.append(element("line", x1=mean, x2=mean, y1=middle - 8, y2=middle + 8, class_="tick"))
         for value in values:
-            dot = element("circle", cx=index(value), cy=middle, r=4, class_="fill other" if other else "fill")
+            dot = element("circle", cx=x_of(value), cy=middle, r=4, class_="fill other" if other else "fill")
             parts.append(element("g", element("title", f"{value:.1f}"), dot))
     return _svg(parts, width, height, f"{x_label} of {', '.join(name for name, _, _ in rows)}", style="wide")
 
@@ -172,7 +174,7 @@ def bar_chart(
     across = ticks(0.0, high if high is not None else largest)
     end = width - 60  # room for the number behind a bar
 
-    def index(value: float) -> float:
+    def x_of(value: float) -> float:
         return round(left + value / across[-1] * (end - left), 1)
 
     parts, y = [], _TOP
@@ -180,11 +182,11 @@ def bar_chart(
         parts.append(element("text", name, x=0, y=y + 15, class_="label"))
         y += gap - line if len(found) == 1 else gap
         for label, value, beside in found:
-            bar = element("rect", x=left, y=y + 2, width=max(index(value) - left, 0.5), height=line - 5, class_="fill")
+            bar = element("rect", x=left, y=y + 2, width=max(x_of(value) - left, 0.5), height=line - 5, class_="fill")
             shown = [element("title", f"{name}, {label}: {value:.1f}"), bar]
-            number = index(value)
+            number = x_of(value)
             if beside is not None:
-                at = index(beside)
+                at = x_of(beside)
                 shown.append(element("line", x1=at, x2=at, y1=y, y2=y + line - 1, class_="tick"))
                 number = at if number <= at < number + 40 else number  # not across the stroke
             parts.append(element("text", label, x=left - 8, y=y + 12, text_anchor="end"))
@@ -193,7 +195,7 @@ def bar_chart(
             y += line
         y += 6
     height = y + _BOTTOM
-    axis = _grid([(index(value), value) for value in across], [], width, height, vertical=True)
+    axis = _grid([(x_of(value), value) for value in across], [], width, height, vertical=True)
     axis.append(element("text", x_label, x=end, y=height - 4, text_anchor="end"))
     return _svg([*axis, *parts], width, height, f"bars of {x_label}", style="wide")
 
@@ -207,7 +209,7 @@ def _grid(
     unit: str = "",
     vertical: bool = False,
 ) -> list[Html]:
-    """Grid lines and numbers at the given (place, value) of each axis."""
+    """Grid lines and labels at the given (coordinate, value) of each axis."""
     parts = []
     for x, value in across:
         if vertical:
