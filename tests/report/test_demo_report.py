@@ -295,7 +295,7 @@ def test_plain_table():
     "change, message",
     [
         ({"value": float("nan")}, "row 2: value is nan"),
-        ({"value": 55.0}, "row 2: value is 55.0; expected a fraction"),
+        ({"value": 55.0}, "row 2: value is 55.0, expected a fraction"),
         ({"seed": "0"}, "row 2: seed is '0'"),
         ({"model": "v3"}, "unknown model 'v3'; expected one of base"),
         ({"metric": "hit_rate_at_1", "task": "short_i2t"}, "row 2: base, short_i2t, seed 3 occurs twice"),

@@ -1,9 +1,8 @@
-"""The embedded default: small, real, one file for embedder, judge and reranker; and how it is made."""
+"""`unime-tiny`: size, format, vocabulary and quality of the shipped model, and the way it is made."""
 
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,7 @@ from train_scripts.tiny.package import package
 from train_scripts.tiny.pretrain import PretrainArguments, pretrain
 from unime_st.data.scenes import FOIL_CATEGORIES, foils
 from unime_st.judging import Group, LocalJudge
-
-FOLDER = Path(str(resources.files("unime_st"))) / "tiny" / "model"
+from unime_st.paths import PACKAGED
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +29,17 @@ def model() -> SentenceTransformer:
 
 
 def test_it_is_small() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 6_000_000
-    with safe_open(FOLDER / "model.safetensors", "pt") as weights:
+    assert sum(path.stat().st_size for path in PACKAGED.rglob("*") if path.is_file()) <= 6_000_000
+    with safe_open(PACKAGED / "model.safetensors", "pt") as weights:
         parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())
     assert 1_000_000 <= parameters <= 5_000_000
 
 
 def test_it_is_a_native_folder() -> None:
-    modules = json.loads((FOLDER / "modules.json").read_text())
+    modules = json.loads((PACKAGED / "modules.json").read_text())
     assert [module["type"].rsplit(".", 1)[-1] for module in modules] == ["Transformer", "Pooling", "Normalize"]
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
-    assert json.loads((FOLDER / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "lasttoken"
+    assert json.loads((PACKAGED / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "lasttoken"
 
 
 def test_the_vocabulary_holds_what_judge_and_reranker_say(model: SentenceTransformer) -> None:
@@ -53,19 +51,19 @@ def test_the_vocabulary_holds_what_judge_and_reranker_say(model: SentenceTransfo
 
 
 @pytest.mark.parametrize("size", [(84, 84), (72, 72), (1000, 1000), (300, 60), (5, 500), (1, 1)])
-def test_a_picture_is_few_tokens(model: SentenceTransformer, size: tuple[int, int]) -> None:
+def test_an_image_is_few_tokens(model: SentenceTransformer, size: tuple[int, int]) -> None:
     features = model.preprocess([{"image": Image.new("RGB", size, "red"), "text": "a"}])
     image_id = model.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert 4 <= int((features["input_ids"] == image_id).sum()) <= 49
 
 
 def test_mixed_batches_equal_single_inputs(model: SentenceTransformer) -> None:
-    picture = foils("swap_att", size=1)[0].image.to_input()["image"]
+    image = foils("swap_att", size=1)[0].image.to_input()["image"]
     inputs = [
         {"text": "a red circle"},
-        {"image": picture},
-        {"image": picture, "text": "crop the large blue star."},
-        {"text": "a much longer text about a picture with a red circle, a blue star and more than that"},
+        {"image": image},
+        {"image": image, "text": "crop the large blue star."},
+        {"text": "a much longer text about an image with a red circle, a blue star and more than that"},
     ]
     together = model.encode(inputs)
     alone = np.concatenate([model.encode([value]) for value in inputs])

@@ -1,4 +1,4 @@
-"""Pre-trains the embedded default from scratch, so that it starts like a multimodal language model."""
+"""Pre-training of `unime-tiny` as a multimodal language model, from scratch on drawn scenes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PretrainArguments:
-    """Settings of :func:`pretrain`."""
+    """Options of the pre-training."""
 
-    output: str = field(default="runs/pretrain_tiny", metadata={"help": "Folder for the checkpoint and its log."})
-    start: str = field(
-        default="", metadata={"help": "Checkpoint of an earlier run to go on from; none: from scratch."}
-    )
+    output: str = field(default="runs/pretrain_tiny", metadata={"help": "Output folder of checkpoint and log."})
+    start: str = field(default="", metadata={"help": "Checkpoint to start from; empty = from scratch."})
     curriculum: str = field(default="seeing", metadata={"help": f"One of {', '.join(CURRICULA)}."})
-    steps: int = field(default=1500, metadata={"help": "Optimiser steps that the learning rate is planned for."})
-    stop_after: int = field(default=-1, metadata={"help": "Stop after so many steps, to go on in another run."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and words."})
-    muon_learning_rate: float = field(default=6e-3, metadata={"help": "Peak rate of Muon (weight matrices)."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW (embeddings, norms, biases)."})
-    log_every: int = field(
-        default=100, metadata={"help": "Steps between two lines of the log; the weights are saved then too."}
+    steps: int = field(default=1500, metadata={"help": "Optimizer steps of the learning-rate schedule."})
+    stop_after: int = field(
+        default=-1, metadata={"help": "Stop after this many steps; -1 = at the end of the schedule."}
     )
+    seed: int = field(default=0, metadata={"help": "Seed of weights and data."})
+    muon_learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate of Muon (weight matrices)."})
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak learning rate of AdamW (embeddings, norms, biases)."}
+    )
+    log_every: int = field(default=100, metadata={"help": "Steps between log lines and saved checkpoints."})
 
 
-class _Lessons(IterableDataset):
-    """An endless stream of collated batches, the same for the same seed."""
+class _Batches(IterableDataset):
+    """Collated batches of the curriculum, the same for the same seed."""
 
     def __init__(self, processor: Qwen2VLProcessor, arguments: PretrainArguments) -> None:
         self.processor, self.arguments = processor, arguments
@@ -55,13 +55,13 @@ class _Lessons(IterableDataset):
         chosen = self.arguments
         rng = random.Random(f"lessons-{chosen.curriculum}-{chosen.seed}")
         for step in range(chosen.steps):
-            lesson, examples = draw_batch(rng, chosen.curriculum, step / chosen.steps)
-            together: Callable[..., dict[str, Any]] = collate_summaries if lesson == "sum_up" else collate
-            yield lesson, together(examples, self.processor)
+            task, examples = draw_batch(rng, chosen.curriculum, step / chosen.steps)
+            together: Callable[..., dict[str, Any]] = collate_summaries if task == "sum_up" else collate
+            yield task, together(examples, self.processor)
 
 
 def _optimizers(model: torch.nn.Module, arguments: PretrainArguments) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices, AdamW for everything else: several times faster here than AdamW alone."""
+    """Muon for the weight matrices, AdamW for all else: several times fewer steps here than AdamW alone."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -74,9 +74,9 @@ def _optimizers(model: torch.nn.Module, arguments: PretrainArguments) -> list[to
 
 
 def answer_loss(model: Qwen2VLForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy over the answers, and the share of answer tokens that come out right.
+    """Mean cross-entropy of the answers, and the accuracy of their tokens.
 
-    The head is applied to the positions that have a label only.
+    The language-model head is applied only to positions with a label.
     """
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -88,13 +88,13 @@ def answer_loss(model: Qwen2VLForConditionalGeneration, batch: dict[str, torch.T
 
 
 def _rate(step: int, steps: int) -> float:
-    """Linear warm-up over 2 %, then linear decay to zero over the last 40 %."""
+    """Learning-rate factor: linear warm-up over 2 % of the steps, linear decay to zero over the last 40 %."""
     return min(1.0, (step + 1) / (0.02 * steps), max(0.0, (steps - step) / (0.4 * steps)))
 
 
 def _begin(arguments: PretrainArguments) -> tuple[Qwen2VLProcessor, Qwen2VLForConditionalGeneration]:
     if arguments.curriculum not in CURRICULA:
-        raise ValueError(f"curriculum must be one of {', '.join(CURRICULA)}, but is {arguments.curriculum!r}.")
+        raise ValueError(f"curriculum must be one of {', '.join(CURRICULA)}, got {arguments.curriculum!r}.")
     if arguments.start:
         processor = Qwen2VLProcessor.from_pretrained(arguments.start)
         return processor, Qwen2VLForConditionalGeneration.from_pretrained(arguments.start).train()
@@ -106,7 +106,7 @@ def pretrain(arguments: PretrainArguments) -> Path:
     """Train a tiny Qwen2-VL on scenes and save it with its tokenizer, processor and log.
 
     Args:
-        arguments: Settings; the same settings and library versions give the same weights on the same machine.
+        arguments: Options; the same options and library versions give the same weights on the same machine.
 
     Returns:
         The folder of the checkpoint.
@@ -115,7 +115,7 @@ def pretrain(arguments: PretrainArguments) -> Path:
     processor, model = _begin(arguments)
     optimizers = _optimizers(model, arguments)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    lessons = DataLoader(_Lessons(processor, arguments), batch_size=None, num_workers=1)
+    batches = DataLoader(_Batches(processor, arguments), batch_size=None, num_workers=1)
     output = Path(arguments.output)
     processor.save_pretrained(output)
     recent: dict[str, list[tuple[float, float]]] = {}
@@ -128,16 +128,16 @@ def pretrain(arguments: PretrainArguments) -> Path:
     last = arguments.stop_after if arguments.stop_after > 0 else arguments.steps
     with (output / "log.jsonl").open("a" if arguments.start else "w") as log:
         log.write(json.dumps({"arguments": asdict(arguments)}) + "\n")
-        for step, (lesson, batch) in zip(trange(last, desc="pretrain"), lessons):
+        for step, (task, batch) in zip(trange(last, desc="pretrain"), batches):
             for optimizer, peak in zip(optimizers, peaks):
                 optimizer.param_groups[0]["lr"] = peak * _rate(step, arguments.steps)
-            loss, accuracy = summary_loss(model, batch) if lesson == "sum_up" else answer_loss(model, batch)
+            loss, accuracy = summary_loss(model, batch) if task == "sum_up" else answer_loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            recent.setdefault(lesson, []).append((loss.item(), accuracy))
+            recent.setdefault(task, []).append((loss.item(), accuracy))
             if (step + 1) % arguments.log_every == 0 or step + 1 == last:
                 means = {name: [round(sum(v) / len(v), 4) for v in zip(*values)] for name, values in recent.items()}
                 seconds = round(time.perf_counter() - started, 1)
