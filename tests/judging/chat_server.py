@@ -1,16 +1,13 @@
-"""A chat server with log-probabilities for the tests: a tiny model behind OpenAI's protocol, and faults on demand.
-
-python chat_server.py PORT_FILE [--faults 429 500 half stall] [--every N]
-"""
+"""Chat server with log-probabilities for the tests: a tiny model behind OpenAI's protocol, and faults on demand."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import itertools
 import json
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,9 @@ from unime_st.data import Item
 from unime_st.judging import LocalJudge
 from unime_st.scoring.prompts import conversation
 
-torch.set_num_threads(1)
-
 
 class Model:
-    """The embedded default with its short prompt; one request at a time."""
+    """`unime-tiny` with its short prompt; one request at a time."""
 
     def __init__(self) -> None:
         judge = LocalJudge("unime-tiny", template="tiny", device="cpu")
@@ -91,15 +86,19 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port_file", type=Path)
-    parser.add_argument("--faults", nargs="*", default=[])
-    parser.add_argument("--every", type=int, default=3)
-    arguments = parser.parse_args()
-    Handler.model, Handler.faults, Handler.every = Model(), arguments.faults, arguments.every
+def serve(model: Model, port_file: Path, faults: Sequence[str], every: int) -> None:
+    """Serve until killed, on a free port that is written to a file.
+
+    Args:
+        model: The model.
+        port_file: File for the port; it appears when the server listens.
+        faults: Kinds of faults, in turn: a status code, "half" an answer, or "stall".
+        every: Every so many requests, one has a fault.
+    """
+    torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
+    Handler.model, Handler.faults, Handler.every = model, list(faults), every
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    temporary = arguments.port_file.with_suffix(".tmp")
+    temporary = port_file.with_suffix(".tmp")
     temporary.write_text(str(server.server_address[1]))
-    temporary.replace(arguments.port_file)
+    temporary.replace(port_file)
     server.serve_forever()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny_reranker as tiny
 from word_judge import WordJudge
 
 from unime_st.data import Item, RecordSet, StageConflictError
@@ -48,6 +49,13 @@ def test_cost(pools: Pools, judge: LocalJudge):
     assert "hours here" in str(cost) and cost.to_dict()["pairs"] == pairs
     other = estimate_judging(pools, WordJudge(), sample=4)
     assert other.tokens is None and other.flops is None and "tokens" not in str(other)
+
+
+def test_a_judge_that_does_not_answer_is_refused_before_it_is_paid(pools: Pools, tmp_path: Path):
+    random = LocalJudge(tiny.checkpoint(tmp_path), device="cpu")
+    for judge in (random, CascadeJudge(random, WordJudge())):
+        with pytest.raises(ValueError, match="less than 1% .*thinks or explains first"):
+            estimate_judging(pools, judge, sample=4)
 
 
 def test_calibration(pools: Pools, judge: LocalJudge):

@@ -1,15 +1,22 @@
-"""A judge behind a real server process: the same scores, faults survived, a killed server resumed from."""
+"""HTTP judge: scores of a real server process, retries, a killed server, answers that are not Yes or No, Ctrl-C."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_server import Model, serve
 from tiny_embedder import tiny_embedder
 
 from unime_st.data import Item, PairRecord, RecordSet
@@ -20,27 +27,33 @@ from unime_st.retrieval import mine
 from unime_st.training.arguments import JudgeArguments
 from unime_st.training.offline import run_judge
 
-Start = Callable[..., tuple[str, subprocess.Popen]]
+Start = Callable[..., tuple[str, BaseProcess]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """The model behind every server, loaded once: server processes are forked."""
+    return Model()
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts servers, which end with the test."""
-    running: list[subprocess.Popen] = []
+def start(model: Model, tmp_path: Path) -> Iterator[Start]:
+    """Starts servers in processes of their own, which end with the test."""
+    running: list[BaseProcess] = []
 
-    def begin(*options: str) -> tuple[str, subprocess.Popen]:
+    def begin(faults: Sequence[str] = (), every: int = 3) -> tuple[str, BaseProcess]:
         port = tmp_path / f"port-{len(running)}"
-        command = [sys.executable, str(Path(__file__).parent / "chat_server.py"), str(port), *options]
-        running.append(subprocess.Popen(command))
+        running.append(get_context("fork").Process(target=serve, args=(model, port, faults, every), daemon=True))
+        running[-1].start()
         while not port.exists():
-            assert running[-1].poll() is None, "the server did not start"
-            time.sleep(0.1)
+            assert running[-1].is_alive(), "the server did not start"
+            time.sleep(0.01)
         return f"http://127.0.0.1:{port.read_text()}/v1", running[-1]
 
     yield begin
     for process in running:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def groups() -> list[Group]:
@@ -67,7 +80,7 @@ def test_scores_equal_those_of_the_model_itself_and_faults_are_survived(start: S
     with pytest.raises(ServerError, match="none of 8 pairs could be judged.*bad pair"):
         judge.score([Group("a", [Item("refuse me")] * 8)], errors=[])
     process.kill()
-    process.wait()
+    process.join()
     with pytest.raises(ServerError, match="not answered in 2 tries.*finished shards are kept"):
         HttpJudge(address, "unime-tiny", retries=1, pause=0.01).score(groups())
 
@@ -86,7 +99,7 @@ def test_a_run_survives_a_killed_server_and_a_bad_one(start: Start, tmp_path: Pa
             self.calls += 1
             if self.calls == 3:
                 process.kill()
-                process.wait()
+                process.join()
             return super().score(*args, **kwargs)
 
     address, process = start()
@@ -94,8 +107,8 @@ def test_a_run_survives_a_killed_server_and_a_bad_one(start: Start, tmp_path: Pa
         judge_pools(pools, Watched(address, "unime-tiny", retries=1, pause=0.01), tmp_path / "scores", shard_size=3)
     finished = {path: path.read_bytes() for path in (tmp_path / "scores").glob("rows-*.parquet")}
     assert len(finished) == 2
-    address, _ = start("--every", "4", "--faults", "429", "500", "half", "stall")
-    judge = HttpJudge(address, "unime-tiny", concurrency=4, pause=0.01, timeout=5.0)
+    address, _ = start(faults=("429", "500", "half", "stall"), every=4)
+    judge = HttpJudge(address, "unime-tiny", concurrency=4, pause=0.01, timeout=2.0)
     scores = judge_pools(pools, judge, tmp_path / "scores", shard_size=3)
     assert all(path.read_bytes() == content for path, content in finished.items())
     assert len(scores) == 12 and judge.tries >= 2 * 3 * 4 + 4  # two shards of three rows of four pairs, each fault
@@ -123,3 +136,85 @@ def test_options_that_a_server_cannot_be_told_are_refused(option: str, value: ob
     with pytest.raises(ValueError, match=f"^{option} {value} has no effect.*leave out {option}"):
         run_judge(arguments)
     assert not (tmp_path / "scores").exists()
+
+
+@contextmanager
+def answering(top: Sequence[tuple[str, float]]) -> Iterator[str]:
+    """A server that answers every request with the same log-probabilities."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            listed = [{"token": token, "logprob": logprob} for token, logprob in top]
+            answer = {"choices": [{"logprobs": {"content": [{**listed[0], "top_logprobs": listed}]}}]}
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def filled(*top: tuple[str, float], count: int = 20) -> list[tuple[str, float]]:
+    """The given tokens and as many unlikely ones as it takes."""
+    return [*top, *((f"word{index}", -30.0) for index in range(count - len(top)))]
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        # A thinking model: Yes and No have 1e-9 of the probability.
+        (filled(("<think>", -1e-6), ("Okay", -15.0), ("Yes", -21.0), ("No", -22.5)), "thinks or explains first"),
+        (filled(("The", -0.1), ("It", -2.5)), "thinks or explains first"),
+        (
+            filled(("Yes", -0.1), ("Maybe", -3.0), count=2),
+            "returned 2 of 20 log-probabilities and No is not among them",
+        ),
+    ],
+)
+def test_a_server_that_does_not_answer_yes_or_no(top: list[tuple[str, float]], message: str):
+    with answering(top) as address:
+        judge = HttpJudge(address, "m", pause=0.01)
+        errors: list[PairError] = []
+        assert np.isnan(judge.score([Group("q", ["a"])], errors=errors)[0]).all()
+        assert message in errors[0].reason
+        with pytest.raises(ValueError, match=f"group 0, candidate 0: .*{message}"):
+            judge.score([Group("q", ["a"])])
+        with pytest.raises(ServerError, match=f"none of 8 pairs could be judged .*{message}"):
+            judge.score([Group("q", ["a"] * 8)], errors=[])
+
+
+def test_an_answer_that_is_not_listed_is_as_likely_as_the_last_listed():
+    with answering(filled(("Yes", -0.01), ("Sure", -5.0))) as address:
+        assert HttpJudge(address, "m").score([Group("q", ["a"])])[0] == pytest.approx([29.99])
+    with answering([("Yes", -0.2), ("No", -1.7)]) as address:  # both are there, so the rest does not matter
+        assert HttpJudge(address, "m").score([Group("q", ["a"])])[0] == pytest.approx([1.5])
+
+
+def test_an_interrupted_judge_does_not_wait_for_a_stalled_server(start: Start):
+    address, _ = start(faults=("stall",), every=1)
+    context = get_context("fork")
+    asked = context.Event()
+
+    class Watched(HttpJudge):
+        def _request(self, *pair: Item) -> bytes:
+            asked.set()
+            return super()._request(*pair)
+
+    def work() -> None:
+        Watched(address, "m", timeout=600).score([Group("a", ["b"] * 4)])
+
+    process = context.Process(target=work)
+    process.start()
+    assert asked.wait(60) and process.pid is not None
+    time.sleep(0.2)  # until the request is under way
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)  # less than the time-out of the request and the stall of the server
+    assert process.exitcode == 1

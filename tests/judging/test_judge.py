@@ -259,3 +259,24 @@ def test_a_template_that_changes_texts_is_rendered_in_full(folder: str):
     messages = [conversation(query, [item], decode=False) for query, item in pairs]
     assert prompts == judge.model[0].processor.apply_chat_template(messages, chat_template=shout, tokenize=False)
     assert not render.fixed
+
+
+def test_a_model_that_does_not_answer_yes_or_no_is_reported(judge: LocalJudge, caplog: pytest.LogCaptureFixture):
+    """The tiny random model spreads its probability over the vocabulary; `unime-tiny` has learned to answer."""
+    slow = LocalJudge(judge.model, name="slow")
+    slow.scorer.obstacle = "for the test"
+    fast = LocalJudge(judge.model, name="fast")
+    for model in (fast, slow):
+        expected = []
+        for group in GROUPS:
+            pairs = [(group.query, candidate) for candidate in group.candidates]
+            logits = judge.scorer._forward(pairs, range(len(judge.model.tokenizer)))
+            expected += logits.softmax(1)[:, judge.scorer.token_ids].sum(1).tolist()
+        model.score(GROUPS)
+        assert model.answer_share == pytest.approx(np.mean(expected), rel=1e-4) and model.answer_share < 0.01
+        assert f"{model.name}: Yes and No together have less than 1%" in caplog.text
+    caplog.clear()
+    fast.score(GROUPS[:1])  # said once
+    good = LocalJudge("unime-tiny", template="tiny", device="cpu")
+    good.score([Group("a red square", ["a red square", "a blue circle"])])
+    assert good.answer_share > 0.9 and not caplog.records

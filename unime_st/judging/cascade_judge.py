@@ -42,6 +42,12 @@ class CascadeJudge:
         self.prompt_hash = digest(f"{cheap.prompt_hash} {strong.prompt_hash} {band}", length=16)
         self.asked = self.passed_on = 0
 
+    @property
+    def answer_share(self) -> float | None:
+        """The smaller ``answer_share`` of both judges, see :class:`~unime_st.judging.LocalJudge`."""
+        shares = [getattr(judge, "answer_share", None) for judge in (self.cheap, self.strong)]
+        return min((share for share in shares if share is not None), default=None)
+
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
         """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`.
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from unime_st.judging.local_judge import LocalJudge
 from unime_st.retrieval.mining import Pools
 from unime_st.scoring.groups import Group, Judge
+from unime_st.scoring.prompts import LEAST_ANSWER_SHARE, NO_ANSWER_ADVICE
 
 _BYTES_PER_PAIR = 44  # an id of 32 digits, a similarity, log-odds, and what Parquet adds
 _QUERIES_AT_ONCE = 4
@@ -73,6 +74,9 @@ def estimate_judging(
         CostEstimate: The expected cost. Numbers of pairs and queries are exact, except that a candidate which occurs in
         several rows of one query is counted in each.
 
+    Raises:
+        ValueError: If the judge does not answer Yes or No, so that its scores would be worthless.
+
     Example:
         >>> from unime_st.judging.estimate import estimate_judging
         >>> print(estimate_judging(Pools("runs/pools"), judge))  # doctest: +SKIP
@@ -94,6 +98,9 @@ def estimate_judging(
         if isinstance(judge, LocalJudge):
             counted = judge.scorer.count_tokens([(group.query, group.candidates) for group in part])
             tokens, unshared = tokens + counted[0], unshared + counted[1]
+        share = getattr(judge, "answer_share", None)
+        if share is not None and share < LEAST_ANSWER_SHARE:
+            raise ValueError(f"{judge.name}: {NO_ANSWER_ADVICE}.")
         if spent > seconds:
             break
     scale = pairs / judged if judged else 0.0

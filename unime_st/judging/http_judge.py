@@ -8,53 +8,68 @@ import io
 import json
 import logging
 import math
+import queue
 import random
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
-from unime_st.data import Item
+from unime_st.data import BadImageError, Item
 from unime_st.scoring.groups import Group, PairError, record_error
-from unime_st.scoring.prompts import ANSWERS, PAIR_PROMPT, clean_text, prompt_hash
+from unime_st.scoring.prompts import (
+    ANSWERS,
+    LEAST_ANSWER_SHARE,
+    NO_ANSWER_ADVICE,
+    PAIR_PROMPT,
+    clean_text,
+    prompt_hash,
+)
 
 logger = logging.getLogger(__name__)
 
-_TOP = 20  # as many as the protocol allows
-_WAIT_AT_MOST = 30.0
-_MANY = 8  # pairs of one call that are refused for the same reason: then it is not the pairs
+_TOP = 20  # the maximum of the protocol
+_LONGEST_PAUSE = 30.0  # seconds
+_MANY = 8  # pairs of one call that all fail by the server's answer: then the pairs are not the reason
 
 
 class ServerError(ConnectionError):
-    """The server does not answer, or refuses every request for the same reason; what is finished is kept."""
+    """The server does not answer, or refuses every request; finished shards are kept."""
 
 
 class HttpJudge:
-    """Judge pairs with a model behind ``/v1/chat/completions`` that returns log-probabilities.
+    """Judges pairs with a model behind ``/v1/chat/completions`` that returns log-probabilities.
 
-    The score is the difference of the log-probabilities of Yes and No at the first answer position, which equals the
-    difference of their logits as long as the server is told no temperature, as here. Requests go out query by query,
+    The score is the difference of the log-probabilities of Yes and No at the first answer position. It equals the
+    difference of their logits as long as the server uses temperature 1, which is sent. Requests go out query by query,
     so that the server's prefix cache computes the query once. Throttling (429), server errors (5xx), broken connections
-    and stalls are tried again with growing pauses. Run through
-    :func:`~unime_st.judging.judge_pools.judge_pools`, a run that gives up goes on where it was.
+    and stalls are retried with growing pauses. A run of :func:`~unime_st.judging.judge_pools.judge_pools` that gives up
+    continues with the next unfinished shard.
+
+    The client is Python's own. ``huggingface_hub.InferenceClient`` sends the same request, but refuses every server
+    with ``HF_HUB_OFFLINE=1`` and sends the user's Hugging Face token to it where no key is given.
 
     Args:
         url: Address up to and including ``/v1``.
-        model: Name under which the server knows the model.
-        revision: What the server runs, as exactly as you know it; scores with another one are not mixed.
-        concurrency: Requests under way at once. Defaults to 32.
+        model: Name of the model on the server.
+        revision: Version of what the server runs; scores with different ones are not mixed. Defaults to "unknown".
+        concurrency: Simultaneous requests. Defaults to 32.
         timeout: Seconds to wait for an answer. Defaults to 120.
-        retries: Tries after the first one. Defaults to 6.
-        pause: Seconds before the second try, doubled each time (at most 30) and drawn at random from half of it on.
+        retries: Retries of a request. Defaults to 6.
+        pause: Seconds before the first retry, doubled each time (at most 30) and drawn at random from half of it on.
             Defaults to 0.5.
-        api_key: Sent as a bearer token. Defaults to none.
+        api_key: Sent as a bearer token. Defaults to None.
+
+    Attributes:
+        tries: Number of requests sent so far.
 
     Raises:
-        ValueError: If an option makes no sense.
+        ValueError: If an option is out of range.
 
     Example:
         >>> from unime_st.judging import Group, HttpJudge
@@ -83,7 +98,7 @@ class HttpJudge:
         self.name, self.revision = model, revision
         self.prompt_hash = prompt_hash(PAIR_PROMPT, "chat", ANSWERS)
         self.concurrency, self.timeout, self.retries, self.pause = concurrency, timeout, retries, pause
-        self.tries = 0  # for those who watch
+        self.tries = 0
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -93,44 +108,72 @@ class HttpJudge:
 
         Args:
             groups: Queries with their candidates.
-            errors: Where given, pairs that cannot be judged (an unreadable image, a request that the server refuses as
-                bad, an answer without Yes and No) are appended here and scored NaN. Defaults to None: they raise.
+            errors: List that collects the pairs that cannot be judged (an unreadable image, a request that the server
+                refuses as bad, an answer without Yes and No); their score is NaN. Defaults to None: the first such pair
+                raises.
 
         Returns:
             list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order.
 
         Raises:
-            ServerError: If the server cannot be reached, refuses the caller, or goes on failing.
+            ServerError: If the server cannot be reached, refuses the caller, keeps failing, or answers no pair of the
+                call with Yes or No.
             ValueError: If a pair cannot be judged and ``errors`` is None.
         """
         scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
-        before = len(errors or ())
         indices = [(row, column) for row, group in enumerate(groups) for column in range(len(group.candidates))]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            pairs = ((groups[row].query, groups[row].candidates[column]) for row, column in indices)
-            try:
-                for (row, column), answer in zip(indices, pool.map(self._outcome, pairs), strict=True):
-                    if isinstance(answer, ValueError):
-                        record_error(errors, row, column, answer)
-                    else:
-                        scores[row][column] = answer
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        aside = [error.reason for error in (errors or ())[before:]]
-        if len(aside) == len(indices) >= _MANY and len(set(aside)) == 1:
+        pairs = [(groups[row].query, groups[row].candidates[column]) for row, column in indices]
+        refused: list[ValueError] = []
+        with closing(self._outcomes(pairs)) as outcomes:
+            for (row, column), answer in zip(indices, outcomes, strict=True):
+                if isinstance(answer, ValueError):
+                    record_error(errors, row, column, answer)
+                    refused += [] if isinstance(answer, BadImageError) else [answer]
+                else:
+                    scores[row][column] = answer
+        if len(refused) == len(pairs) >= _MANY:
             raise ServerError(
-                f"{self.url}: none of {len(indices)} pairs could be judged ({aside[0]}): check url and model"
+                f"{self.url}: none of {len(pairs)} pairs could be judged ({refused[0]}): check url and model"
             )
         return scores
 
-    def _outcome(self, pair: tuple[Item, Item]) -> float | ValueError:
+    def _outcomes(self, pairs: Sequence[tuple[Item, Item]]) -> Generator[float | ValueError, None, None]:
+        """Log-odds of pairs in their order, or the reason why a pair has none.
+
+        The threads are daemons, so that a stalled request does not keep an interrupted process alive.
+        """
+        answers: list[Future[float | ValueError]] = [Future() for _ in pairs]
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(pairs)):
+            waiting.put(index)
+        stopped = threading.Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    answers[index].set_result(self._outcome(*pairs[index], stopped))
+                except BaseException as error:  # raised where the answer is awaited
+                    answers[index].set_exception(error)
+
+        for _ in range(min(self.concurrency, len(pairs))):
+            threading.Thread(target=work, daemon=True).start()
         try:
-            return self._log_odds(self._ask(*pair))
+            for answer in answers:
+                yield answer.result()
+        finally:
+            stopped.set()
+
+    def _outcome(self, query: Item, candidate: Item, stopped: threading.Event) -> float | ValueError:
+        try:
+            return self._log_odds(self._post(self._request(query, candidate), stopped))
         except ValueError as error:
             return error
 
-    def _ask(self, query: Item, candidate: Item) -> dict[str, Any]:
+    def _request(self, query: Item, candidate: Item) -> bytes:
         content = [
             {"type": "text", "text": PAIR_PROMPT},
             {"type": "text", "text": "Query:"},
@@ -140,9 +183,9 @@ class HttpJudge:
         ]
         request: dict[str, Any] = {"model": self.name, "messages": [{"role": "user", "content": content}]}
         request |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": _TOP}
-        return self._post(json.dumps(request).encode())
+        return json.dumps(request).encode()
 
-    def _post(self, body: bytes) -> dict[str, Any]:
+    def _post(self, body: bytes, stopped: threading.Event) -> Any:
         """Send a request until it is answered."""
         reason = ""
         for wait in self._pauses():
@@ -160,14 +203,11 @@ class HttpJudge:
                         f"{self.url} refuses the request ({reason}): check url, model and key"
                     ) from error
                 wait = max(wait, _seconds(error.headers.get("Retry-After")))
-            except (
-                OSError,
-                http.client.HTTPException,
-                json.JSONDecodeError,
-            ) as error:  # no connection, a stall, half an answer
-                reason = str(error) or type(error).__name__
-            logger.info("%s: %s; again in %.1f s", self.url, reason, wait)
-            time.sleep(wait)
+            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+                reason = str(error) or type(error).__name__  # no connection, a stall, half an answer
+            logger.info("%s: %s; retry in %.1f s", self.url, reason, wait)
+            if stopped.wait(wait):
+                break
         raise ServerError(
             f"{self.url} has not answered in {self.retries + 1} tries ({reason}). Start the same command again when the "
             "server is back: finished shards are kept."
@@ -175,20 +215,25 @@ class HttpJudge:
 
     def _pauses(self) -> Iterator[float]:
         for number in range(self.retries + 1):
-            wait = min(_WAIT_AT_MOST, self.pause * 2**number)
+            wait = min(_LONGEST_PAUSE, self.pause * 2**number)
             yield 0.0 if number == self.retries else random.uniform(wait / 2, wait)
 
-    def _log_odds(self, answer: dict[str, Any]) -> float:
+    def _log_odds(self, answer: Any) -> float:
         try:
-            first = answer["choices"][0]["logprobs"]["content"][0]
-            found = {entry["token"].strip(): float(entry["logprob"]) for entry in reversed(first["top_logprobs"])}
+            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            found = {entry["token"].strip(): float(entry["logprob"]) for entry in reversed(top)}
         except (KeyError, IndexError, TypeError) as error:
             raise ServerError(
                 f"{self.url} answers without log-probabilities; a judge needs a server that returns `top_logprobs`"
             ) from error
-        if not any(word in found for word in ANSWERS):
+        share = sum(math.exp(min(found[word], 0.0)) for word in ANSWERS if word in found)
+        if share < LEAST_ANSWER_SHARE:
+            raise ValueError(f"{NO_ANSWER_ADVICE}. Likeliest first tokens: {[entry['token'] for entry in top[:5]]}")
+        missing = [word for word in ANSWERS if word not in found]
+        if missing and len(top) < _TOP:
             raise ValueError(
-                f"neither Yes nor No is among the {len(found)} likeliest answers: {sorted(found)[:5]} ..."
+                f"the server returned {len(top)} of {_TOP} log-probabilities and {missing[0]} is not among them: raise "
+                "its limit (vLLM: --max-logprobs 20)"
             )
         # What is not listed is at most as likely as the least of the list: a bound, far enough to decide the pair.
         least = min(found.values())
@@ -199,13 +244,13 @@ class HttpJudge:
 
 
 def _parts(item: Item) -> list[dict[str, Any]]:
-    """Content of a message: image before text."""
+    """Return the content of a message, image before text."""
     parts: list[dict[str, Any]] = []
     if item.image is not None:
-        image = item.image.open()  # a broken image is told from a broken server
+        image = item.image.open()  # an unreadable image is an error of the pair, not of the server
         data = item.image.read()
         kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
-        if kind == "png" and not data.startswith(b"\x89PNG"):  # what not every server reads
+        if kind == "png" and not data.startswith(b"\x89PNG"):  # not every server reads other formats
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             data = buffer.getvalue()
@@ -218,6 +263,6 @@ def _parts(item: Item) -> list[dict[str, Any]]:
 
 def _seconds(header: str | None) -> float:
     try:
-        return min(_WAIT_AT_MOST, max(0.0, float(header or 0)))
+        return min(_LONGEST_PAUSE, max(0.0, float(header or 0)))
     except ValueError:  # a date
         return 0.0

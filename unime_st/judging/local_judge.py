@@ -22,7 +22,13 @@ from unime_st.scoring.loading import (
     load_cross_encoder,
 )
 from unime_st.scoring.pair_scorer import PairScorer, score_pairs
-from unime_st.scoring.prompts import check_template, load_template, prompt_hash
+from unime_st.scoring.prompts import (
+    LEAST_ANSWER_SHARE,
+    NO_ANSWER_ADVICE,
+    check_template,
+    load_template,
+    prompt_hash,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +60,8 @@ class LocalJudge:
         name, revision, prompt_hash: See :class:`~unime_st.judging.Judge`; the revision is the hub's commit or a hash of
             the weights.
         shortened: Number of texts truncated so far, counted per call and item.
+        answer_share: Probability of Yes and No together at the answer position, mean over the pairs of the first call;
+            None before. Below 1 % the ratio of the two is not an answer, which is logged as a warning.
 
     Raises:
         ValueError: If the model is not generative, or the template drops a part of its input.
@@ -109,6 +117,7 @@ class LocalJudge:
         self.prompt_hash = prompt_hash(source, answers, sorted(options.items()), *cut)
         self.max_text_tokens = max_text_tokens
         self.shortened = 0
+        self.answer_share: float | None = None
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
         """Score every candidate of every group; each distinct pair is judged once.
@@ -127,13 +136,19 @@ class LocalJudge:
             ValueError: If a prompt is longer than the model takes and ``errors`` is None.
             FloatingPointError: If a logit is not finite.
         """
+        shares: list[float] | None = [] if self.answer_share is None else None
         found = score_pairs(
             self.scorer,
             [(group.query, group.candidates) for group in self._shorten(groups)],
             raise_errors=errors is None,
+            answer_shares=shares,
             description="Judging",
             show_progress_bar=self.show_progress_bar,
         )
+        if shares:
+            self.answer_share = float(np.mean(shares))
+            if self.answer_share < LEAST_ANSWER_SHARE:
+                logger.warning("%s: %s.", self.name, NO_ANSWER_ADVICE)
         if errors is not None:
             errors += [
                 PairError(row, column, str(reason))

@@ -169,28 +169,31 @@ class PairScorer:
         return suffixes + shared, suffixes + unshared
 
     @torch.inference_mode()
-    def score(self, queries: Sequence[Query], batch_size: int | None = None) -> Iterator[tuple[Pair, Outcome]]:
+    def score(
+        self, queries: Sequence[Query], batch_size: int | None = None, *, with_total: bool = False
+    ) -> Iterator[tuple[Pair, Outcome]]:
         """Score pairs in any order.
 
         Args:
             queries: Queries with their distinct candidates.
             batch_size: Pairs per forward pass. Defaults to that of the scorer.
+            with_total: Append the log-sum-exp of the logits of the whole vocabulary. Defaults to False.
 
         Yields:
             tuple: A pair, and float32 logits of shape (tokens,) or the reason why it cannot be scored.
         """
         batch_size = batch_size or self.batch_size
         if self.obstacle is None:
-            yield from self._shared(queries, batch_size)
+            yield from self._shared(queries, batch_size, with_total)
             return
         pairs = [(query, candidate) for query, candidates in queries for candidate in candidates]
         window = _BATCHES_SORTED_TOGETHER * batch_size
         for start in range(0, len(pairs), window):
             part = sorted(pairs[start : start + window], key=_size, reverse=True)
             for first in range(0, len(part), batch_size):
-                yield from self._alone(part[first : first + batch_size])
+                yield from self._alone(part[first : first + batch_size], with_total)
 
-    def _shared(self, queries: Sequence[Query], batch_size: int) -> Iterator[tuple[Pair, Outcome]]:
+    def _shared(self, queries: Sequence[Query], batch_size: int, with_total: bool) -> Iterator[tuple[Pair, Outcome]]:
         assert self.prompts is not None
         window: list[tuple[PromptGroup, list[Pair]]] = []
         for part in _portions(queries, _BATCHES_PREPARED_TOGETHER * batch_size):
@@ -199,35 +202,39 @@ class PairScorer:
             window += groups
             prompts = sum(len(pairs) for _, pairs in window)
             if len(window) >= batch_size or prompts >= _BATCHES_SORTED_TOGETHER * batch_size:
-                yield from self._run(window, batch_size)
+                yield from self._run(window, batch_size, with_total)
                 window = []
-        yield from self._run(window, batch_size)
+        yield from self._run(window, batch_size, with_total)
 
     def _run(
-        self, window: list[tuple[PromptGroup, list[Pair]]], batch_size: int
+        self, window: list[tuple[PromptGroup, list[Pair]]], batch_size: int, with_total: bool
     ) -> Iterator[tuple[Pair, torch.Tensor]]:
         assert self.engine is not None
-        answers = self.engine.logits([group for group, _ in window], self.token_ids, batch_size=batch_size)
+        groups = [group for group, _ in window]
+        answers = self.engine.logits(groups, self.token_ids, batch_size=batch_size, with_total=with_total)
         for (_, pairs), found in zip(window, answers, strict=True):
             yield from zip(pairs, found, strict=True)
 
-    def _alone(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Outcome]]:
+    def _alone(self, pairs: Sequence[Pair], with_total: bool) -> Iterator[tuple[Pair, Outcome]]:
         """Score pairs with the model's own forward; halve a batch until the pair that fails stands alone."""
         try:
-            logits = self._forward(pairs, self.token_ids)
+            logits = self._forward(pairs, self.token_ids, with_total)
         except ValueError as error:
             if len(pairs) == 1:
                 yield pairs[0], error
                 return
-            yield from self._alone(pairs[: len(pairs) // 2])
-            yield from self._alone(pairs[len(pairs) // 2 :])
+            yield from self._alone(pairs[: len(pairs) // 2], with_total)
+            yield from self._alone(pairs[len(pairs) // 2 :], with_total)
             return
         yield from zip(pairs, logits, strict=True)
 
-    def _forward(self, pairs: Sequence[Pair], token_ids: Sequence[int]) -> torch.Tensor:
+    def _forward(self, pairs: Sequence[Pair], token_ids: Sequence[int], with_total: bool = False) -> torch.Tensor:
+        """Logits of some tokens from the model's own forward."""
         features = batch_to_device(self.whole_prompts.features(pairs), self.transformer.model.device)
         features["logits_to_keep"] = 1
-        return self.transformer(features)["causal_logits"][:, -1, list(token_ids)].float().cpu()
+        logits = self.transformer(features)["causal_logits"][:, -1]
+        total = [logits.float().logsumexp(-1, keepdim=True)] if with_total else []
+        return torch.cat([logits[:, list(token_ids)].float(), *total], 1).cpu()
 
     def _probe(self) -> None:
         """Raise an error if sharing changes the answers, for reasons that only the model knows."""
@@ -259,6 +266,7 @@ def score_pairs(
     *,
     batch_size: int | None = None,
     raise_errors: bool = False,
+    answer_shares: list[float] | None = None,
     description: str = "Scoring",
     show_progress_bar: bool = False,
 ) -> list[PairScores]:
@@ -270,6 +278,8 @@ def score_pairs(
         batch_size: Pairs per forward pass. Defaults to that of the scorer.
         raise_errors: Raise the reason of the first pair that cannot be scored instead of returning it. Defaults to
             False.
+        answer_shares: List that collects the probability of Yes and No together among the whole vocabulary, one number
+            per distinct pair. Defaults to None: it is not computed.
         description: Label of the progress bar. Defaults to "Scoring".
         show_progress_bar: Whether to show progress in pairs. Defaults to False.
 
@@ -314,7 +324,9 @@ def score_pairs(
         ) as progress,
     ):
         distinct = [(query, list(candidates)) for query, candidates in cells.items()]
-        for (query, candidate), outcome in scorer.score(distinct, batch_size):
+        for (query, candidate), outcome in scorer.score(distinct, batch_size, with_total=answer_shares is not None):
+            if answer_shares is not None and isinstance(outcome, torch.Tensor):
+                answer_shares.append(float((outcome[:2] - outcome[2]).exp().sum()))
             for row, column in cells[query][candidate]:
                 if isinstance(outcome, ValueError):
                     fail(row, column, outcome)

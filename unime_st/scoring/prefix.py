@@ -112,7 +112,12 @@ class PrefixEngine:
         self._takes_inner = "deepstack_visual_embeds" in inspect.signature(self.decoder.forward).parameters
 
     def logits(
-        self, groups: Sequence[PromptGroup], token_ids: Sequence[int], *, batch_size: int = 32
+        self,
+        groups: Sequence[PromptGroup],
+        token_ids: Sequence[int],
+        *,
+        batch_size: int = 32,
+        with_total: bool = False,
     ) -> list[torch.Tensor]:
         """Compute the logits of a few tokens behind every prompt.
 
@@ -120,11 +125,12 @@ class PrefixEngine:
             groups: Prompts with common prefixes.
             token_ids: Tokens whose logits are computed.
             batch_size: Prompts, or prefixes, per forward pass. Defaults to 32.
+            with_total: Append the log-sum-exp of the logits of the whole vocabulary. Defaults to False.
 
         Returns:
             list[torch.Tensor]: Per group float32 of shape (suffixes, tokens), on the CPU.
         """
-        found = [torch.empty(len(group.suffixes), len(token_ids)) for group in groups]
+        found = [torch.empty(len(group.suffixes), len(token_ids) + with_total) for group in groups]
         whole: list[_Row] = []
         shared: list[int] = []
         for index, group in enumerate(groups):
@@ -137,7 +143,7 @@ class PrefixEngine:
                 whole += [_Row(prompt, index, [(column, len(prompt))]) for column, prompt in enumerate(prompts)]
             else:
                 shared.append(index)
-        head = _Head(self.model, token_ids)
+        head = _Head(self.model, token_ids, with_total)
         self._answer(whole, head, batch_size, found)
         shared.sort(key=lambda index: len(groups[index].prefix))
         for start in range(0, len(shared), batch_size):
@@ -225,16 +231,20 @@ class _Row(NamedTuple):
 
 
 class _Head:
-    """The rows of the language-model head for a few tokens, in float32."""
+    """The rows of the language-model head for a few tokens, in float32, and its log-sum-exp if asked for."""
 
-    def __init__(self, model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, token_ids: Sequence[int], with_total: bool) -> None:
         head: Any = model.get_output_embeddings()
         rows = torch.as_tensor(token_ids, device=head.weight.device)
         self.weight = head.weight[rows].float()
         self.bias = None if head.bias is None else head.bias[rows].float()
+        self.whole = head if with_total else None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden.float(), self.weight, self.bias).cpu()
+        logits = nn.functional.linear(hidden.float(), self.weight, self.bias)
+        if self.whole is not None:
+            logits = torch.cat([logits, self.whole(hidden).float().logsumexp(-1, keepdim=True)], 1)
+        return logits.cpu()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,16 @@ LIST_PROMPT = (
 ANSWERS = ("Yes", "No")
 """The two answers of the pairwise prompt: the candidate meets the requirements of the query, or it does not."""
 
+LEAST_ANSWER_SHARE = 0.01
+"""Probability that Yes and No must have together at the answer position, so that their ratio is an answer."""
+
+NO_ANSWER_ADVICE = (
+    f"Yes and No together have less than {LEAST_ANSWER_SHARE:.0%} of the probability at the first answer position: the "
+    "model thinks or explains first, or does not know the prompt. Turn its thinking off, use its chat template, or "
+    "another model"
+)
+"""Message for a model that does not answer Yes or No at the first token."""
+
 TEMPLATES = {"official": "reranker.jinja", "tiny": "tiny_reranker.jinja"}
 """Chat templates that carry a query and its candidates: file names in ``unime_st/recipes/templates``."""
 
