@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 1
+WORKERS ?= logical
 
 .PHONY: demo test test-fast lint bench
 
@@ -18,12 +19,15 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One worker per core; `slow` and `distributed` tests only in `make test`, which also prints the coverage.
+# One worker per core. `make test-fast` leaves out the tests marked slow or distributed; `make test` runs everything and
+# prints the coverage.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov
+	$(PYTEST) --cov
 
 test-fast: .venv/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed"
+	$(PYTEST) -m "not slow and not distributed"
 
 # A quick look, within a quarter of an hour on two cores; benchmarks/results holds the measurements of record.
 bench: export BENCH_RESULTS ?= runs/bench
