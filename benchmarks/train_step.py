@@ -44,7 +44,7 @@ from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.planning import flops_per_token, peak_bytes, peak_matmul_flops
-from unime_st.training.stages import pair_rows
+from unime_st.training.rows import pair_rows
 
 STOCK, OURS = "Sentence Transformers, eager images", "unime_st"
 _PIXELS = 448 * 448  # most pixels of an image after the image processor

@@ -1,15 +1,8 @@
-"""UniME stage 1: distil a text-embedding teacher into the language model.
-
-python train_scripts/distill.py tiny [--option value ...]
-"""
+"""UniME stage 1: ``python train_scripts/distill.py [CONFIG] [--option value ...]``."""
 
 from __future__ import annotations
 
-from unime_st.training.arguments import DistillArguments, parse, set_up_logging
+from unime_st.stages.command import main
 
 if __name__ == "__main__":
-    set_up_logging()
-    arguments = parse(DistillArguments, __doc__)
-    from unime_st.training.stages import distill  # after --help: this imports torch
-
-    distill(arguments)
+    raise SystemExit(main("distill"))

@@ -1,15 +1,8 @@
-"""Let a multimodal language model judge mined candidates, and choose the negatives.
-
-python train_scripts/judge.py tiny [--option value ...]
-"""
+"""MLLM-as-a-judge: ``python train_scripts/judge.py [CONFIG] [--option value ...]``."""
 
 from __future__ import annotations
 
-from unime_st.training.arguments import JudgeArguments, parse, set_up_logging
+from unime_st.stages.command import main
 
 if __name__ == "__main__":
-    set_up_logging()
-    arguments = parse(JudgeArguments, __doc__)
-    from unime_st.training.offline import run_judge  # after --help: this imports torch
-
-    run_judge(arguments)
+    raise SystemExit(main("judge"))

@@ -1,15 +1,8 @@
-"""UniME-V2-Reranker: pairwise and listwise answers from the judged rows.
-
-python train_scripts/reranker.py tiny [--option value ...]
-"""
+"""UniME-V2-Reranker: ``python train_scripts/reranker.py [CONFIG] [--option value ...]``."""
 
 from __future__ import annotations
 
-from unime_st.training.arguments import RerankerArguments, parse, set_up_logging
+from unime_st.stages.command import main
 
 if __name__ == "__main__":
-    set_up_logging()
-    arguments = parse(RerankerArguments, __doc__)
-    from unime_st.training.stages import train_reranker  # after --help: this imports torch
-
-    train_reranker(arguments)
+    raise SystemExit(main("reranker"))

@@ -1,15 +1,8 @@
-"""UniME-V2: align similarities with the judge's scores.
-
-python train_scripts/soft_labels.py tiny [--option value ...]
-"""
+"""UniME-V2: ``python train_scripts/soft_labels.py [CONFIG] [--option value ...]``."""
 
 from __future__ import annotations
 
-from unime_st.training.arguments import SoftLabelArguments, parse, set_up_logging
+from unime_st.stages.command import main
 
 if __name__ == "__main__":
-    set_up_logging()
-    arguments = parse(SoftLabelArguments, __doc__)
-    from unime_st.training.stages import train_soft_labels  # after --help: this imports torch
-
-    train_soft_labels(arguments)
+    raise SystemExit(main("soft_labels"))

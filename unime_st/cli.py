@@ -9,6 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from unime_st.declarations import docstring
+from unime_st.options import OptionError
+from unime_st.stages import STAGES
+from unime_st.stages.command import main as run_stage
+from unime_st.stages.configs import configs, find_config
+
 
 @dataclass(frozen=True)
 class Command:
@@ -114,10 +120,28 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _configs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", nargs="?", choices=("list", "show"), default="list", help="default: list")
+    parser.add_argument("name", nargs="?", help="configuration to show, e.g. soft_labels/qwen2-vl-2b")
+
+
+def _configs(options: argparse.Namespace) -> int:
+    if options.action == "list":
+        known = configs()
+        width = max(map(len, known))
+        sys.stdout.writelines(f"{name:<{width}}  {title}\n" for name, title in known.items())
+        return 0
+    if not options.name:
+        raise OptionError("name is missing: `unime configs show NAME`; `unime configs` lists them.")
+    sys.stdout.write(find_config(options.name).read_text(encoding="utf-8"))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "pull": Command("download a released model and make it ready", _pull_arguments, _pull),
     "convert": Command("make a native folder of a local checkpoint", _convert_arguments, _convert),
     "verify": Command("check that a model does what its recipe says", _verify_arguments, _verify),
+    "configs": Command("list the configurations of the stages, or show one", _configs_arguments, _configs),
     "report": Command("tabulate results of mteb beside the published scores", _report_arguments, _report),
 }
 
@@ -135,16 +159,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["convert", "no/such/folder", "--recipe", "unime-v2", "--output", "out"])   # doctest: +SKIP
         1
     """
-    parser = argparse.ArgumentParser(prog="unime", description="UniME models for sentence-transformers and mteb.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is going on")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = words[:1] if words[:1] in (["-v"], ["--verbose"]) else []
+    if (stage := next(iter(words[len(verbose) :]), "")) in STAGES:
+        return run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {stage}")
+    parser = argparse.ArgumentParser(
+        prog="unime",
+        description="UniME models for sentence-transformers and mteb.",
+        epilog="Stages take [CONFIG] [--option value ...]; `unime STAGE --help` lists their options.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log progress, and the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         command.arguments(sub)
-    options = parser.parse_args(arguments)
+    for name in STAGES:  # for the help; their words are read by run_stage
+        commands.add_parser(name, help=f"stage: {docstring(f'unime_st.stages.{name}').splitlines()[0]}")
+    options = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return COMMANDS[options.command].run(options)
+    except OptionError as error:
+        sys.stderr.write(f"unime {options.command}: {error}\n")
+        return 2
     except (ValueError, OSError, ImportError) as error:
         if options.verbose:
             logging.getLogger(__name__).exception("%s", options.command)

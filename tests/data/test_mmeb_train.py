@@ -12,8 +12,7 @@ from PIL import Image
 
 from unime_st.data.mmeb_train import import_mmeb_train
 from unime_st.data.released_judgements import import_released
-from unime_st.stages.import_data import run_import
-from unime_st.training.arguments import ImportArguments
+from unime_st.stages import ImportArguments, run_import
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ from unime_st.judging.judge_pools import judge_part, judge_pools
 from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
 from unime_st.retrieval import Pools, mine
-from unime_st.training.arguments import JudgeArguments
-from unime_st.training.offline import run_judge
+from unime_st.stages import JudgeArguments, run_judge
 
 
 @pytest.fixture(scope="module")

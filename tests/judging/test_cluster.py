@@ -16,8 +16,7 @@ from unime_st.data import RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
 from unime_st.retrieval import Pools
-from unime_st.training.arguments import JudgeArguments, MineArguments
-from unime_st.training.offline import run_judge, run_mine
+from unime_st.stages import JudgeArguments, MineArguments, run_judge, run_mine
 
 ray = pytest.importorskip("ray")  # in the extra [dev]; absent only where Ray has no wheel
 

@@ -24,8 +24,7 @@ from unime_st.data.scenes import training_records
 from unime_st.judging import Group, HttpJudge, LocalJudge, PairError, ServerError
 from unime_st.judging.judge_pools import judge_pools
 from unime_st.retrieval import mine
-from unime_st.training.arguments import JudgeArguments
-from unime_st.training.offline import run_judge
+from unime_st.stages import JudgeArguments, run_judge
 
 Start = Callable[..., tuple[str, BaseProcess]]
 

@@ -18,7 +18,7 @@ from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feed import Feed
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
-from unime_st.training.stages import pair_rows
+from unime_st.training.rows import pair_rows
 
 FAMILY_NAMES = ["qwen2-vl", "llava-1.6", "llava-onevision", "phi3.5-v"]
 

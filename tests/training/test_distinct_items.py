@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
-from unime_st.training.arguments import InBatchArguments
+from unime_st.stages import InBatchArguments
 from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator
-from unime_st.training.embedders import EmbedderSetup
+from unime_st.training.embedders import EmbedderStage
 from unime_st.training.feed import Feed
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
-from unime_st.training.stages import judged_rows, pair_rows
+from unime_st.training.rows import judged_rows, pair_rows
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,13 @@ def test_distinct_items_equal_columns(
     assert distinct.items == len(indices.unique())
 
 
+class _Collated(EmbedderStage):
+    """A stage that ends with all rows as one batch."""
+
+    def fit(self, model: Any, rows: Any, loss: Any, collator: Any, *args: Any, **options: Any) -> None:
+        self.batch = collator(list(rows))
+
+
 def test_a_mini_batch_decodes_eight_million_pixels_at_most(model: UniME, tmp_path: Path) -> None:
     sides = [(2400, 2000), (1600, 1200), (2000, 1500), (4000, 3000), (56, 56), (2000, 1600)]
     pairs = []
@@ -112,10 +120,12 @@ def test_a_mini_batch_decodes_eight_million_pixels_at_most(model: UniME, tmp_pat
         Image.new("RGB", size, (40 * number, 10, 10)).save(tmp_path / f"{number}.jpg")
         pairs.append(PairRecord(Item(f"image {number}"), Item(image=tmp_path / f"{number}.jpg")))
     records = RecordSet.write(tmp_path / "records", pairs, {}, image_root=tmp_path)
-    options = InBatchArguments(batch_size=6, mini_batch_size=6, output=str(tmp_path / "out"))
+    options = InBatchArguments(per_device_train_batch_size=6, mini_batch_size=6, output=str(tmp_path / "out"))
     Path(options.output).mkdir()
-    setup = EmbedderSetup(options, records, LOSSES["in_batch"])(model, pair_rows(records))
-    batch = setup.collator(list(setup.rows))
+    stage = _Collated("in_batch", options)
+    stage.records = records
+    stage.train(model, pair_rows(records), LOSSES["in_batch"](model))
+    batch = stage.batch
     items = records.items
     groups = batch["bucket0_input_ids"][:, 0].split(batch["bucket0_sizes"].tolist())
     stored = [[items.at(p).image.size() for p in group.tolist() if items.at(p).image] for group in groups]
@@ -131,5 +141,5 @@ def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path:
     plain = RecordSet.write(tmp_path / "plain", training_records(3), {})
     with pytest.raises(ValueError, match="0 negatives are stored, 1 are needed"):
         judged_rows(plain, 1)
-    with pytest.raises(ValueError, match="no judge's scores"):
+    with pytest.raises(ValueError, match="no judge scores"):
         judged_rows(plain, 0)

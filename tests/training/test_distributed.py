@@ -19,8 +19,14 @@ from safetensors.torch import load_file
 from unime_st.data.manifest import StageConflictError
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.training.arguments import HardNegativeArguments, InBatchArguments, SoftLabelArguments
-from unime_st.training.stages import train_hard_negatives, train_in_batch, train_soft_labels
+from unime_st.stages import (
+    HardNegativeArguments,
+    InBatchArguments,
+    SoftLabelArguments,
+    train_hard_negatives,
+    train_in_batch,
+    train_soft_labels,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -103,11 +109,18 @@ STAGES: dict[str, tuple[Callable, type, dict[str, int]]] = {
 @pytest.mark.parametrize("script", STAGES)
 def test_two_processes_train_as_one(data: str, tmp_path: Path, script: str) -> None:
     train, kind, own = STAGES[script]
-    common = {"data": data, "learning_rate": 1e-3, "lora_dropout": 0.0, "log_every": 1, "drop_last": False, **own}
+    common = {
+        "data": data,
+        "learning_rate": 1e-3,
+        "lora_dropout": 0.0,
+        "logging_steps": 1,
+        "dataloader_drop_last": False,
+        **own,
+    }
     outputs = [tmp_path / "one", tmp_path / "two"]
-    train(kind(output=str(outputs[0]), batch_size=8, **common))
+    train(kind(output=str(outputs[0]), per_device_train_batch_size=8, **common))
     cache = tmp_path / "cache"  # which both fill, and which changes nothing
-    _run(_command(script, 2, output=outputs[1], batch_size=4, vision_cache=cache, **common))
+    _run(_command(script, 2, output=outputs[1], per_device_train_batch_size=4, vision_cache=cache, **common))
     _assert_same(outputs, steps=3)
 
 
@@ -117,17 +130,20 @@ def test_a_dead_process_ends_the_run_and_both_go_on(data: str, tmp_path: Path) -
         "learning_rate": 1e-4,
         "lora_dropout": 0.0,
         "max_steps": 40,
-        "log_every": 3,
+        "logging_steps": 3,
     }
     common |= {"mini_batch_size": 3, "num_negatives": 4}
-    common |= {"drop_last": False, "save_every": 4}  # after the uneven end of the first pass, which must not hang
+    common |= {
+        "dataloader_drop_last": False,
+        "save_steps": 4,
+    }  # after the uneven end of the first pass, which must not hang
     outputs = [tmp_path / "one", tmp_path / "two"]
-    command = _command("hard_negatives", 2, output=outputs[1], batch_size=4, **common)
+    command = _command("hard_negatives", 2, output=outputs[1], per_device_train_batch_size=4, **common)
     _kill_a_rank(command, outputs[1] / "checkpoints")
     with pytest.raises(StageConflictError, match="processes: 2 there, 1 now"):
-        train_hard_negatives(HardNegativeArguments(output=str(outputs[1]), batch_size=4, **common))
+        train_hard_negatives(HardNegativeArguments(output=str(outputs[1]), per_device_train_batch_size=4, **common))
     assert "going on from" in _run(command)
-    train_hard_negatives(HardNegativeArguments(output=str(outputs[0]), batch_size=8, **common))
+    train_hard_negatives(HardNegativeArguments(output=str(outputs[0]), per_device_train_batch_size=8, **common))
     _assert_same(outputs, steps=20)  # every third, and every fourth, where a checkpoint is
 
 
@@ -138,7 +154,13 @@ SHARDED: dict[str, tuple[Callable, type, dict[str, Any]]] = {
     "soft_labels": (
         train_soft_labels,
         SoftLabelArguments,
-        {"token_budget": "120", "num_negatives": 2, "lora_rank": 0, "learning_rate": 1e-4, "drop_last": False},
+        {
+            "token_budget": "120",
+            "num_negatives": 2,
+            "lora_rank": 0,
+            "learning_rate": 1e-4,
+            "dataloader_drop_last": False,
+        },
     ),
     # An adapter over frozen weights, gradients cached. The stock loss takes as many rows from every process.
     "in_batch": (train_in_batch, InBatchArguments, {"mini_batch_size": 3, "learning_rate": 1e-3, "epochs": 2.0}),
@@ -148,19 +170,21 @@ SHARDED: dict[str, tuple[Callable, type, dict[str, Any]]] = {
 @pytest.mark.parametrize("script", SHARDED)
 def test_two_sharded_processes_train_as_one(data: str, tmp_path: Path, script: str) -> None:
     train, kind, own = SHARDED[script]
-    common = {"data": data, "lora_dropout": 0.0, "log_every": 1, **own}
+    common = {"data": data, "lora_dropout": 0.0, "logging_steps": 1, **own}
     outputs = [tmp_path / "one", tmp_path / "two"]
-    train(kind(output=str(outputs[0]), batch_size=8, **common))
-    _run(_sharded_command(script, 2, output=outputs[1], batch_size=4, **common))
+    train(kind(output=str(outputs[0]), per_device_train_batch_size=8, **common))
+    _run(_sharded_command(script, 2, output=outputs[1], per_device_train_batch_size=4, **common))
     _assert_same(outputs, steps=3 if script == "soft_labels" else 4)
 
 
 def test_a_sharded_run_goes_on_after_a_process_died(data: str, tmp_path: Path) -> None:
-    common = {"data": data, "learning_rate": 1e-4, "log_every": 1, "lora_rank": 0, "max_steps": 12}
-    common |= {"mini_batch_size": 3, "num_negatives": 4, "drop_last": False}
+    common = {"data": data, "learning_rate": 1e-4, "logging_steps": 1, "lora_rank": 0, "max_steps": 12}
+    common |= {"mini_batch_size": 3, "num_negatives": 4, "dataloader_drop_last": False}
     outputs = [tmp_path / "one", tmp_path / "two"]
-    train_hard_negatives(HardNegativeArguments(output=str(outputs[0]), batch_size=8, **common))  # type: ignore[arg-type]
-    command = _sharded_command("hard_negatives", 2, output=outputs[1], batch_size=4, save_every=2, **common)
+    train_hard_negatives(HardNegativeArguments(output=str(outputs[0]), per_device_train_batch_size=8, **common))  # type: ignore[arg-type]
+    command = _sharded_command(
+        "hard_negatives", 2, output=outputs[1], per_device_train_batch_size=4, save_steps=2, **common
+    )
     _kill_a_rank(command, outputs[1] / "checkpoints")
     assert list(outputs[1].glob("checkpoints/checkpoint-*/pytorch_model_fsdp_0")), "nothing was sharded"
     assert "going on from" in _run(command)
@@ -168,7 +192,13 @@ def test_a_sharded_run_goes_on_after_a_process_died(data: str, tmp_path: Path) -
 
 
 def test_sharded_rerankers_are_refused(data: str, tmp_path: Path) -> None:
-    options = {"data": data, "output": tmp_path / "out", "template": "tiny", "batch_size": 4, "num_negatives": 2}
+    options = {
+        "data": data,
+        "output": tmp_path / "out",
+        "template": "tiny",
+        "per_device_train_batch_size": 4,
+        "num_negatives": 2,
+    }
     command = _sharded_command("reranker", 1, **options)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode != 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from datasets import Dataset
 
-from unime_st.training.hardest import hardest_negatives
+from unime_st.stages.reranker import hardest_negatives
 
 
 def test_the_hardest_by_score_in_stored_order():

@@ -13,8 +13,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.training.arguments import InBatchArguments
-from unime_st.training.stages import train_in_batch
+from unime_st.stages import InBatchArguments, train_in_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "accelerate"
 
@@ -50,6 +49,8 @@ def test_deepspeed() -> None:
 def test_deepspeed_with_gradient_caching_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = RecordSet.write(tmp_path / "records", training_records(8), {})
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as the launcher says it
-    options = InBatchArguments(data=str(records.folder), output=str(tmp_path / "out"), batch_size=4, mini_batch_size=2)
+    options = InBatchArguments(
+        data=str(records.folder), output=str(tmp_path / "out"), per_device_train_batch_size=4, mini_batch_size=2
+    )
     with pytest.raises(ValueError, match="DeepSpeed cannot train with gradient caching.* mini_batch_size"):
         train_in_batch(options)

@@ -15,11 +15,18 @@ from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import RerankerLoss
-from unime_st.training import stages
-from unime_st.training.arguments import RerankerArguments
-from unime_st.training.rerankers import RerankerSetup
+from unime_st.stages import RerankerArguments, train_reranker
+from unime_st.training.planning import Plan
+from unime_st.training.rerankers import RerankerStage
+from unime_st.training.rows import rows_with_negatives
 
-SMALL: dict[str, Any] = {"template": "tiny", "num_negatives": 4, "batch_size": 4, "max_steps": 2, "lora_dropout": 0.0}
+SMALL: dict[str, Any] = {
+    "template": "tiny",
+    "num_negatives": 4,
+    "per_device_train_batch_size": 4,
+    "max_steps": 2,
+    "lora_dropout": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,21 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> RecordSet:
 
 
 def _rows(records: RecordSet) -> Any:
-    return stages.rows_with_negatives(records, 4)
+    return rows_with_negatives(records, 4)
+
+
+class _Planned(RerankerStage):
+    """A stage that ends with its plan."""
+
+    def fit(self, model: Any, rows: Any, loss: Any, collator: Any, plan: Plan, **options: Any) -> None:
+        self.plan = plan
+
+
+def _plan(options: RerankerArguments, records: RecordSet, model: UniMEReranker, loss: RerankerLoss) -> Plan:
+    stage = _Planned("reranker", options)
+    stage.records = records
+    stage.train(model, _rows(records), loss)
+    return stage.plan
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
@@ -50,15 +71,15 @@ def test_the_planned_tokens_are_those_of_the_prompts(
 ) -> None:
     options = RerankerArguments(**SMALL, output=str(tmp_path), dry_run=True, min_list_length=None)
     model = UniMEReranker("unime-tiny", template="tiny", device="cpu")
-    made = RerankerSetup(options, rows, lambda model: RerankerLoss(model, *weights))(model, _rows(rows))
-    loss = made.loss
+    loss = RerankerLoss(model, *weights)
+    plan = _plan(options, rows, model, loss)
     loss.tokens = 0
     table = _rows(rows)
     names = [name for name in table.column_names if name != "label"]
     columns = [[rows.item(item_id) for item_id in table[name]] for name in names]
     with torch.no_grad():
         loss(columns, torch.tensor(table["label"]))
-    assert made.plan.tokens / made.plan.rows_per_step / made.plan.steps * len(table) == pytest.approx(
+    assert plan.tokens / plan.rows_per_step / plan.steps * len(table) == pytest.approx(
         loss.tokens,
         rel=0.05,  # two tokens around an image are not counted
     )
@@ -70,13 +91,12 @@ def test_a_plan_changes_nothing(rows: RecordSet, tmp_path: Path, mini_batch_size
     model = UniMEReranker("unime-tiny", template="tiny", device="cpu")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     state = torch.get_rng_state()
-    made = RerankerSetup(options, rows, lambda m: RerankerLoss(m, min_list_length=2, mini_batch_size=mini_batch_size))(
-        model, _rows(rows)
-    )
-    assert torch.equal(torch.get_rng_state(), state) and made.loss.min_list_length == 2
+    loss = RerankerLoss(model, min_list_length=2, mini_batch_size=mini_batch_size)
+    plan = _plan(options, rows, model, loss)
+    assert torch.equal(torch.get_rng_state(), state) and loss.min_list_length == 2
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
-    assert made.plan.rows == 24 and made.plan.steps == 2 and made.plan.hours > 0 and made.plan.peak_gib > 0
+    assert plan.rows == 24 and plan.steps == 2 and plan.hours > 0 and plan.peak_gib > 0
     assert not list(tmp_path.iterdir())
 
 
@@ -84,9 +104,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     rows: RecordSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="unime_st"):
-        stages.train_reranker(
-            RerankerArguments(**SMALL, data=str(rows.folder), output=str(tmp_path / "out"), dry_run=True)
-        )
+        train_reranker(RerankerArguments(**SMALL, data=str(rows.folder), output=str(tmp_path / "out"), dry_run=True))
     assert not (tmp_path / "out").exists()
     for word in (
         "rows           24",
@@ -112,11 +130,11 @@ def test_rows_with_an_unreadable_image_are_set_aside_and_the_curves_are_whole(tm
     options = {
         **SMALL,
         "num_negatives": 2,
-        "log_every": 1,
+        "logging_steps": 1,
         "data": str(records.folder),
         "output": str(tmp_path / "out"),
     }
-    folder = stages.train_reranker(RerankerArguments(**options))
+    folder = train_reranker(RerankerArguments(**options))
     plan = json.loads((folder / "manifest.json").read_text())["plan"]
     assert (plan["rows"], plan["set_aside"]) == (11, 1)
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]

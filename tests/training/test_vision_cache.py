@@ -17,14 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from unime_st import stages
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss
 from unime_st.model import UniME
-from unime_st.training import arguments as options
-from unime_st.training import stages
 from unime_st.training.adapters import choose_trainable
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feature_store import FeatureStore
@@ -35,7 +34,13 @@ from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.vision_cache import VisionCache, image_keys
 from unime_st.training.visual_tokens import VISUAL_TOKENS, check_frozen
 
-SMALL = {"model": "unime-tiny", "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "max_steps": 4}
+SMALL = {
+    "model": "unime-tiny",
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "max_steps": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
         tmp_path / "records", [PairRecord(items[n], items[-1 - n]) for n in range(len(items) // 2)], {}
     )
     model = UniME(converted(family), device="cpu")
-    choose_trainable(model, options.InBatchArguments(lora_rank=4, lora_dropout=0.1))
+    choose_trainable(model, stages.InBatchArguments(lora_rank=4, lora_dropout=0.1))
     for name, weight in model.named_parameters():  # an adapter that does nothing yet passes no gradient on
         if "lora_B" in name:
             weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
@@ -145,8 +150,12 @@ def test_a_run_has_the_curve_of_the_run_without_cache(
 ) -> None:
     """Two passes over the data, with dropout in the adapter; the next run decodes nothing at all."""
     kind, train, own = {
-        "in_batch": (options.InBatchArguments, stages.train_in_batch, {"mini_batch_size": 5, "workers": 2}),
-        "soft_labels": (options.SoftLabelArguments, stages.train_soft_labels, {"num_negatives": 2}),
+        "in_batch": (
+            stages.InBatchArguments,
+            stages.train_in_batch,
+            {"mini_batch_size": 5, "dataloader_num_workers": 2},
+        ),
+        "soft_labels": (stages.SoftLabelArguments, stages.train_soft_labels, {"num_negatives": 2}),
     }[stage]
     common = {**SMALL, **own, "data": rows}
     cache = str(tmp_path / "cache")
@@ -168,11 +177,11 @@ def test_a_tower_that_is_trained_is_refused(rows: str, tmp_path: Path) -> None:
     common = {**SMALL, "data": rows, "output": str(tmp_path / "out"), "vision_cache": str(tmp_path / "cache")}
     for own in ({"lora_targets": r".*\.(q_proj|qkv)"}, {"lora_rank": 0}, {"lora_rank": 0, "frozen": "visual.blocks"}):
         with pytest.raises(ValueError, match="vision_cache needs a frozen vision tower and projector.*visual"):
-            stages.train_in_batch(options.InBatchArguments(**common, **own, overwrite=True))
+            stages.train_in_batch(stages.InBatchArguments(**common, **own, overwrite=True))
     with pytest.raises(ValueError, match="vision_cache .* leave it out"):
-        options.RerankerArguments(vision_cache="anywhere")
+        stages.RerankerArguments(vision_cache="anywhere")
     assert not (tmp_path / "cache").exists()
-    stages.train_in_batch(options.InBatchArguments(**common, lora_rank=0, frozen="visual", overwrite=True))
+    stages.train_in_batch(stages.InBatchArguments(**common, lora_rank=0, frozen="visual", overwrite=True))
 
 
 @pytest.mark.parametrize("family", ["internvl3", "phi3.5-v"])
@@ -213,7 +222,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
 ) -> None:
     common = {**SMALL, "data": rows, "output": str(tmp_path / "out"), "vision_cache": str(tmp_path / "cache")}
     with caplog.at_level("INFO", logger="unime_st"):
-        stages.train_in_batch(options.InBatchArguments(**common, dry_run=True))
+        stages.train_in_batch(stages.InBatchArguments(**common, dry_run=True))
     assert "vision cache   at most 0.00 GiB" in caplog.text and not list(tmp_path.iterdir())
 
 
@@ -276,4 +285,4 @@ def test_a_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     records = RecordSet.write(tmp_path / "records", pairs, {})
     common = {**SMALL, "data": str(records.folder), "vision_cache": str(tmp_path / "cache")}
     with pytest.raises(BadImageError, match=r"item \w+ \(stored as 5\)"):
-        stages.train_in_batch(options.InBatchArguments(**common, output=str(tmp_path / "out")))
+        stages.train_in_batch(stages.InBatchArguments(**common, output=str(tmp_path / "out")))

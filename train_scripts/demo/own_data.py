@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from train_scripts.demo.own_data_run import run_own_data
 from train_scripts.demo.settings import OwnDataArguments
-from unime_st.training.arguments import parse, set_up_logging
+from unime_st.stages.command import parse, set_up_logging
 
 if __name__ == "__main__":
     set_up_logging()

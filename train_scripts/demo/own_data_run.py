@@ -13,7 +13,7 @@ from pathlib import Path
 from train_scripts.demo.settings import OwnDataArguments
 from train_scripts.demo.side_by_side import Job, alone, side_by_side
 from unime_st.files import read_json, write_json
-from unime_st.training.arguments import LOG
+from unime_st.training import LOG
 
 logger = logging.getLogger(__name__)
 _MODELS = {

@@ -1,4 +1,4 @@
-"""The stages of a run on one's own data: what is made, from what, with which options."""
+"""The stages of a run on one's own data: what is made, from what, with which stages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from mteb_tasks.in_process import evaluate as run_mteb
 from mteb_tasks.local_data import without_digest
 from mteb_tasks.records_task import RecordsRetrieval
 from train_scripts.demo.settings import OwnDataArguments
+from train_scripts.demo.unjudged import unjudged_rows
+from unime_st import stages
 from unime_st.data.importing import import_records
 from unime_st.files import write_json
 from unime_st.model import UniME
-from unime_st.training import arguments as options
-from unime_st.training import stages
-from unime_st.training.offline import run_judge, run_mine, unjudged_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +29,10 @@ def prepare(arguments: OwnDataArguments) -> None:
     # Plain InfoNCE: on a domain that the model does not know yet, the hardest negatives of a batch teach it nothing.
     logger.info("warm: in-batch InfoNCE makes the model familiar with the data; every further model starts here.")
     common = _trained(arguments, "warm", arguments.model, "records", arguments.warm_steps) | _one_kind(arguments)
-    stages.train_in_batch(options.InBatchArguments(**common, temperature=arguments.temperature))
+    stages.train_in_batch(stages.InBatchArguments(**common, temperature=arguments.temperature))
     logger.info("mine and judge: the nearest candidates of every query, Yes or No to each.")
-    pools = run_mine(
-        options.MineArguments(
+    pools = stages.run_mine(
+        stages.MineArguments(
             data=str(output / "records"),
             model=str(output / "warm"),
             output=str(output / "pools"),
@@ -42,8 +41,8 @@ def prepare(arguments: OwnDataArguments) -> None:
             max_similarity="none",
         )
     )
-    run_judge(
-        options.JudgeArguments(
+    stages.run_judge(
+        stages.JudgeArguments(
             data=str(pools),
             model=_judge(arguments, pools),
             template=arguments.template,
@@ -63,10 +62,10 @@ def train(arguments: OwnDataArguments, name: str) -> None:
     further = {"learning_rate": arguments.further_learning_rate, **_one_kind(arguments)}
     if name == "in_batch":
         common = _trained(arguments, name, warm, "records", arguments.steps) | further
-        stages.train_in_batch(options.InBatchArguments(**common, temperature=arguments.temperature))
+        stages.train_in_batch(stages.InBatchArguments(**common, temperature=arguments.temperature))
         return
     stages.train_soft_labels(
-        options.SoftLabelArguments(
+        stages.SoftLabelArguments(
             **_trained(arguments, name, warm, "rows", arguments.steps) | further,
             temperature=arguments.temperature,
             label_temperature=arguments.label_temperature,
@@ -92,7 +91,7 @@ def _trained(arguments: OwnDataArguments, name: str, start: str, data: str, step
         "data": str(Path(arguments.output) / data),
         "output": str(Path(arguments.output) / name),
         "max_steps": steps,
-        "batch_size": arguments.batch_size,
+        "per_device_train_batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
         "lora_rank": arguments.lora_rank,
         "lora_dropout": 0.0,
@@ -115,6 +114,6 @@ def _judge(arguments: OwnDataArguments, pools: Path) -> str:
     common = _trained(arguments, "judge", arguments.model, rows.folder.name, arguments.judge_steps)
     common |= {"learning_rate": arguments.judge_learning_rate}
     folder = stages.train_reranker(
-        options.RerankerArguments(**common, template=arguments.template, num_negatives=1, listwise_weight=0.0)
+        stages.RerankerArguments(**common, template=arguments.template, num_negatives=1, listwise_weight=0.0)
     )
     return str(folder)

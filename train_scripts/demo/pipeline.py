@@ -1,4 +1,4 @@
-"""The stages of one seed of the demo: what is made, from what, with which options."""
+"""The stages of one seed of the demo: what is made, from what, with which stages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import PURPOSE, DemoArguments
+from unime_st import stages
 from unime_st.data.manifest import is_complete
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.training import arguments as options
-from unime_st.training import stages
-from unime_st.training.offline import run_judge, run_mine
 
 
 def teacher_folder(name: str) -> str:
@@ -34,17 +32,19 @@ def _records(run: Seed) -> None:
 def _distill(run: Seed) -> None:
     a = run.arguments
     common = run.common("stage1", "unime-tiny", "records", a.distill_steps)
-    stages.distill(options.DistillArguments(**common, teacher=teacher_folder(a.teacher), temperature=a.temperature))
+    stages.train_distill(
+        stages.DistillArguments(**common, teacher=teacher_folder(a.teacher), temperature=a.temperature)
+    )
 
 
 def _hard_negatives(run: Seed) -> None:
     common = run.common("stage2", run.path("stage1"), "records", run.arguments.warm_steps)
-    stages.train_hard_negatives(options.HardNegativeArguments(**common, temperature=run.arguments.temperature))
+    stages.train_hard_negatives(stages.HardNegativeArguments(**common, temperature=run.arguments.temperature))
 
 
 def _mine(run: Seed) -> None:
-    run_mine(
-        options.MineArguments(
+    stages.run_mine(
+        stages.MineArguments(
             data=run.path("records"),
             model=run.path("stage2"),
             output=run.path("pools"),
@@ -56,8 +56,8 @@ def _mine(run: Seed) -> None:
 
 
 def _judge(run: Seed) -> None:
-    run_judge(
-        options.JudgeArguments(
+    stages.run_judge(
+        stages.JudgeArguments(
             data=run.path("pools"),
             model="unime-tiny",
             template="tiny",
@@ -74,13 +74,13 @@ def _judge(run: Seed) -> None:
 
 def _in_batch(run: Seed, name: str, steps: int) -> None:
     common = run.further(name, "records", steps)
-    stages.train_in_batch(options.InBatchArguments(**common, temperature=run.arguments.temperature))
+    stages.train_in_batch(stages.InBatchArguments(**common, temperature=run.arguments.temperature))
 
 
 def _soft_labels(run: Seed) -> None:
     a = run.arguments
     stages.train_soft_labels(
-        options.SoftLabelArguments(
+        stages.SoftLabelArguments(
             **run.further("v2", "rows", a.steps),
             temperature=a.temperature,
             label_temperature=a.label_temperature,
@@ -92,8 +92,8 @@ def _soft_labels(run: Seed) -> None:
 
 def _reranker(run: Seed) -> None:
     common = run.common("reranker", "unime-tiny", "rows", run.arguments.reranker_steps)
-    common |= {"batch_size": 8, "learning_rate": 5e-4}
-    stages.train_reranker(options.RerankerArguments(**common, template="tiny", num_negatives=5, min_list_length=2))
+    common |= {"per_device_train_batch_size": 8, "learning_rate": 5e-4}
+    stages.train_reranker(stages.RerankerArguments(**common, template="tiny", num_negatives=5, min_list_length=2))
 
 
 def prepare(arguments: DemoArguments, seed: int) -> None:

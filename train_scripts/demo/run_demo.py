@@ -21,7 +21,7 @@ from train_scripts.demo.settings import RERANKED, DemoArguments
 from train_scripts.demo.side_by_side import Job, alone
 from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
-from unime_st.training.arguments import LOG
+from unime_st.training import LOG
 
 logger = logging.getLogger(__name__)
 

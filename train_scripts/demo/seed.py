@@ -73,10 +73,10 @@ class Seed:
             "data": self.path(data),
             "output": self.path(name),
             "max_steps": steps,
-            "batch_size": self.arguments.batch_size,
+            "per_device_train_batch_size": self.arguments.batch_size,
             "learning_rate": self.arguments.learning_rate,
-            "log_every": 5,
-            "save_every": 100,
+            "logging_steps": 5,
+            "save_steps": 100,
             "seed": self.seed,
             **_LORA,
         }

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from unime_st.memory import peak_resident
-from unime_st.training.arguments import set_up_logging
+from unime_st.stages.command import set_up_logging
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Beyond one machine: embedding and judging as Ray Data pipelines over the shards that one process would do, too."""
+"""Ray Data engine: embedding and judging on a cluster, over the shards that one process would do, too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -14,7 +14,22 @@ from unime_st.data.records import RecordSet
 from unime_st.judging import Judge
 from unime_st.judging.judge_pools import JudgeWork
 from unime_st.judging.score_store import Scores
+from unime_st.options import option
 from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk
+
+
+@dataclass
+class EngineArguments:
+    """Options of where a stage between the trainings runs."""
+
+    engine: Literal["local", "ray"] = option("local", "Where it runs: this process, or a Ray cluster (extra `ray`).")
+    workers: int = option(2, "With ray: actors at most.", unit="actors", at_least=1)
+    gpus_per_worker: float = option(0.0, "With ray: GPUs of an actor.", unit="GPUs", at_least=0)
+
+
+def cluster_of(args: EngineArguments) -> Cluster | None:
+    """The Ray cluster that the options ask for; None: this process."""
+    return Cluster(args.workers, gpus_per_worker=args.gpus_per_worker) if args.engine == "ray" else None
 
 
 class _Embeds:

@@ -1,4 +1,4 @@
-"""What is trained: an adapter over frozen weights, quantised or not, or the weights themselves."""
+"""Trainable weights: a LoRA or DoRA adapter over frozen weights, quantized or not, or the weights themselves."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers.base.model import BaseModel
 
 from unime_st.compat import forget_adapter
-from unime_st.training.arguments import TrainArguments
+from unime_st.training.arguments import StageArguments
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def computation_dtype(arguments: TrainArguments) -> torch.dtype:
+def computation_dtype(args: StageArguments) -> torch.dtype:
     """The dtype that autocast computes in."""
-    return _DTYPES[arguments.precision]
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def load_options(arguments: TrainArguments) -> dict[str, Any]:
-    """Keyword arguments with which the model to train is loaded: its dtype, and whether it is quantised.
+def load_options(args: StageArguments) -> dict[str, Any]:
+    """Keyword arguments with which the model to train is loaded: its dtype, and whether it is quantized.
 
     Under an adapter the frozen weights may be as short as the computation is. Weights that are trained stay in float32:
     in bfloat16 most updates are smaller than half the distance to the next number and would be lost.
@@ -31,67 +31,65 @@ def load_options(arguments: TrainArguments) -> dict[str, Any]:
     Raises:
         ImportError: If ``quantize`` is set and bitsandbytes is not installed.
     """
-    name = arguments.weights
-    if name == "auto":
-        name = arguments.precision if arguments.lora_rank else "fp32"
-    model_options: dict[str, Any] = {"dtype": _DTYPES[name]}
-    if arguments.quantize:
-        model_options["quantization_config"] = _quantization(arguments)
-    return {"model_kwargs": model_options}
+    dtype = _DTYPES.get(args.weights) or (computation_dtype(args) if args.lora_rank else torch.float32)
+    model_options: dict[str, Any] = {"dtype": dtype}
+    if args.quantize:
+        model_options["quantization_config"] = _quantization(args)
+    return {"model_kwargs": model_options, **({"device": "cpu"} if args.use_cpu else {})}
 
 
-def _quantization(arguments: TrainArguments) -> Any:
+def _quantization(args: StageArguments) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("quantize needs bitsandbytes: pip install 'unime-st[qlora]'.")
     from transformers import BitsAndBytesConfig
 
-    if arguments.quantize == "int8":
+    if args.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     # The tower and the projector are a small part of the weights, and images suffer most from rounding them.
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=computation_dtype(arguments),
+        bnb_4bit_compute_dtype=computation_dtype(args),
         llm_int8_skip_modules=["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"],
     )
 
 
-def choose_trainable(model: BaseModel, arguments: TrainArguments) -> None:
+def choose_trainable(model: BaseModel, args: StageArguments) -> None:
     """Add the adapter, or freeze what ``frozen`` names.
 
     Args:
         model: The model to train.
-        arguments: ``lora_rank`` 0 trains the weights themselves, but for those whose names match ``frozen``; otherwise
+        args: ``lora_rank`` 0 trains the weights themselves, but for those whose names match ``frozen``; otherwise
             the layers whose names match ``lora_targets`` get an adapter and everything else is frozen.
 
     Raises:
         ValueError: If ``lora_targets`` matches no layer or ``frozen`` no weight, or nothing is left to train.
     """
-    if arguments.lora_rank:
-        add_lora(model, arguments)
-    elif arguments.frozen:
-        named = [weight for name, weight in model.named_parameters() if re.search(arguments.frozen, name)]
+    if args.lora_rank:
+        add_lora(model, args)
+    elif args.frozen:
+        named = [weight for name, weight in model.named_parameters() if re.search(args.frozen, name)]
         if not named:
-            raise ValueError(f"`frozen` ({arguments.frozen!r}) names no weight of this model: all would be trained.")
+            raise ValueError(f"`frozen` ({args.frozen!r}) names no weight of this model: all would be trained.")
         for weight in named:
             weight.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"nothing is left to train: `frozen` ({arguments.frozen!r}) names all weights.")
+        raise ValueError(f"nothing is left to train: `frozen` ({args.frozen!r}) names all weights.")
 
 
-def add_lora(model: BaseModel, arguments: TrainArguments) -> None:
+def add_lora(model: BaseModel, args: StageArguments) -> None:
     """Give ``model`` a trainable LoRA or DoRA adapter; its weights are float32 whatever the model's are.
 
     Raises:
         ValueError: If ``lora_targets`` matches no layer.
     """
     config = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_targets,
-        use_dora=arguments.use_dora,
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets,
+        use_dora=args.use_dora,
         task_type=TaskType.FEATURE_EXTRACTION,
     )
     model.add_adapter(config)
@@ -111,13 +109,13 @@ def merge_lora(model: BaseModel) -> None:
     forget_adapter(transformer)
 
 
-def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], arguments: TrainArguments) -> BaseModel:
-    """Put what was trained over quantised or sharded weights into a whole model as it was before.
+def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], args: StageArguments) -> BaseModel:
+    """Put what was trained over quantized or sharded weights into a whole model as it was before.
 
     Args:
-        fresh: The model as it was before training, unquantised.
+        fresh: The model as it was before training, unquantized.
         weights: What was trained: the adapter, or all weights.
-        arguments: Options of the adapter.
+        args: Options of the adapter.
 
     Returns:
         ``fresh``, changed in place.
@@ -125,14 +123,14 @@ def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], arguments: 
     Raises:
         RuntimeError: If the weights do not fit.
     """
-    if arguments.lora_rank:
-        add_lora(fresh, arguments)
+    if args.lora_rank:
+        add_lora(fresh, args)
     expected = {name for name, weight in fresh.named_parameters() if weight.requires_grad}
     if missing := sorted(expected - weights.keys()):
         raise RuntimeError(
-            f"what was trained lacks {', '.join(missing[:3])} ({len(missing)} of {len(expected)} weights)"
+            f"trained state dict is missing {', '.join(missing[:3])} ({len(missing)} of {len(expected)} weights)"
         )
     fresh.load_state_dict({name: weights[name] for name in expected}, strict=False)
-    if arguments.lora_rank:
+    if args.lora_rank:
         merge_lora(fresh)
     return fresh

@@ -1,329 +1,265 @@
-"""Options of the training stages: dataclasses that a YAML file and the command line fill in."""
+"""Options that all training stages share, beside those of the stock trainers under their stock names."""
 
 from __future__ import annotations
 
-import difflib
-import logging
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeVar, cast
+import warnings
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.base.training_args import BaseTrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-ArgumentsT = TypeVar("ArgumentsT")
-# The language model's linear layers, of every supported family; vision tower and projector stay as they are.
+from unime_st.options import FormerNames, OptionError, check_options, option, options_of
+from unime_st.training.processes import computes_on_cpu
+
 LANGUAGE_MODEL_LAYERS = (
     r"^(?!.*(visual|vision|image)).*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
 )
+"""Linear layers of the language model, in every supported family; vision tower and projector have no adapter."""
 
-LOG = "log.jsonl"
-"""Name of the loss curve in a trained model's folder."""
+_DECIDED = {
+    "batch_sampler": "batches are drawn over all processes, no item twice; see dataset_temperature and sub_batch_size",
+    "multi_dataset_batch_sampler": "all datasets are one table; see dataset_temperature and sub_batch_size",
+    "train_sampling_strategy": "batches are drawn over all processes; see dataset_temperature and sub_batch_size",
+    "auto_find_batch_size": "the batch is a part of the loss; `token_budget auto` finds what fits the memory",
+    "prompts": "prompts are a part of the records",
+    "router_mapping": "models of this package have no router",
+    "label_smoothing_factor": "the losses have no class labels",
+    "neftune_noise_alpha": "the loss embeds every item twice, and its noise would differ",
+    "use_liger_kernel": "its fused losses do not apply to embeddings",
+    "include_for_metrics": "the evaluator takes embeddings",
+    "save_only_model": "a killed run could not be resumed",
+    "ignore_data_skip": "a resumed run goes on with the same rows",
+    "enable_jit_checkpoint": "a killed run resumes from its last checkpoint; see save_steps",
+    "torch_compile": "mini-batches differ in shape, so every one would be compiled anew",
+}
+"""Stock options that a stage decides itself, and why."""
 
-_DTYPES = ("fp32", "bf16", "fp16")
-
-
-def _one_of(option: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{option} must be {', '.join(map(str, known[:-1]))} or {known[-1]}, but is {value!r}.")
+_NO_PART_OF_RESULT = (
+    *("output", "output_dir", "overwrite", "resume", "resume_from_checkpoint", "dry_run", "vision_cache"),
+    *("run_name", "project", "report_to", "disable_tqdm", "use_cpu", "full_determinism", "skip_memory_metrics"),
+    *("do_train", "do_eval", "do_predict", "local_rank", "log_on_each_node", "debug", "deepspeed"),
+    *("logging_", "log_level", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "fsdp", "dataloader_num_workers"),
+    *("dataloader_pin", "dataloader_persistent", "dataloader_prefetch", "dataloader_multi", "dataloader_in_order"),
+    *("eval_", "per_device_eval", "restore_callback", "accelerator_config", "parallelism_config"),
+)
+"""Beginnings of the names of options that may differ between a run and its resumption."""
 
 
 @dataclass
-class TrainArguments:
-    """Options that all training stages share."""
+class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
+    """Options that embedding stages and the reranker share: those of the stock trainers, and these.
 
-    model: str = field(
-        default="unime-tiny", metadata={"help": "Alias, folder or hub name of the model to start from."}
+    Args:
+        **options: See ``unime STAGE --help``. Those of :class:`transformers.TrainingArguments` have their stock names.
+
+    Raises:
+        OptionError: If an option has a value that it cannot have.
+    """
+
+    model: str = option("unime-tiny", "Alias, folder or hub name of the model to start from.")
+    data: str = option(
+        "",
+        "Folder of records.",
+        required=True,
+        path="stage",
+        made_by="unime import_data --source FILE --output FOLDER",
     )
-    data: str = field(default="", metadata={"help": "Folder of records, as written by mine / judge / import."})
-    output: str = field(default="", metadata={"help": "Folder for the trained model; a finished one is not redone."})
-    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
-    max_steps: int = field(default=-1, metadata={"help": "Optimiser steps; -1: as many as `epochs` asks for."})
-    epochs: float = field(default=1.0, metadata={"help": "Passes over the data if max_steps is -1."})
-    batch_size: int = field(default=64, metadata={"help": "Rows per device and step."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
-    mini_batch_size: int | None = field(
-        default=None, metadata={"help": "Items embedded at a time; none, without a token budget: the whole batch."}
+    output: str = option("", "Folder for the trained model; a finished one is kept.", required=True)
+    overwrite: bool = option(False, "Overwrite the output folder.")
+    resume: bool = option(True, "Go on from the last checkpoint of a killed run.")
+    dry_run: bool = option(False, "Print the plan (steps, tokens, memory, hours) and stop.")
+    max_steps: int = option(-1, "Optimizer steps; -1 trains for num_train_epochs.", unit="steps", at_least=-1)
+    num_train_epochs: float = option(
+        1.0, "Passes over the data if max_steps is -1.", unit="epochs", above=0, old="epochs"
     )
-    token_budget: str | None = field(
-        default=None,
-        metadata={"help": "Instead: tokens (text and image) embedded at a time, or auto: what fits this device."},
+    per_device_train_batch_size: int = option(64, "Batch size per device.", unit="rows", at_least=1, old="batch_size")
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", unit="batches", at_least=1)
+    mini_batch_size: int | None = option(
+        None, "Items embedded at a time (gradient caching); none, without token_budget: the whole batch.",
+        unit="items", at_least=1,
+    )  # fmt: skip
+    dataloader_drop_last: bool = option(True, "Drop the last incomplete batch of an epoch.", old="drop_last")
+    learning_rate: float = option(1e-4, "Peak learning rate.", above=0)
+    lr_scheduler_type: SchedulerType | str = option("linear", "Learning-rate schedule.", old="scheduler")
+    warmup_steps: float = option(
+        0.1, "Learning-rate warm-up: steps, or below 1 the fraction of all steps.", unit="steps", at_least=0
     )
-    dataset_temperature: float = field(
-        default=1.0, metadata={"help": "Data sets are drawn by size ** (1 / this): 1 proportional, large: alike."}
+    warmup_ratio: float | None = option(
+        None, "Former name of warmup_steps for a fraction of all steps.", at_least=0, below=1
     )
-    sub_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows of one data set that stand together in a batch; none: rows are mixed."}
+    max_grad_norm: float = option(1.0, "Maximum gradient norm (clipping threshold); 0: no clipping.", at_least=0)
+    lora_rank: int = option(16, "Rank of the LoRA adapter; 0 trains all weights.", at_least=0)
+    lora_alpha: int = option(64, "LoRA scale: the update is alpha / rank times B A.", at_least=1)
+    lora_dropout: float = option(0.1, "Dropout probability on the adapter's input.", at_least=0, below=1)
+    lora_targets: str = option(LANGUAGE_MODEL_LAYERS, "Layers with an adapter: regular expression, or all-linear.")
+    frozen: str | None = option(
+        None, "With lora_rank 0: regular expression of the weights that are not trained, e.g. visual|vision."
     )
-    drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the rows that fill no batch at the end of a pass over the data."}
+    use_dora: bool = option(False, "DoRA in place of LoRA (the released V2 scripts).")
+    quantize: str | None = option(
+        None, "Quantization of the frozen weights under the adapter (QLoRA, extra `qlora`).", choices=("nf4", "int8")
     )
-    matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Train these prefixes of the embedding as well, e.g. 1536 512 128."}
+    bf16: bool = option(False, "Computation in bfloat16 (mixed precision); default float32.", old="precision=bf16")
+    fp16: bool = option(False, "Computation in float16 (mixed precision); default float32.", old="precision=fp16")
+    weights: str = option(
+        "auto", "Precision of the weights; auto: that of the computation under an adapter, else fp32.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
+    gradient_checkpointing: bool | None = option(None, "Recomputation of activations, to save memory.")
+    dataloader_num_workers: int = option(
+        0, "Processes that decode images ahead of the model.", unit="processes", at_least=0, old="workers"
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
-    scheduler: str = field(default="linear", metadata={"help": "Learning rate schedule of transformers."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm that is clipped to."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapter; 0: train all weights."})
-    lora_alpha: int = field(default=64, metadata={"help": "LoRA scale; the update is alpha / rank times B A."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input."})
-    lora_targets: str = field(default=LANGUAGE_MODEL_LAYERS, metadata={"help": "Regular expression of module names."})
-    frozen: str | None = field(
-        default=None,
-        metadata={
-            "help": "With lora_rank 0: regular expression of weights that stay as they are, e.g. visual|vision."
-        },
+    save_steps: float = option(
+        100, "Interval of checkpoints; a killed run resumes from the last one.", unit="steps", above=0,
+        old="save_every",
+    )  # fmt: skip
+    save_total_limit: int | None = option(2, "Checkpoints that are kept.", unit="checkpoints", at_least=1)
+    logging_steps: float = option(10, "Interval of the loss curve.", unit="steps", above=0, old="log_every")
+    logging_nan_inf_filter: bool = option(False, "Leave NaN and infinite losses out of the log.")
+    report_to: str | list[str] = option("none", "Experiment trackers, such as tensorboard or wandb; all; none.")
+    eval_data: str | None = option(
+        None, "Folder of held-out records: hit@1 and MRR while training.", path="stage",
+        made_by="unime import_data --source FILE --output FOLDER",
+    )  # fmt: skip
+    eval_strategy: IntervalStrategy | str = option(
+        "no", "When eval_data is evaluated; with eval_data the default is steps."
     )
-    use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA (the released V2 scripts)."})
-    quantize: str | None = field(
-        default=None, metadata={"help": "nf4 or int8: the frozen weights under the adapter (QLoRA, extra `qlora`)."}
+    eval_steps: float | None = option(
+        None, "Interval of evaluations; none: that of checkpoints.", unit="steps", above=0
     )
-    precision: str = field(default="fp32", metadata={"help": "Of the computation: fp32, bf16 or fp16."})
-    weights: str = field(
-        default="auto",
-        metadata={"help": "Of the weights: fp32, bf16, fp16; auto: as precision under an adapter, else fp32."},
+    per_device_eval_batch_size: int = option(64, "Batch size of the evaluation.", unit="items", at_least=1)
+    metric_for_best_model: str | None = option(
+        None, "Metric of load_best_model_at_end and of early stopping; none: mrr@10.",
+        choices=("mrr@10", "hit@1", "eval_mrr@10", "eval_hit@1"),
+    )  # fmt: skip
+    early_stopping_patience: int | None = option(
+        None, "Evaluations without improvement after which training stops.", unit="evaluations", at_least=1
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
-    gather_across_devices: bool = field(default=True, metadata={"help": "In-batch negatives from all devices."})
-    workers: int = field(default=0, metadata={"help": "Processes that decode images ahead of the model."})
-    vision_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that keeps the images' visual tokens; for a frozen vision tower and projector."},
-    )
-    save_every: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run resumes there."})
-    log_every: int = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
-    report_to: str = field(default="none", metadata={"help": "Where the curves go: none, tensorboard, wandb, ..."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan (steps, tokens, memory, hours) and stop."})
-    resume: bool = field(default=True, metadata={"help": "Go on from the last checkpoint of a killed run."})
-    seed: int = field(default=42, metadata={"help": "Seed of adapter weights, data order and dropout."})
+    hub_strategy: str = option("end", "What push_to_hub uploads: the trained model.", choices=("end",))
+    seed: int = option(42, "Seed of adapter weights, data order and dropout.", at_least=0)
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, _DTYPES)
-        _one_of("weights", self.weights, ("auto", *_DTYPES))
-        _one_of("quantize", self.quantize, (None, "nf4", "int8"))
+        """Check all options, then derive what the stock class derives."""
+        check_options(self)
+        self._refuse_decided()
+        self._check_together()
+        self._check_evaluation()
+        self._check_trackers()
+        self.output = os.path.expanduser(self.output or self.output_dir or "")
+        self.output_dir = self.output or None
+        self.use_cpu = self.use_cpu or computes_on_cpu()
+        if self.warmup_ratio is not None:
+            warnings.warn("warmup_ratio is now warmup_steps, below 1 a fraction.", FutureWarning, stacklevel=3)
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+        # The stage turns it on when it loads the model; the stock class would warn of the name.
+        checkpointing = bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", False))
+        self.gradient_checkpointing = None
+        super().__post_init__()
+        self.gradient_checkpointing = checkpointing
+
+    def _refuse_decided(self) -> None:
+        for entry in fields(BaseTrainingArguments):
+            if entry.name in _DECIDED and getattr(self, entry.name) != _stock_default(entry):
+                raise OptionError(f"{entry.name} cannot be set here: {_DECIDED[entry.name]}.")
+
+    def _check_together(self) -> None:
+        if self.max_steps == 0:
+            raise OptionError("max_steps: expected -1 or an integer of at least 1, found 0")
+        if self.warmup_steps >= 1 and not float(self.warmup_steps).is_integer():
+            raise OptionError(f"warmup_steps: expected an integer or a fraction below 1, found {self.warmup_steps:g}")
+        if self.fp16 and self.bf16:
+            raise OptionError("bf16 and fp16 exclude each other: leave out one.")
         if self.quantize and not self.lora_rank:
-            raise ValueError("quantize needs an adapter: quantised weights are not trained. Set lora_rank.")
+            raise OptionError("quantize needs an adapter: quantized weights are not trained. Set lora_rank.")
         if self.frozen and self.lora_rank:
-            raise ValueError(
+            raise OptionError(
                 "frozen goes with lora_rank 0: under an adapter all other weights are frozen, and lora_targets says "
                 "which layers have one."
             )
-        if self.token_budget is not None and self.token_budget != "auto" and not str(self.token_budget).isdigit():
-            raise ValueError(f"token_budget must be a number, auto or left out, but is {self.token_budget!r}.")
-        if self.token_budget is not None and self.mini_batch_size is not None:
-            raise ValueError("give either mini_batch_size or token_budget, not both.")
-        if not self.dataset_temperature > 0:
-            raise ValueError(f"dataset_temperature must be positive, but is {self.dataset_temperature}.")
+        if self.output and self.output_dir and os.path.expanduser(self.output) != self.output_dir:
+            raise OptionError("output and output_dir name the same folder: leave out output_dir.")
+
+    def _check_evaluation(self) -> None:
+        if not self.eval_data:
+            given = {
+                "eval_strategy": self.eval_strategy != IntervalStrategy.NO,
+                "load_best_model_at_end": self.load_best_model_at_end,
+                "early_stopping_patience": self.early_stopping_patience is not None,
+                "eval_on_start": self.eval_on_start,
+            }
+            if name := next((name for name, value in given.items() if value), None):
+                raise OptionError(f"{name} needs held-out records: add eval_data, or leave out {name}.")
+            return
+        if self.eval_strategy == IntervalStrategy.NO:
+            self.eval_strategy = IntervalStrategy.STEPS
+        if self.eval_strategy == IntervalStrategy.STEPS and self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        self.metric_for_best_model = self.metric_for_best_model or "mrr@10"
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
+
+    def _check_trackers(self) -> None:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        for name in names:
+            if name in ("all", "none"):
+                continue
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(["all", "none", *sorted(INTEGRATION_TO_CALLBACK)])
+                raise OptionError(f"report_to: expected one of {known}, found {name}")
+            if name not in get_available_reporting_integrations():
+                raise OptionError(
+                    f"report_to: {name} is not installed. Install its package, or choose another tracker."
+                )
 
     def plan(self) -> dict[str, Any]:
-        """The options that decide the result; a folder made with other ones is not continued."""
-        where_and_how = ("output", "overwrite", "workers", "vision_cache", "report_to", "dry_run", "resume")
-        irrelevant = (*where_and_how, "save_every", "log_every")
-        return {name: value for name, value in asdict(self).items() if name not in irrelevant}
+        """Options that decide the result; a folder that was made with other ones is not continued."""
+        stock = {entry.name: _stock_default(entry) for entry in fields(BaseTrainingArguments)}
+        declared = options_of(type(self))
+        found = {}
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            ours = name not in declared or not declared[name].stock
+            if not name.startswith(_NO_PART_OF_RESULT) and (ours or value != stock[name]):
+                found[name] = value.value if isinstance(value, Enum) else value
+        return found
 
 
 @dataclass
-class DistillArguments(TrainArguments):
-    """UniME stage 1: a text-embedding teacher's in-batch similarities go into the language model."""
-
-    teacher: str = field(default="", metadata={"help": "Text-embedding model: any Sentence Transformers model."})
-    temperature: float = field(default=0.02, metadata={"help": "Temperature of both similarity distributions."})
-    direction: str = field(default="teacher_student", metadata={"help": "teacher_student or student_teacher."})
-    mask_diagonal: bool = field(default=True, metadata={"help": "Leave out the similarity of a text to itself."})
-
-
-@dataclass
-class HardNegativeArguments(TrainArguments):
-    """UniME stage 2: in-batch hard negatives after filtering false ones."""
-
-    temperature: float = field(default=0.02, metadata={"help": "Temperature of the similarities."})
-    false_negative_margin: float = field(default=0.1, metadata={"help": "Candidates above positive + margin go."})
-    num_negatives: int = field(default=8, metadata={"help": "Hardest remaining candidates per query."})
-
-
-@dataclass
-class InBatchArguments(TrainArguments):
-    """Control: plain in-batch InfoNCE."""
-
-    temperature: float = field(default=0.02, metadata={"help": "Temperature of the similarities."})
-
-
-@dataclass
-class SoftLabelArguments(TrainArguments):
-    """UniME-V2: similarities are aligned with the judge's scores over mined hard negatives."""
-
-    temperature: float = field(default=0.02, metadata={"help": "Temperature of the similarities."})
-    label_temperature: float | None = field(default=None, metadata={"help": "Of the judge's scores; none: the same."})
-    divergence: str = field(default="symmetric_kl", metadata={"help": "symmetric_kl, js or kl."})
-    num_negatives: int = field(default=8, metadata={"help": "Negatives per query, of those that are stored."})
-    in_batch_weight: float = field(default=0.0, metadata={"help": "Weight of an added in-batch InfoNCE term."})
-
-
-@dataclass
-class RerankerArguments(TrainArguments):
-    """UniME-V2-Reranker: pairwise and listwise answers from the judged rows."""
-
-    template: str = field(default="official", metadata={"help": "Prompt template: official, tiny or a file."})
-    num_negatives: int = field(default=9, metadata={"help": "Negatives in the list, of those that are stored."})
-    pairwise_weight: float = field(default=1.0, metadata={"help": "Weight of the Yes/No term."})
-    listwise_weight: float = field(default=1.0, metadata={"help": "Weight of the list term."})
-    min_list_length: int | None = field(  # ranking is in lists of up to ten, and the last one may be short
-        default=2, metadata={"help": "Lists of random length from this up to 1 + num_negatives; none: all as long."}
-    )
-    target_temperature: float | None = field(
-        default=None, metadata={"help": "The list's target is softmax(score / this); none: the positive alone."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option, default in (("token_budget", None), ("sub_batch_size", None), ("dataset_temperature", 1.0)):
-            if getattr(self, option) != default:
-                raise ValueError(
-                    f"{option} plans batches of items and says nothing about the reranker's: leave it out."
-                )
-        if self.vision_cache is not None:
-            raise ValueError("vision_cache feeds embedders and not the reranker: leave it out.")
-
-
-@dataclass
-class EngineArguments:
-    """Where a stage between the trainings runs."""
-
-    engine: str = field(default="local", metadata={"help": "local, or ray: a Ray cluster (extra [ray])."})
-    workers: int = field(default=2, metadata={"help": "ray: actors at most."})
-    gpus_per_worker: float = field(default=0.0, metadata={"help": "ray: GPUs for each actor."})
-
-    def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ("local", "ray"))
-
-
-@dataclass
-class MineArguments(EngineArguments):
-    """Global retrieval: the hard candidates of every pair."""
-
-    data: str = field(default="", metadata={"help": "Folder of pair records."})
-    model: str = field(default="unime-tiny", metadata={"help": "Embedding model that retrieves."})
-    output: str = field(default="", metadata={"help": "Folder for the candidate pools."})
-    vectors: str = field(default="", metadata={"help": "Folder for the vectors, shared by runs; default: in output."})
-    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
-    num_candidates: int = field(default=50, metadata={"help": "Candidates per query."})
-    pool: str = field(default="modality", metadata={"help": "Search among: modality, dataset or global."})
-    max_similarity: str = field(
-        default="positive",
-        metadata={"help": "positive: only below the positive's similarity; none; or a margin above it."},
-    )
-    batch_size: int = field(default=64, metadata={"help": "Items per forward pass."})
-
-
-@dataclass
-class JudgeArguments(EngineArguments):
-    """MLLM-as-a-judge, and the choice of negatives by its scores."""
-
-    data: str = field(default="", metadata={"help": "Folder of candidate pools, written by mine."})
-    model: str = field(default="unime-tiny", metadata={"help": "Generative vision-language model that judges."})
-    template: str = field(default="official", metadata={"help": "Prompt template: official, tiny or a file."})
-    scores: str = field(default="", metadata={"help": "Folder for the scores."})
-    output: str = field(default="", metadata={"help": "Folder for the judged training rows."})
-    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folders."})
-    batch_size: int = field(default=32, metadata={"help": "Pairs per forward pass."})
-    cache_mb: int = field(default=256, metadata={"help": "Memory for images that were seen before, in MiB."})
-    dtype: str = field(default="auto", metadata={"help": "Precision of the judge: auto, float32, bfloat16, float16."})
-    max_text_tokens: int = field(default=0, metadata={"help": "Texts are cut after so many tokens; 0: set aside."})
-    url: str = field(default="", metadata={"help": "Ask `model` at this OpenAI-compatible server instead (.../v1)."})
-    concurrency: int = field(default=32, metadata={"help": "Requests to the server at once."})
-    strong_model: str = field(default="", metadata={"help": "Second judge, for pairs the first is unsure about."})
-    strong_band: float = field(default=2.0, metadata={"help": "Unsure: log-odds from minus this to this."})
-    shard: str = field(default="", metadata={"help": "i/n: only every n-th shard from the i-th on (0/4 ... 3/4)."})
-    dry_run: bool = field(default=False, metadata={"help": "Print what it would cost, and stop."})
-    calibrate: int = field(default=0, metadata={"help": "Measure the judges on so many queries, and stop."})
-    shard_size: int = field(default=256, metadata={"help": "Rows per shard; a killed run loses at most one."})
-    margin: float = field(default=0.01, metadata={"help": "Candidates scored above the positive less this go."})
-    stride: int = field(default=5, metadata={"help": "Step of the cyclic sampling."})
-    num_negatives: int = field(default=10, metadata={"help": "Negatives per row."})
-    score_divisor: float = field(default=1.0, metadata={"help": "Score = sigmoid(log-odds / this); released: 1.05."})
-    min_positive_score: float = field(
-        default=0.0, metadata={"help": "Of every positive; 1 trusts the pairs, not the judge."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the draw where no candidate survives."})
-
-
-@dataclass
-class ImportArguments:
-    """Data of one's own, MMEB-train or a released judge file become a record folder."""
-
-    source: str = field(default="", metadata={"help": "File or folder to read."})
-    output: str = field(default="", metadata={"help": "Folder for the records."})
-    overwrite: bool = field(default=False, metadata={"help": "Throw away what is in the output folder."})
-    layout: str = field(
-        default="own",
-        metadata={"help": "own (JSONL, JSON, CSV, Parquet, datasets), mmeb-train, or released (UniME-V2's JSON)."},
-    )
-    pairs: list[dict] | None = field(default=None, metadata={"help": "own: how rows become pairs; see configs/."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
-    embed_images: bool = field(default=False, metadata={"help": "own: copy image files into the output."})
-    split: str = field(default="original", metadata={"help": "mmeb-train: original, diverse_instruction or train."})
-    subsets: list[str] | None = field(default=None, metadata={"help": "mmeb-train: some of the 20 sets."})
-    read_images: bool = field(default=True, metadata={"help": "Decode every image once, to set bad ones aside."})
-    limit: int | None = field(default=None, metadata={"help": "Rows at most (mmeb-train: of each set)."})
-    workers: int = field(default=4, metadata={"help": "Threads that decode images."})
-
-    def __post_init__(self) -> None:
-        _one_of("layout", self.layout, ("own", "mmeb-train", "released"))
-
-
-def set_up_logging() -> None:
-    """Show what a script does, with times; libraries, and all processes but the first, speak up at warnings only."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("unime_st").setLevel(logging.INFO if first else logging.WARNING)
-
-
-def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such configuration file.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected `option: value` lines, found a {type(content).__name__}.")
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(sorted(known))}."
-            raise ValueError(f"{path}: unknown option {key!r}; {hint}")
-    return content
-
-
-def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] | None = None) -> ArgumentsT:
-    """Read ``[CONFIG.yaml] [--option value ...]``; the command line wins over the file.
+class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
+    """Options that the embedding stages share.
 
     Args:
-        kind: Dataclass with the options.
-        description: Text of ``--help``.
-        argv: Arguments, by default those of the process.
-
-    Returns:
-        A filled instance of ``kind``.
-
-    Raises:
-        SystemExit: With a message, if an option is unknown or a value unusable.
-
-    Example:
-        >>> from unime_st.training.arguments import InBatchArguments, parse
-        >>> parse(InBatchArguments, None, ["--max_steps", "5"]).max_steps
-        5
+        **options: See ``unime STAGE --help``.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
-        cast(Any, kind), description=description, usage="%(prog)s [CONFIG.yaml] [--option value ...]"
+
+    token_budget: int | str | None = option(
+        None, "In place of mini_batch_size: text and image tokens embedded at a time; auto: what fits the memory.",
+        unit="tokens", at_least=1, choices=("auto",),
+    )  # fmt: skip
+    dataset_temperature: float = option(
+        1.0, "Dataset sampling temperature T, p ~ size^(1/T); 1: proportional, large: uniform.", above=0
     )
-    try:
-        if arguments and not arguments[0].startswith("-"):
-            known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
-            parser.set_defaults(**_read_yaml(Path(arguments.pop(0)), known))
-        (parsed,) = parser.parse_args_into_dataclasses(arguments)
-    except (ValueError, yaml.YAMLError) as error:
-        parser.error(str(error))
-    return parsed
+    sub_batch_size: int | None = option(
+        None, "Consecutive rows of one dataset in a batch; none: datasets are mixed.", unit="rows", at_least=1
+    )
+    matryoshka_dims: list[int] | None = option(
+        None, "Embedding prefixes to train as well, e.g. 1536 512 128.", unit="dimensions", at_least=1
+    )
+    gather_across_devices: bool = option(True, "In-batch negatives from all devices.")
+    vision_cache: str | None = option(
+        None, "Folder that keeps the visual tokens of images; for a frozen vision tower and projector."
+    )
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        if self.token_budget is not None and self.mini_batch_size is not None:
+            raise OptionError("mini_batch_size and token_budget exclude each other: leave out one.")
+
+
+def _stock_default(entry: Field[Any]) -> Any:
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default

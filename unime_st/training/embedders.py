@@ -1,238 +1,155 @@
-"""What the embedding stages share: from rows of item ids to a loss, a collator, a sampler and a plan."""
+"""Training stage of an embedding model: every distinct item of a batch is embedded once."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
-from unime_st.encoding import pixel_budget
-from unime_st.files import read_json, write_json
 from unime_st.losses.base import CachedEmbeddingLoss
+from unime_st.model import UniME
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
+from unime_st.training.evaluation import RetrievalEvaluator
 from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import counted_costs, usable_rows
-from unime_st.training.mini_batches import MiniBatches
-from unime_st.training.planning import (
-    MeasuredPass,
-    count_steps,
-    dry_run_step,
-    estimate_training,
-    fitting_budget,
-    flops_per_token,
-    peak_matmul_flops,
-)
-from unime_st.training.processes import processes
-from unime_st.training.run import CHECKPOINTS, Setup
+from unime_st.training.passes import Passes
+from unime_st.training.planning import count_steps, estimate_training, flops_per_token, peak_matmul_flops
+from unime_st.training.processes import partial_state
+from unime_st.training.run import TrainingStage
+from unime_st.training.trainer import EmbedderTrainer
 from unime_st.training.vision_cache import VisionCache, image_keys, largest_size
 from unime_st.training.visual_tokens import check_frozen
 
-logger = logging.getLogger(__name__)
 IMAGES = "images.npy"
-BUDGET = "token_budget.json"
 
 
-@dataclass
-class EmbedderSetup:
-    """Makes the :class:`~unime_st.training.run.Setup` of an embedding stage.
+class EmbedderStage(TrainingStage[TrainArguments, UniME]):
+    """Training stage of an embedding model, see :class:`~unime_st.training.run.TrainingStage`."""
 
-    Args:
-        arguments: Options.
-        records: Where the item ids lead.
-        loss: Makes the loss for the model.
-        in_batch: Whether rows are compared with each other. If not, the loss is a mean over rows, small batches
-            accumulated are the large one exactly, and no second forward pass is needed.
-        distinct: No query and no positive comes twice in a batch.
-    """
+    trainer_class = EmbedderTrainer
+    loading = 'SentenceTransformer("{}")'
 
-    arguments: TrainArguments
-    records: RecordSet
-    loss: Callable[[Any], nn.Module]
-    in_batch: bool = True
-    distinct: bool = True
+    def _load(self, **options: Any) -> UniME:
+        return UniME(self.args.model, **options)
 
-    def __call__(self, model: BaseModel, rows: Dataset) -> Setup:
-        """Count tokens, set rows aside that cannot be used, find the mini-batch and rehearse it."""
-        a = self.arguments
-        _check_prefixes(model, a.matryoshka_dims)
-        if a.vision_cache is not None:
-            check_frozen(model)
-        costs, pixels = counted_costs(a, self.records, model)
-        rows, indices, aside = usable_rows(a, self.records, rows, costs)
-        datasets = list(rows["dataset"]) if "dataset" in rows.column_names else None
-        rows = rows.remove_columns("dataset") if datasets else rows
-        dtype = computation_dtype(a)
-        vision = self._vision(model, costs, pixels, indices, dtype)
-        reader: Any = vision or model
-        open_item = vision.open_item if vision else Item.to_input
-        feed = Feed(self.records, reader.preprocess, a.workers, open_item)
-        # Stored visual tokens need no decoding.
-        decoded = None if vision else pixels
-        cut = partial(MiniBatches, costs, pixels=decoded, most_pixels=pixel_budget(model.device))
-        distinct = np.unique(indices)
-        budget = self._budget(model, feed, lambda budget: cut(budget=budget), distinct)
-        mini_batches = cut(size=a.mini_batch_size if self.in_batch else None, budget=budget)
-        row_costs = costs[indices].sum(axis=1)
-        per_pass = a.batch_size if self.in_batch else self._rows_per_pass(indices.shape[1], row_costs, budget)
-        lazy = self.in_batch and (budget or a.mini_batch_size) is not None
-        state = processes()
-        balanced = 1 if self.in_batch else a.batch_size // per_pass * a.gradient_accumulation_steps
-        operations = flops_per_token(model, cached=lazy, recomputed=a.gradient_checkpointing)
-        rehearsals = self._rehearse(model, feed, mini_batches, indices, per_pass, dtype, lazy)
-        once = _frozen_tower_cache(model, dtype) if lazy and vision is None else None
-        loss = DistinctItemsLoss(self.loss(model), feed if lazy else None, a.matryoshka_dims, once)
-        gathers = bool(getattr(loss.loss, "gather_across_devices", False))
-        return Setup(
-            rows=rows,
-            loss=loss,
-            collator=ItemCollator(
-                reader.preprocess, records=self.records, mini_batches=mini_batches, lazy=lazy, open_item=open_item
+    def _evaluator(self, records: RecordSet) -> RetrievalEvaluator:
+        return RetrievalEvaluator(records, batch_size=self.args.per_device_eval_batch_size)
+
+    def train(
+        self, model: UniME, rows: Dataset, loss: nn.Module, *, in_batch: bool = True, distinct: bool = True
+    ) -> None:
+        """Train a model; a dry run ends with the plan.
+
+        Args:
+            model: From :meth:`load_model`.
+            rows: Columns ``query, positive, negative_1, ...`` of item ids, with optional ``label`` and ``dataset``.
+            loss: An embedding loss of the model with ``calculate_loss``, as all cached losses have.
+            in_batch: Whether the loss compares rows with each other. If not, it is a mean over rows, and small batches
+                accumulated are the large one exactly. Defaults to True.
+            distinct: No query and no positive comes twice in a batch. Defaults to True.
+        """
+        args, dtype = self.args, computation_dtype(self.args)
+        _check_dimensions(model, args.matryoshka_dims)
+        tokens, pixels = counted_costs(args, self.records, model)
+        rows, indices, set_aside = usable_rows(args, self.records, rows, tokens)
+        row_tokens = tokens[indices].sum(axis=1)
+        vision = self._vision_cache(model, tokens, pixels, indices)
+        preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (model.preprocess, Item.to_input)
+        feed = Feed(self.records, preprocess, args.dataloader_num_workers, open_item)
+        passes = Passes.of(
+            args, model, feed, indices, tokens, None if vision else pixels, in_batch=in_batch, resumes=self.resumes
+        )
+        flops = flops_per_token(model, cached=passes.cached, recomputed=bool(args.gradient_checkpointing))
+        plan = estimate_training(
+            args,
+            model,
+            row_tokens,
+            passes.measure(model, feed, indices, dtype),
+            steps=count_steps(args, len(rows), accumulates=not in_batch),
+            # What was measured is a forward and a backward pass; caching adds a forward pass, a third of both.
+            passes_more=1 / 3 if passes.cached else 0.0,
+            operations=flops,
+            set_aside=set_aside,
+            largest_item=int(tokens[indices].max()),
+            mini_batch=passes.description,
+            vision_cache=str(vision) if vision else self._vision_cache_size(model, indices, tokens),
+        )
+        tower = _frozen_tower_cache(model, self.args) if passes.cached and vision is None else None
+        gathers = bool(getattr(loss, "gather_across_devices", False))
+        self.fit(
+            model,
+            rows.remove_columns("dataset") if "dataset" in rows.column_names else rows,
+            DistinctItemsLoss(loss, feed if passes.cached else None, args.matryoshka_dims, tower),
+            ItemCollator(
+                preprocess,
+                records=self.records,
+                mini_batches=passes.mini_batches,
+                lazy=passes.cached,
+                open_item=open_item,
             ),
+            plan,
+            rows_per_pass=passes.rows,
+            cached=passes.cached,
             make_batches=sampler(
-                world_size=state.num_processes,
-                datasets=datasets,
-                temperature=a.dataset_temperature,
-                sub_batch_size=a.sub_batch_size,
-                distinct=self.distinct,
-                costs=None if self.in_batch else row_costs,
-                balanced=balanced,
-                drop_last=a.drop_last,
+                world_size=partial_state().num_processes,
+                datasets=list(rows["dataset"]) if "dataset" in rows.column_names else None,
+                temperature=args.dataset_temperature,
+                sub_batch_size=args.sub_batch_size,
+                distinct=distinct,
+                costs=None if in_batch else row_tokens,
+                balanced=1
+                if in_batch
+                else args.per_device_train_batch_size // passes.rows * args.gradient_accumulation_steps,
+                drop_last=args.dataloader_drop_last,
                 # Of the losses that gather, ours alone let shards differ in size.
-                even=gathers and not isinstance(loss.loss, CachedEmbeddingLoss),
+                even=gathers and not isinstance(loss, CachedEmbeddingLoss),
             ),
-            batch_size=per_pass,
-            accumulation=a.gradient_accumulation_steps * (a.batch_size // per_pass),
-            plan=estimate_training(
-                a,
-                model,
-                row_costs,
-                rehearsals,
-                steps=count_steps(a, len(rows), accumulates=not self.in_batch),
-                # A rehearsal is a forward and a backward pass; caching adds a forward pass, a third of both.
-                passes_more=1 / 3 if lazy else 0.0,
-                operations=operations,
-                set_aside=aside,
-                largest_item=int(costs[indices].max()),
-                mini_batch=self._words(lazy, per_pass, budget),
-                vision_cache=str(vision) if vision else self._expected(model, costs, indices),
-            ),
-            flops_per_token=operations,
+            flops_per_token=flops,
             peak_matmul_flops=peak_matmul_flops(model.device, dtype),
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
-            mean_over_rows=not gathers and not a.drop_last,
-            cached=lazy,
+            mean_over_rows=not gathers and not args.dataloader_drop_last,
         )
 
-    def _vision(
-        self, model: BaseModel, costs: np.ndarray, pixels: np.ndarray, indices: np.ndarray, dtype: torch.dtype
+    def _vision_cache(
+        self, model: UniME, tokens: np.ndarray, pixels: np.ndarray, indices: np.ndarray
     ) -> VisionCache | None:
-        a = self.arguments
-        if a.vision_cache is None or a.dry_run:
+        args = self.args
+        if args.vision_cache is None:
             return None
-        with processes().main_process_first():  # which leaves the keys to the others
-            keys = image_keys(self.records, indices, Path(a.output) / IMAGES)
-        vision = VisionCache(model, self.records, keys, a.vision_cache, dtype)
-        vision.fill(model, Feed(self.records, model.preprocess, a.workers), costs, pixels)
-        return vision
-
-    def _expected(self, model: BaseModel, costs: np.ndarray, indices: np.ndarray) -> str | None:
-        if self.arguments.vision_cache is None:
+        check_frozen(model)
+        if args.dry_run:
             return None
-        return f"at most {largest_size(model, self.records, indices, costs) / 2**30:.2f} GiB"
+        with partial_state().main_process_first():  # which leaves the keys to the others
+            keys = image_keys(self.records, indices, Path(args.output) / IMAGES)
+        cache = VisionCache(model, self.records, keys, args.vision_cache, computation_dtype(args))
+        cache.fill(model, Feed(self.records, model.preprocess, args.dataloader_num_workers), tokens, pixels)
+        return cache
 
-    def _budget(
-        self, model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray
-    ) -> int | None:
-        wanted = self.arguments.token_budget
-        if wanted != "auto":
-            return None if wanted is None else int(wanted)
-        path = Path(self.arguments.output) / BUDGET
-        if path.is_file() and any((path.parent / CHECKPOINTS).glob("checkpoint-*")):
-            # Other mini-batches would draw other dropout masks: a resumed run keeps those of its checkpoints.
-            return int(read_json(path)["token_budget"])
-        budget = fitting_budget(model, feed, cut, positions, computation_dtype(self.arguments))
-        # Processes may share a device, and all should take the smallest.
-        state = processes()
-        if state.num_processes > 1:
-            smallest = torch.tensor([budget // (1 if model.device.type == "cuda" else state.num_processes)])
-            smallest = smallest.to(state.device)
-            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-            budget = max(int(smallest), int(cut(budget).costs[positions].max()))
-        logger.info("token_budget auto: %d tokens fit.", budget)
-        if state.is_main_process and not self.arguments.dry_run:
-            write_json(path, {"token_budget": budget})
-        return budget
-
-    def _rows_per_pass(self, columns: int, row_costs: np.ndarray, budget: int | None) -> int:
-        """Rows that are embedded in one pass: a divisor of the batch, so that accumulating them gives the batch."""
-        a = self.arguments
-        if budget is not None:
-            most = budget / float(row_costs.mean())
-        elif a.mini_batch_size is not None:
-            most = a.mini_batch_size / columns
-        else:
-            return a.batch_size
-        return max(
-            rows for rows in range(1, a.batch_size + 1) if a.batch_size % rows == 0 and (rows <= most or rows == 1)
-        )
-
-    def _rehearse(
-        self,
-        model: BaseModel,
-        feed: Feed,
-        cut: MiniBatches,
-        indices: np.ndarray,
-        per_pass: int,
-        dtype: torch.dtype,
-        lazy: bool,
-    ) -> list[MeasuredPass]:
-        """The most expensive pass that can come, so that it fails now if it fails; then a usual one for the time."""
-        if lazy:
-            distinct = np.unique(indices)
-            groups = cut(distinct)
-            passes = [[distinct[group]] for group in (groups[0], groups[len(groups) // 2])]
-        else:
-            order = np.argsort(-cut.costs[indices].sum(axis=1), kind="stable")
-            middle = len(order) // 2
-            usual = order[middle : middle + per_pass]
-            # Without in-batch term the sampler deals rows out by cost: one of the most expensive, otherwise usual ones.
-            worst = order[:per_pass] if self.in_batch else np.concatenate([order[:1], usual[: per_pass - 1]])
-            items = [np.unique(indices[rows]) for rows in (worst, usual)]
-            passes = [[positions[group] for group in cut(positions)] for positions in items]
-        return [dry_run_step(model, feed, groups, dtype) for groups in passes]
-
-    def _words(self, lazy: bool, per_pass: int, budget: int | None) -> str:
-        a = self.arguments
-        if not self.in_batch:
-            return f"{per_pass} rows at a time, accumulated to {a.batch_size}: one forward pass"
-        size = f"{budget:,} tokens" if budget else f"{a.mini_batch_size} items"
-        return f"{size} at a time, gradients cached" if lazy else "the whole batch in one pass"
+    def _vision_cache_size(self, model: UniME, indices: np.ndarray, tokens: np.ndarray) -> str | None:
+        if self.args.vision_cache is None:
+            return None
+        return f"at most {largest_size(model, self.records, indices, tokens) / 2**30:.2f} GiB"
 
 
-def _check_prefixes(model: Any, dims: list[int] | None) -> None:
-    width = model.get_embedding_dimension()
+def _check_dimensions(model: UniME, dims: list[int] | None) -> None:
+    width = int(model.get_embedding_dimension() or 0)
     for dim in dims or ():
         if not 0 < dim <= width:
-            raise ValueError(f"matryoshka_dims: {dim} is no prefix of this model's embeddings of {width} numbers.")
+            raise ValueError(f"matryoshka_dims must be between 1 and the embedding dimension {width}, got {dim}.")
 
 
-def _frozen_tower_cache(model: BaseModel, dtype: torch.dtype) -> FrozenTowerCache | None:
+def _frozen_tower_cache(model: BaseModel, args: TrainArguments) -> FrozenTowerCache | None:
     try:
-        return FrozenTowerCache(model, dtype)
+        return FrozenTowerCache(model, computation_dtype(args))
     except ValueError:  # a vision tower that is trained, or of another kind, is run in both passes
         return None

@@ -18,8 +18,8 @@ from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import TokenCounter
 from unime_st.files import atomic_write
-from unime_st.training.arguments import TrainArguments
-from unime_st.training.processes import processes
+from unime_st.training.arguments import StageArguments
+from unime_st.training.processes import partial_state
 
 logger = logging.getLogger(__name__)
 UNREADABLE = -1
@@ -75,7 +75,7 @@ def _costs(items: Sequence[Item], count: TokenCounter) -> np.ndarray:
     return np.stack([costs, pixels])
 
 
-def counted_costs(arguments: TrainArguments, records: ItemFolder, model: Any) -> tuple[np.ndarray, np.ndarray]:
+def counted_costs(arguments: StageArguments, records: ItemFolder, model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Count tokens and pixels with :func:`item_costs`, and keep the counts in the output folder for a resumed run.
 
     Args:
@@ -88,12 +88,12 @@ def counted_costs(arguments: TrainArguments, records: ItemFolder, model: Any) ->
     """
     if arguments.dry_run:
         return item_costs(records, model)
-    with processes().main_process_first():  # the others read its file
+    with partial_state().main_process_first():  # the others read its file
         return item_costs(records, model, Path(arguments.output) / COSTS)
 
 
 def usable_rows(
-    arguments: TrainArguments, records: ItemFolder, rows: Dataset, costs: np.ndarray
+    arguments: StageArguments, records: ItemFolder, rows: Dataset, costs: np.ndarray
 ) -> tuple[Dataset, np.ndarray, int]:
     """Set rows with an unreadable image aside, and list them in ``rejected.jsonl``.
 
@@ -116,7 +116,7 @@ def usable_rows(
     if not bad.any():
         return rows, indices, 0
     numbers = np.flatnonzero(bad)
-    if processes().is_main_process and not arguments.dry_run:
+    if partial_state().is_main_process and not arguments.dry_run:
         with RejectedWriter(Path(arguments.output)) as rejected:
             for row in numbers:
                 item = next(int(p) for p in indices[row] if costs[p] == UNREADABLE)

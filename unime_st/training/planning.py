@@ -16,10 +16,10 @@ import torch
 from sentence_transformers.base.model import BaseModel
 
 from unime_st.memory import peak_resident
-from unime_st.training.arguments import TrainArguments
+from unime_st.training.arguments import StageArguments
 from unime_st.training.feed import Feed
 from unime_st.training.mini_batches import MiniBatches
-from unime_st.training.processes import processes
+from unime_st.training.processes import partial_state
 
 logger = logging.getLogger(__name__)
 _PROBES = (2048, 8192)  # token budgets at which memory is measured
@@ -251,7 +251,7 @@ class Plan:
         return asdict(self)
 
 
-def count_steps(arguments: TrainArguments, rows: int, *, accumulates: bool = False) -> int:
+def count_steps(arguments: StageArguments, rows: int, *, accumulates: bool = False) -> int:
     """Count the optimizer steps of a run.
 
     Args:
@@ -266,15 +266,15 @@ def count_steps(arguments: TrainArguments, rows: int, *, accumulates: bool = Fal
     a = arguments
     if a.max_steps > 0:
         return a.max_steps
-    rounded = math.floor if a.drop_last else math.ceil
-    batch = a.batch_size * processes().num_processes
+    rounded = math.floor if a.dataloader_drop_last else math.ceil
+    batch = a.per_device_train_batch_size * partial_state().num_processes
     if accumulates:
-        return math.ceil(rounded(rows / (batch * a.gradient_accumulation_steps)) * a.epochs)
-    return math.ceil(math.ceil(rounded(rows / batch) / a.gradient_accumulation_steps) * a.epochs)
+        return math.ceil(rounded(rows / (batch * a.gradient_accumulation_steps)) * a.num_train_epochs)
+    return math.ceil(math.ceil(rounded(rows / batch) / a.gradient_accumulation_steps) * a.num_train_epochs)
 
 
 def estimate_training(
-    arguments: TrainArguments,
+    arguments: StageArguments,
     model: BaseModel,
     row_costs: np.ndarray,
     rehearsals: Sequence[MeasuredPass],
@@ -299,8 +299,8 @@ def estimate_training(
     Returns:
         Plan: The expected cost.
     """
-    world, rows = processes().num_processes, len(row_costs)
-    per_step = arguments.batch_size * arguments.gradient_accumulation_steps * world
+    world, rows = partial_state().num_processes, len(row_costs)
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     tokens = int(row_costs.mean() * steps * per_step)
     largest, usual = rehearsals
     parameters = list(model.parameters())

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun or accelerate started."""
+"""Processes of a run: one, or those that torchrun or accelerate started."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def computes_on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def processes() -> PartialState:
-    """Return the state of all processes; the first call connects them.
+def partial_state() -> PartialState:
+    """State of all processes; the first call connects them.
 
-    Without ``cpu`` accelerate takes processes on a machine without accelerator for strangers to each other.
+    On a machine without accelerator ``cpu`` has to be set: accelerate would not connect the processes otherwise.
 
     Example:
-        >>> from unime_st.training.processes import processes
-        >>> processes().num_processes
+        >>> from unime_st.training.processes import partial_state
+        >>> partial_state().num_processes
         1
     """
     return PartialState(cpu=computes_on_cpu())

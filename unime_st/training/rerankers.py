@@ -1,9 +1,9 @@
-"""From judged rows of item ids to the reranker's loss, its collator and a plan."""
+"""Training stage of a reranker: pairwise and listwise prompts made of judged rows."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from unime_st.encoding import TokenCounter
 from unime_st.losses import RerankerLoss
 from unime_st.reranking.unime_reranker import UniMEReranker
 from unime_st.training.adapters import computation_dtype
-from unime_st.training.arguments import RerankerArguments
+from unime_st.training.arguments import StageArguments
 from unime_st.training.distinct_items import RerankerItemCollator
+from unime_st.training.evaluation import RankingEvaluator
 from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.planning import (
     MeasuredPass,
@@ -26,7 +27,8 @@ from unime_st.training.planning import (
     measure_pass,
     peak_matmul_flops,
 )
-from unime_st.training.run import Setup
+from unime_st.training.run import TrainingStage
+from unime_st.training.trainer import RerankerTrainer
 
 
 class _InPairs:
@@ -43,108 +45,93 @@ class _InPairs:
         return self._model.preprocess([(value, "0") for value in inputs], prompt=prompt)
 
 
-@dataclass
-class RerankerSetup:
-    """Makes the :class:`~unime_st.training.run.Setup` of the reranker.
+class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
+    """Training stage of a reranker, see :class:`~unime_st.training.run.TrainingStage`.
 
-    Args:
-        arguments: Options.
-        records: Where the item ids lead.
-        loss: Makes the loss for the model.
+    Raises:
+        ValueError: If weights are to be sharded.
     """
 
-    arguments: RerankerArguments
-    records: RecordSet
-    loss: Callable[[Any], RerankerLoss]
+    trainer_class = RerankerTrainer
+    loading = 'CrossEncoder("{}")'
 
-    def __call__(self, model: Any, rows: Dataset) -> Setup:
-        """Count tokens, set rows aside that cannot be used, and rehearse the most expensive mini-batch."""
-        a = self.arguments
-        costs, _ = counted_costs(a, self.records, _InPairs(model))
-        rows, indices, aside = usable_rows(a, self.records, rows, costs)
-        loss = self.loss(model)
-        count = TokenCounter(_InPairs(model))  # type: ignore[arg-type]  # as much of a model as it needs
-        empty, zero = count([{"text": ""}, {"text": "0"}]).tolist()
-        hardest = np.array(rows["label"])[:, 1:].argmax(axis=1) if "label" in rows.column_names else 0
-        row_costs = self._prompts(
-            model, loss, costs[indices] - empty, hardest, pair=2 * empty - zero, zero=zero - empty
-        )
-        dtype = computation_dtype(a)
-        operations = flops_per_token(model, cached=loss.uses_gradient_cache, recomputed=a.gradient_checkpointing)
-        words = "the whole batch in one pass"
-        if a.mini_batch_size is not None:
-            words = f"{a.mini_batch_size} prompts at a time, gradients cached"
-        return Setup(
-            rows=rows,
-            loss=loss,
-            collator=RerankerItemCollator(model.preprocess, records=self.records),
-            plan=estimate_training(
-                a,
-                model,
-                row_costs,
-                self._rehearse(model, loss, rows, indices, row_costs, dtype),
-                steps=count_steps(a, len(rows)),
-                operations=operations,
-                set_aside=aside,
-                largest_item=int(costs[indices].max()) - empty,
-                mini_batch=words,
-            ),
-            flops_per_token=operations,
-            peak_matmul_flops=peak_matmul_flops(model.device, dtype),
-            cached=loss.uses_gradient_cache,
-        )
+    def __enter__(self) -> RerankerStage:
+        if self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise ValueError(
+                "A reranker's weights cannot be sharded (FSDP): its processes need different numbers of forward "
+                "passes, and would wait for each other. Start it with torchrun (DDP)."
+            )
+        super().__enter__()
+        return self
 
-    def _prompts(
-        self,
-        model: UniMEReranker,
-        loss: RerankerLoss,
-        lengths: np.ndarray,
-        hardest: np.ndarray | int,
-        *,
-        pair: int,
-        zero: int,
-    ) -> np.ndarray:
-        """Tokens of the prompts that a row is expected to become; of its negatives, lists have some, drawn at random.
+    def _load(self, **options: Any) -> UniMEReranker:
+        return UniMEReranker(self.args.model, **options)
+
+    def _evaluator(self, records: RecordSet) -> RankingEvaluator:
+        return RankingEvaluator(records, batch_size=self.args.per_device_eval_batch_size)
+
+    def train(self, model: UniMEReranker, rows: Dataset, loss: RerankerLoss) -> None:
+        """Train a model; a dry run ends with the plan.
 
         Args:
-            model: The reranker.
-            loss: Its loss.
-            lengths: Tokens of the items alone, of shape (rows, 2 + negatives): query, positive, negatives.
-            hardest: Which negative of each row is paired.
-            pair: Tokens of a pair's prompt without its items.
-            zero: Tokens of the text "0".
+            model: From :meth:`load_model`.
+            rows: Columns ``query, positive, negative_1, ...`` of item ids, with optional ``label``.
+            loss: The loss of the model.
         """
-        query, positive, negatives = lengths[:, 0], lengths[:, 1], lengths[:, 2:]
-        total = np.zeros(len(lengths))
-        if loss.pairwise_weight:
-            total += 2 * (pair + query) + positive + negatives[np.arange(len(lengths)), hardest]
-        if loss.listwise_weight:
-            most = negatives.shape[1] + 1
-            listed = (min(loss.min_list_length or most, most) + most) / 2
-            chat = loss.chat("0", ["0"] * round(listed), {})
-            prompt = int(model.preprocess([chat], task="listwise")["attention_mask"].sum())
-            total += prompt - (round(listed) + 1) * zero + query + positive + negatives.mean(axis=1) * (listed - 1)
-        return total
+        args, dtype = self.args, computation_dtype(self.args)
+        items = _InPairs(model)
+        tokens, _ = counted_costs(args, self.records, items)
+        rows, indices, set_aside = usable_rows(args, self.records, rows, tokens)
+        empty, zero = TokenCounter(items)([{"text": ""}, {"text": "0"}]).tolist()  # type: ignore[arg-type]  # a part suffices
+        hardest = np.array(rows["label"])[:, 1:].argmax(axis=1) if "label" in rows.column_names else 0
+        row_tokens = _prompt_tokens(
+            model, loss, tokens[indices] - empty, hardest, pair=2 * empty - zero, zero=zero - empty
+        )
+        cached = loss.uses_gradient_cache
+        flops = flops_per_token(model, cached=cached, recomputed=bool(args.gradient_checkpointing))
+        plan = estimate_training(
+            args,
+            model,
+            row_tokens,
+            self._measure(model, loss, rows, indices, row_tokens, dtype),
+            steps=count_steps(args, len(rows)),
+            operations=flops,
+            set_aside=set_aside,
+            largest_item=int(tokens[indices].max()) - empty,
+            mini_batch=f"{args.mini_batch_size} prompts at a time, gradients cached"
+            if cached
+            else "the whole batch in one pass",
+        )
+        self.fit(
+            model,
+            rows,
+            loss,
+            RerankerItemCollator(model.preprocess, records=self.records),
+            plan,
+            cached=cached,
+            flops_per_token=flops,
+            peak_matmul_flops=peak_matmul_flops(model.device, dtype),
+        )
 
-    def _rehearse(
+    def _measure(
         self,
         model: Any,
         loss: RerankerLoss,
         rows: Dataset,
         indices: np.ndarray,
-        row_costs: np.ndarray,
+        row_tokens: np.ndarray,
         dtype: torch.dtype,
     ) -> list[MeasuredPass]:
         """The most expensive rows with the longest lists, so that they fail now if they do; then usual ones."""
-        a = self.arguments
-        size = min(a.batch_size, a.mini_batch_size or a.batch_size)
-        order = np.argsort(-row_costs, kind="stable")
+        batch = self.args.per_device_train_batch_size
+        size = min(batch, self.args.mini_batch_size or batch)
+        order = np.argsort(-row_tokens, kind="stable")
         middle = max(0, min(len(order) // 2, len(order) - size))
 
         def passing(chosen: np.ndarray) -> Callable[[], tuple[torch.Tensor, int]]:
             columns = [[self.records.items.at(int(index)) for index in column] for column in indices[chosen].T]
             labels = torch.tensor(rows[chosen.tolist()]["label"]) if "label" in rows.column_names else None
-            return lambda: (torch.stack(list(loss(columns, labels).values())).sum(), int(row_costs[chosen].sum()))
+            return lambda: (torch.stack(list(loss(columns, labels).values())).sum(), int(row_tokens[chosen].sum()))
 
         shortest, loss.min_list_length = loss.min_list_length, None
         try:
@@ -152,3 +139,35 @@ class RerankerSetup:
         finally:
             loss.min_list_length = shortest
         return [largest, measure_pass(model, passing(order[middle : middle + size]), dtype)]
+
+
+def _prompt_tokens(
+    model: UniMEReranker,
+    loss: RerankerLoss,
+    lengths: np.ndarray,
+    hardest: np.ndarray | int,
+    *,
+    pair: int,
+    zero: int,
+) -> np.ndarray:
+    """Tokens of the prompts that a row is expected to become; of its negatives, lists have some, drawn at random.
+
+    Args:
+        model: The reranker.
+        loss: Its loss.
+        lengths: Tokens of the items alone, of shape (rows, 2 + negatives): query, positive, negatives.
+        hardest: Which negative of each row is paired.
+        pair: Tokens of a pair's prompt without its items.
+        zero: Tokens of the text "0".
+    """
+    query, positive, negatives = lengths[:, 0], lengths[:, 1], lengths[:, 2:]
+    total = np.zeros(len(lengths))
+    if loss.pairwise_weight:
+        total += 2 * (pair + query) + positive + negatives[np.arange(len(lengths)), hardest]
+    if loss.listwise_weight:
+        most = negatives.shape[1] + 1
+        listed = (min(loss.min_list_length or most, most) + most) / 2
+        chat = loss.chat("0", ["0"] * round(listed), {})
+        prompt = int(model.preprocess([chat], task="listwise")["attention_mask"].sum())
+        total += prompt - (round(listed) + 1) * zero + query + positive + negatives.mean(axis=1) * (listed - 1)
+    return total

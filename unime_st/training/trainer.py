@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from unime_st.training.distinct_items import COLUMNS
 
 
-class _TellsTheEpoch(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """A resumed run on several processes wraps the batch sampler so deep that the trainer does not reach it."""
 
     def __init__(self, batches: Any) -> None:
@@ -29,7 +29,7 @@ class _TellsTheEpoch(TrainerCallback):
         self.batches.set_epoch(int(state.epoch or 0))
 
 
-class _ReducesAllGradients(TrainerCallback):
+class ReduceUnusedGradientsCallback(TrainerCallback):
     """Under FSDP2 a device whose mini-batch has no image has no gradients for the vision tower; they count as zero."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full disk raises, as Python, torch and safetensors put it."""
 
 
-def not_written(what: str, folder: Path, intact: str, error: BaseException) -> OSError:
+def write_error(what: str, folder: Path, intact: str, error: BaseException) -> OSError:
     """Say that a model could not be written, why, and what to do.
 
     Args:
@@ -91,7 +91,7 @@ class ReportingMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_ReducesAllGradients())  # type: ignore[attr-defined]
+        self.add_callback(ReduceUnusedGradientsCallback())  # type: ignore[attr-defined]
         self._make_batches = make_batches
         self._mean_over_rows = mean_over_rows
         self._shares: list[float] = []
@@ -117,7 +117,7 @@ class ReportingMixin:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
         except WRITE_ERRORS as error:
             folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
-            raise not_written(f"The checkpoint of step {step}", folder, "The one before it", error) from error
+            raise write_error(f"The checkpoint of step {step}", folder, "The one before it", error) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Random states of all processes are there before the first one writes what makes the checkpoint whole."""
@@ -160,7 +160,7 @@ class ReportingMixin:
         """Make the batch sampler. It is no option: those are stored with every checkpoint, and it holds whole columns."""
         if self._make_batches is not None:
             batches = self._make_batches(dataset, *args, **kwargs)
-            self.add_callback(_TellsTheEpoch(batches))  # type: ignore[attr-defined]
+            self.add_callback(SetEpochCallback(batches))  # type: ignore[attr-defined]
             return batches
         return super().get_batch_sampler(dataset, *args, **kwargs)  # type: ignore[misc]
 

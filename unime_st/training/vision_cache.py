@@ -23,7 +23,7 @@ from unime_st.files import atomic_write, digest, write_json
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Features, Feed
 from unime_st.training.mini_batches import MiniBatches
-from unime_st.training.processes import processes
+from unime_st.training.processes import partial_state
 from unime_st.training.visual_tokens import (
     VISUAL_TOKENS,
     autocast,
@@ -60,7 +60,7 @@ class VisionCache:
         self.records, self.keys, self.dtype = records, keys, dtype
         identity = _identity(model, dtype)
         self.store = FeatureStore(Path(folder) / digest(json.dumps(identity, sort_keys=True), length=16))
-        if processes().is_main_process:
+        if partial_state().is_main_process:
             write_json(self.store.folder / "made_by.json", identity)
         first: Any = model[0]
         self._images = _StoredImages(first.processor.image_processor)
@@ -88,7 +88,7 @@ class VisionCache:
         """
         keys, first = np.unique(self.keys, return_index=True)
         keys, first = keys[keys != b""], first[keys != b""]
-        state = processes()
+        state = partial_state()
         # Shares are those of all images, not of the missing ones: another run may be adding to the folder.
         share = slice(state.process_index, None, state.num_processes)
         own = first[share][self.store.missing(keys[share])]

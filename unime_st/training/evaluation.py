@@ -1,0 +1,173 @@
+"""Evaluators for held-out records while training: hit@1 and MRR@10 of an embedding model and of a reranker."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
+
+from unime_st.data.records import RecordSet
+from unime_st.encoding import encode_items
+from unime_st.retrieval import top_k
+
+logger = logging.getLogger(__name__)
+_CUTOFF = 10
+
+
+class HeldOutEvaluator(BaseEvaluator):
+    """Evaluator over held-out pair records, for the stock trainers' ``evaluator``.
+
+    Args:
+        records: The records.
+        batch_size: Items, or pairs, of a forward pass. Defaults to 64.
+        name: Prefix of the metrics. Defaults to "".
+    """
+
+    def __init__(self, records: RecordSet, *, batch_size: int = 64, name: str = "") -> None:
+        super().__init__()
+        self.records, self.batch_size, self.name = records, batch_size, name
+        self.primary_metric = f"mrr@{_CUTOFF}"
+
+    def ranks(self, model: Any) -> np.ndarray:
+        """Rank of the positive of every query, from 1.
+
+        Args:
+            model: The model to evaluate.
+
+        Returns:
+            int64 of shape (queries,); 0 where it is beyond the cutoff.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Evaluate a model.
+
+        Args:
+            model: The model.
+            output_path: Unused: the trainer's log has the metrics.
+            epoch: Passes over the training data so far.
+            steps: Optimizer steps so far.
+
+        Returns:
+            ``hit@1`` and ``mrr@10``, means over the queries.
+        """
+        ranks = self.ranks(model)
+        found = ranks > 0
+        reciprocal = np.divide(1.0, ranks, where=found, out=np.zeros(len(ranks)))
+        metrics = {"hit@1": float((ranks == 1).mean()), f"mrr@{_CUTOFF}": float(reciprocal.mean())}
+        logger.info("evaluation at step %d: hit@1 %.4f, MRR@10 %.4f.", steps, *metrics.values())
+        metrics = self.prefix_name_to_metrics(metrics, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Configuration for the model card."""
+        return {"queries": len(self.records), "cutoff": _CUTOFF}
+
+
+class RetrievalEvaluator(HeldOutEvaluator):
+    """Retrieval of every query's positive among the positives of its dataset.
+
+    Every distinct item is embedded once. Other positives of a query count as found, too, and the query itself is not a
+    candidate. Rows with an image that cannot be read are left out, with a warning.
+
+    Args:
+        records: Held-out pair records.
+        batch_size: Items of a forward pass. Defaults to 64.
+        name: Prefix of the metrics. Defaults to "".
+
+    Example:
+        >>> import tempfile
+        >>> from unime_st import Item, UniME
+        >>> from unime_st.data.records import PairRecord, RecordSet
+        >>> from unime_st.training.evaluation import RetrievalEvaluator
+        >>> pairs = [PairRecord(Item(text), Item(text)) for text in ("a red square", "a blue circle")]
+        >>> sorted(RetrievalEvaluator(RecordSet.write(tempfile.mkdtemp(), pairs, {}))(UniME("unime-tiny")))
+        ['hit@1', 'mrr@10']
+    """
+
+    def ranks(self, model: SentenceTransformer) -> np.ndarray:
+        """Rank of the first positive of every distinct query, see :class:`HeldOutEvaluator`."""
+        table = self.records.row_shards.table(["query", "positive", "dataset"])
+        queries, positives = (self.records.items.positions(table[name].to_pylist()) for name in ("query", "positive"))
+        used = np.unique(np.concatenate([queries, positives]))
+        vectors, readable = encode_items(
+            model,
+            [self.records.items.at(int(position)) for position in used],
+            batch_size=self.batch_size,
+            on_error="skip",
+        )
+        queries, positives = (np.searchsorted(used, positions) for positions in (queries, positives))
+        rows = np.flatnonzero(readable[queries] & readable[positives])
+        if len(rows) < len(queries):
+            logger.warning(
+                "%s: %d rows with unreadable images left out.", self.records.folder, len(queries) - len(rows)
+            )
+        members = defaultdict(list)
+        for row in rows.tolist():
+            members[str(table["dataset"][row])].append(row)
+        return np.concatenate([_first_ranks(vectors, queries[m], positives[m]) for m in members.values()])
+
+
+def _first_ranks(vectors: np.ndarray, queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Rank of the first positive of every distinct query of a dataset."""
+    corpus = np.unique(positives)
+    relevant: dict[int, set[int]] = defaultdict(set)
+    for query, position in zip(queries.tolist(), np.searchsorted(corpus, positives).tolist(), strict=True):
+        relevant[query].add(position)
+    asked = list(relevant)
+    # A query that is its own positive, as an image and its copy are, may find itself.
+    hidden = [[int(p) for p in np.flatnonzero(corpus == query) if int(p) not in relevant[query]] for query in asked]
+    _, found = top_k(vectors[asked], vectors[corpus], min(_CUTOFF, len(corpus)), exclude=hidden)
+    hits = [
+        [position in relevant[query] for position in row] for query, row in zip(asked, found.tolist(), strict=True)
+    ]
+    return np.array([row.index(True) + 1 if True in row else 0 for row in hits])
+
+
+class RankingEvaluator(HeldOutEvaluator):
+    """Ranking of every query's positive among the negatives of its row.
+
+    Rows without negatives get the positives of other rows of their dataset, drawn once. A negative that scores like the
+    positive stands before it.
+
+    Args:
+        records: Held-out records, with or without negatives.
+        batch_size: Pairs of a forward pass. Defaults to 64.
+        name: Prefix of the metrics. Defaults to "".
+        num_negatives: Negatives of a row at most. Defaults to 9: lists of ten.
+    """
+
+    def __init__(self, records: RecordSet, *, batch_size: int = 64, name: str = "", num_negatives: int = 9) -> None:
+        super().__init__(records, batch_size=batch_size, name=name)
+        table = records.row_shards.table(["query", "positive", "dataset", "negatives"]).to_pylist()
+        by_dataset: dict[str, list[str]] = defaultdict(list)
+        for row in table:
+            by_dataset[row["dataset"]].append(row["positive"])
+        draw = np.random.default_rng(0)
+        self._rows = []
+        for row in table:
+            negatives = row["negatives"][:num_negatives]
+            if not negatives:
+                others = [i for i in dict.fromkeys(by_dataset[row["dataset"]]) if i != row["positive"]]
+                chosen = draw.permutation(len(others))[:num_negatives]
+                negatives = [others[index] for index in chosen]
+            self._rows.append((row["query"], [row["positive"], *negatives]))
+
+    def ranks(self, model: CrossEncoder) -> np.ndarray:
+        """Rank of the positive of every row, see :class:`HeldOutEvaluator`."""
+        item = self.records.item
+        pairs = [(item(query), item(candidate)) for query, candidates in self._rows for candidate in candidates]
+        scores: np.ndarray = model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False)  # type: ignore[call-overload]
+        ranks, start = [], 0
+        for _, candidates in self._rows:
+            positive, *negatives = scores[start : start + len(candidates)].tolist()
+            start += len(candidates)
+            ranks.append(1 + sum(score >= positive for score in negatives))
+        return np.where(np.array(ranks) <= _CUTOFF, ranks, 0)
