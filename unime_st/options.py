@@ -186,7 +186,7 @@ class Option:
         return found
 
     def _scalar(self, value: object, text: bool) -> Any:
-        if value is None or (text and "None" in self.kinds and str(value).lower() in _NONE):
+        if value is None or ("None" in self.kinds and isinstance(value, str) and value.lower() in _NONE):
             if "None" in self.kinds:
                 return None
             raise self._refused("nothing" if value is None else value)
@@ -398,6 +398,7 @@ def current_names(values: Mapping[str, Any], options: Mapping[str, Option]) -> t
 def _switched(name: str, value: object, switches: Mapping[str, str]) -> dict[str, Any]:
     """Options that stand for the words of a former one, such as bf16 and fp16 for precision."""
     words = {key.partition("=")[2]: new for key, new in switches.items() if key.startswith(f"{name}=")}
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if value not in (*words, "fp32"):
         raise OptionError(f"{name}: expected one of fp32, {', '.join(words)}, found {value}")
     return {new: value == word for word, new in words.items()}
