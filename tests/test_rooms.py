@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("unime_st", "mteb_tasks")
 ROOMS = (
-    ("_version", "paths", "compat", "files", "memory", "_after_import", "options"),
+    ("_version", "paths", "compat", "files", "memory", "_after_import", "declarations", "options"),
     ("data",),
     ("recipes",),
     ("backbones",),
@@ -31,7 +31,6 @@ ROOMS = (
 """From the ground floor up; every name is a file or a folder of ``unime_st``."""
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 # What the redesign still has to mend; must become empty.
-KNOWN_UP = {"unime_st.training.offline -> unime_st.stages.ray_engine"}
 KNOWN_CIRCLES = [["mteb_tasks", "mteb_tasks.cli", "mteb_tasks.in_process", "mteb_tasks.registration"]]
 MAY_REPEAT = 8
 """Names, besides ``__init__``, that files may share."""
@@ -78,7 +77,7 @@ def test_imports_lead_down() -> None:
         for other in sorted(imports(name))
         if other.startswith("mteb_tasks") or LEVEL[room(other)] > LEVEL[room(name)]
     ]
-    assert set(up) <= KNOWN_UP
+    assert not up
 
 
 def circles() -> list[list[str]]:
