@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from sentence_transformers.base.model import BaseModel
 
 from unime_st.compat import forget_adapter
 from unime_st.training.arguments import StageArguments
 
+ADAPTER = "default"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -107,6 +111,33 @@ def merge_lora(model: BaseModel) -> None:
                 child.merge()
                 setattr(module, name, child.get_base_layer())
     forget_adapter(transformer)
+
+
+def load_adapter_weights(model: BaseModel, checkpoint: str | Path) -> bool:
+    """Load the adapter of a checkpoint into the adapter of a model; the weights under it, quantized or not, stay.
+
+    Args:
+        model: A model with an adapter.
+        checkpoint: Folder that it was saved to.
+
+    Returns:
+        Whether the checkpoint holds an adapter.
+
+    Raises:
+        RuntimeError: If the weights do not fit.
+    """
+    path = Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return False
+    transformer: Any = model.transformers_model
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in load_file(path).items()}
+    expected = get_peft_model_state_dict(transformer, adapter_name=ADAPTER).keys()
+    if wrong := sorted(expected ^ weights.keys()):
+        raise RuntimeError(
+            f"{path} does not fit the adapter of the model: {', '.join(wrong[:3])} ({len(wrong)} weights)."
+        )
+    set_peft_model_state_dict(transformer, weights, adapter_name=ADAPTER)
+    return True
 
 
 def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], args: StageArguments) -> BaseModel:

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from unime_st.training.adapters import load_adapter_weights
 from unime_st.training.distinct_items import COLUMNS
 
 
@@ -126,11 +127,17 @@ class ReportingMixin:
             dist.barrier()
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        """Sentence Transformers reads whole checkpoints only; a sharded one is left to transformers, as is its writing."""
+        """Load an adapter alone, whose base may be quantized; leave a sharded checkpoint to transformers."""
         if self.is_fsdp_enabled:  # type: ignore[attr-defined]
             Trainer._load_from_checkpoint(self, checkpoint_path, model)  # type: ignore[arg-type]
-        else:
+        elif not load_adapter_weights(self.model, checkpoint_path):  # type: ignore[attr-defined]
             super()._load_from_checkpoint(checkpoint_path)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint; Sentence Transformers logs a failure and goes on with the last weights."""
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        self.model.model_card_data.set_best_model_step(int(best.rsplit("-", 1)[1]))  # type: ignore[attr-defined]
+        self._load_from_checkpoint(best)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the batches of a step, and find out how much each of them counts."""
