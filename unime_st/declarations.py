@@ -148,8 +148,10 @@ def _fields(module: _Module, node: ast.ClassDef) -> dict[str, Declaration]:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             name = statement.target.id
             if not name.startswith("_") and not ast.unparse(statement.annotation).startswith("ClassVar"):
-                found.pop(name, None)  # so that options stand in the order of the class that redeclares them
-                found[name] = _declaration(module, name, statement)
+                declared = _declaration(module, name, statement)
+                if name in found and found[name].package != declared.package:
+                    del found[name]  # so that options stand in the order of the class that redeclares them
+                found[name] = declared
     return found
 
 

@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy_and_lists_every_stage(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     for stage in STAGES:
         assert f"usage: unime {stage} [CONFIG]" in done.stdout and f"example: unime {stage} " in done.stdout
-        assert done.stdout.partition("usage: unime import_data")[0].count(f"{stage} ") >= 1
+        assert f"\n    {stage}" in done.stdout.partition("Stages take")[0]
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
@@ -113,6 +113,7 @@ def test_from_a_file_to_a_model(
 
 def test_wrong_values_end_with_status_2_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = str(RecordSet.write(tmp_path / "records", training_records(4), {}).folder)
+    capsys.readouterr()
     for words, message in (
         (["--learning_rate", "nan"], "learning_rate: expected a number above 0, found nan"),
         (["--report_to", "nonsense"], "report_to: expected one of all, none"),
