@@ -91,7 +91,9 @@ def test_a_name_of_another_stage_is_refused() -> None:
 def test_from_a_file_to_a_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = [{"query": f"a thing called {word}", "positive": word} for word in ("red", "blue", "green", "ring", "star")]
+    pairs = [
+        {"query": f"a thing called {word}", "positive": word} for word in ("red", "blue", "green", "ring", "star")
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, {"query": "x"}]))
     records, model = str(tmp_path / "records"), str(tmp_path / "model")
     with caplog.at_level("INFO", logger="unime_st"):
