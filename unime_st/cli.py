@@ -1,4 +1,4 @@
-"""The command ``unime``: one function per subcommand, listed in :data:`COMMANDS`."""
+"""Command line `unime`: the subcommands of :data:`COMMANDS`, and the stages of :data:`~unime_st.stages.STAGES`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from pathlib import Path
 
 from unime_st.declarations import docstring
 from unime_st.options import OptionError
@@ -35,42 +35,52 @@ def _image_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size",
         metavar="SIZE",
-        help="official (default), training, native, or the side of a square in pixels; what images are squashed to",
+        help="side in pixels of the square that images are squashed to, or official, training, native (default: official)",
     )
 
 
 def _pull_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("alias", help="released model, e.g. unime-v2")
-    parser.add_argument("--revision", help="commit, tag or branch instead of the pinned one")
+    parser.add_argument("--revision", help="commit, tag or branch (default: the pinned commit)")
     _image_size(parser)
-    parser.add_argument("--overwrite", action="store_true", help="make the folder again although it exists")
+    parser.add_argument("--overwrite", action="store_true", help="convert again and replace an existing folder")
 
 
 def _pull(options: argparse.Namespace) -> int:
     from unime_st.checkpoints import pull
 
     folder = pull(options.alias, revision=options.revision, image_size=options.image_size, overwrite=options.overwrite)
-    sys.stdout.write(f'{folder}\nUse it: SentenceTransformer("{options.alias}")\n')
+    _print_usage(folder, options.alias)
     return 0
 
 
+def _print_usage(folder: Path, name: str) -> None:
+    """Print where a model is and how it is loaded."""
+    from unime_st.files import read_json
+
+    settings = read_json(folder / "config_sentence_transformers.json")
+    sys.stdout.write(f'{folder}\nLoad it: {settings["model_type"]}("{name}")\n')
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    from unime_st.paths import TINY
     from unime_st.recipes import RECIPES
 
-    parser.add_argument("folder", help="local checkpoint: a whole model, or a LoRA/DoRA adapter")
-    parser.add_argument("--recipe", required=True, metavar="NAME", help=f"one of: {', '.join(RECIPES)}")
+    names = ", ".join(name for name in RECIPES if name != TINY)
+    parser.add_argument("folder", help="local checkpoint: whole model, or LoRA/DoRA adapter")
+    parser.add_argument("--recipe", required=True, metavar="NAME", help=f"recipe, one of: {names}")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", metavar="DIR", help="folder to write")
-    target.add_argument("--alias", help="name to load it by (default NAME); writes $UNIME_HOME/models/ALIAS")
-    parser.add_argument("--base", metavar="DIR", help="folder of the base model, for an adapter")
-    parser.add_argument(
-        "--processor", metavar="DIR", help="folder of tokenizer and image processor, if FOLDER has none"
-    )
+    target.add_argument("--alias", help="name to load it by; writes $UNIME_HOME/models/ALIAS (default: the recipe)")
+    parser.add_argument("--base", metavar="DIR", help="folder of the base model; for an adapter")
+    parser.add_argument("--processor", metavar="DIR", help="folder of tokenizer and image processor (default: FOLDER)")
     _image_size(parser)
-    parser.add_argument("--image-backend", choices=("pil", "torchvision"), help="default as in the recipe")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 or official; default as the weights are stored")
-    parser.add_argument("--style", help="prompt style of the template, e.g. mmeb for UniME v1")
-    parser.add_argument("--template", metavar="FILE", help="chat template to use instead of the recipe's")
+    parser.add_argument(
+        "--image-backend", choices=("pil", "torchvision"), help="image backend (default: the recipe's)"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or official (default: as the weights are stored)")
+    parser.add_argument("--style", help="prompt style of the template, e.g. mmeb for UniME v1 (default: the first)")
+    parser.add_argument("--template", metavar="FILE", help="chat template (default: the recipe's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
@@ -80,38 +90,47 @@ def _convert(options: argparse.Namespace) -> int:
     names = ("output", "alias", "base", "processor", "image_size", "image_backend", "dtype", "style", "template")
     chosen = {name: getattr(options, name) for name in names}
     folder = convert(options.folder, options.recipe, **chosen, overwrite=options.overwrite)
-    sys.stdout.write(f"{folder}\n")
+    _print_usage(folder, str(folder) if options.output else options.alias or options.recipe)
     return 0
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="ALIAS_OR_FOLDER")
-    parser.add_argument("--demo-image", metavar="FILE", help="image of the authors' demo, to check its score")
-    parser.add_argument("--full", action="store_true", help="save and load again even a large model")
-    parser.add_argument("--device", help="e.g. cpu or cuda")
+    parser.add_argument("model", metavar="ALIAS_OR_FOLDER", help="model to check, e.g. unime-v2-2b")
+    parser.add_argument(
+        "--demo-image", metavar="FILE", help="image of the authors' demo; its published score is checked"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small images, and no saving")
+    size.add_argument("--full", action="store_true", help="save and load again even a model of more than 4 GiB")
+    parser.add_argument("--device", help="e.g. cpu or cuda (default: cuda where there is one)")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from unime_st.checkpoints import verify
-    from unime_st.checkpoints.verification import table
+    from unime_st.checkpoints.verification import line, run_checks
     from unime_st.registry import resolve
 
-    checks = verify(
-        str(resolve(options.model)), demo_image=options.demo_image, full=options.full, device=options.device
-    )
-    sys.stdout.write(table(checks) + "\n")
-    return 1 if any(check.passed is False for check in checks) else 0
+    chosen = {name: getattr(options, name) for name in ("demo_image", "quick", "full", "device")}
+    failed = False
+    for check in run_checks(str(resolve(options.model)), **chosen):
+        sys.stdout.write(line(check) + "\n")
+        sys.stdout.flush()
+        failed = failed or check.passed is False
+    return 1 if failed else 0
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="RESULTS_DIR", help="--output-folder of `mteb run`, or below it")
     parser.add_argument("-o", "--output", default="report", metavar="DIR", help="folder to write (default: report)")
-    parser.add_argument("--failures", type=int, default=3, metavar="N", help="wrong queries of each task to show")
-    parser.add_argument("--title", default="Evaluation", help="heading of the page")
+    parser.add_argument(
+        "--failures", type=int, default=3, metavar="N", help="wrong queries to show for each task (default: 3)"
+    )
+    parser.add_argument("--title", default="Evaluation", help="heading of the page (default: Evaluation)")
 
 
 def _report(options: argparse.Namespace) -> int:
-    # Results are mteb's, and what knows mteb is not imported from here: it announces its part of the command.
+    from importlib.metadata import entry_points
+
+    # Reading mteb's results is the business of mteb_tasks, which is not imported from here: an entry point names it.
     found = tuple(entry_points(group="unime.commands", name="report"))
     if not found:
         raise ImportError("this installation lacks the evaluation tasks: `pip install --force-reinstall unime-st`")
@@ -138,11 +157,11 @@ def _configs(options: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Command] = {
-    "pull": Command("download a released model and make it ready", _pull_arguments, _pull),
-    "convert": Command("make a native folder of a local checkpoint", _convert_arguments, _convert),
-    "verify": Command("check that a model does what its recipe says", _verify_arguments, _verify),
+    "pull": Command("download a released model and convert it", _pull_arguments, _pull),
+    "convert": Command("convert a local checkpoint to a Sentence Transformers folder", _convert_arguments, _convert),
+    "verify": Command("check a model against its recipe", _verify_arguments, _verify),
     "configs": Command("list the configurations of the stages, or show one", _configs_arguments, _configs),
-    "report": Command("tabulate results of mteb beside the published scores", _report_arguments, _report),
+    "report": Command("tabulate mteb results beside the published scores", _report_arguments, _report),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from unime_st.backbones.image_rules import open_image, prepare_image
-from unime_st.checkpoints.verification import sample_image
+from unime_st.checkpoints.checks import sample_image
 from unime_st.data.images import BadImageError
 from unime_st.recipes import ImageRule
 

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.backbones.phi3_v import UniMEPhi3VConfig, UniMEPhi3VImageProcessor
 from unime_st.checkpoints import convert
-from unime_st.checkpoints.verification import sample_image
+from unime_st.checkpoints.checks import sample_image
 
 SIZES = [(56, 56), (200, 60), (60, 200), (113, 111), (300, 290), (500, 40), (33, 90)]
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor, Qwen2VLModel
 
 from unime_st.backbones.qwen import UniMEQwen2VLConfig, UniMEQwen2VLModel, UniMEQwen2VLProcessor
 from unime_st.checkpoints import convert
-from unime_st.checkpoints.verification import sample_image
+from unime_st.checkpoints.checks import sample_image
 
 ROWS = [
     {"image": sample_image(90, 60), "text": "\nWhat?\n"},

@@ -80,10 +80,16 @@ def drop_tensors(folder: Path, part: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda folder: drop_tensors(folder, ".layers.1."), r"incomplete: .* 2 modules, and 1 of them .*layers.1.*q_proj"),
+        (
+            lambda folder: drop_tensors(folder, ".layers.1."),
+            r"incomplete: .* 2 modules, and 1 of them .*layers.1.*q_proj",
+        ),
         (lambda folder: drop_tensors(folder, "lora_B"), "does not fit .* 2 tensors"),
         (lambda folder: change_settings(folder, target_modules=["q_proj", "v_proj"]), "incomplete: .* first .*v_proj"),
-        (lambda folder: change_settings(folder, alpha_pattern={"elsewhere": 3}), "'elsewhere' in rank_pattern or alpha"),
+        (
+            lambda folder: change_settings(folder, alpha_pattern={"elsewhere": 3}),
+            "'elsewhere' in rank_pattern or alpha",
+        ),
         (lambda folder: change_settings(folder, r=8), "has tensors of rank 4, adapter_config.json says 8"),
         (lambda folder: change_settings(folder, peft_type="LOHA"), "adapter of type LOHA; only LoRA"),
         (lambda folder: change_settings(folder, trainable_token_indices=[1]), "uses trainable_token_indices"),

@@ -18,8 +18,8 @@ from tiny_checkpoints import FAMILIES
 from transformers import AutoModelForImageTextToText
 
 from unime_st.checkpoints import CheckpointError, convert
-from unime_st.checkpoints.folder import link_file
-from unime_st.checkpoints.verification import sample_image
+from unime_st.checkpoints.checks import sample_image
+from unime_st.checkpoints.native_folder import link_file
 
 Get = Callable[[str], Path]
 ROWS: list[Any] = [

@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers.utils import output_capturing
 
 from unime_st import UniME
-from unime_st.checkpoints.verification import sample_image
+from unime_st.checkpoints.checks import sample_image
 
 Get = Callable[[str], Path]
 EMBEDDERS = ["unime-v2-2b", "unime-v2", "unime-v1-llava1.6", "unime-v1-phi3.5"]

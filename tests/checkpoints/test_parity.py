@@ -19,7 +19,7 @@ from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from unime_st.checkpoints import convert
-from unime_st.checkpoints.verification import sample_image
+from unime_st.checkpoints.checks import sample_image
 
 Get = Callable[[str], Path]
 STRICT = 1e-5

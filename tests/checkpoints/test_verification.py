@@ -13,18 +13,19 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tiny_checkpoints import FAMILY_OF
 
 from unime_st.checkpoints import verify
-from unime_st.checkpoints.verification import sample_image, table
+from unime_st.checkpoints.checks import sample_image
+from unime_st.checkpoints.verification import table
 from unime_st.paths import AliasError
 
 Get = Callable[[str], Path]
 NAMES = [
     "files",
-    "pooling",
-    "padding",
     "template",
-    "image tokens",
-    "positions",
+    "padding",
     "truncation",
+    "positions",
+    "pooling",
+    "image tokens",
     "batch = single",
     "save = load",
 ]

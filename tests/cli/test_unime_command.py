@@ -21,7 +21,8 @@ def test_convert_and_verify(
     source = checkpoint("qwen2-vl")
     words = ["convert", str(source), "--recipe", "unime-v2-2b", "--image-size", "56"]  # the alias follows
     assert main(words) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "home" / "models" / "unime-v2-2b")
+    folder = tmp_path / "home" / "models" / "unime-v2-2b"
+    assert capsys.readouterr().out == f'{folder}\nLoad it: SentenceTransformer("unime-v2-2b")\n'
     assert SentenceTransformer("unime-v2-2b", device="cpu").encode("a").shape == (32,)
     assert main(words) == 1
     assert "Choose another --output or --alias, or add --overwrite" in capsys.readouterr().err
@@ -45,7 +46,7 @@ def test_convert_and_verify(
         (["convert", ".", "--recipe", "nothing", "--output", "out"], "No recipe 'nothing'. Use one of: unime-v2"),
         (["convert", ".", "--recipe", "unime-v2", "--alias", "../x"], "'../x' cannot be an alias"),
         (["verify", "unime-nothing"], "Unknown model 'unime-nothing'"),
-        (["pull", "unime-nothing"], "is no released model"),
+        (["pull", "unime-nothing"], "is not a released model"),
     ],
 )
 def test_errors_are_one_line(

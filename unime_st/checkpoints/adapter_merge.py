@@ -179,7 +179,9 @@ def _set_ranks_and_alphas(settings: LoraConfig, lora: Lora, folder: Path) -> Non
             )
     for name, (module, tensors) in lora.items():
         rank, alpha = _value(settings.rank_pattern, module), _value(settings.alpha_pattern, module)
-        found = next((t.shape[0] for end, t in tensors.items() if ".lora_A." in end), settings.r if rank is None else rank)
+        found = next(
+            (t.shape[0] for end, t in tensors.items() if ".lora_A." in end), settings.r if rank is None else rank
+        )
         if found != (settings.r if rank is None else rank):
             raise CheckpointError(
                 f"{folder}: {module} has tensors of rank {found}, adapter_config.json says "

@@ -1,9 +1,9 @@
-"""`unime convert`: a native Sentence Transformers folder from a checkpoint, an adapter or a bare backbone."""
+"""Conversion of a checkpoint, an adapter or a bare backbone to a native Sentence Transformers folder (`unime convert`)."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,34 @@ from unime_st import backbones
 from unime_st._version import __version__
 from unime_st.backbones.families import Family
 from unime_st.checkpoints.card import write_card
-from unime_st.checkpoints.folder import MANIFEST, link_file, quiet, write_modules
+from unime_st.checkpoints.native_folder import CONVERSION_RECORD, link_file, quiet_transformers, write_modules
 from unime_st.checkpoints.source import CheckpointError, Source, family_of, read_source
-from unime_st.files import atomic_folder, write_json
+from unime_st.files import atomic_folder, folder_lock, write_json
 from unime_st.paths import local_folder
 from unime_st.recipes import ImageRule, Recipe, get_recipe
 
 logger = logging.getLogger(__name__)
 
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a conversion, see :func:`convert`."""
+
+    alias: str | None = None
+    base: str | Path | None = None
+    processor: str | Path | None = None
+    image_size: str | int | None = None
+    image_backend: str | None = None
+    dtype: str | None = None
+    style: str | None = None
+    revision: str | None = None
+
+    @property
+    def asks_for_image_rule(self) -> bool:
+        """Whether an option needs a processor with an image rule."""
+        return self.image_size not in (None, "native", "official") or self.image_backend is not None
 
 
 def convert(
@@ -41,9 +60,9 @@ def convert(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Make a native folder of a local checkpoint.
+    """Convert a local checkpoint to a native Sentence Transformers folder.
 
-    The weights are linked, not copied, except where an adapter has to be merged into its base.
+    The weights are linked, not copied, except where an adapter has to be merged into its base model.
 
     Args:
         folder: Full model, or LoRA/DoRA adapter, in transformers' or peft's layout.
@@ -51,7 +70,7 @@ def convert(
         output: Folder to write.
         alias: Name under which ``SentenceTransformer(alias)`` finds the model; writes ``$UNIME_HOME/models/<alias>``.
             Default without ``output`` is the name of the recipe.
-        base: Folder of the base model, for an adapter.
+        base: Folder of the base model; for an adapter.
         processor: Folder of tokenizer and image processor, where ``folder`` (or ``base``) has none.
         image_size: ``"official"`` (default), ``"training"``, ``"native"``, or the side of a square in pixels.
         image_backend: ``"pil"`` or ``"torchvision"``; default as in the recipe.
@@ -62,11 +81,12 @@ def convert(
         overwrite: Replace an existing folder.
 
     Returns:
-        The new folder.
+        Path: The new folder.
 
     Raises:
         CheckpointError: The folder is incomplete, damaged, or does not fit the recipe.
         FileExistsError: The output exists and ``overwrite`` is False.
+        FolderInUseError: Another process writes to the output.
         ValueError: An option is wrong.
 
     Example:
@@ -75,22 +95,46 @@ def convert(
     if output is not None and alias is not None:
         raise ValueError("Give an output folder (--output) or a name (--alias), not both.")
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    if output is None and alias is None:
-        alias = recipe.name
     if template is not None:
         recipe = replace(recipe, template=str(Path(template).resolve()))
-    target = local_folder(alias) if alias is not None else Path(output)  # type: ignore[arg-type]
+    if output is None:
+        alias = alias or recipe.name
+        target = local_folder(alias)
+    else:
+        target = Path(output)
+    options = Options(alias, base, processor, image_size, image_backend, dtype, style, revision)
+    with folder_lock(target, wait=False):
+        return convert_to(target, folder, recipe, options, overwrite=overwrite)
+
+
+def convert_to(target: Path, folder: str | Path, recipe: Recipe, options: Options, *, overwrite: bool) -> Path:
+    """Convert a checkpoint; for callers that hold the lock of the target, see :func:`unime_st.files.folder_lock`.
+
+    Args:
+        target: Folder to write.
+        folder: The checkpoint.
+        recipe: The recipe.
+        options: As for :func:`convert`.
+        overwrite: Replace an existing folder.
+
+    Returns:
+        Path: ``target``.
+
+    Raises:
+        CheckpointError: As for :func:`convert`.
+        FileExistsError: The target exists and ``overwrite`` is False.
+    """
     backbones.register()
     source = read_source(folder)
-    full = _full_source(source, base)
+    full = _full_source(source, options.base)
     family = family_of(full, recipe)
-    ours = _needs_our_classes(recipe, family, image_size, image_backend)
+    ours = _needs_our_classes(recipe, family, options)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Choose another --output or --alias, or add --overwrite.")
     with atomic_folder(target, overwrite=overwrite) as part:
-        config = _write_config(part, full, recipe, family, ours, dtype)
-        made = _processor(full, processor, recipe, family, ours, image_size, image_backend)
-        made.save_pretrained(part)
+        config = _write_config(part, full, recipe, family, ours, options.dtype)
+        processor = _processor(full, recipe, family, ours, options)
+        processor.save_pretrained(part)
         if source.adapter is not None:
             from unime_st.checkpoints.adapter_merge import write_merged
 
@@ -104,30 +148,30 @@ def convert(
             part,
             recipe,
             dimension=int(config.get_text_config().hidden_size),
-            processing_kwargs=_processing_kwargs(recipe, ours, style, made),
-            yes_no_ids=_answer_ids(made.tokenizer, recipe) if recipe.task == "reranker" else None,
-            ours=ours,
+            processing_kwargs=_processing_kwargs(recipe, ours, options.style, processor),
+            yes_no_ids=_answer_ids(processor.tokenizer, recipe) if recipe.task == "reranker" else None,
+            needs_unime_st=ours,
         )
-        manifest = {
+        record = {
             "recipe": recipe.name,
             "source": str(source.folder.resolve()),
             "base": str(full.folder.resolve()) if source.adapter is not None else None,
             "hub_id": recipe.hub_id,
-            "revision": revision,
+            "revision": options.revision,
             "weights": sorted(set(weights)),
             "unime_st": __version__,
         }
-        write_json(part / MANIFEST, manifest)
-        write_card(part, recipe, alias=alias, manifest=manifest, processor=made)
+        write_json(part / CONVERSION_RECORD, record)
+        write_card(part, recipe, alias=options.alias, record=record, processor=processor)
     logger.info("%s is ready", target)
     return target
 
 
 def _full_source(source: Source, base: str | Path | None) -> Source:
-    """Return the model whose configuration and processor count: the checkpoint itself, or the base of an adapter."""
+    """Return the model that configuration and processor come from: the checkpoint itself, or the base of an adapter."""
     if source.adapter is None:
         if base is not None:
-            raise CheckpointError(f"{source.folder} is a whole model, so --base makes no sense. Leave it out.")
+            raise CheckpointError(f"{source.folder} is a whole model, so --base makes no sense. Leave --base out.")
         return source
     if base is None:
         named = source.adapter.get("base_model_name_or_path") or "its base model"
@@ -138,15 +182,13 @@ def _full_source(source: Source, base: str | Path | None) -> Source:
     return full
 
 
-def _needs_our_classes(
-    recipe: Recipe, family: Family, image_size: str | int | None, image_backend: str | None
-) -> bool:
+def _needs_our_classes(recipe: Recipe, family: Family, options: Options) -> bool:
     """Whether transformers' own classes cannot do what the recipe and the options ask for."""
-    asked = image_size not in (None, "native", "official") or image_backend is not None
+    asked = options.asks_for_image_rule
     if (recipe.image is not None or asked) and family.module is None:
         raise ValueError(
-            f"{family.name} has no image rule here: its images go to its own image processor as they are. Drop "
-            "--image-size and --image-backend."
+            f"{family.name} has no image rule here: its images go to its own image processor as they are. Leave "
+            "--image-size and --image-backend out."
         )
     return recipe.image is not None or recipe.positions != "native" or asked or not family.native
 
@@ -172,17 +214,9 @@ def _write_config(
     return config
 
 
-def _processor(
-    full: Source,
-    named: str | Path | None,
-    recipe: Recipe,
-    family: Family,
-    ours: bool,
-    image_size: str | int | None,
-    image_backend: str | None,
-) -> Any:
-    """Load tokenizer and image processor and set what the recipe says about them."""
-    where = Path(named) if named is not None else full.folder
+def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options: Options) -> Any:
+    """Load tokenizer and image processor, with the template and limits of the recipe."""
+    where = Path(options.processor) if options.processor is not None else full.folder
     if not any((where / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         theirs = recipe.processor_hub_id or recipe.base_model or "its base model"
         raise CheckpointError(f"{where} has no tokenizer. Give a download of {theirs} with --processor.")
@@ -195,8 +229,8 @@ def _processor(
             where,
             trust_remote_code=False,
             image_rule=asdict(rule),
-            image_size=image_size or "official",
-            image_backend=image_backend,
+            image_size=options.image_size or "official",
+            image_backend=options.image_backend,
         )
         limits = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
         if limits := {key: value for key, value in limits.items() if value is not None}:
@@ -208,14 +242,14 @@ def _processor(
         processor.chat_template, processor.tokenizer.chat_template = text, None
     elif processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise CheckpointError(f"{where} has no chat template. Give one with --template FILE.")
-    _set_for_good(processor.tokenizer, "padding_side", recipe.padding_side)
+    _set_and_save(processor.tokenizer, "padding_side", recipe.padding_side)
     if recipe.max_length is not None:
-        _set_for_good(processor.tokenizer, "model_max_length", recipe.max_length)
+        _set_and_save(processor.tokenizer, "model_max_length", recipe.max_length)
     return processor
 
 
-def _set_for_good(tokenizer: Any, name: str, value: Any) -> None:
-    """Set an attribute of a tokenizer so that it is saved, too: what is saved are the arguments it was made with."""
+def _set_and_save(tokenizer: Any, name: str, value: Any) -> None:
+    """Set an attribute of a tokenizer and the argument of the same name, because only arguments are saved."""
     setattr(tokenizer, name, value)
     tokenizer.init_kwargs[name] = value
 
@@ -228,9 +262,9 @@ def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor:
         variables["style"] = style
     kwargs: dict[str, Any] = {"chat_template": variables} if variables else {}
     if not ours or recipe.task == "reranker":
-        # transformers' processors cut the end of the prompt off long rows with images, and the embedding is read
-        # there. Ours put it back; with theirs the only safe way is not to cut. In a pair, a long query would push the
-        # candidate out, so pairs are never cut.
+        # transformers' processors truncate the end of the prompt of long rows with images, where the embedding is read.
+        # Ours restore it; theirs must not truncate at all. In a pair, a long query would push the candidate out, so
+        # pairs are never truncated.
         kwargs["text"] = {"truncation": False}
     return kwargs
 
@@ -246,12 +280,12 @@ def _answer_ids(tokenizer: Any, recipe: Recipe) -> tuple[int, int]:
 
 
 def _check_weights(part: Path, recipe: Recipe) -> None:
-    """Let transformers match names and shapes without reading the weights; anything left over is an error."""
+    """Let transformers match names and shapes without reading the weights; any mismatch is an error."""
     from transformers import AutoModel, AutoModelForMultimodalLM
 
     auto = AutoModelForMultimodalLM if recipe.task == "reranker" else AutoModel
     try:
-        with quiet():
+        with quiet_transformers():
             _, report = auto.from_pretrained(
                 part, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
             )

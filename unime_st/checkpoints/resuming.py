@@ -1,7 +1,7 @@
-"""Large files that go on where a killed download stopped.
+"""Resumable downloads of single files from the hub.
 
-The hub's client keeps what is complete and begins the file that it was at anew, which for weights is gigabytes. Here a
-file grows under one name, is asked for from its end on, checked, and only then given to the client's cache.
+The hub's client deletes a file that it could not finish, which for weights is gigabytes. Here a partial file keeps its
+name, is continued from its end, checked against the hub's checksum, and only then moved to the client's cache.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PART = ".unime-part"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def bytes_at_hand(repo: str) -> int:
-    """Count what earlier, unfinished downloads of a repository left.
+def partial_bytes(repo: str) -> int:
+    """Bytes that earlier, unfinished downloads of a repository left.
 
     Args:
         repo: Name on the hub.
@@ -32,31 +32,31 @@ def bytes_at_hand(repo: str) -> int:
         Bytes that need not be fetched again.
 
     Example:
-        >>> bytes_at_hand("nobody/nothing")
+        >>> partial_bytes("nobody/nothing")
         0
     """
     return sum(path.stat().st_size for path in _blobs(repo).glob(f"*{_PART}"))
 
 
-def fetch(repo: str, commit: str, names: Iterable[str]) -> None:
-    """Bring files into the hub's cache, each from where it stopped the last time.
+def fetch_files(repo: str, commit: str, names: Iterable[str]) -> None:
+    """Download files into the hub's cache, each from where it stopped the last time.
 
     Args:
         repo: Name on the hub.
         commit: Full commit hash.
-        names: Files to fetch; those that are there already cost one question to the hub.
+        names: Files to fetch; one that is complete costs one request.
 
     Raises:
         OSError: The disk is full, or what arrived is not what the hub announced.
 
     Example:
-        >>> fetch("TianchengGu/UniME-V2-Qwen2VL-2B", commit, ["model.safetensors"])  # doctest: +SKIP
+        >>> fetch_files("TianchengGu/UniME-V2-Qwen2VL-2B", commit, ["model.safetensors"])  # doctest: +SKIP
     """
     for name in names:
         url = hf_hub_url(repo, name, revision=commit)
         found = get_hf_file_metadata(url)
         if found.etag is None:
-            continue  # nothing to call it by: left to the client
+            continue  # without a checksum there is no name for a partial file: left to the client
         blob = _blobs(repo) / found.etag
         blob.parent.mkdir(parents=True, exist_ok=True)
         part = blob.with_name(found.etag + _PART)
@@ -65,11 +65,11 @@ def fetch(repo: str, commit: str, names: Iterable[str]) -> None:
                 continue
             headers = build_hf_headers()
             if urlparse(found.location).netloc != urlparse(url).netloc:
-                headers.pop("authorization", None)  # not for the storage that the hub sends us to
+                headers.pop("authorization", None)  # not for the storage that the hub redirects to
             with part.open("r+b" if part.exists() else "w+b") as file:
                 start = file.seek(0, os.SEEK_END)
                 size = found.size
-                if size is not None and start > size:  # the hub would refuse to send from there on, for ever
+                if size is not None and start > size:  # the hub would refuse that range every time
                     start = file.seek(0)
                     file.truncate()
                 http_get(
@@ -89,7 +89,7 @@ def _blobs(repo: str) -> Path:
 
 
 def _check(part: Path, etag: str, name: str) -> None:
-    """Compare with the hub's checksum, which large files are called by."""
+    """Compare with the hub's checksum, which is the name of large files in its cache."""
     if not _SHA256.fullmatch(etag):
         return
     if content_digest(part, length=64) != etag:

@@ -1,4 +1,4 @@
-"""Looking at a folder before anything is made of it."""
+"""Inspection of a checkpoint folder before its conversion: configuration, weight files, model family."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from unime_st.backbones.families import FAMILIES, Family
+from unime_st.files import read_json
+from unime_st.paths import TINY
 from unime_st.recipes import RECIPES, Recipe
 
 _ELSEWHERE = {
@@ -23,15 +25,15 @@ _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
 class CheckpointError(ValueError):
-    """A folder that cannot be used; the message says what is wrong with it and what to do."""
+    """A checkpoint folder that cannot be used; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk that has been looked through.
+    """An inspected checkpoint on disk.
 
     Args:
-        folder: Where it is.
+        folder: Its folder.
         config: Content of ``config.json``; empty for an adapter.
         weights: Weight files, complete and readable.
         tensors: Shape of every tensor by its name.
@@ -51,13 +53,13 @@ class Source:
 
 
 def read_source(folder: str | Path) -> Source:
-    """Look through a checkpoint folder: configuration, and every weight file to its last byte.
+    """Inspect a checkpoint folder: its configuration, and the header and length of every weight file.
 
     Args:
         folder: Local folder of a model or of an adapter.
 
     Returns:
-        What is in it.
+        Source: Configuration, weight files and shapes.
 
     Raises:
         CheckpointError: There is no such folder, a file is missing, damaged or of a kind that is not read.
@@ -87,12 +89,9 @@ def read_source(folder: str | Path) -> Source:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object. Download it again.")
-    return content
+        return read_json(path, remedy="download it again")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -158,7 +157,7 @@ def family_of(source: Source, recipe: Recipe) -> Family:
 
     Args:
         source: The checkpoint.
-        recipe: The recipe that somebody wants to use on it.
+        recipe: The recipe to convert it by.
 
     Raises:
         CheckpointError: It is of another family; the message names the recipes that fit.
@@ -175,17 +174,18 @@ def family_of(source: Source, recipe: Recipe) -> Family:
     fitting = [
         name
         for name, other in RECIPES.items()
-        if source.model_type in (*FAMILIES[other.family].model_types, f"unime_{other.family}")
+        if name != TINY  # made here from scratch, not a recipe for other weights
+        and source.model_type in (*FAMILIES[other.family].model_types, f"unime_{other.family}")
     ]
     if fitting:
         hint = f"Recipes for it: {', '.join(fitting)}."
     elif source.model_type in _ELSEWHERE:
         hint = f"This is its publisher's own layout; transformers reads {_ELSEWHERE[source.model_type]}."
     elif source.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        hint = "There is no recipe of its own for it; --recipe bare works."
+        hint = "No recipe is made for this type; use --recipe bare."
     else:
         known = sorted({kind for row in FAMILIES.values() for kind in row.model_types})
         hint = f"Families that can be converted: {', '.join(known)}."
     raise CheckpointError(
-        f"{source.folder} is of type {source.model_type!r}, recipe {recipe.name!r} is for {recipe.family!r}. {hint}"
+        f"{source.folder} has model type {source.model_type!r}, but recipe {recipe.name!r} is for {recipe.family!r}. {hint}"
     )

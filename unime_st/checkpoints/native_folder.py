@@ -1,4 +1,4 @@
-"""Writing the files that make a folder a native Sentence Transformers model."""
+"""Files of a native Sentence Transformers folder: module list, module configurations, linked weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import sentence_transformers
 import torch
 import transformers
-from transformers.utils import logging as reports
+from transformers.utils import logging as hf_logging
 
 from unime_st.files import write_json
 from unime_st.recipes import Recipe
 
-MANIFEST = "unime.json"
-"""File in a converted folder that says what it was made of."""
+CONVERSION_RECORD = "unime.json"
+"""File in a converted folder with its recipe, source, commit and version."""
 
 _BASE = "sentence_transformers.base.modules"
 _ST = "sentence_transformers.sentence_transformer.modules"
@@ -26,26 +26,26 @@ _CE = "sentence_transformers.cross_encoder.modules"
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from reporting what we check and report ourselves.
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' log messages and progress bars for what is checked and reported here.
 
     Example:
-        >>> with quiet():
+        >>> with quiet_transformers():
         ...     pass
     """
-    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity_error()
-    reports.disable_progress_bar()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        reports.set_verbosity(level)
+        hf_logging.set_verbosity(level)
         if bars:
-            reports.enable_progress_bar()
+            hf_logging.enable_progress_bar()
 
 
 def link_file(source: Path, target: Path) -> str:
-    """Put a file at a second place without copying it if the file system can do so.
+    """Give a file a second name without copying it, if the file system can do so.
 
     Args:
         source: Existing file; a link is followed.
@@ -79,23 +79,24 @@ def write_modules(
     dimension: int,
     processing_kwargs: dict[str, Any],
     yes_no_ids: tuple[int, int] | None,
-    ours: bool,
+    needs_unime_st: bool,
 ) -> None:
-    """Write ``modules.json`` and the configuration of every module.
+    """Write ``modules.json``, the configuration of every module and the settings of Sentence Transformers.
 
     Args:
         folder: The folder, with model and processor already in it.
-        recipe: What it is made by.
+        recipe: The recipe it is converted by.
         dimension: Width of the hidden states.
-        processing_kwargs: What Sentence Transformers passes to the processor by default.
-        yes_no_ids: Token ids of the two answers, for a reranker.
-        ours: Whether the folder needs classes of this package; Sentence Transformers then says so where it is missing.
+        processing_kwargs: Default options of the processor.
+        yes_no_ids: Token ids of the two answers; for a reranker.
+        needs_unime_st: Whether the folder needs classes of this package; Sentence Transformers then says so where it is
+            missing.
 
     Raises:
         ValueError: A reranker comes without answer tokens.
 
     Example:
-        >>> write_modules(folder, recipe, dimension=64, processing_kwargs={}, yes_no_ids=None, ours=False)  # doctest: +SKIP
+        >>> write_modules(folder, recipe, dimension=64, processing_kwargs={}, yes_no_ids=None, needs_unime_st=False)  # doctest: +SKIP
     """
     reranker = recipe.task == "reranker"
     output = "logits" if reranker else "last_hidden_state"
@@ -145,7 +146,7 @@ def write_modules(
         "prompts": dict(recipe.prompts),
         "default_prompt_name": None,
     }
-    if ours:
+    if needs_unime_st:
         reason = "It holds the model class and the image rule of this model."
         settings["requirements"] = {"unime-st": {"specifier": ">=0.1", "reason": reason}}
     if reranker:
