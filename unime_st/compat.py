@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
+import json
+import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import torch
+    from huggingface_hub import CardData
     from mteb.abstasks import AbsTask
     from mteb.benchmarks.benchmark import Benchmark
     from mteb.models import ModelMeta
+    from mteb.results import ModelResult
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 CHECKED = {
     "sentence_transformers": "6.2.0",
@@ -33,127 +40,84 @@ CHECKED = {
 """Version of each library that the names in this file were checked on."""
 
 
-@dataclass(frozen=True)
-class PrivateName:
-    """A name that its library does not promise to keep.
-
-    Args:
-        path: ``module:Class.attribute`` or ``module:attribute``.
-        parameters: Parameters that we pass or override by name, or receive by position.
-        use: What we need it for.
-    """
+class PrivateName(NamedTuple):
+    """A name that its library does not promise to keep: ``module:attribute``, parameters relied on, what it is for."""
 
     path: str
-    parameters: tuple[str, ...] = ()
-    use: str = ""
+    parameters: tuple[str, ...]
+    use: str
 
 
-PRIVATE_NAMES = (
-    # Patched here.
-    PrivateName(
-        "sentence_transformers.base.model:BaseModel.__init__",
-        ("self", "model_name_or_path", "local_files_only"),
-        "resolves aliases, see patch_sentence_transformers",
-    ),
-    PrivateName(
-        "transformers:AutoConfig.from_pretrained", (), "registers our model types first, see patch_auto_class"
-    ),
-    PrivateName("transformers:AutoProcessor.from_pretrained", (), "the same"),
-    PrivateName("transformers:AutoImageProcessor.from_pretrained", (), "the same"),
-    PrivateName(
-        "transformers.utils.output_capturing:install_output_capuring_hook",
-        ("module",),
-        "its hooks are closures and cannot be pickled, see patch_output_capturing",
-    ),
-    PrivateName(
-        "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
-        (),
-        "lacks models that arrived by pickle, see patch_output_capturing",
-    ),
-    PrivateName("mteb.get_tasks:_TASKS_REGISTRY", (), "mteb has no plug-in interface for tasks"),
-    PrivateName("mteb.get_tasks:TASK_LIST", (), "the same"),
-    PrivateName("mteb.models.model_implementations:MODEL_REGISTRY", (), "nor for models"),
-    PrivateName("mteb.benchmarks.get_benchmark:_build_registry.cache_clear", (), "nor for benchmarks"),
-    PrivateName("mteb.benchmarks.get_benchmark:_build_aliases_registry.cache_clear", (), "the same"),
-    PrivateName("mteb.cli.build_cli:run", ("args",), "mteb prints no scores; ours go below its own output"),
-    # Called here.
-    PrivateName(
-        "sentence_transformers.base.model:BaseModel._resolve_inference_device",
-        ("self", "device"),
-        "default device of `encode`",
-    ),
-    PrivateName(
-        "transformers:Qwen2VLProcessor._get_num_multimodal_tokens", ("self", "image_sizes"), "image tokens by size"
-    ),
-    PrivateName("transformers:PreTrainedModel._hf_peft_config_loaded", (), "must be False once the adapter is merged"),
-    PrivateName(
-        "huggingface_hub.file_download:http_get",
-        ("temp_file", "resume_size", "headers", "expected_size"),
-        "resumed downloads",
-    ),
-    PrivateName(
-        "huggingface_hub.file_download:repo_folder_name", ("repo_id", "repo_type"), "layout of the hub's cache"
-    ),
-    PrivateName("huggingface_hub.utils:WeakFileLock", ("lock_file",), "downloads of one file by several processes"),
-    PrivateName("huggingface_hub.file_download:_download_to_tmp_and_move", (), "deletes what it could not finish"),
-    # Overridden or called in place, by classes that derive from theirs.
-    PrivateName(
-        "sentence_transformers.base.model:BaseModel._load_default_modules",
-        ("self", "model_name_or_path"),
-        "UniME refuses bare backbones",
-    ),
-    PrivateName(
-        "sentence_transformers:SentenceTransformer._inference",
-        ("self", "inputs", "output_value", "save_to_cpu", "show_progress_bar"),
-        "UniME runs the engine of unime_st.encoding",
-    ),
-    PrivateName(
-        "sentence_transformers.base.model:BaseModel._multi_process", ("self", "inputs"), "UniME embeds an input once"
-    ),
-    PrivateName("transformers:Trainer._save_checkpoint", ("self", "model", "trial"), "errors name the folder"),
-    PrivateName(
-        "transformers:Trainer._save_rng_state", ("self", "output_dir"), "all processes write before the first"
-    ),
-    PrivateName(
-        "transformers:Trainer._load_from_checkpoint",
-        ("self", "resume_from_checkpoint", "model"),
-        "sharded checkpoints are transformers' own",
-    ),
-    PrivateName(
-        "sentence_transformers.base.trainer:BaseTrainer._load_from_checkpoint", ("self", "checkpoint_path"), "others"
-    ),
-    PrivateName(
-        "transformers:ProcessorMixin._get_arguments_from_pretrained",
-        ("pretrained_model_name_or_path", "processor_dict"),
-        "the recipe chooses the backend of the image processor",
-    ),
-    PrivateName("transformers:ProcessorMixin._merge_kwargs", ("self", "tokenizer_init_kwargs"), "Phi-3.5-Vision"),
-    PrivateName("transformers.processing_utils:MODALITY_TO_AUTOPROCESSOR_MAPPING", (), "parts of a processor"),
-    PrivateName("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected", (), "embedders drop the head"),
-    PrivateName("transformers:PreTrainedModel._no_split_modules", (), "units that accelerate shards"),
-    PrivateName(
-        "mteb.abstasks:AbsTask._evaluate_subset",
-        ("self", "model", "data_split", "encode_kwargs", "hf_split", "hf_subset", "prediction_folder"),
-        "preference tasks score pairs",
-    ),
-    PrivateName(
-        "mteb.abstasks:AbsTask._save_task_predictions",
-        ("self", "predictions", "model", "prediction_folder", "hf_split", "hf_subset"),
-        "predictions for `unime report`",
-    ),
-    PrivateName("mteb.abstasks:AbsTask._support_search", (), "two-stage models on preference tasks"),
+PRIVATE_NAMES = tuple(
+    PrivateName(path, tuple(parameters.split()), use)
+    for path, parameters, use in (
+        # Patched here.
+        ("sentence_transformers.base.model:BaseModel.__init__", "self model_name_or_path", "resolves aliases"),
+        ("transformers:AutoConfig.from_pretrained", "", "registers our model types first"),
+        ("transformers:AutoProcessor.from_pretrained", "", "registers our model types first"),
+        ("transformers:AutoImageProcessor.from_pretrained", "", "registers our model types first"),
+        ("transformers.modeling_utils:maybe_load_adapters", "", "aliases as bases of adapters"),
+        ("transformers.models.auto.auto_factory:resolve_revision", "path_or_repo_id revision", "no request for them"),
+        ("peft.config:PeftConfigMixin.save_pretrained", "self save_directory", "writes them"),
+        ("peft.config:PeftConfigMixin.from_pretrained", "pretrained_model_name_or_path", "reads them"),
+        ("transformers.utils.output_capturing:install_output_capuring_hook", "module", "its closures do not pickle"),
+        ("transformers.utils.output_capturing:_CAN_RECORD_REGISTRY", "", "lacks models that arrived by pickle"),
+        ("mteb.get_tasks:_TASKS_REGISTRY", "", "mteb has no plug-in interface"),
+        ("mteb.models.model_implementations:MODEL_REGISTRY", "", "mteb has no plug-in interface"),
+        ("mteb.benchmarks.get_benchmark:_build_registry.cache_clear", "", "mteb has no plug-in interface"),
+        ("mteb.benchmarks.get_benchmark:_build_aliases_registry.cache_clear", "", "mteb has no plug-in interface"),
+        ("mteb.evaluate:evaluate", "model tasks", "drops the images of a SentenceTransformer object"),
+        ("mteb.cli.build_cli:run", "args", "prints no scores"),
+        # Called here or in place.
+        ("sentence_transformers.base.model:BaseModel._resolve_inference_device", "self device", "device of encode"),
+        ("transformers:Qwen2VLProcessor._get_num_multimodal_tokens", "self image_sizes", "image tokens by size"),
+        ("transformers:PreTrainedModel._hf_peft_config_loaded", "", "must be False once an adapter is merged"),
+        ("transformers:ProcessorMixin._merge_kwargs", "self tokenizer_init_kwargs", "options of Phi-3.5-Vision"),
+        ("transformers.processing_utils:MODALITY_TO_AUTOPROCESSOR_MAPPING", "", "parts of a processor"),
+        ("huggingface_hub.file_download:http_get", "temp_file resume_size headers expected_size", "resumed downloads"),
+        ("huggingface_hub.file_download:repo_folder_name", "repo_id repo_type", "layout of the hub's cache"),
+        ("huggingface_hub.file_download:_download_to_tmp_and_move", "", "deletes what it could not finish"),
+        ("huggingface_hub.utils:WeakFileLock", "lock_file", "downloads of one file by several processes"),
+        ("mteb.abstasks:AbsTask._save_task_predictions", "predictions model prediction_folder", "for `unime report`"),
+        # Overridden by classes that derive from theirs.
+        (
+            "sentence_transformers.base.model:BaseModel._load_default_modules",
+            "model_name_or_path",
+            "no bare backbones",
+        ),
+        ("sentence_transformers:SentenceTransformer._inference", "inputs output_value save_to_cpu", "our engine"),
+        ("sentence_transformers.base.model:BaseModel._multi_process", "self inputs", "an input is embedded once"),
+        ("transformers:Trainer._save_checkpoint", "self model trial", "errors name the folder"),
+        ("transformers:Trainer._save_rng_state", "self output_dir", "all processes write before the first"),
+        ("transformers:Trainer._load_from_checkpoint", "resume_from_checkpoint model", "sharded checkpoints"),
+        (
+            "sentence_transformers.base.trainer:BaseTrainer._load_from_checkpoint",
+            "checkpoint_path",
+            "whole checkpoints",
+        ),
+        ("transformers:ProcessorMixin._get_arguments_from_pretrained", "processor_dict", "backend of the recipe"),
+        ("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected", "", "embedders drop the language head"),
+        ("transformers:PreTrainedModel._no_split_modules", "", "units that accelerate shards"),
+        ("mteb.abstasks:AbsTask._evaluate_subset", "model data_split encode_kwargs hf_split", "pairs are scored"),
+        ("mteb.abstasks:AbsTask._support_search", "", "two-stage models on preference tasks"),
+    )
 )
+"""Every such name, with its use."""
 
 
 # sentence-transformers
 
 
-def patch_sentence_transformers(resolve: Callable[[str, bool], str | None]) -> None:
+def patch_sentence_transformers(
+    resolve: Callable[[str, bool], str | None], card_data: Callable[[type, Path, bool], CardData | None]
+) -> None:
     """Let every Sentence Transformers class resolve our aliases before it turns to the hub.
 
     Args:
-        resolve: Gets a model name that is no folder, and whether the hub may not be asked; returns the folder of an
-            alias, None for other names.
+        resolve: Gets a model name, and whether the hub may not be asked; returns the folder of an alias, None for folders
+            and other names.
+        card_data: Gets the class, the folder and whether the hub may not be asked; returns the data of the model card,
+            None for folders of others.
     """
     from sentence_transformers.base.model import BaseModel
 
@@ -161,21 +125,21 @@ def patch_sentence_transformers(resolve: Callable[[str, bool], str | None]) -> N
 
     @functools.wraps(original)
     def init(self: BaseModel, model_name_or_path: str | None = None, **kwargs: Any) -> None:
-        if isinstance(model_name_or_path, str) and not os.path.isdir(model_name_or_path):
-            found = resolve(model_name_or_path, bool(kwargs.get("local_files_only", False)))
-            model_name_or_path = model_name_or_path if found is None else found
+        offline = bool(kwargs.get("local_files_only", False))
+        if isinstance(model_name_or_path, str):
+            model_name_or_path = resolve(model_name_or_path, offline) or model_name_or_path
+        if model_name_or_path and (folder := Path(model_name_or_path)).is_dir():
+            if (base := _base_of_adapter(folder)) is not None:
+                resolve(base, offline)  # so that it is on this machine, see patch_peft
+            if kwargs.get("model_card_data") is None:
+                kwargs["model_card_data"] = card_data(type(self), folder, offline)
         original(self, model_name_or_path, **kwargs)
 
     setattr(BaseModel, "__init__", init)  # noqa: B010  # mypy takes a plain assignment for a mistake
 
 
 def inference_device(model: Any, device: int | str | torch.device | None) -> torch.device:
-    """Device that ``model.encode(device=device)`` runs on.
-
-    Args:
-        model: A Sentence Transformers model.
-        device: As given to ``encode``; None is where the model is.
-    """
+    """Device that ``encode(device=device)`` of a Sentence Transformers model runs on."""
     found: torch.device = model._resolve_inference_device(device)
     return found
 
@@ -183,16 +147,15 @@ def inference_device(model: Any, device: int | str | torch.device | None) -> tor
 # transformers
 
 
-def patch_auto_class(name: str, before_first_load: Callable[[], None]) -> None:
+def patch_auto_class(module: str, name: str, before_first_load: Callable[[], None]) -> None:
     """Run an action before the first ``from_pretrained`` of one of transformers' Auto classes.
 
     Args:
-        name: ``"AutoConfig"``, ``"AutoProcessor"`` or ``"AutoImageProcessor"``.
-        before_first_load: Registers our model types; importing them is worth it only then.
+        module: Module of the class; not ``transformers``, which is still being imported when this runs.
+        name: The class.
+        before_first_load: The action.
     """
-    kind = {"AutoConfig": "configuration", "AutoProcessor": "processing", "AutoImageProcessor": "image_processing"}
-    # Not from `transformers`, which is still being imported when this runs.
-    auto_class: Any = getattr(importlib.import_module(f"transformers.models.auto.{kind[name]}_auto"), name)
+    auto_class: Any = getattr(importlib.import_module(module), name)
     original = auto_class.__dict__["from_pretrained"]
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,6 +164,85 @@ def patch_auto_class(name: str, before_first_load: Callable[[], None]) -> None:
         return cls.from_pretrained(*args, **kwargs)
 
     auto_class.from_pretrained = classmethod(functools.wraps(original.__func__)(from_pretrained))
+
+
+def patch_adapter_base(folder_of: Callable[[str], Path | None]) -> None:
+    """Let transformers load the base of an adapter by its alias.
+
+    Args:
+        folder_of: Gets the name of a base; returns the folder of an alias that is on this machine, else None.
+    """
+    from transformers import modeling_utils
+
+    original = modeling_utils.maybe_load_adapters
+
+    @functools.wraps(original)
+    def maybe_load_adapters(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        adapter, base, rest = original(*args, **kwargs)
+        folder = folder_of(base) if adapter is not None and isinstance(base, str) else None
+        return adapter, base if folder is None else str(folder), rest
+
+    modeling_utils.maybe_load_adapters = maybe_load_adapters
+
+
+def patch_adapter_revision(folder_of: Callable[[str], Path | None]) -> None:
+    """Keep transformers from asking the hub for the commit of an alias.
+
+    Args:
+        folder_of: As for :func:`patch_adapter_base`.
+    """
+    from transformers.models.auto import auto_factory
+
+    original = auto_factory.resolve_revision
+
+    @functools.wraps(original)
+    def resolve_revision(path_or_repo_id: Any, revision: str | None = None, **kwargs: Any) -> str | None:
+        if isinstance(path_or_repo_id, str) and folder_of(path_or_repo_id) is not None:
+            return revision
+        return original(path_or_repo_id, revision, **kwargs)
+
+    auto_factory.resolve_revision = resolve_revision
+
+
+def _base_of_adapter(folder: str | Path) -> str | None:
+    """Base model that the adapter in a folder names; None where there is no adapter, or a whole model beside it."""
+    path = Path(folder)
+    if (path / "config.json").is_file() or not (path / "adapter_config.json").is_file():
+        return None
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
+
+
+def patch_peft(folder_of: Callable[[str], Path | None], alias_of: Callable[[str], str | None]) -> None:
+    """Let adapters name an alias as their base on disk, in place of a path of this machine, and its folder in memory.
+
+    Args:
+        folder_of: Gets the name of a base; returns the folder of an alias that is on this machine, else None.
+        alias_of: Gets the name of a base; returns the alias of one of our folders, else None.
+    """
+    from peft.config import PeftConfigMixin
+
+    save, load = PeftConfigMixin.save_pretrained, PeftConfigMixin.__dict__["from_pretrained"].__func__
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str, **kwargs: Any) -> None:
+        base = self.base_model_name_or_path
+        self.base_model_name_or_path = (alias_of(base) if base else None) or base
+        try:
+            save(self, save_directory, **kwargs)
+        finally:
+            self.base_model_name_or_path = base
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        config = load(cls, *args, **kwargs)
+        base = getattr(config, "base_model_name_or_path", None)
+        if base and (folder := folder_of(base)) is not None:
+            config.base_model_name_or_path = str(folder)
+        return config
+
+    setattr(PeftConfigMixin, "save_pretrained", save_pretrained)  # noqa: B010
+    setattr(PeftConfigMixin, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
 
 
 class OutputHook:
@@ -270,34 +312,26 @@ def image_token_counter(processor: object) -> Callable[[list[list[int]]], list[i
 
 
 def forget_adapter(model: Any) -> None:
-    """Tell a transformers model that it has no adapter any more, so that it saves a plain full model.
-
-    Args:
-        model: A model whose adapter layers have been replaced by their merged base layers.
-    """
+    """Tell a transformers model whose adapter layers were merged that it has no adapter, so that it saves all weights."""
     model._hf_peft_config_loaded = False
 
 
 def hub_commit(config: object) -> str | None:
-    """Commit of the hub repository that a configuration was loaded from, None for a local folder.
-
-    Args:
-        config: Configuration of a transformers model.
-    """
+    """Commit of the hub repository that a transformers configuration was loaded from, None for a local folder."""
     return getattr(config, "_commit_hash", None)
 
 
 # mteb
 
 
-def add_mteb_task(task: type[AbsTask]) -> bool:
+def add_mteb_task(task: type[AbsTask]) -> None:
     """Make mteb find a task class by its name; a name that mteb already has stays mteb's.
+
+    Selections by language, type or modality (``mteb.get_tasks`` without names) do not include the task: they would be
+    other evaluations than without this package.
 
     Args:
         task: The class.
-
-    Returns:
-        bool: Whether the name now stands for this class.
 
     Raises:
         RuntimeError: mteb has no task registry where we know it.
@@ -311,12 +345,11 @@ def add_mteb_task(task: type[AbsTask]) -> bool:
     if registry is None:
         raise RuntimeError(f"this version of mteb keeps its tasks elsewhere: install mteb {CHECKED['mteb']}")
     name = task.metadata.name
-    if name in registry:
-        return registry[name] is task
-    registry[name] = task
-    home.TASK_LIST = (*home.TASK_LIST, task)
-    setattr(mteb.tasks, task.__name__, task)
-    return True
+    if name not in registry:
+        registry[name] = task
+        setattr(mteb.tasks, task.__name__, task)
+    elif registry[name] is not task:
+        logger.warning("mteb already has a task named %s: ours is not registered", name)
 
 
 def add_mteb_model(name: str, meta: ModelMeta) -> None:
@@ -334,11 +367,7 @@ def add_mteb_model(name: str, meta: ModelMeta) -> None:
 
 
 def add_mteb_benchmark(benchmark: Benchmark) -> None:
-    """Make mteb find a benchmark by its name.
-
-    Args:
-        benchmark: The benchmark.
-    """
+    """Make mteb find a benchmark by its name."""
     import mteb.benchmarks.benchmarks as home
 
     importlib.import_module("mteb.benchmarks.get_benchmark")
@@ -348,3 +377,19 @@ def add_mteb_benchmark(benchmark: Benchmark) -> None:
         setattr(home, attribute, benchmark)
         lookup._build_registry.cache_clear()
         lookup._build_aliases_registry.cache_clear()
+
+
+def patch_mteb_evaluate(wrap: Callable[[Callable[..., ModelResult]], Callable[..., ModelResult]]) -> None:
+    """Wrap ``mteb.evaluate``: ``wrap`` gets mteb's function and returns the one to call in its place."""
+    import mteb
+
+    # The attribute `mteb.evaluate` is the function of that name, which hides the module.
+    home: Any = sys.modules["mteb.evaluate"]
+    home.evaluate = mteb.evaluate = wrap(home.evaluate)
+
+
+def patch_mteb_run(wrap: Callable[[Callable[[Namespace], None]], Callable[[Namespace], None]]) -> None:
+    """Wrap the command ``mteb run`` in the same way."""
+    from mteb.cli import build_cli
+
+    build_cli.run = wrap(build_cli.run)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 _BLOCK = 1 << 20
 
 
-class FolderInUseError(RuntimeError):
+class FolderInUseError(OSError):
     """Another process works in the folder; the message names it."""
 
 
@@ -124,7 +124,7 @@ def folder_lock(folder: str | Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a folder that several processes may write to; the system gives the lock back if its holder dies.
 
     Args:
-        folder: The folder; the lock's file lies beside it, ``<folder>.lock``, as long as it is held.
+        folder: The folder; the lock's file lies beside it, ``.<folder>.lock``, as long as it is held.
         wait: Wait for the other process. With False, raise at once. Defaults to True.
 
     Raises:
@@ -134,11 +134,11 @@ def folder_lock(folder: str | Path, *, wait: bool = True) -> Iterator[None]:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as root, folder_lock(Path(root, "a")):
         ...     os.listdir(root)
-        ['a.lock']
+        ['.a.lock']
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    file = folder.with_name(f"{folder.name}.lock")
+    file = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(file)
     try:
         lock.acquire(timeout=-1 if wait else 0)

@@ -82,9 +82,24 @@ def local_aliases() -> list[str]:
         True
     """
     models = home() / "models"
-    return (
-        sorted(path.name for path in models.iterdir() if ALIAS_PATTERN.fullmatch(path.name)) if models.is_dir() else []
-    )
+    folders = [path for path in models.iterdir() if path.is_dir()] if models.is_dir() else []
+    return sorted(path.name for path in folders if ALIAS_PATTERN.fullmatch(path.name))
+
+
+def alias_of(folder: str | Path) -> str | None:
+    """Alias that stands for a folder, the inverse of :func:`find_model`; None if there is none.
+
+    Args:
+        folder: Any path.
+
+    Example:
+        >>> alias_of(PACKAGED), alias_of("somewhere/else")
+        ('unime-tiny', None)
+    """
+    path = Path(folder).resolve()
+    if path == PACKAGED.resolve():
+        return TINY
+    return path.name if path.parent == (home() / "models").resolve() and ALIAS_PATTERN.fullmatch(path.name) else None
 
 
 def find_model(name: str) -> Path | None:

@@ -11,11 +11,30 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unime_st import compat
 from unime_st._after_import import AfterImport, run
-from unime_st.paths import ALIAS_PATTERN, RESERVED_PREFIX, TINY, AliasError, find_model, local_aliases, local_folder
+from unime_st.paths import (
+    ALIAS_PATTERN,
+    RESERVED_PREFIX,
+    TINY,
+    AliasError,
+    alias_of,
+    find_model,
+    local_aliases,
+    local_folder,
+)
 
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
+    from sentence_transformers.base.model import BaseModel
+
+_AUTO_CLASSES = {
+    "transformers.models.auto.configuration_auto": "AutoConfig",
+    "transformers.models.auto.processing_auto": "AutoProcessor",
+    "transformers.models.auto.image_processing_auto": "AutoImageProcessor",
+}
 _registered: set[str] = set()
 """Modules whose action has run."""
 
@@ -111,12 +130,15 @@ def register() -> None:
     Example:
         >>> register()
     """
-    auto = functools.partial(compat.patch_auto_class, before_first_load=_register_backbones)
     actions: dict[str, Callable[[], None]] = {
-        "sentence_transformers": functools.partial(compat.patch_sentence_transformers, resolve_alias),
-        "transformers.models.auto.configuration_auto": functools.partial(auto, "AutoConfig"),
-        "transformers.models.auto.processing_auto": functools.partial(auto, "AutoProcessor"),
-        "transformers.models.auto.image_processing_auto": functools.partial(auto, "AutoImageProcessor"),
+        "sentence_transformers": functools.partial(compat.patch_sentence_transformers, resolve_alias, _card_data),
+        **{
+            module: functools.partial(compat.patch_auto_class, module, name, _register_backbones)
+            for module, name in _AUTO_CLASSES.items()
+        },
+        "transformers.modeling_utils": functools.partial(compat.patch_adapter_base, _folder_of_alias),
+        "transformers.models.auto.auto_factory": functools.partial(compat.patch_adapter_revision, _folder_of_alias),
+        "peft.config": functools.partial(compat.patch_peft, _folder_of_alias, alias_of),
         "transformers.utils.output_capturing": compat.patch_output_capturing,
         "mteb": _load_mteb_plugin,
     }
@@ -139,6 +161,30 @@ def _once(name: str, action: Callable[[], None]) -> None:
     if name not in _registered:
         _registered.add(name)
         action()
+
+
+def _card_data(kind: type[BaseModel], folder: Path, local_files_only: bool) -> CardData | None:
+    alias = alias_of(folder)
+    if alias is None and not _made_here(folder):
+        return None
+    from unime_st.checkpoints.card import card_data
+
+    return card_data(kind, folder, base=alias, local_files_only=local_files_only)
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether a folder was converted by this package or trained from such a folder; cheap, asked for every model."""
+    if (folder / "unime.json").is_file():
+        return True
+    try:
+        with (folder / "README.md").open(encoding="utf-8") as card:
+            return "- unime-st\n" in card.read(4096)
+    except (OSError, ValueError):
+        return False
+
+
+def _folder_of_alias(name: str) -> Path | None:
+    return find_model(name) if is_alias(name) and not Path(name).is_dir() else None
 
 
 def _register_backbones() -> None:

@@ -9,9 +9,9 @@ import pytest
 import mteb_tasks
 from mteb_tasks.captions import CAPTION_TASKS
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
-from mteb_tasks.registration import add_task
 from mteb_tasks.scenes import SCENES_TASKS, ScenesVQA
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
+from unime_st.compat import add_mteb_task
 
 TASKS = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
 
@@ -32,7 +32,7 @@ def test_a_name_that_mteb_has_stays_its_own(caplog):
         metadata = ScenesVQA.metadata.model_copy(update={"name": "Banking77Classification"})
 
     before = mteb.get_task("Banking77Classification")
-    add_task(Impostor)
+    add_mteb_task(Impostor)
     assert type(mteb.get_task("Banking77Classification")) is type(before)
     assert "already has a task named Banking77Classification" in caplog.text
 

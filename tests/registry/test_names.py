@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel
 
 import unime_st
 from unime_st.checkpoints import convert
+from unime_st.files import folder_lock
 from unime_st.paths import AliasError, check_alias, home, local_folder
 from unime_st.registry import is_alias, known_aliases, resolve
 
@@ -153,3 +156,49 @@ def test_lazy_names() -> None:
     assert unime_st.UniMEReranker.__name__ == "UniMEReranker"
     with pytest.raises(AttributeError, match="'nothing'"):
         unime_st.nothing  # noqa: B018
+
+
+def test_cards_of_trained_models_name_their_origin(models: Path, checkpoint: Get, tmp_path: Path) -> None:
+    convert(checkpoint("qwen2-vl"), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+    model = SentenceTransformer("unime-v2-2b", device="cpu")
+    model.model_card_data.add_tags("generated_from_trainer")  # as the trainer does
+    model.save_pretrained(str(tmp_path / "trained"))
+    card = (tmp_path / "trained" / "README.md").read_text()
+    assert "base_model: TianchengGu/UniME-V2-Qwen2VL-2B" in card and "license: apache-2.0" in card
+    assert "pip install unime-st" in card and "import unime_st\n" in card and "- unime-st\n" in card
+    again = SentenceTransformer(str(tmp_path / "trained"), device="cpu")
+    assert again.model_card_data.base_model == "TianchengGu/UniME-V2-Qwen2VL-2B"
+    assert again.model_card_data.license == "apache-2.0"
+    tiny = SentenceTransformer("unime-tiny", device="cpu").model_card_data
+    assert (tiny.base_model, tiny.license) == ("unime-tiny", "apache-2.0")
+
+
+def test_adapters_name_the_alias_as_their_base(models: Path, checkpoint: Get, tmp_path: Path) -> None:
+    convert(checkpoint("qwen2-vl"), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+    for alias in ("unime-tiny", "unime-v2-2b"):
+        model = SentenceTransformer(alias, device="cpu")
+        model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        model.save_pretrained(str(tmp_path / alias))
+        settings = json.loads((tmp_path / alias / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == alias
+        again = SentenceTransformer(str(tmp_path / alias), device="cpu")
+        assert abs(again.encode("a cat") - model.encode("a cat")).max() < 1e-6
+        plain = SentenceTransformer(alias, device="cpu")
+        assert abs(again.encode("a cat") - plain.encode("a cat")).max() > 1e-3
+
+
+def test_two_conversions_at_once_never_replace_each_other(models: Path, checkpoint: Get, tmp_path: Path) -> None:
+    source = checkpoint("qwen2-vl")
+    with folder_lock(models / "unime-v2-2b"):
+        with pytest.raises(OSError, match=rf"unime-v2-2b is in use by process {os.getpid()} on"):
+            convert(source, "unime-v2-2b", alias="unime-v2-2b")
+    convert(source, "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        convert(source, "unime-v2-2b", alias="unime-v2-2b")
+    assert known_aliases().count("unime-v2-2b") == 1 and sorted(os.listdir(models)) == ["unime-v2-2b"]
+
+
+def test_an_alias_error_has_no_traceback_of_other_libraries(models: Path) -> None:
+    with pytest.raises(AliasError) as raised:
+        SentenceTransformer("unime-v2-7b", local_files_only=True)
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
