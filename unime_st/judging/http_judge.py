@@ -10,6 +10,7 @@ import logging
 import math
 import queue
 import random
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _TOP = 20  # the maximum of the protocol
 _LONGEST_PAUSE = 30.0  # seconds
+_SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 _MANY = 8  # pairs of one call that all fail by the server's answer: then the pairs are not the reason
 
 
@@ -257,7 +259,8 @@ def _parts(item: Item) -> list[dict[str, Any]]:
         encoded = base64.b64encode(data).decode("ascii")
         parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded}"}})
     if item.text is not None:
-        parts.append({"type": "text", "text": clean_text(item.text)})
+        # A special token inside a text would end the turn on the server, too: it is sent as text.
+        parts.append({"type": "text", "text": _SPECIAL_TOKEN.sub(r"< |\1|>", clean_text(item.text))})
     return parts
 
 

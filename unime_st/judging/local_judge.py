@@ -42,8 +42,8 @@ class LocalJudge:
     Args:
         model: Folder, hub repository or alias of a generative vision-language model or a saved reranker, or a loaded
             ``CrossEncoder`` with a ``LogitScore`` module.
-        template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to the one a
-            saved reranker carries, else "official".
+        template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to that of a
+            saved reranker, else "tiny" for "unime-tiny" and "official" for other checkpoints.
         batch_size: Pairs per forward pass. Defaults to 32.
         device: Such as "cuda:0". Defaults to the choice of sentence-transformers.
         image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those of the template (4 to

@@ -50,8 +50,8 @@ class UniMEReranker(CrossEncoder):
 
     Args:
         model_name_or_path: Folder, hub repository or alias ("unime-v2-reranker", "unime-tiny").
-        template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to the one a
-            saved reranker carries, else "official".
+        template: Name or text of the chat template, see :func:`~unime_st.judging.load_template`. Defaults to that of a
+            saved reranker, else "tiny" for "unime-tiny" and "official" for other checkpoints.
         image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those saved, else to those of
             the template (4 to 300 for "official").
         **kwargs: As for :class:`~sentence_transformers.cross_encoder.CrossEncoder`.
@@ -90,8 +90,12 @@ class UniMEReranker(CrossEncoder):
             prepare_saved(self, folder, template, image_tokens)
             return
         own = {key: kwargs.pop(key) for key in ("model_kwargs", "processor_kwargs", "config_kwargs") if key in kwargs}
-        modules = generative_modules(folder, template=template or "official", image_tokens=image_tokens, **own)
+        modules = generative_modules(folder, template=template, image_tokens=image_tokens, **own)
         super().__init__(modules=modules, num_labels=1, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the engine and its images out of copies and pickles; they are made again when needed."""
+        return {**self.__dict__, "_encoder": None, "_ranker": None}
 
     @property
     def _transformer(self) -> Transformer:

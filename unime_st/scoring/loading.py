@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoImageProcessor, ProcessorMixin
 
 from unime_st.backbones.patches import project_patches
+from unime_st.paths import PACKAGED
 from unime_st.registry import is_alias, resolve
 from unime_st.scoring.prompts import IMAGE_TOKENS, answer_token_ids, check_template, load_template
 
@@ -102,6 +103,23 @@ def default_image_tokens(processor: ProcessorMixin, template: str | None) -> Ima
     return IMAGE_TOKENS.get(template or "") if limits_by_tokens(processor) else None
 
 
+def default_template(folder: str) -> str:
+    """Return the template of a bare checkpoint: "tiny" for ``unime-tiny``, which knows no other prompt, else "official".
+
+    Args:
+        folder: Folder or hub repository.
+
+    Returns:
+        str: Name for :func:`~unime_st.judging.load_template`.
+
+    Example:
+        >>> from unime_st.scoring.loading import default_template, resolve_name
+        >>> default_template(resolve_name("unime-tiny")), default_template("Qwen/Qwen2.5-VL-7B-Instruct")
+        ('tiny', 'official')
+    """
+    return "tiny" if os.path.realpath(folder) == os.path.realpath(PACKAGED) else "official"
+
+
 def use_pillow(transformer: Transformer, folder: str) -> None:
     """Process images with Pillow, as the authors' code did; torchvision's pixels differ by 1/255.
 
@@ -148,7 +166,7 @@ def set_prompt(
 def generative_modules(
     folder: str,
     *,
-    template: str = "official",
+    template: str | None = None,
     image_tokens: ImageTokens | None = None,
     listwise: bool = True,
     model_kwargs: dict[str, Any] | None = None,
@@ -159,7 +177,7 @@ def generative_modules(
 
     Args:
         folder: Folder or hub repository in the layout of transformers, for example of UniME-V2-reranker-Qwen25VL-7B.
-        template: See :func:`~unime_st.judging.load_template`. Defaults to "official".
+        template: See :func:`~unime_st.judging.load_template`. Defaults to :func:`default_template`.
         image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those of the template: 4 to 300 for
             "official", else the processor's own.
         listwise: Whether the template must also render lists, as a reranker needs. Defaults to True.
@@ -180,6 +198,7 @@ def generative_modules(
         >>> modules = generative_modules("Qwen/Qwen2.5-VL-7B-Instruct")  # doctest: +SKIP
         >>> CrossEncoder(modules=modules, num_labels=1).save_pretrained("judge")  # doctest: +SKIP
     """
+    template = template or default_template(folder)
     try:
         transformer = Transformer(
             folder,
@@ -241,7 +260,7 @@ def load_cross_encoder(
     if not is_cross_encoder(folder):
         parts = ("model_kwargs", "processor_kwargs", "config_kwargs")
         own: dict[str, Any] = {key: kwargs.pop(key) for key in parts if key in kwargs}
-        own |= {"template": template or "official", "image_tokens": image_tokens}
+        own |= {"template": template, "image_tokens": image_tokens}
         return CrossEncoder(modules=generative_modules(folder, listwise=False, **own), num_labels=1, **kwargs)
     model = CrossEncoder(folder, **kwargs)
     prepare_saved(model, folder, template, image_tokens, listwise=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,8 @@ class PairRenderer:
         self.processor = processor
         self.template = template
         self.fixed = True
+        special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")  # templates may change these in texts
         self._frames: dict[tuple[bool, ...], TemplateFrame | None] = {}
 
     def __call__(self, pairs: Sequence[Pair]) -> list[str]:
@@ -54,23 +57,30 @@ class PairRenderer:
         if not self.fixed:
             return self._render([conversation(query, [candidate], decode=False) for query, candidate in pairs])
         prompts = [self._join(pair) for pair in pairs]
-        joined = [prompt for prompt in prompts if prompt is not None]
-        firsts = [index for index, pair in enumerate(pairs) if not index or pair[0] is not pairs[index - 1][0]]
-        checked = self._render([conversation(pairs[index][0], [pairs[index][1]], decode=False) for index in firsts])
-        if len(joined) < len(pairs) or [joined[index] for index in firsts] != checked:
-            self.fixed = False
-            return self(pairs)
-        return joined
+        rendered = [
+            index
+            for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True))
+            if prompt is None or not index or pair[0] is not pairs[index - 1][0]
+        ]
+        found = self._render([conversation(pairs[index][0], [pairs[index][1]], decode=False) for index in rendered])
+        for index, prompt in zip(rendered, found, strict=True):
+            self.fixed = self.fixed and prompts[index] in (None, prompt)
+            prompts[index] = prompt
+        return [prompt for prompt in prompts if prompt is not None] if self.fixed else self(pairs)
 
     def _render(self, messages: Sequence[list[Message]]) -> list[str]:
         return self.processor.apply_chat_template(messages, chat_template=self.template, tokenize=False)
 
     def _join(self, pair: Pair) -> str | None:
-        kind = tuple(part is not None for item in pair for part in (item.text, item.image))
+        """Join the pieces of a prompt; None where the template engine has to render it."""
         texts = [clean_text(item.text) for item in pair if item.text is not None]
+        if any(self._special.search(text) for text in texts):
+            return None
+        kind = tuple(part is not None for item in pair for part in (item.text, item.image))
         if kind not in self._frames:
             self._frames[kind] = TemplateFrame.find(lambda texts: self._sample(kind, texts), slots=len(texts))
         frame = self._frames[kind]
+        self.fixed = self.fixed and frame is not None
         return None if frame is None else frame.join(texts)
 
     def _sample(self, kind: tuple[bool, ...], texts: Sequence[str]) -> str:
