@@ -1,11 +1,8 @@
-"""One mteb model object for every alias, local folder and in-memory SentenceTransformer."""
+"""mteb model object for every alias, local folder and SentenceTransformer in memory."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,46 +12,33 @@ from datasets import Image
 from mteb.models.search_wrappers import SearchEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
-from mteb_tasks.columns import OFFICIAL_TEXT, Setting, has_encoded_items, iter_items, setting_of
-from mteb_tasks.embedding_estimate import estimate_embedding
-from mteb_tasks.embedding_store import EmbeddingStore, NewEmbeddings
+from mteb_tasks.columns import Setting, has_encoded_items, setting_of
+from mteb_tasks.foreign_rows import iter_rows, prompt_of
+from mteb_tasks.item_embedder import ItemEmbedder
 from mteb_tasks.metadata import model_meta
-from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ranking import rank_candidates, tie_order
-from mteb_tasks.ruled_images import RuledItem, prescribed_model
 from unime_st.data.images import BadImageError
-from unime_st.data.items import Item
-from unime_st.encoding import encode_stream, weights_fingerprint
+from unime_st.encoding import weights_fingerprint
 from unime_st.files import digest
-from unime_st.memory import malloc_trim
 from unime_st.model import UniME
 from unime_st.registry import resolve
-from unime_st.scoring.prompts import clean_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.models.models_protocols import EncoderProtocol
-    from mteb.types import PromptType, RetrievalOutputType
+    from mteb.types import EncodeKwargs, PromptType, RetrievalOutputType
     from torch.utils.data import DataLoader
 
-logger = logging.getLogger(__name__)
-
-IMAGE_TOKEN = "<|image_1|>"
-NO_SETTING = Setting()
-WINDOW = 1024
-"""Items among which like lengths are sought, and after which embeddings are safe on disk."""
-
-_READ_AT_ONCE = 64
-"""Rows of a table that are read at once."""
+Vectors = np.ndarray | torch.Tensor
 
 
-class UniMELoader:
+class UniMELoader(ItemEmbedder):
     """Run a SentenceTransformer on mteb's tasks.
 
     Reads the exact text of our tasks where they carry it, encodes each distinct item once, keeps images undecoded
     until their mini-batch, and ranks by itself (it is an encoder and a search model), which spares mteb's row-wise
-    conversion of every corpus and its loop over queries.
+    conversion of every corpus and its loop over queries. In tasks of others it follows mteb's rules for prompts.
 
     Args:
         model_name: ``organisation/alias``, an alias or a folder; resolved by `unime_st.registry`. Ignored for
@@ -62,16 +46,17 @@ class UniMELoader:
         revision: Revision stored with the results.
         device: Device to load the model on; None lets sentence-transformers choose.
         model: A model already in memory.
-        cache_folder: Where embeddings are kept from run to run, one folder for one model at one setting; None keeps
-            them in memory.
+        cache_folder: As for `ItemEmbedder`.
         **model_kwargs: Passed on to `unime_st.UniME`.
 
     Example:
         >>> import mteb
         >>> from sentence_transformers import SentenceTransformer
         >>> from mteb_tasks.scenes import ScenesVQA
-        >>> loader = UniMELoader("unime/tiny", model=SentenceTransformer("unime-tiny"))  # doctest: +SKIP
-        >>> mteb.evaluate(loader, ScenesVQA(), cache=None)  # doctest: +SKIP
+        >>> loader = UniMELoader("unime/tiny", model=SentenceTransformer("unime-tiny", device="cpu"))
+        >>> result = mteb.evaluate(loader, ScenesVQA(size=10), cache=None, show_progress_bar=False)
+        >>> result.task_results[0].task_name
+        'ScenesVQA'
     """
 
     def __init__(
@@ -86,14 +71,9 @@ class UniMELoader:
     ) -> None:
         if model is None:
             model = UniME(str(resolve(model_name.removeprefix("unime/"))), device=device, **model_kwargs)
-        self.model = model
+        super().__init__(model, cache_folder)
         self.mteb_model_meta = model_meta(model_name, revision)
-        self.store = EmbeddingStore(cache_folder)
         self._corpus: Dataset | None = None
-        # UniME's templates put the image where MMEB's token stands; others would read the token as a word.
-        processor = getattr(self.model[0], "processor", None)
-        self._template = str(getattr(processor, "chat_template", None))
-        self._knows_token = IMAGE_TOKEN in self._template
 
     def encode(
         self,
@@ -105,156 +85,26 @@ class UniMELoader:
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Embed the rows of an mteb data loader, each distinct item once.
-
-        Args:
-            inputs: Batches with the columns ``official_text`` or ``text``, and ``image``.
-            task_metadata: The task (unused: texts carry their instruction).
-            hf_split: Split of the task (unused).
-            hf_subset: Subset of the task (unused).
-            prompt_type: Query or document side (unused).
-            **kwargs: mteb's encode arguments; ``batch_size`` and ``show_progress_bar`` are honoured.
+        """Embed the rows of an mteb data loader; see `mteb.models.EncoderProtocol.encode`.
 
         Returns:
             float32 array ``(num_rows, dim)``, rows in the order of the loader.
         """
         if has_encoded_items(inputs.dataset):
-            return self._embed_tables([cast("Dataset", inputs.dataset)], **kwargs)
-        return self.embed(_items_of_batches(inputs), **kwargs)
+            return self.embed_tables([cast("Dataset", inputs.dataset)], **kwargs)
+        prompt = prompt_of(self.model, task_metadata, prompt_type)
+        return self.embed(iter_rows(inputs), setting=Setting(system=prompt), **kwargs)
 
-    def embed(
-        self,
-        windows: Iterable[list[Item]],
-        *,
-        setting: Setting = NO_SETTING,
-        batch_size: int = 32,
-        total: int | None = None,
-        show_progress_bar: bool = False,
-        **_: Any,
-    ) -> np.ndarray:
-        """Embed a stream of items.
-
-        Args:
-            windows: Lists of items; few lists are held at a time.
-            setting: How a benchmark prescribes that they are encoded.
-            batch_size: Items per forward pass.
-            total: About how many of them are new, for the progress bar.
-            show_progress_bar: Show a bar over the items that are new.
-
-        Returns:
-            float32 array ``(num_items, dim)`` in stream order. An item seen before in the life of this object is
-            not encoded again.
-
-        Raises:
-            ValueError: If there is nothing to embed.
-        """
-        setting = self._usable(setting)
-        order: list[str] = []
-        new = NewEmbeddings(self.store)
-        encode_stream(
-            self._prescribed(setting), self._fresh(windows, setting, order, new), new, prompt=setting.system,
-            window=WINDOW, batch_size=batch_size, total=total, show_progress_bar=show_progress_bar,
-        )  # fmt: skip
-        if not order:
-            raise ValueError("there is nothing to embed: the dataset has no rows")
-        return self.store.take(order)
-
-    def _fresh(
-        self, windows: Iterable[list[Item]], setting: Setting, order: list[str], new: NewEmbeddings
-    ) -> Iterator[Item]:
-        """The items that have no embedding yet, each once; the keys of all go to `order`."""
-        rule = None if setting.pixels is None else PixelRule.parse(setting.pixels)
-        for items in windows:
-            for item in map(self._readable, items):
-                if rule is not None:
-                    item = RuledItem.of(item, rule)
-                key = _store_key(item, setting)
-                order.append(key)
-                if new.awaits(key):
-                    yield item
-
-    def log_estimate(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> int | None:
-        """Log what embedding some tables will take: items, distinct items, tokens and time.
-
-        Args:
-            name: Name of the task.
-            tables: Tables with encoded items that prescribe the same setting.
-            **kwargs: As for `embed`, for the few items that are embedded to find out.
-
-        Returns:
-            About how many are still to be embedded; None where messages are off and nobody was told.
-
-        Raises:
-            BadImageError: If an image of these cannot be read.
-        """
-        if not logger.isEnabledFor(logging.INFO) or not any(len(table) for table in tables):
-            return None
-        before = len(self.store)
-        setting = self._usable(setting_of(tables[0]))
-        expected = estimate_embedding(
-            self._prescribed(setting),
-            tables,
-            lambda item: _store_key(self._readable(item), setting) in self.store,
-            lambda items: self.embed([items], setting=setting, **kwargs),
-        )
-        logger.info("%s: %s", name, expected)
-        return max(0, expected.new - (len(self.store) - before))
-
-    def _usable(self, setting: Setting) -> Setting:
-        """The setting without a style that the model's chat template does not have."""
-        known = setting.style is not None and f"'{setting.style}'" in self._template
-        return setting if known else replace(setting, style=None)
-
-    def _prescribed(self, setting: Setting) -> SentenceTransformer:
-        """The model with the chat style and the image size that a benchmark prescribes; the weights are shared."""
-        if setting.style is None and setting.pixels is None:
-            return self.model
-        rule = None if setting.pixels is None else PixelRule.parse(setting.pixels)
-        return prescribed_model(self.model, rule, setting.style)
-
-    def _embed_tables(self, tables: Sequence[Dataset], **kwargs: Any) -> np.ndarray:
-        # One stream, for which the model never waits between two tables.
-        windows = chain.from_iterable(iter_items(table, _READ_AT_ONCE, self.model.prompts) for table in tables)
-        vectors = self.embed(windows, setting=setting_of(tables[0]), **kwargs)
-        malloc_trim()  # what threads decoded and computed in; ranking needs memory of another kind
-        return vectors
-
-    def _readable(self, item: Item) -> Item:
-        """Take MMEB's image token off a text for a model whose chat template does not know it."""
-        if self._knows_token or item.text is None or IMAGE_TOKEN not in item.text:
-            return item
-        return Item(text=clean_text(item.text), image=item.image)
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Cosine similarity of all pairs.
-
-        Args:
-            embeddings1: ``(n, dim)`` or ``(dim,)``.
-            embeddings2: ``(m, dim)`` or ``(dim,)``.
-
-        Returns:
-            float32 tensor ``(n, m)``.
-        """
+    def similarity(self, embeddings1: Vectors, embeddings2: Vectors) -> torch.Tensor:
+        """Similarity of all pairs: float32 ``(n, m)``; see `mteb.models.EncoderProtocol.similarity`."""
         return self.model.similarity(_float32(embeddings1), _float32(embeddings2))
 
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Cosine similarity of corresponding rows.
-
-        Args:
-            embeddings1: ``(n, dim)``.
-            embeddings2: ``(n, dim)``.
-
-        Returns:
-            float32 tensor ``(n,)``.
-        """
+    def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors) -> torch.Tensor:
+        """Similarity of corresponding rows: float32 ``(n,)``; see `mteb.models.EncoderProtocol.similarity_pairwise`."""
         return self.model.similarity_pairwise(_float32(embeddings1), _float32(embeddings2))
 
-    def index(self, corpus: Dataset, **_: Any) -> None:
-        """Take the corpus of the next `search`.
-
-        Args:
-            corpus: mteb's corpus table.
-        """
+    def index(self, corpus: Dataset, **_: object) -> None:
+        """Take the corpus of the next `search`; see `mteb.models.SearchProtocol.index`."""
         self._corpus = corpus
 
     def search(
@@ -265,23 +115,12 @@ class UniMELoader:
         hf_split: str,
         hf_subset: str,
         top_k: int,
-        encode_kwargs: dict[str, Any],
+        encode_kwargs: EncodeKwargs,
         top_ranked: dict[str, list[str]] | None = None,
         num_proc: int | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> RetrievalOutputType:
-        """Rank the indexed corpus for each query.
-
-        Args:
-            queries: mteb's query table.
-            task_metadata: The task.
-            hf_split: Split of the task.
-            hf_subset: Subset of the task.
-            top_k: Documents to return for each query.
-            encode_kwargs: ``batch_size`` and the like.
-            top_ranked: Candidates of each query; None searches the whole corpus.
-            num_proc: Workers for tasks that are not ours.
-            **kwargs: Further arguments of mteb, unused.
+        """Rank the indexed corpus for each query; see `mteb.models.SearchProtocol.search`.
 
         Returns:
             ``{query id: {document id: cosine}}``.
@@ -293,25 +132,13 @@ class UniMELoader:
         if corpus is None:
             raise ValueError("call index(corpus) before search(queries)")
         if not (has_encoded_items(corpus) and has_encoded_items(queries)):
-            stock = SearchEncoderWrapper(
-                cast("EncoderProtocol", self)
-            )  # another project's task: its columns are mteb's business
+            stock = SearchEncoderWrapper(cast("EncoderProtocol", self))  # a task of others: mteb knows its columns
             common: dict[str, Any] = {"task_metadata": task_metadata, "hf_split": hf_split, "hf_subset": hf_subset}
             common |= {"encode_kwargs": encode_kwargs, "num_proc": num_proc}
             stock.index(corpus, **common)
             return stock.search(queries, top_k=top_k, top_ranked=top_ranked, **common)
         query_ids, document_ids = (table.with_format("arrow")["id"].to_pylist() for table in (queries, corpus))
-        try:
-            parts = []
-            for _, group in groupby([queries, corpus], key=setting_of):
-                tables = list(group)
-                new = self.log_estimate(task_metadata.name, tables, **encode_kwargs)
-                parts.append(self._embed_tables(tables, total=new, **encode_kwargs))
-        except BadImageError as error:
-            # It names an item by its place among the new ones of a window, which nobody can look up.
-            where = _index_of(error, queries, corpus, top_ranked)
-            raise BadImageError(f"{task_metadata.name}, {where}: {error}") from error
-        vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        vectors = self._embed_sides(task_metadata.name, queries, corpus, top_ranked, **encode_kwargs)
         ranked = rank_candidates(
             vectors[: len(queries)],
             vectors[len(queries) :],
@@ -323,6 +150,22 @@ class UniMELoader:
             query: dict(zip(map(document_ids.__getitem__, rows.tolist()), scores.tolist()))
             for query, (rows, scores) in zip(query_ids, ranked)
         }
+
+    def _embed_sides(
+        self, name: str, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None, **kwargs: Any
+    ) -> np.ndarray:
+        """Embed queries, then documents; in one stream where both prescribe the same setting."""
+        parts = []
+        try:
+            for _, group in groupby([queries, corpus], key=setting_of):
+                tables = list(group)
+                new = self.log_estimate(name, tables, **kwargs)
+                parts.append(self.embed_tables(tables, total=new, **kwargs))
+        except BadImageError as error:
+            # It names an item by its index among the new ones of a window, which nobody can look up.
+            where = _location_of(error, queries, corpus, top_ranked)
+            raise BadImageError(f"{name}, {where}: {error}") from error
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def wrap(
@@ -342,7 +185,8 @@ def wrap(
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
-        >>> wrap(SentenceTransformer("unime-tiny"), "unime/tiny")  # doctest: +SKIP
+        >>> wrap(SentenceTransformer("unime-tiny", device="cpu"), "unime/tiny", "1").mteb_model_meta.name
+        'unime/tiny'
     """
     revision = revision or model_digest(model)
     loader = UniMELoader(name, revision, model=model)
@@ -376,7 +220,9 @@ def model_digest(model: SentenceTransformer) -> str:
     return digest(repr(settings), length=16)
 
 
-def _index_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None) -> str:
+def _location_of(
+    error: BadImageError, queries: Dataset, corpus: Dataset, top_ranked: dict[str, list[str]] | None
+) -> str:
     """Which query or document has the image that an error is about; our tasks name queries by their rows."""
     for kind, table in (("query", queries), ("document", corpus)):
         images = table.cast_column("image", Image(decode=False))["image"] if "image" in table.column_names else []
@@ -388,13 +234,7 @@ def _index_of(error: BadImageError, queries: Dataset, corpus: Dataset, top_ranke
     return "an image"
 
 
-def _store_key(item: Item, setting: Setting) -> str:
-    pixels = setting.pixels if item.image is not None else None
-    prescribed = [part for part in (setting.style, setting.system, pixels) if part is not None]
-    return digest(" ".join([item.id, *prescribed])) if prescribed else item.id
-
-
-def _float32(embeddings: Any) -> torch.Tensor:
+def _float32(embeddings: Vectors) -> torch.Tensor:
     return torch.as_tensor(embeddings).float()
 
 
@@ -409,14 +249,3 @@ def _candidate_rows(
         raise ValueError(f"{len(missing)} queries have no candidates, the first is {missing[0]!r}")
     listed = (top_ranked[query] for query in query_ids)
     return [np.fromiter(map(rows.__getitem__, found), dtype=np.int64, count=len(found)) for found in listed]
-
-
-def _items_of_batches(inputs: DataLoader) -> Iterator[list[Item]]:
-    for batch in inputs:
-        images = batch.get("image")
-        texts = batch.get(OFFICIAL_TEXT, batch.get("text"))
-        size = len(images if images is not None else texts)
-        yield [
-            Item(text=text or None, image=image)
-            for text, image in zip(texts or [None] * size, images or [None] * size)
-        ]

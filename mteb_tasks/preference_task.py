@@ -1,4 +1,4 @@
-"""Compositional understanding: does an image prefer its caption to a foil?
+"""Base of the compositional tasks: accuracy of an image preferring its caption to a foil, in categories.
 
 Tasks are registered whenever mteb is imported, so torch is imported only where it is used.
 """
@@ -10,7 +10,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -24,8 +24,11 @@ from mteb_tasks.task_base import UniMETask, with_images
 from unime_st.data.items import Item
 
 if TYPE_CHECKING:
+    from mteb.models.models_protocols import MTEBModels
     from mteb.types import EncodeKwargs
 
+    from mteb_tasks.item_embedder import ItemEmbedder
+    from mteb_tasks.two_stage import TwoStage
     from unime_st.data.scenes import Foil
     from unime_st.judging import Group
 
@@ -33,30 +36,6 @@ logger = logging.getLogger(__name__)
 
 GROUPS = ("replace", "swap", "add")
 """SugarCrepe's groups; a category is named ``<group>_<what>``."""
-
-
-@runtime_checkable
-class PairScorer(Protocol):
-    """A model that judges an image and a text together (a reranker).
-
-    Args:
-        prompts: The model's own prompts by name.
-    """
-
-    @property
-    def prompts(self) -> Mapping[str, str | None]: ...
-
-    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """Score the candidates of each group; higher is a better match."""
-        ...
-
-
-@runtime_checkable
-class LogsEstimate(Protocol):
-    """A model that can say what embedding will take."""
-
-    def log_estimate(self, name: str, tables: Sequence[Dataset], **kwargs: Any) -> object:
-        """Log what embedding the tables of a task will take."""
 
 
 class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
@@ -71,8 +50,8 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
     image_prompt: str | None = None
     """Name of the prompt that our models put to the images."""
     _support_search = True
-    _logged_for: Callable[[], Any] = staticmethod(lambda: None)
-    """Gives the model that has said what the task will take, as long as somebody else holds it."""
+    _logged_for: Callable[[], object] = staticmethod(lambda: None)
+    """Weak reference to the model whose estimate is in the log."""
 
     @abstractmethod
     def foils(self, category: str, split: str) -> Sequence[Foil]:
@@ -87,13 +66,7 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
         """
 
     def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
-        """Load all categories (a second call does nothing).
-
-        Args:
-            num_proc: Unused; images are decoded by the model, batch by batch.
-            timer: mteb's stop watch.
-            **kwargs: Unused arguments of mteb.
-        """
+        """Load all categories; see `mteb.AbsTask.load_data`. A second call does nothing."""
         if self.data_loaded:
             return
         with (timer or TimingStack())("Data loading"):
@@ -106,30 +79,22 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
         self.data_loaded = True
 
     def evaluate(
-        self, model: Any, split: str = "test", subsets_to_run: list[str] | None = None, **kwargs: Any
+        self, model: MTEBModels, split: str = "test", subsets_to_run: list[str] | None = None, **kwargs: Any
     ) -> Mapping[str, Any]:
-        """Evaluate all categories; models of this package say before what that will take.
+        """Evaluate all categories; see `mteb.AbsTask.evaluate`. The cost of models of this package is logged first."""
+        from mteb_tasks.item_embedder import ItemEmbedder
+        from mteb_tasks.two_stage import TwoStage
 
-        Args:
-            model: The model.
-            split: Name of the split.
-            subsets_to_run: Categories; None takes all.
-            **kwargs: mteb's further arguments.
-
-        Returns:
-            Scores by category.
-        """
         model = with_images(model, self.metadata)
-        if isinstance(model, (LogsEstimate, PairScorer)) and self._logged_for() is not model:
-            # mteb asks for one category after the other
-            self._logged_for = weakref.ref(model)
+        if isinstance(model, (ItemEmbedder, TwoStage)) and self._logged_for() is not model:
+            self._logged_for = weakref.ref(model)  # mteb asks for one category after the other
+            self.load_data()
             self._log_estimate(model, split, **kwargs.get("encode_kwargs", {}))
         return super().evaluate(model, split, subsets_to_run, **kwargs)
 
-    def _log_estimate(self, model: LogsEstimate | PairScorer, split: str, **encode_kwargs: Any) -> None:
-        self.load_data()
-        tables = [cast(Any, self.dataset)[category][split] for category in self.hf_subsets]
-        if isinstance(model, LogsEstimate):
+    def _log_estimate(self, model: ItemEmbedder | TwoStage, split: str, **encode_kwargs: Any) -> None:
+        tables = [self.dataset[category][split] for category in self.hf_subsets]
+        if hasattr(model, "log_estimate"):
             texts = {text for table in tables for name in self.texts_column_names for text in table[name]}
             captions = to_dataset({text: Item(text=text) for text in sorted(texts)}, ["text"])
             model.log_estimate(self.metadata.name, [*tables, captions], **encode_kwargs)
@@ -143,7 +108,7 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
 
     def _evaluate_subset(
         self,
-        model: Any,
+        model: MTEBModels,
         data_split: Dataset,
         *,
         encode_kwargs: EncodeKwargs,
@@ -153,9 +118,11 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
         num_proc: int | None = None,
         timer: TimingStack,
         **kwargs: Any,
-    ) -> Any:
+    ) -> dict[str, float]:
+        from mteb_tasks.two_stage import TwoStage
+
         with timer("Encoding and scoring", split=hf_split, subset=hf_subset):
-            if isinstance(model, PairScorer):
+            if isinstance(model, TwoStage):
                 scores = np.stack(model.score_groups(_groups(model, data_split)))
             elif isinstance(model, EncoderProtocol):
                 context = {"task_metadata": self.metadata, "hf_split": hf_split, "hf_subset": hf_subset}
@@ -204,7 +171,7 @@ def _items(
     return images, captions, foils
 
 
-def _groups(model: PairScorer, data: Dataset) -> list[Group]:
+def _groups(model: TwoStage, data: Dataset) -> list[Group]:
     from unime_st.judging import Group
 
     return [Group(image, list(texts)) for image, *texts in zip(*_items(data, model.prompts))]

@@ -1,4 +1,4 @@
-"""Base of all our retrieval tasks: items in, ``hit_rate_at_1`` out."""
+"""Base of the retrieval tasks of this package: data as items, scored by ``hit_rate_at_1``."""
 
 from __future__ import annotations
 
@@ -124,13 +124,7 @@ class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
         return retrieval_split(data, self.metadata.category or "it2it")
 
     def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
-        """Load all subsets (a second call does nothing).
-
-        Args:
-            num_proc: Unused; images are decoded by the model, batch by batch.
-            timer: mteb's stop watch.
-            **kwargs: Unused arguments of mteb.
-        """
+        """Load all subsets; see `mteb.AbsTask.load_data`. A second call does nothing."""
         if self.data_loaded:
             return
         with (timer or TimingStack())("Data loading"):
@@ -148,14 +142,7 @@ class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
         hf_split: str,
         hf_subset: str,
     ) -> dict[str, float]:
-        """Add what chance would give, so that a score can be read against it.
-
-        Args:
-            scores: pytrec_eval's scores of each query.
-            qrels: Relevant documents of each query.
-            results: Ranked documents of each query.
-            hf_split: Name of the split.
-            hf_subset: Name of the subset.
+        """Add the score of a random ranking; see `mteb.abstasks.AbsTaskRetrieval.task_specific_scores`.
 
         Returns:
             ``{"chance": mean over queries of relevant candidates / candidates}``.

@@ -1,64 +1,72 @@
-"""Embed, take the top k, rerank: two models that mteb sees as one."""
+"""Two-stage models for mteb: an embedder retrieves, a reranker orders the top candidates."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from mteb.models import ModelMeta
+from mteb.types import PromptType
 from sentence_transformers import CrossEncoder
 
-from mteb_tasks.columns import iter_items
+from mteb_tasks.columns import has_encoded_items, iter_items
 from mteb_tasks.embedding_estimate import timed_sample
-from mteb_tasks.loader import WINDOW, UniMELoader
+from mteb_tasks.foreign_rows import iter_table
+from mteb_tasks.item_embedder import WINDOW
+from mteb_tasks.loader import UniMELoader
+from unime_st.data.items import Item
 from unime_st.judging import Group, Judge, LocalJudge
-from unime_st.losses.list_answers import longest_list
-from unime_st.reranking.unime_reranker import UniMEReranker
+from unime_st.reranking.ranker import sort_by_score
+from unime_st.reranking.search import second_stage
 from unime_st.scoring.forward_counter import ForwardCount, ForwardCounter
+from unime_st.scoring.pair_scorer import PairScores
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.types import RetrievalOutputType
+    from mteb.types import EncodeKwargs, RetrievalOutputType
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 4
-"""Queries that are reranked to find out how long all will take."""
+"""Queries that are reranked first, to estimate the time of all."""
 
 COSTS: dict[str, ForwardCount] = {}
-"""What reranking took per query in each retrieval task of this process, for the end of ``mteb run``."""
+"""Cost of reranking per query in each retrieval task of this process, for the end of ``mteb run``."""
 
 
 class TwoStage:
     """Retrieve with an embedder, then let a reranker order the top candidates.
 
-    An mteb search model. Documents beyond the top k keep their place below the reranked ones. On compositional tasks
+    An mteb search model. Documents beyond the top k keep their rank below the reranked ones. On compositional tasks
     the reranker scores caption and foil.
 
     Args:
         embedder: First stage, from `mteb_tasks.wrap` or the registry.
         reranker: Second stage: a `UniMEReranker` or other generative CrossEncoder, or (pairwise) any judge.
-        top_k: Candidates handed to the reranker (10 in the paper).
+        top_k: Candidates handed to the reranker. Defaults to 10, as in the paper.
         method: ``"listwise"`` asks once for the best of all candidates, the published protocol; ``"pairwise"`` asks
             Yes or No about each; ``"hybrid"`` asks for the best of the ``window`` candidates that did best pairwise.
-        window: Most candidates of a list; it slides over more, see `UniMEReranker.rank`.
-        batch_size: Pairs per forward pass of the second stage.
+        window: Maximum length of a list; it slides over more, see `UniMEReranker.rank`. Defaults to 10.
+        batch_size: Pairs per forward pass of the second stage. Defaults to 32.
         name: ``organisation/model`` under which results are filed; None appends ``+reranker`` to the embedder's name.
 
     Raises:
-        ValueError: If an option is wrong, or `method` is listwise and the reranker is no CrossEncoder.
+        ValueError: If an option is wrong, or `method` needs lists and the reranker cannot rank them.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker", inference.
 
     Example:
-        >>> from unime_st import UniMEReranker  # doctest: +SKIP
-        >>> TwoStage(wrap(model), UniMEReranker("unime-v2-reranker"))  # doctest: +SKIP
+        >>> from mteb_tasks import wrap
+        >>> from unime_st import UniME, UniMEReranker
+        >>> embedder = wrap(UniME("unime-tiny", device="cpu"), "unime/tiny")
+        >>> TwoStage(embedder, UniMEReranker("unime-tiny", template="tiny")).mteb_model_meta.name
+        'unime/tiny+reranker'
     """
 
     def __init__(
@@ -76,17 +84,10 @@ class TwoStage:
             raise ValueError(f"method must be 'listwise', 'pairwise' or 'hybrid', got {method!r}")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        able = {"pairwise": True, "listwise": hasattr(reranker, "listwise_scores"), "hybrid": _ranks(reranker)}
-        if not able[method]:
-            raise ValueError(f"{type(reranker).__name__} cannot rank a list: use method='pairwise' or a UniMEReranker")
-        if method != "pairwise" and _ranks(reranker) and longest_list(cast(Any, reranker).tokenizer, 2) < 2:
-            raise ValueError("this reranker's tokenizer has no usable index tokens: use method='pairwise'")
-        self.embedder, self.method, self.window, self.batch_size = embedder, method, window, batch_size
-        self.reranker: Any = reranker
-        self.judge: Judge = cast("Judge", reranker)
-        if isinstance(reranker, CrossEncoder):
-            self.judge = LocalJudge(reranker, batch_size=batch_size)
-        self.top_k = top_k
+        self.embedder, self.reranker, self.method, self.top_k = embedder, reranker, method, top_k
+        self._score = second_stage(reranker, method, window=window, batch_size=batch_size)
+        is_model = isinstance(reranker, CrossEncoder)
+        self.judge: Judge = LocalJudge(reranker, batch_size=batch_size) if is_model else reranker
         first = embedder.mteb_model_meta
         # Part of mteb's result key, so that other settings do not pass for these.
         settings = {"top_k": top_k, "method": method} | ({} if method == "pairwise" else {"window": window})
@@ -101,12 +102,7 @@ class TwoStage:
         return self.embedder.model.prompts
 
     def index(self, corpus: Dataset, **kwargs: Any) -> None:
-        """Take the corpus of the next `search`.
-
-        Args:
-            corpus: mteb's corpus table.
-            **kwargs: mteb's further arguments, passed to the embedder.
-        """
+        """Take the corpus of the next `search`; see `mteb.models.SearchProtocol.index`."""
         self._corpus = corpus
         self.embedder.index(corpus, **kwargs)
 
@@ -118,19 +114,10 @@ class TwoStage:
         hf_split: str,
         hf_subset: str,
         top_k: int,
-        encode_kwargs: dict[str, Any],
+        encode_kwargs: EncodeKwargs,
         **kwargs: Any,
     ) -> RetrievalOutputType:
-        """Rank the indexed corpus for each query.
-
-        Args:
-            queries: mteb's query table.
-            task_metadata: The task.
-            hf_split: Split of the task.
-            hf_subset: Subset of the task.
-            top_k: Documents to return for each query.
-            encode_kwargs: ``batch_size`` and the like, for the first stage.
-            **kwargs: mteb's further arguments, passed to the embedder.
+        """Rank the indexed corpus for each query; see `mteb.models.SearchProtocol.search`.
 
         Returns:
             ``{query id: {document id: score}}``: cosine for documents that were not reranked; for those that were, a
@@ -143,39 +130,36 @@ class TwoStage:
         if corpus is None:
             raise ValueError("call index(corpus) before search(queries)")
         found = self.embedder.search(
-            queries,
-            task_metadata=task_metadata,
-            hf_split=hf_split,
-            hf_subset=hf_subset,
-            top_k=max(top_k, self.top_k),
-            encode_kwargs=encode_kwargs,
-            **kwargs,
-        )
+            queries, task_metadata=task_metadata, hf_split=hf_split, hf_subset=hf_subset,
+            top_k=max(top_k, self.top_k), encode_kwargs=encode_kwargs, **kwargs,
+        )  # fmt: skip
+        rows = {document: row for row, document in enumerate(corpus["id"])}
+
+        def rerank(part: Dataset) -> None:
+            """Put the best of each query in the reranker's order, in place."""
+            query_ids = iter(part["id"])
+            for window in _items(part, task_metadata, PromptType.query, self.prompts):
+                ids = [query_id for _, query_id in zip(window, query_ids)]
+                best = [sorted(found[own], key=found[own].__getitem__, reverse=True)[: self.top_k] for own in ids]
+                named = sorted({document for own in best for document in own})
+                documents = corpus.select([rows[document] for document in named])
+                items = chain.from_iterable(_items(documents, task_metadata, PromptType.document, self.prompts))
+                item_of = dict(zip(named, items))
+                groups = [(query, [item_of[document] for document in own]) for query, own in zip(window, best)]
+                for query_id, own, scored in zip(ids, best, self._score(groups, best)):
+                    found[query_id].update(zip(own, _above_cosine(scored, by_rank=self.method != "pairwise")))
+
         with ForwardCounter(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
-            few, rerank = min(SAMPLE, len(queries)), partial(self._rerank, corpus=corpus, found=found)
+            few = min(SAMPLE, len(queries))
             _, time = timed_sample(rerank, queries.select(range(few)), len(queries))
-            told = f"the best {self.top_k} of {len(queries):,} queries to rerank: {time}"
-            logger.info("%s: %s", task_metadata.name, told)
+            estimate = f"the best {self.top_k} of {len(queries):,} queries to rerank: {time}"
+            logger.info("%s: %s", task_metadata.name, estimate)
             if len(queries) > few:
                 rerank(queries.select(range(few, len(queries))))
         if cost is not None:
             COSTS[task_metadata.name] = cost.per_query(len(queries))
             logger.info("%s: reranking took, per query, %s", task_metadata.name, COSTS[task_metadata.name])
         return found
-
-    def _rerank(self, queries: Dataset, corpus: Dataset, found: RetrievalOutputType) -> None:
-        """Put the best of each query in the reranker's order, in place."""
-        rows = {document: row for row, document in enumerate(corpus["id"])}
-        query_ids = iter(queries["id"])
-        for part in iter_items(queries, WINDOW, self.prompts):
-            names, groups = [], []
-            for query, query_id in zip(part, query_ids):
-                best = sorted(found[query_id], key=found[query_id].__getitem__, reverse=True)[: self.top_k]
-                chosen = iter_items(corpus.select([rows[name] for name in best]), prompts=self.prompts)
-                names.append((query_id, best))
-                groups.append(Group(query, [item for items in chosen for item in items]))
-            for (query_id, best), scores in zip(names, self._scores(groups)):
-                found[query_id].update(zip(best, map(float, _above_cosine(scores))))
 
     def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """Judge pairs: log-odds of Yes for each candidate of each group.
@@ -188,34 +172,25 @@ class TwoStage:
         """
         return self.judge.score(groups)
 
-    def _scores(self, groups: list[Group]) -> list[np.ndarray]:
-        if self.method == "pairwise":
-            return self.score_groups(groups)
-        if not _ranks(self.reranker):
-            return [self.reranker.listwise_scores(group.query, group.candidates) for group in groups]
-        options = {"method": self.method, "window": self.window, "batch_size": self.batch_size}
-        return [
-            _by_index(self.reranker.rank(group.query, group.candidates, **options))
-            if group.candidates
-            else np.zeros(0)
-            for group in groups
-        ]
+
+def _items(
+    table: Dataset, metadata: TaskMetadata, side: PromptType, prompts: Mapping[str, str | None]
+) -> Iterator[list[Item]]:
+    """Items of a table of ours, or of a table of others as mteb shows it to its own models."""
+    if has_encoded_items(table):
+        yield from iter_items(table, WINDOW, prompts)
+    else:
+        yield from iter_table(table, metadata, side)
 
 
-def _ranks(reranker: Any) -> bool:
-    """Whether a reranker ranks lists longer than a window by itself."""
-    return isinstance(reranker, UniMEReranker)
+def _above_cosine(scored: PairScores, *, by_rank: bool) -> list[float]:
+    """Map scores into [2, 4), strictly increasing; documents without a score come last.
 
-
-def _by_index(ranking: list[dict[str, Any]]) -> np.ndarray:
-    """A score for each candidate that says at which place it is: probabilities of 0 and 1 would make ties."""
-    scores = np.zeros(len(ranking))
+    A probability of a list may be 0 or 1 and make ties, hence the rank in its place.
+    """
+    ranking = sort_by_score(range(len(scored.scores)), scored.scores, scored.reasons, "document {}")
+    values = np.zeros(len(ranking))
     for index, entry in enumerate(ranking):
-        scores[entry["corpus_id"]] = len(ranking) - index
-    return scores
-
-
-def _above_cosine(scores: np.ndarray) -> np.ndarray:
-    """Map logits into (2, 4) in float64, strictly increasing: a probability would saturate and make ties."""
-    logits = np.asarray(scores, dtype=np.float64)
-    return 3.0 + logits / (1.0 + np.abs(logits))
+        score = len(ranking) - index if by_rank else entry["score"]
+        values[entry["corpus_id"]] = 2.0 if "error" in entry else 3.0 + score / (1.0 + abs(score))
+    return values.tolist()

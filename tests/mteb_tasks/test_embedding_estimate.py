@@ -1,4 +1,4 @@
-"""What a task will take is said before the work."""
+"""Estimates of what embedding a task will cost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import pytest
 from PIL import Image
 
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
-from mteb_tasks import evaluate, loader, wrap
+from mteb_tasks import evaluate, item_embedder, wrap
 from mteb_tasks.catalog import registered_tasks
 from mteb_tasks.columns import to_dataset
 from mteb_tasks.embedding_estimate import EmbeddingEstimate, estimate_embedding
 from mteb_tasks.mmeb.subsets import SUBSETS
 from unime_st.data.items import Item
 from unime_st.encoding import TokenCounter, encode_stream
+
+
+@pytest.fixture(scope="module")
+def every_subset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("every-subset")
+    return write_synthetic_mmeb(folder, subsets=SUBSETS, queries=2, candidates=2, documents=3)
 
 
 def test_items_distinct_ones_and_tokens_are_counted(tiny, tmp_path):
@@ -39,12 +45,13 @@ def test_the_unit_of_time_fits():
     assert str(EmbeddingEstimate(2, 1, 0, 0, 0.0)).endswith("all embedded before")
 
 
+FULL = {"ScenesVQA", "ScenesCompositional", "Flickr30k1kI2TRetrieval", "SugarCrepeByCategory", "MMEB-CIRR"}
+"""One task of each kind, evaluated by mteb; of the others the search is run alone."""
+
+
 @pytest.mark.parametrize("task", registered_tasks()[:-1], ids=lambda task: task.metadata.name)
-def test_every_task_says_first_what_it_takes(tiny, official, tmp_path_factory, monkeypatch, caplog, task):
-    folder = tmp_path_factory.getbasetemp() / "every-subset"
-    if not folder.is_dir():
-        write_synthetic_mmeb(folder, subsets=SUBSETS, queries=2, candidates=2, documents=3)
-    monkeypatch.setenv("MMEB_EVAL_DIR", str(folder))
+def test_every_task_logs_its_estimate_first(tiny, official, every_subset, monkeypatch, caplog, task):
+    monkeypatch.setenv("MMEB_EVAL_DIR", str(every_subset))
     monkeypatch.setenv("UNIME_EVAL_DIR", str(official / "eval"))
     forwards = []
 
@@ -53,24 +60,36 @@ def test_every_task_says_first_what_it_takes(tiny, official, tmp_path_factory, m
         forwards.append((len(items), len(caplog.records)))
         return encode_stream(model, items, results, **how)
 
-    monkeypatch.setattr(loader, "encode_stream", watched)
-    made = task(size=3) if task.metadata.name.startswith("Scenes") else task()
-    with caplog.at_level(logging.INFO, "mteb_tasks.loader"):
-        evaluate(wrap(tiny), [made])
-        (line,) = [record.getMessage() for record in caplog.records if record.name == "mteb_tasks.loader"]
+    monkeypatch.setattr(item_embedder, "encode_stream", watched)
+    name = task.metadata.name
+    made = task(size=3) if name.startswith("Scenes") else task()
+    with caplog.at_level(logging.INFO, "mteb_tasks.item_embedder"):
+        evaluate(wrap(tiny), [made]) if name in FULL else search(wrap(tiny), made)
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "mteb_tasks.item_embedder"]
     told = re.fullmatch(
-        rf"{task.metadata.name}: ([\d,]+) items, ([\d,]+) distinct, about ([\d,]+) to embed: [\d,]+ tokens, [\d.]+ s",
-        line,
+        rf"{name}: ([\d,]+) items, ([\d,]+) distinct, about ([\d,]+) to embed: [\d,]+ tokens, [\d.]+ s", line
     )
     assert told, line
     items, distinct, new = (int(number.replace(",", "")) for number in told.groups())
     assert items >= distinct >= new >= sum(count for count, _ in forwards)  # nothing twice, the sample included
 
 
+def search(model, task):
+    """Search as mteb does in an evaluation, without its metrics."""
+    task.load_data()
+    (splits,) = task.dataset.values()
+    data = splits["test"]
+    model.index(data["corpus"])
+    model.search(
+        data["queries"], task_metadata=task.metadata, hf_split="test", hf_subset="default", top_k=10,
+        encode_kwargs={"batch_size": 64}, top_ranked=data["top_ranked"],
+    )  # fmt: skip
+
+
 def test_every_item_is_embedded_once_and_a_second_run_says_so(tiny, caplog):
     wrapped = wrap(tiny)
-    with caplog.at_level(logging.INFO, "mteb_tasks.loader"):
+    with caplog.at_level(logging.INFO, "mteb_tasks.item_embedder"):
         for _ in range(2):
             evaluate(wrapped, [mteb.get_task("ScenesCompositional").__class__(size=3)])
-    first, second = (record.getMessage() for record in caplog.records if record.name == "mteb_tasks.loader")
+    first, second = (record.getMessage() for record in caplog.records if record.name == "mteb_tasks.item_embedder")
     assert "to embed" in first and second.endswith("all embedded before")

@@ -66,7 +66,7 @@ def test_texts_reach_the_model_untouched_and_each_item_once(tiny, monkeypatch):
         seen.extend(given)
         return encode_stream(model, given, results, **how)
 
-    monkeypatch.setattr("mteb_tasks.loader.encode_stream", noted)
+    monkeypatch.setattr("mteb_tasks.item_embedder.encode_stream", noted)
     task = ScenesVQA(size=20)
     evaluate(tiny, [task])
     data = task.retrieval_data("default", "test")

@@ -5,7 +5,7 @@ import psutil
 import pytest
 
 from mteb_tasks import embedding_store as store_module
-from mteb_tasks import loader
+from mteb_tasks import item_embedder
 from mteb_tasks.embedding_store import EmbeddingStore
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.models import cache_folder, folder_revision, metas
@@ -99,7 +99,7 @@ def test_a_second_run_makes_no_forward_pass(tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_stopped_goes_on_after_its_last_window(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "WINDOW", 4)
+    monkeypatch.setattr(item_embedder, "WINDOW", 4)
     items = [Item(text=f"text {number}") for number in range(60)]
     given = []
     forward = tiny.forward

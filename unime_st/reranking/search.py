@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -86,13 +87,17 @@ def search(
     similarities, found = nearest(vectors[: len(queries)], vectors[rows], min(top_k, len(rows)))
     groups = [(items[row], [items[rows[index]] for index in own]) for row, own in enumerate(found)]
     corpus_ids = readable[rows[found]] - len(queries)
-    rerank = _reranking(reranker, method, max(top_k, 2), batch_size, show_progress_bar)
+    rerank = second_stage(
+        reranker, method, window=max(top_k, 2), batch_size=batch_size, show_progress_bar=show_progress_bar
+    )
     model = reranker if isinstance(reranker, CrossEncoder) else getattr(reranker, "model", None)
     with ForwardCounter(model) if isinstance(model, CrossEncoder) else nullcontext() as count:
-        scored = rerank(groups, corpus_ids)
+        scored = rerank(groups, [[f"corpus[{index}]" for index in own] for own in corpus_ids])
     if count is not None:
         logger.info("reranked %d queries %s; per query %s", len(groups), method, count.per_query(len(groups)))
     rankings = []
+    if method == "pairwise":
+        scored = [_probabilities(own) for own in scored]
     for own, similarity, (scores, reasons) in zip(corpus_ids, similarities, scored, strict=True):
         by_id = dict(zip(own.tolist(), similarity.tolist(), strict=True))
         ranking = sort_by_score(own.tolist(), scores, reasons, "corpus[{}]")
@@ -139,36 +144,53 @@ def _embed(
     return items, readable, vectors, embedded
 
 
-def _reranking(
-    reranker: CrossEncoder | Judge, method: Method, window: int, batch_size: int, show_progress_bar: bool
-) -> Callable[[Sequence[Query], np.ndarray], list[PairScores]]:
-    """Return what scores queries with their documents, as probabilities.
+def second_stage(
+    reranker: CrossEncoder | Judge,
+    method: Method,
+    *,
+    window: int = 10,
+    batch_size: int = 32,
+    show_progress_bar: bool = False,
+) -> Callable[[Sequence[Query], Sequence[Sequence[str]]], list[PairScores]]:
+    """Make the function that scores queries with their retrieved documents.
 
     It is made before the cost is counted, because making a ranker runs the model once.
-    """
-    if not isinstance(reranker, CrossEncoder):
-        if method != "pairwise":
-            raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
-        judge = reranker
-        return lambda queries, corpus_ids: [_probabilities(scored) for scored in _judged(judge, queries)]
-    if method == "pairwise":
-        engine = reranker.ranker() if isinstance(reranker, UniMEReranker) else Ranker(reranker)
-        return lambda queries, corpus_ids: [
-            _probabilities(scored)
-            for scored in engine.pairwise(queries, batch_size, show_progress_bar=show_progress_bar)
-        ]
-    if not isinstance(reranker, UniMEReranker):
-        raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
-    reranker.check_lists()
-    listing = reranker.ranker()
 
-    def by_query(queries: Sequence[Query], corpus_ids: np.ndarray) -> list[PairScores]:
+    Args:
+        reranker: As for :func:`search`; for ``method="listwise"`` also any object with ``listwise_scores``.
+        method: As for :func:`search`.
+        window: Maximum length of a list. Defaults to 10.
+        batch_size: Pairs per forward pass. Defaults to 32.
+        show_progress_bar: Whether to show progress. Defaults to False.
+
+    Returns:
+        Callable: Takes queries with their documents, and the documents' names for error messages. Returns per query the
+        log-odds of Yes (pairwise) or the scores of :meth:`Ranker.rank`, with the reasons for missing scores.
+
+    Raises:
+        ValueError: If ``method`` needs lists and the reranker cannot rank them.
+    """
+    if method == "pairwise":
+        if not isinstance(reranker, CrossEncoder):
+            judge = reranker
+            return lambda queries, names: _judged(judge, queries)
+        engine = reranker.ranker() if isinstance(reranker, UniMEReranker) else Ranker(reranker)
+        return lambda queries, names: engine.pairwise(queries, batch_size, show_progress_bar=show_progress_bar)
+    if isinstance(reranker, UniMEReranker):
+        reranker.check_lists()
+        listing = reranker.ranker()
+    elif method != "listwise" or not hasattr(reranker, "listwise_scores"):
+        raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
+
+    def by_query(queries: Sequence[Query], names: Sequence[Sequence[str]]) -> list[PairScores]:
         waiting = tqdm(queries, desc="Reranking", unit="query", disable=not show_progress_bar)
         scored = []
-        for (query, documents), own in zip(waiting, corpus_ids, strict=True):
-            names = [f"corpus[{index}]" for index in own]
-            scores, reasons = listing.rank(query, documents, method, window=window, batch_size=batch_size, names=names)
-            scored.append(PairScores(np.nan_to_num(scores), reasons))
+        for (query, documents), own in zip(waiting, names, strict=True):
+            if isinstance(reranker, UniMEReranker):
+                found = listing.rank(query, documents, method, window=window, batch_size=batch_size, names=own)
+                scored.append(PairScores(np.nan_to_num(found.scores), found.reasons))
+            else:
+                scored.append(PairScores(reranker.listwise_scores(query, documents), [None] * len(documents)))
         return scored
 
     return by_query
@@ -177,7 +199,9 @@ def _reranking(
 def _judged(judge: Judge, queries: Sequence[Query]) -> list[PairScores]:
     errors: list[PairError] = []
     groups = [Group(query, documents) for query, documents in queries]
-    found = [PairScores(scores, [None] * len(scores)) for scores in judge.score(groups, errors=errors)]
+    collects = "errors" in inspect.signature(judge.score).parameters  # a judge may be as simple as score(groups)
+    scored = judge.score(groups, errors=errors) if collects else judge.score(groups)
+    found = [PairScores(scores, [None] * len(scores)) for scores in scored]
     for error in errors:
         found[error.group].reasons[error.candidate] = ValueError(error.reason)
     return found
