@@ -126,6 +126,7 @@ class Meter:
         model.forward = self
 
     def __call__(self, features: Any, **kwargs: Any) -> Any:
+        """Forward pass of the model."""
         with self._lock:
             self._running += 1
             if self._running == 1:

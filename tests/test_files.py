@@ -115,7 +115,7 @@ def test_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
 def test_damaged_json_names_the_file_and_the_remedy(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match="a.json.*download it again"):
+    with pytest.raises(ValueError, match=r"a.json.*download it again"):
         read_json(tmp_path / "a.json", remedy="download it again")
 
 
@@ -153,11 +153,11 @@ def test_unpacked_members_stay_inside(tmp_path: Path) -> None:
         for name in ("ok.txt", "../up.txt", "/root.txt", "d/../../e.txt"):
             archive.writestr(name, name)
     unpack_zip(tmp_path / "a.zip", tmp_path / "out")
-    found = {path for path in tmp_path.rglob("*.txt")}
+    found = set(tmp_path.rglob("*.txt"))
     assert len(found) == 4 and all(path.is_relative_to(tmp_path / "out") for path in found)
 
 
 def test_damaged_archives(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK\3\4 not an archive")
-    with pytest.raises(ValueError, match="a.zip cannot be unpacked .*download it again"):
+    with pytest.raises(ValueError, match=r"a.zip cannot be unpacked .*download it again"):
         unpack_zip(tmp_path / "a.zip", tmp_path / "out")

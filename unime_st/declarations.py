@@ -209,7 +209,7 @@ def _kinds(module: _Module, node: ast.expr) -> tuple[list[str], tuple[str, ...]]
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         if outer in ("Union", "Optional"):
             kinds, choices = _joined(_kinds(module, part) for part in parts)
-            return (kinds + ["None"] if outer == "Optional" else kinds), choices
+            return ([*kinds, "None"] if outer == "Optional" else kinds), choices
         if outer in ("list", "Sequence"):
             return [f"list[{kind}]" for kind in _kinds(module, parts[0])[0]], ()
         if outer == "Literal":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import numbers
@@ -302,7 +303,7 @@ def options_of(kind: type) -> dict[str, Option]:
             declared = declared_fields(base.__module__, base.__name__, Path(file))
         except LookupError:
             continue
-        own = base.__dict__.get("__annotations__", {})
+        own = inspect.get_annotations(base)
         found |= {name: Option.of(entry) for name, entry in declared.items() if name in own}
     return found
 

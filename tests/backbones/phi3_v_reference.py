@@ -45,9 +45,11 @@ def crops_of(image: Image.Image, num_crops: int, size: int) -> tuple[torch.Tenso
     fitted = (fitted - mean) / std
     rows, columns = fitted.shape[1] // size, fitted.shape[2] // size
     views = [F.interpolate(fitted[None], size=(size, size), mode="bicubic")[0]]
-    for row in range(rows):
-        for column in range(columns):
-            views.append(fitted[:, row * size : (row + 1) * size, column * size : (column + 1) * size])
+    views += [
+        fitted[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+        for row in range(rows)
+        for column in range(columns)
+    ]
     return torch.stack(views).double(), rows, columns
 
 
@@ -78,7 +80,7 @@ def clip_patches(tensors: Tensors, crops: torch.Tensor, heads: int, layers: int)
 def image_tokens(tensors: Tensors, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Merge patches two by two, lay the crops out, put separators in, project."""
     t = {k.split("vision_embed_tokens.")[1]: v.double() for k, v in tensors.items() if "vision_embed_tokens." in k}
-    side = int(math.isqrt(patches.shape[1]))
+    side = math.isqrt(patches.shape[1])
 
     def merged(crop: torch.Tensor, row: int, column: int) -> torch.Tensor:
         block = [crop[(2 * row + i) * side + 2 * column + j] for i in (0, 1) for j in (0, 1)]

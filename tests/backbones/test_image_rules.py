@@ -114,9 +114,9 @@ def test_damaged_files_and_pages_are_named(server: str, tmp_path: Path) -> None:
     for name in ("cut.png", "text.png"):
         with pytest.raises(BadImageError, match=name):
             open_image(str(tmp_path / name))
-    with pytest.raises(BadImageError, match="missing.png: cannot be opened .the server answered 404"):
+    with pytest.raises(BadImageError, match=r"missing.png: cannot be opened .the server answered 404"):
         open_image(f"{server}/missing.png")
-    with pytest.raises(BadImageError, match="cut.png: cannot be decoded"):
+    with pytest.raises(BadImageError, match=r"cut.png: cannot be decoded"):
         prepare_image(Image.open(tmp_path / "cut.png"), PLAIN, 32)
 
 

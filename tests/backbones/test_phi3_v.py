@@ -109,7 +109,7 @@ def test_unpublished_variants_are_refused(published: Path, tmp_path: Path) -> No
     content = json.loads((published / "config.json").read_text())
     content["embd_layer"]["projection_cls"] = "linear"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="projection_cls.*linear"):
+    with pytest.raises(ValueError, match=r"projection_cls.*linear"):
         UniMEPhi3VConfig.from_published(tmp_path)
 
 

@@ -110,14 +110,14 @@ def test_damage_is_named(copy: Path, tmp_path: Path, harm: Callable[[Path], None
 
 def test_wrong_recipe_names_the_right_ones(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match="'qwen2_vl', recipe 'unime-v2' is for 'llava_onevision'.*: unime-v2-2b, "
+        CheckpointError, match=r"'qwen2_vl', recipe 'unime-v2' is for 'llava_onevision'.*: unime-v2-2b, "
     ):
         convert(copy, "unime-v2", output=tmp_path / "out")
 
 
 def test_foreign_family(copy: Path, tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(CheckpointError, match="'bert'.*Families that can be converted: internvl, llava_next"):
+    with pytest.raises(CheckpointError, match=r"'bert'.*Families that can be converted: internvl, llava_next"):
         convert(copy, "unime-v2-2b", output=tmp_path / "out")
 
 
@@ -135,9 +135,9 @@ def test_other_layouts_and_families_have_a_way(copy: Path, tmp_path: Path, kind:
 
 
 def test_no_folder_and_no_target(tmp_path: Path, copy: Path) -> None:
-    with pytest.raises(CheckpointError, match="No folder .*missing.*unime pull ALIAS"):
+    with pytest.raises(CheckpointError, match=r"No folder .*missing.*unime pull ALIAS"):
         convert(tmp_path / "missing", "unime-v2-2b", output=tmp_path / "out")
-    with pytest.raises(ValueError, match="--output.*--alias.*not both"):
+    with pytest.raises(ValueError, match=r"--output.*--alias.*not both"):
         convert(copy, "unime-v2-2b", output=tmp_path / "out", alias="x")
     with pytest.raises(ValueError, match="No recipe 'nothing'"):
         convert(copy, "nothing", output=tmp_path / "out")
@@ -145,13 +145,13 @@ def test_no_folder_and_no_target(tmp_path: Path, copy: Path) -> None:
 
 def test_tokenizer_and_image_processor_are_needed(copy: Path, tmp_path: Path) -> None:
     (copy / "processor_config.json").unlink()
-    with pytest.raises(CheckpointError, match="no image processor. Give a download of Qwen/Qwen2-VL-2B-Instruct"):
+    with pytest.raises(CheckpointError, match=r"no image processor. Give a download of Qwen/Qwen2-VL-2B-Instruct"):
         convert(copy, "unime-v2-2b", output=tmp_path / "out")
 
 
 def test_bare_backbone_without_template(copy: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").unlink()
-    with pytest.raises(CheckpointError, match="no chat template. Give one with --template"):
+    with pytest.raises(CheckpointError, match=r"no chat template. Give one with --template"):
         convert(copy, "qwen2-vl", output=tmp_path / "out")
 
 
@@ -168,7 +168,7 @@ def test_adapters(copy: Path, checkpoint: Get, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     tensors = {"base_model.model.model.other.0.q_proj.lora_A.weight": load_file(copy / WEIGHTS).popitem()[1]}
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="is an adapter. Give the folder of org/base with --base"):
+    with pytest.raises(CheckpointError, match=r"is an adapter. Give the folder of org/base with --base"):
         convert(adapter, "unime-v2-2b", output=tmp_path / "out")
     with pytest.raises(CheckpointError, match="was not made for this base: 1 of its 1 tensors"):
         convert(adapter, "unime-v2-2b", output=tmp_path / "out", base=copy)

@@ -118,7 +118,9 @@ def test_released_layout_without_processor(checkpoint: Get, tmp_path: Path) -> N
     weights.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint("phi3.5-v") / name, weights)
-    with pytest.raises(CheckpointError, match="no tokenizer. Give a download of microsoft/Phi-3.5.* with --processor"):
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer. Give a download of microsoft/Phi-3.5.* with --processor"
+    ):
         convert(weights, "unime-v1-phi3.5", output=tmp_path / "out")
     folder = convert(weights, "unime-v1-phi3.5", output=tmp_path / "out", processor=checkpoint("phi3.5-v"))
     assert SentenceTransformer(str(folder), device="cpu").encode("a").shape == (32,)

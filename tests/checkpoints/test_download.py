@@ -129,7 +129,7 @@ def test_what_is_there_is_not_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_offline_and_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIME_HOME", str(tmp_path))
-    with pytest.raises(AliasError, match="may not be asked .offline.*`unime pull unime-v1-phi3.5`.*--alias"):
+    with pytest.raises(AliasError, match=r"may not be asked .offline.*`unime pull unime-v1-phi3.5`.*--alias"):
         pull("unime-v1-phi3.5", local_files_only=True)
-    with pytest.raises(AliasError, match="'unime-v9' is no released model. Released: unime-v2, "):
+    with pytest.raises(AliasError, match=r"'unime-v9' is no released model. Released: unime-v2, "):
         pull("unime-v9")

@@ -184,7 +184,7 @@ def test_unime_class(converted: Get, checkpoint: Get) -> None:
     assert counts[0] == 4 < counts[1]
     with pytest.raises(ValueError, match="has no image rule, so image_size=56 would have no effect"):
         UniME("unime-tiny", device="cpu", image_size=56)
-    with pytest.raises(ValueError, match="bare qwen2_vl checkpoint .*`unime convert"):
+    with pytest.raises(ValueError, match=r"bare qwen2_vl checkpoint .*`unime convert"):
         UniME(checkpoint("qwen2-vl"), device="cpu")
 
 

@@ -84,7 +84,7 @@ def test_configurations_are_listed_and_shown(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_name_of_another_stage_is_refused() -> None:
-    with pytest.raises(OptionError, match="no such configuration file. Packaged: .*tiny"):
+    with pytest.raises(OptionError, match=r"no such configuration file. Packaged: .*tiny"):
         find_config("own", "soft_labels")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -50,7 +51,7 @@ def test_transparent_color_of_rgb_and_grayscale():
     assert opened(Image.new("L", (1, 1), 7), transparency=7).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("value, expected", [(0, 0), (257 * 128, 128), (65535, 255)])
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (257 * 128, 128), (65535, 255)])
 def test_sixteen_bit_grayscale_is_scaled(value: int, expected: int):
     deep = Image.fromarray(np.full((2, 2), value, dtype=np.uint16))
     assert opened(deep).getpixel((0, 0)) == (expected,) * 3
@@ -105,7 +106,7 @@ def test_decompression_bomb_is_refused_before_decoding(size: tuple[int, int]):
     limit = Image.MAX_IMAGE_PIXELS
     with pytest.raises(BadImageError, match="pixels"):
         ImageRef(data=bomb(*size)).open()
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_pixel_limit_is_per_call():
@@ -121,14 +122,14 @@ def test_truncated_file_is_bad(kind: str, tmp_path: Path):
     path = tmp_path / "cut.bin"
     path.write_bytes(encode(noise, kind)[:-2000])
     assert ImageRef(path=str(path)).size() == (64, 64)
-    with pytest.raises(BadImageError, match="cut.bin.*truncated"):
+    with pytest.raises(BadImageError, match=r"cut.bin.*truncated"):
         ImageRef(path=str(path)).open()
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0" + b"\0" * 20, b"GIF89a"])
 def test_garbage_is_bad(data: bytes):
     for read in (ImageRef(data=data).open, ImageRef(data=data).size):
-        with pytest.raises(BadImageError, match="cannot be opened|cannot be decoded"):
+        with pytest.raises(BadImageError, match=r"cannot be opened|cannot be decoded"):
             read()
 
 
@@ -144,10 +145,8 @@ def test_random_damage_never_escapes_as_another_error():
             damaged = bytearray(data)
             for position in rng.integers(0, len(data), 4):
                 damaged[position] = rng.integers(0, 256)
-            try:
+            with contextlib.suppress(BadImageError):
                 assert ImageRef(data=bytes(damaged)).open().mode == "RGB"
-            except BadImageError:
-                pass
 
 
 def test_missing_file_directory_pipe_and_url(tmp_path: Path):
@@ -162,13 +161,13 @@ def test_member_of_a_zip_archive(tmp_path: Path):
     with zipfile.ZipFile(archive, "w") as images:
         images.writestr("a/red.png", encode(Image.new("RGB", (3, 5), "red")))
     assert ImageRef(path=str(archive), member="a/red.png").open().size == (3, 5)
-    with pytest.raises(BadImageError, match="blue.png"):
+    with pytest.raises(BadImageError, match=r"blue.png"):
         ImageRef(path=str(archive), member="blue.png").read()
 
 
 def test_exactly_one_source():
     for options in ({}, {"path": "a", "data": b""}, {"data": b"", "member": "a"}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"exactly one of path and data|path is missing"):
             ImageRef(**options)
 
 

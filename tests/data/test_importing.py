@@ -231,7 +231,7 @@ def test_keys_that_only_later_rows_have_are_read(tmp_path: Path):
 
 def test_nothing_left_is_an_error(tmp_path: Path):
     source = write_lines(tmp_path / "rows.jsonl", [{"query": "", "positive": "x"}])
-    with pytest.raises(ValueError, match="all 1 pairs were rejected.*rejected.jsonl"):
+    with pytest.raises(ValueError, match=r"all 1 pairs were rejected.*rejected.jsonl"):
         import_records(source, tmp_path / "out")
     assert len(rejected(tmp_path / "out")) == 1
     with pytest.raises(ValueError, match="empty"):
@@ -239,7 +239,7 @@ def test_nothing_left_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "pair, message",
+    ("pair", "message"),
     [
         ({"query": {"text": "nme"}, "positive": {"image": "image"}}, "unknown columns nme; the data have image, name"),
         ({"query": {"text": "a {nme} b"}, "positive": {"image": "image"}}, "unknown columns nme"),
@@ -276,7 +276,7 @@ def test_unreadable_sources(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         import_records(tmp_path / "absent", tmp_path / "out")
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"a": 1}])}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(ValueError, match="several splits.*train"):
+    with pytest.raises(ValueError, match=r"several splits.*train"):
         import_records(tmp_path / "splits", tmp_path / "out")
 
 

@@ -26,7 +26,7 @@ def test_write_and_read(tmp_path: Path):
 
 
 def test_nan_is_not_written(tmp_path: Path):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_manifest(tmp_path, {"mean": float("nan")})
     assert not is_complete(tmp_path)
 
@@ -34,7 +34,7 @@ def test_nan_is_not_written(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema_version": 99}'])
 def test_damaged_or_newer_manifest(tmp_path: Path, content: str):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match="manifest.json"):
+    with pytest.raises(ValueError, match=r"manifest.json"):
         read_manifest(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_overwrite_starts_afresh(tmp_path: Path):
 def test_strangers_folders_are_left_alone(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="not a stage folder|not empty"):
+        with pytest.raises(FileExistsError, match=r"not a stage folder|not empty"):
             begin_stage(tmp_path, "mine", inputs=[], options={}, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").exists()
 

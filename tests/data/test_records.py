@@ -183,7 +183,7 @@ def test_record_sets_travel_to_workers(tmp_path: Path, method: str):
     ],
 )
 def test_half_judged_records_are_refused(logits: dict):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"needs one logit for its positive|must be finite"):
         PairRecord(Item("a"), Item("b"), negatives=(Item("c"),), **logits)
 
 

@@ -152,7 +152,7 @@ def test_reading_a_long_list_needs_little_memory(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "text, elements",
+    ("text", "elements"),
     [
         ("[]", []),
         (" [ ] \n", []),
@@ -176,5 +176,5 @@ def test_json_list_split_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("text", ["", "{}", "[1", "[1,]", "[1 2]", "[1] 2", '[{"a": 1}', "[nope]"])
 def test_damaged_json_list(text: str, tmp_path: Path):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match="a.json"):
+    with pytest.raises(ValueError, match=r"a.json"):
         list(json_list(tmp_path / "a.json"))

@@ -172,7 +172,7 @@ def test_url_time_limit(site: str):
         with pytest.raises(BadImageError, match=f"{name}.png"):
             fetch_image(f"{site}/{name}.png", seconds=0.3)
         assert time.monotonic() - started < 30
-    with pytest.raises(BadImageError, match="absent.png: cannot be fetched .*404"):
+    with pytest.raises(BadImageError, match=r"absent.png: cannot be fetched .*404"):
         fetch_image(f"{site}/absent.png")
     rows = [f"{site}/good.png", {"text": f"{site}/good.png"}, {"image": f"{site}/absent.png", "text": "x"}, noise()]
     assert isinstance(load_input(rows[0]), Image.Image) and load_input(rows[1]) == rows[1]

@@ -157,9 +157,9 @@ def test_shards_name_what_has_no_vector(tmp_path: Path, monkeypatch: pytest.Monk
 def test_bad_image_is_named_or_skipped(tmp_path: Path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     items = [Item("a"), Item(image=tmp_path / "bad.png"), Item(image=tmp_path / "absent.png"), Item("b")]
-    with pytest.raises(BadImageError, match="item 1: .*bad.png"):
+    with pytest.raises(BadImageError, match=r"item 1: .*bad.png"):
         encode_items(tiny_embedder(), items[:2])
-    with pytest.raises(BadImageError, match="item 2: .*absent.png"):
+    with pytest.raises(BadImageError, match=r"item 2: .*absent.png"):
         encode_items(tiny_embedder(), items)
     reasons: dict[int, str] = {}
     vectors, mask = encode_items(tiny_embedder(), items, on_error="skip", reasons=reasons)

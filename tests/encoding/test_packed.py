@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_with_sdpa_rows_are_masked_from_one_another(embedder: Get, name: str):
     assert not BatchRunner(model).packed
     vectors, sequences = embedded(model, packed=True)
     lengths = [int(model.preprocess([row])["attention_mask"].sum()) for row in rows()]
-    assert sorted(sum(sequences, [])) == sorted(lengths) and max(map(len, sequences)) > 3
+    assert sorted(itertools.chain.from_iterable(sequences)) == sorted(lengths) and max(map(len, sequences)) > 3
     np.testing.assert_allclose(vectors, one_by_one(model), atol=2e-5)
 
 
@@ -87,7 +88,7 @@ def row_by_row(
             scale=given.get("scaling"),
             enable_gqa=True,
         )
-        for begin, end in zip(starts, starts[1:])
+        for begin, end in itertools.pairwise(starts)
     ]
     return torch.cat(found, dim=2).transpose(1, 2), None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_batches_hold_every_row_once_within_the_budget(costs: list[int], budget:
 def test_batches_are_cut_where_their_images_are_too_large(batches: list[list[int]], most: int):
     pixels = [count for batch in batches for count in batch]
     starts = np.cumsum([0, *map(len, batches)])
-    rows = [np.arange(start, end) for start, end in zip(starts, starts[1:])]
+    rows = [np.arange(start, end) for start, end in itertools.pairwise(starts)]
     parts = split_by_pixels(rows, pixels, most)
     assert [row for part in parts for row in part.tolist()] == list(range(len(pixels)))
     for part, after in zip(parts, [*parts[1:], np.array([], dtype=int)]):

@@ -53,7 +53,7 @@ def test_cost(pools: Pools, judge: LocalJudge):
 def test_a_judge_that_does_not_answer_is_refused_before_it_is_paid(pools: Pools, tmp_path: Path):
     random = LocalJudge(tiny.checkpoint(tmp_path), device="cpu")
     for judge in (random, CascadeJudge(random, WordJudge())):
-        with pytest.raises(ValueError, match="less than 1% .*thinks or explains first"):
+        with pytest.raises(ValueError, match=r"less than 1% .*thinks or explains first"):
             estimate_judging(pools, judge, sample=4)
 
 
@@ -127,7 +127,7 @@ def test_a_shard_of_another_judge_is_refused(pools: Pools, tmp_path: Path):
     path = output / "rows-00000.parquet"
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({"judge": '{"name": "other"}'}), path)
-    with pytest.raises(StageConflictError, match="rows-00000.parquet holds scores of .*other"):
+    with pytest.raises(StageConflictError, match=r"rows-00000.parquet holds scores of .*other"):
         judge_pools(pools, WordJudge(), output, shard_size=3)
 
 

@@ -76,11 +76,11 @@ def test_scores_equal_those_of_the_model_itself_and_faults_are_survived(start: S
     assert "bad pair" in errors[0].reason and "image" in errors[1].reason and judge.tries == 2
     with pytest.raises(ValueError, match="group 0, candidate 0: the server refuses the pair"):
         judge.score(refused)
-    with pytest.raises(ServerError, match="none of 8 pairs could be judged.*bad pair"):
+    with pytest.raises(ServerError, match=r"none of 8 pairs could be judged.*bad pair"):
         judge.score([Group("a", [Item("refuse me")] * 8)], errors=[])
     process.kill()
     process.join()
-    with pytest.raises(ServerError, match="not answered in 2 tries.*finished shards are kept"):
+    with pytest.raises(ServerError, match=r"not answered in 2 tries.*finished shards are kept"):
         HttpJudge(address, "unime-tiny", retries=1, pause=0.01).score(groups())
 
 
@@ -126,7 +126,7 @@ def test_options_that_make_no_sense():
         HttpJudge("http://127.0.0.1:8000/v1", "m", concurrency=0)
 
 
-@pytest.mark.parametrize("option, value", [("template", "tiny"), ("max_text_tokens", 512), ("dtype", "bfloat16")])
+@pytest.mark.parametrize(("option", "value"), [("template", "tiny"), ("max_text_tokens", 512), ("dtype", "bfloat16")])
 def test_options_that_a_server_cannot_be_told_are_refused(option: str, value: object, tmp_path: Path):
     records = RecordSet.write(tmp_path / "records", [PairRecord(Item("a"), Item("b"))], {})
     pools = mine(records, tiny_embedder(), tmp_path / "pools")

@@ -161,7 +161,7 @@ def test_bad_images_raise_with_their_place_or_are_set_aside(judge: LocalJudge, t
     groups = [Group("a", ["b", broken, "c"]), Group(missing, ["b", "c"])]
     with pytest.raises(BadImageError, match="group 0, candidate 1: image <100 bytes"):
         judge.score(groups[:1])
-    with pytest.raises(BadImageError, match="group 1, candidate 0: .*none.png"):
+    with pytest.raises(BadImageError, match=r"group 1, candidate 0: .*none.png"):
         judge.score([Group("a", ["b"]), groups[1]])
     errors: list[PairError] = []
     scores = judge.score(groups, errors=errors)
@@ -246,7 +246,7 @@ def test_models_that_cannot_answer(folder: str, tmp_path: Path):
         LocalJudge(tiny.checkpoint(tmp_path / "no-no", words=["Yes"]), device="cpu")
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         LocalJudge(folder, batch_size=0)
-    with pytest.raises(FileNotFoundError, match="no folder .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nothing"):
         LocalJudge(tmp_path / "nothing")
 
 

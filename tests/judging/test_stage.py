@@ -1,3 +1,5 @@
+"""Judge stage: every pair scored once, resumed after kills, shared by concurrent runs, selected into rows."""
+
 from __future__ import annotations
 
 import json
@@ -138,7 +140,9 @@ class Careless(WordJudge):
         )
 
 
-@pytest.mark.parametrize("answers, message", [(np.nan, "gave nan"), (np.inf, "gave inf"), (None, "gave 1 scores for")])
+@pytest.mark.parametrize(
+    ("answers", "message"), [(np.nan, "gave nan"), (np.inf, "gave inf"), (None, "gave 1 scores for")]
+)
 def test_careless_judges_stop_the_stage(answers: object, message: str, pools: Pools, tmp_path: Path):
     assert isinstance(Careless(answers), Judge)
     with pytest.raises(ValueError, match=message):
@@ -263,7 +267,7 @@ def test_low_positive_and_divisor(tmp_path: Path):
     assert trusted.positive_logit == CERTAIN_LOGIT and sorted(trusted.negative_logits) == [-5.5, -4.0]
     believed = pick(select_rows(scores, tmp_path / "e", num_negatives=1, min_positive_score=0.001))
     assert believed.positive_logit == pytest.approx(-5.0)  # scores more than that
-    with pytest.raises(ValueError, match="min_positive_score must be between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"min_positive_score must be between 0 and 1, got 1.5"):
         select_rows(scores, tmp_path / "f", min_positive_score=1.5)
 
 

@@ -22,13 +22,13 @@ def rows(count: int, negatives: int = 3) -> list[list[Any]]:
     """Columns query, positive, negative_1, ...: texts, images and both."""
     columns: list[list[Any]] = [[f"a {SHADES[row % 8]} image" for row in range(count)]]
     columns.append([{"image": tiny.make_image(row % 5), "text": None} for row in range(count)])
-    for index in range(negatives):
-        columns.append(
-            [
-                f"the {SHADES[(row + index) % 8]} one" if row % 2 else {"text": "b", "image": tiny.make_image(index)}
-                for row in range(count)
-            ]
-        )
+    columns += [
+        [
+            f"the {SHADES[(row + index) % 8]} one" if row % 2 else {"text": "b", "image": tiny.make_image(index)}
+            for row in range(count)
+        ]
+        for index in range(negatives)
+    ]
     return columns
 
 

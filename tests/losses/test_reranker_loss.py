@@ -315,7 +315,7 @@ def test_stock_trainer_with_lora_learns(reranker_folder: str, mini_batch_size: i
 
 
 @pytest.mark.parametrize(
-    "columns, labels, message",
+    ("columns", "labels", "message"),
     [
         ([["a"], ["b"]], None, "at least one negative, but got 2 column"),
         ([["a"], ["b"], ["c"]], torch.ones(1, 3), "shape (1, 2), but the labels have shape (1, 3)"),
@@ -335,7 +335,7 @@ def test_any_number_of_candidates_trains_pairwise(model: UniMEReranker):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"pairwise_weight": 0, "listwise_weight": 0}, "not both 0"),
         ({"listwise_weight": -1}, "at least 0"),

@@ -75,7 +75,7 @@ def test_urban1k_reads_first_lines_in_number_order(tmp_path):
         (tmp_path / "caption" / f"{name}.txt").write_text(f"caption {name}" + ("\nmore\n" if name == "2" else ""))
     assert [one.captions[0] for one in read_urban1k(tmp_path)] == ["caption 1", "caption 2\n", "caption 10"]
     (tmp_path / "caption" / "10.txt").unlink()
-    with pytest.raises(ValueError, match="10.jpg has no caption"):
+    with pytest.raises(ValueError, match=r"10.jpg has no caption"):
         list(read_urban1k(tmp_path))
 
 
@@ -83,14 +83,14 @@ def test_sharegpt4v_takes_the_answer_in_one_line_and_names_missing_images(tmp_pa
     records = [{"image": "images/0.jpg", "conversations": [{"value": "?"}, {"value": "a\nb"}]}]
     file = tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json"
     file.write_text(json.dumps(records))
-    with pytest.raises(FileNotFoundError, match="record 0 names images/0.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"record 0 names images/0.jpg"):
         list(read_sharegpt4v(tmp_path))
     _image(tmp_path / "images" / "0.jpg")
     assert [one.captions for one in read_sharegpt4v(tmp_path)] == [("a b",)]
     _image(tmp_path.parent / "secret.jpg")
     for outside in ("../secret.jpg", str(tmp_path.parent / "secret.jpg")):
         file.write_text(json.dumps([{**records[0], "image": outside}]))
-        with pytest.raises(FileNotFoundError, match="record 0 names .*secret.jpg, which is not in"):
+        with pytest.raises(FileNotFoundError, match=r"record 0 names .*secret.jpg, which is not in"):
             list(read_sharegpt4v(tmp_path))
 
 
@@ -121,7 +121,7 @@ def test_five_captions_in_both_directions(tiny, home, monkeypatch):
 
 def test_rows_without_five_captions_are_named(home):
     _karpathy(home / "set", [["only one"]])
-    with pytest.raises(ValueError, match="data.parquet: row 0 has fewer than 5"):
+    with pytest.raises(ValueError, match=r"data.parquet: row 0 has fewer than 5"):
         list(read_karpathy(home / "set"))
 
 
@@ -141,7 +141,7 @@ def test_sugarcrepe_names_missing_images_and_counts_ties_as_wrong(tiny, home, mo
         pair = {"filename": "1.jpg", "caption": "the same words", "negative_caption": "the same words"}
         (folder / "data" / f"{category}.json").write_text(json.dumps({"0": pair}))
     monkeypatch.setenv("UNIME_EVAL_DIR", str(home))
-    with pytest.raises(FileNotFoundError, match="image 1.jpg of pair 0"):
+    with pytest.raises(FileNotFoundError, match=r"image 1.jpg of pair 0"):
         SugarCrepeByCategory().load_data()
     _image(folder / "val2017" / "1.jpg")
     scores = evaluate(tiny, [SugarCrepeByCategory()])["SugarCrepeByCategory"]
@@ -149,7 +149,7 @@ def test_sugarcrepe_names_missing_images_and_counts_ties_as_wrong(tiny, home, mo
     _image(folder / "outside.jpg")
     outside = {"filename": "../outside.jpg", "caption": "some words", "negative_caption": "other words"}
     (folder / "data" / "swap_obj.json").write_text(json.dumps({"3": outside}))
-    with pytest.raises(FileNotFoundError, match="image ../outside.jpg of pair 3 is not in"):
+    with pytest.raises(FileNotFoundError, match=r"image ../outside.jpg of pair 3 is not in"):
         SugarCrepeByCategory().load_data()
     shutil.rmtree(folder / "val2017")
 

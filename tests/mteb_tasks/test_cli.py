@@ -116,7 +116,7 @@ def test_mteb_s_own_trial_of_a_model_passes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, variables",
+    ("model", "variables"),
     [("unime-local", "UNIME_MODEL"), ("unime/unime-local+reranker", "UNIME_MODEL and UNIME_RERANKER")],
 )
 def test_a_model_without_its_variables_says_which_to_set(monkeypatch, model, variables):

@@ -1,3 +1,5 @@
+"""Conversion of items to the columns of mteb, and the ranking of candidates."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -56,5 +58,5 @@ def test_ties_are_broken_by_name_and_not_by_position():
 
 def test_invalid_embeddings_are_refused():
     bad = np.array([[np.nan, 1.0]], dtype=np.float32)
-    with pytest.raises(ValueError, match="query 0 .* NaN"):
+    with pytest.raises(ValueError, match=r"query 0 .* NaN"):
         rank_candidates(bad, bad, None, tie_order(["a"]), 1)

@@ -200,10 +200,10 @@ def test_faulty_folders_are_named(tmp_path, capsys):
     assert "no results of mteb" in capsys.readouterr().err
     broken = tmp_path / "MMEB-GQA.json"
     broken.write_text('{"task_name": "MMEB-GQA", "sc')
-    with pytest.raises(ValueError, match="MMEB-GQA.json is damaged"):
+    with pytest.raises(ValueError, match=r"MMEB-GQA.json is damaged"):
         read_results([tmp_path])
     broken.write_text('{"task_name": "MMEB-GQA", "scores": {"test": [{"hf_subset": "default"}]}}')
-    with pytest.raises(ValueError, match="MMEB-GQA.json is not a result of mteb"):
+    with pytest.raises(ValueError, match=r"MMEB-GQA.json is not a result of mteb"):
         read_results([tmp_path])
     with pytest.raises(ValueError, match="failures must be 0 or more"):
         write_report([tmp_path], failures=-1)

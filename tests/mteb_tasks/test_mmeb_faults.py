@@ -118,7 +118,7 @@ def test_a_second_run_in_the_same_process_checks_all_again(one, monkeypatch):
     mteb.evaluate(Noisy(), MMEB(), cache=None)
     (one / "images" / "OVEN" / "q0.png").unlink()  # CIRR, which comes first, is as it was
     monkeypatch.setattr(Noisy, "encode", lambda *args, **kwargs: pytest.fail("encoded before all was checked"))
-    with pytest.raises(MMEBDataError, match="image OVEN/q0.png of the query is missing"):
+    with pytest.raises(MMEBDataError, match=r"image OVEN/q0.png of the query is missing"):
         mteb.evaluate(Noisy(), MMEB(), cache=None)
 
 

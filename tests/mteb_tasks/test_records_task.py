@@ -1,3 +1,5 @@
+"""Retrieval task on a record folder."""
+
 from __future__ import annotations
 
 import mteb

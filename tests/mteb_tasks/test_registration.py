@@ -1,3 +1,5 @@
+"""Registration of tasks, benchmarks and model names with mteb."""
+
 from __future__ import annotations
 
 import subprocess

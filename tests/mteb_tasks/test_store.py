@@ -1,3 +1,5 @@
+"""Embedding store of the loader: order, damaged and failed writes, memory, keys."""
+
 from __future__ import annotations
 
 import numpy as np

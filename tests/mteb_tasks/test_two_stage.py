@@ -1,3 +1,5 @@
+"""Two-stage models in mteb: reranking of the first stage's top k."""
+
 from __future__ import annotations
 
 import json
@@ -75,13 +77,13 @@ def test_compositional_pairs_are_judged_by_the_reranker(tiny):
 
 
 def test_wrong_settings_are_named(tiny):
-    with pytest.raises(ValueError, match="listwise.*pairwise.*hybrid.*'both'"):
+    with pytest.raises(ValueError, match=r"listwise.*pairwise.*hybrid.*'both'"):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), method="both")
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), top_k=0)
 
 
-@pytest.mark.parametrize("method, window", [("listwise", 10), ("listwise", 4), ("hybrid", 4)])
+@pytest.mark.parametrize(("method", "window"), [("listwise", 10), ("listwise", 4), ("hybrid", 4)])
 def test_a_real_reranker_reorders_all_ten(tiny, caplog, method, window):
     from unime_st import UniMEReranker
 

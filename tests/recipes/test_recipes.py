@@ -39,7 +39,7 @@ def test_official_values() -> None:
 
 
 def test_unknown_recipe_names_all() -> None:
-    with pytest.raises(ValueError, match="No recipe 'unime-v3'. Use one of: .*unime-v2.*qwen2.5-vl"):
+    with pytest.raises(ValueError, match=r"No recipe 'unime-v3'. Use one of: .*unime-v2.*qwen2.5-vl"):
         get_recipe("unime-v3")
 
 

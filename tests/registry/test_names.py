@@ -76,21 +76,21 @@ def test_an_alias_stays_in_its_folder(name: str) -> None:
 
 def test_errors_name_the_way_out(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        AliasError, match="Unknown model 'unime-v3'. Known aliases: .*unime-v2-2b.*`unime convert FOLDER"
+        AliasError, match=r"Unknown model 'unime-v3'. Known aliases: .*unime-v2-2b.*`unime convert FOLDER"
     ):
         SentenceTransformer("unime-v3")
     with pytest.raises(
-        AliasError, match="not on this machine.*`unime pull unime-v2`.*unime convert FOLDER --recipe unime-v2"
+        AliasError, match=r"not on this machine.*`unime pull unime-v2`.*unime convert FOLDER --recipe unime-v2"
     ):
         SentenceTransformer("unime-v2", local_files_only=True)
     with pytest.raises(AliasError, match="No folder 'no/such/thing', and it is not an alias"):
         resolve("no/such/thing")
     (models / "unime-v2-7b").mkdir(parents=True)
-    with pytest.raises(AliasError, match="no modules.json.. Make it again: `unime pull unime-v2-7b`"):
+    with pytest.raises(AliasError, match=r"no modules.json.. Make it again: `unime pull unime-v2-7b`"):
         resolve("unime-v2-7b")
     folder = native(models / "unime-v2-2b")
     (folder / "model.safetensors").symlink_to(folder / "gone")
-    with pytest.raises(AliasError, match="weights link to files that are gone .model.safetensors.*--overwrite"):
+    with pytest.raises(AliasError, match=r"weights link to files that are gone .model.safetensors.*--overwrite"):
         CrossEncoder("unime-v2-2b")
 
 
@@ -103,7 +103,7 @@ def test_aliases_load_in_the_plain_classes(models: Path, checkpoint: Get) -> Non
 
 
 def test_other_names_still_go_to_the_hub() -> None:
-    with pytest.raises(OSError, match="sentence-transformers/no-such-model-of-ours|huggingface"):
+    with pytest.raises(OSError, match=r"sentence-transformers/no-such-model-of-ours|huggingface"):
         SentenceTransformer("no-such-model-of-ours", local_files_only=True)
 
 

@@ -1,3 +1,5 @@
+"""HTML report of the demo: numbers, tables, galleries, and malformed runs."""
+
 from __future__ import annotations
 
 import json
@@ -5,6 +7,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +169,7 @@ def test_differences_are_paired_and_signed(report: Page):
             assert cell[0] in "+-"
 
 
-@pytest.mark.parametrize("shift, words", [(0.1, "is ahead of"), (-0.1, "is behind"), (0.0, "is level with")])
+@pytest.mark.parametrize(("shift", "words"), [(0.1, "is ahead of"), (-0.1, "is behind"), (0.0, "is level with")])
 def test_verdict_follows_the_sign(shift: float, words: str, tmp_path: Path):
     rows = [{**row, "value": 0.5} for row in made_up_rows(("in_batch", "v2"))]
     for row in rows:
@@ -265,7 +268,7 @@ def test_little_is_there(tmp_path: Path):
     (tmp_path / "results.json").write_text(json.dumps(content))
     page = Page(write_demo_report(tmp_path).read_text(encoding="utf-8"))
     assert list(page.table("model", "short t2i")) == [MODELS["base"], MODELS["v2"]]
-    assert "±" not in "".join(sum(page.table("model", "short t2i").values(), []))
+    assert "±" not in "".join(chain.from_iterable(page.table("model", "short t2i").values()))
     for missing in (
         "one seed, so no spread is known",
         "so there is no comparison",
@@ -292,7 +295,7 @@ def test_plain_table():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"value": float("nan")}, "row 2: value is nan"),
         ({"value": 55.0}, "row 2: value is 55.0, expected a fraction"),
@@ -314,7 +317,7 @@ def test_missing_results(tmp_path: Path):
     with pytest.raises(ValueError, match="has not evaluated a model"):
         DemoResults({"rows": []})
     (tmp_path / "results.json").write_text(json.dumps({**made_up(made_up_rows()), "settings": {"foil_size": 9}}))
-    with pytest.raises(ValueError, match="settings.eval_size is None"):
+    with pytest.raises(ValueError, match=r"settings.eval_size is None"):
         write_demo_report(tmp_path)
 
 
@@ -329,10 +332,10 @@ def test_damaged_folders(run: Path, tmp_path: Path):
     path.write_text(path.read_text()[:100])
     content["settings"]["eval_size"] = SIZE
     (copy / "results.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="ScenesVQA_predictions.json: not the predictions"):
+    with pytest.raises(ValueError, match=r"ScenesVQA_predictions.json: not the predictions"):
         write_demo_report(copy)
     (copy / "seed-5" / "v2" / "log.jsonl").write_text('{"loss": 1.0, "step": 1}\n{"loss": 1.0}\n')
-    with pytest.raises(ValueError, match="log.jsonl, line 2"):
+    with pytest.raises(ValueError, match=r"log.jsonl, line 2"):
         write_demo_report(copy)
 
 

@@ -121,7 +121,7 @@ def test_orders():
     assert all(sorted(column) == list(range(5)) for column in indices.T)
 
 
-@pytest.mark.parametrize("count, window", [(1, 2), (2, 2), (7, 3), (12, 5), (10, 10), (31, 4)])
+@pytest.mark.parametrize(("count", "window"), [(1, 2), (2, 2), (7, 3), (12, 5), (10, 10), (31, 4)])
 def test_a_sliding_window_brings_the_best_to_the_front(count: int, window: int):
     """On a consistent judge with an offset of its own for every list."""
     draw = np.random.default_rng(count)

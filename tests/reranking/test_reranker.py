@@ -282,10 +282,10 @@ def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
     for number, call in enumerate(calls):
         with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, the model takes at most 1024"):
             call([("a", "red " * 2000)])
-        with pytest.raises(BadImageError, match="none.png"):
+        with pytest.raises(BadImageError, match=r"none.png"):
             call([(Item(image=tmp_path / "none.png"), "a")])
         if number < 2:
-            with pytest.raises(BadImageError, match="none.png"):
+            with pytest.raises(BadImageError, match=r"none.png"):
                 call([("a", Item(image=tmp_path / "none.png"))])
     with pytest.raises(ValueError, match="image of query"):
         UniMEReranker(

@@ -35,7 +35,7 @@ def check(found, expected) -> None:
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("query_chunk, corpus_chunk", [(1024, 16384), (7, 13), (1, 31)])
+@pytest.mark.parametrize(("query_chunk", "corpus_chunk"), [(1024, 16384), (7, 13), (1, 31)])
 def test_equals_brute_force(query_chunk: int, corpus_chunk: int):
     rng = np.random.default_rng(0)
     queries, corpus = unit(rng, 40, 24), unit(rng, 200, 24)

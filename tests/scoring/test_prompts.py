@@ -78,7 +78,7 @@ def test_answer_tokens():
     assert tokens.convert_ids_to_tokens([yes, no]) == ["Yes", "No"]
 
 
-@pytest.mark.parametrize("words, missing, near", [(["yes", "No"], "Yes", "yes"), (["Yes"], "No", "Yes")])
+@pytest.mark.parametrize(("words", "missing", "near"), [(["yes", "No"], "Yes", "yes"), (["Yes"], "No", "Yes")])
 def test_no_single_token_lists_what_there_is(words: list[str], missing: str, near: str):
     with pytest.raises(ValueError, match=rf"splits '{missing}' into .*'{near}'"):
         answer_token_ids(qwen_tokenizer(words))
@@ -109,7 +109,7 @@ LOSING = {
 
 
 @pytest.mark.parametrize(
-    "name, listwise, message",
+    ("name", "listwise", "message"),
     [
         ("no document", False, "image of document 1, text of document 1"),
         ("only user turns", False, "image of query, text of query"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def test_a_pass_is_every_row_once_in_another_order_each_time() -> None:
     for epoch in (0, 1, 0):
         batches.set_epoch(epoch)
         passes.append(list(batches))
-    assert sorted(sum(passes[0], [])) == list(range(50)) and len(passes[0]) == len(batches) == 10
+    assert sorted(chain.from_iterable(passes[0])) == list(range(50)) and len(passes[0]) == len(batches) == 10
     assert passes[0] == passes[2] != passes[1]
 
 
@@ -47,7 +48,7 @@ def test_the_rows_of_the_last_step_are_shared_out(world_size: int, passes: int) 
         )
         found = list(batches)
         assert len(found) == len(batches) == 24 + passes and min(map(len, found)) == 1
-        assert sorted(sum(found, [])) == list(range(29))
+        assert sorted(chain.from_iterable(found)) == list(range(29))
 
 
 def test_rows_that_cannot_be_shared_out_are_left_out_where_the_loss_wants_it() -> None:
@@ -80,7 +81,7 @@ def test_data_sets_by_temperature_and_side_by_side() -> None:
             rows, batch_size=10, drop_last=True
         )
         drawn = [[names[row] for row in batch] for batch in batches]
-        shares[temperature] = Counter(sum(drawn, []))["small"]
+        shares[temperature] = Counter(chain.from_iterable(drawn))["small"]
         if temperature == 1.0:
             assert all(len(set(batch[:5])) == len(set(batch[5:])) == 1 for batch in drawn)
     assert shares == {1.0: 20, 2.0: 33, 1e9: 50} or shares == {1.0: 20, 2.0: 34, 1e9: 50}
@@ -97,7 +98,7 @@ def test_sub_batches_are_whole_but_where_a_data_set_ends() -> None:
         runs = [len(set(names[batch[start : start + 4]])) for start in (0, 4, 8)]
         assert runs == sorted(runs), "what is no whole sub-batch stands at the end"
         mixed += sum(kinds > 1 for kinds in runs)
-    assert mixed <= 3 and len(set(sum(drawn, []))) >= 160
+    assert mixed <= 3 and len(set(chain.from_iterable(drawn))) >= 160
 
 
 @pytest.mark.parametrize(("sizes", "sub_batch", "size"), [((100, 60, 40), 8, 20), ((1000, 10, 300), 16, 64)])
@@ -105,7 +106,7 @@ def test_a_pass_takes_every_row_once(sizes: tuple[int, ...], sub_batch: int, siz
     names = [f"set {number}" for number, count in enumerate(sizes) for _ in range(count)]
     rows = _rows([str(row) for row in range(len(names))])
     batches = sampler(datasets=names, sub_batch_size=sub_batch)(rows, batch_size=size, drop_last=False)
-    assert sorted(sum(batches, [])) == list(range(len(names)))
+    assert sorted(chain.from_iterable(batches)) == list(range(len(names)))
 
 
 def test_a_data_set_with_few_labels_gives_what_it_has() -> None:
@@ -125,4 +126,4 @@ def test_costs_are_dealt_out_evenly() -> None:
     batches = list(RowBatches(_rows(["same"] * 48), 4, drop_last=True, distinct=False, costs=costs, balanced=12))
     assert len(batches) == 12 and all(len(batch) == 4 for batch in batches)
     totals = [costs[batch].sum() for batch in batches]
-    assert max(totals) - min(totals) <= 1 and sorted(sum(batches, [])) == list(range(48))
+    assert max(totals) - min(totals) <= 1 and sorted(chain.from_iterable(batches)) == list(range(48))

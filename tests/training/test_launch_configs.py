@@ -52,5 +52,5 @@ def test_deepspeed_with_gradient_caching_is_refused(tmp_path: Path, monkeypatch:
         data=str(records.folder), output=str(tmp_path / "out"), per_device_train_batch_size=4, mini_batch_size=2
     )
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as the launcher sets it
-    with pytest.raises(ValueError, match="DeepSpeed cannot train with gradient caching.* mini_batch_size"):
+    with pytest.raises(ValueError, match=r"DeepSpeed cannot train with gradient caching.* mini_batch_size"):
         train_in_batch(options)

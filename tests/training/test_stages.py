@@ -120,7 +120,7 @@ def test_lists_are_trained_as_long_as_they_are_ranked(run: Path, tmp_path: Path)
     window = inspect.signature(UniMEReranker.rank).parameters["window"].default
     defaults = stages.RerankerArguments(**SMALL, template="tiny", data=str(run / "rows"), output=str(tmp_path / "few"))
     assert (defaults.min_list_length, 1 + defaults.num_negatives) == (2, window)
-    with pytest.raises(ValueError, match="5 negatives are stored, 9 are needed.*lower num_negatives"):
+    with pytest.raises(ValueError, match=r"5 negatives are stored, 9 are needed.*lower num_negatives"):
         stages.train_reranker(defaults)
 
 

@@ -8,7 +8,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +123,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
             check(*run(plain, once))
             passes.append(len(looked))
             looked.clear()
-        patch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
+        patch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b"))
         once = FrozenTowerCache(model, torch.float32)
         once.max_bytes = 0
         for _ in range(2):
@@ -176,9 +176,9 @@ def test_a_run_has_the_curve_of_the_run_without_cache(
 def test_a_tower_that_is_trained_is_refused(rows: str, tmp_path: Path) -> None:
     common = {**SMALL, "data": rows, "output": str(tmp_path / "out"), "vision_cache": str(tmp_path / "cache")}
     for own in ({"lora_targets": r".*\.(q_proj|qkv)"}, {"lora_rank": 0}, {"lora_rank": 0, "frozen": "visual.blocks"}):
-        with pytest.raises(ValueError, match="vision_cache needs a frozen vision tower and projector.*visual"):
+        with pytest.raises(ValueError, match=r"vision_cache needs a frozen vision tower and projector.*visual"):
             stages.train_in_batch(stages.InBatchArguments(**common, **own, overwrite=True))
-    with pytest.raises(ValueError, match="vision_cache .* leave it out"):
+    with pytest.raises(ValueError, match=r"vision_cache .* leave it out"):
         stages.RerankerArguments(vision_cache="anywhere")
     assert not (tmp_path / "cache").exists()
     stages.train_in_batch(stages.InBatchArguments(**common, lora_rank=0, frozen="visual", overwrite=True))
@@ -194,7 +194,7 @@ def test_other_families_are_refused(converted: Callable[[str], Path], family: st
 def test_random_towers_are_refused() -> None:
     model = UniME("unime-tiny", device="cpu").requires_grad_(False)
     next(m for n, m in model.named_modules() if n.endswith("visual.blocks.0")).drop = torch.nn.Dropout(0.1)
-    with pytest.raises(ValueError, match="without dropout, but visual.blocks.0.drop"):
+    with pytest.raises(ValueError, match=r"without dropout, but visual.blocks.0.drop"):
         check_frozen(model)
 
 
@@ -237,7 +237,7 @@ def test_shards_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 0 < missing.sum() < 8 and len(list(tmp_path.iterdir())) > 1
     with monkeypatch.context() as full:
         full.setattr("unime_st.files.commit_file", lambda *paths, **_options: (_ for _ in ()).throw(OSError(28, "no")))
-        with pytest.raises(OSError, match="could not be written .*no.*; the shards before it are whole"):
+        with pytest.raises(OSError, match=r"could not be written .*no.*; the shards before it are whole"):
             store.flush()
     assert not list(tmp_path.glob("*.tmp"))
     for key in np.array(list(tensors))[missing].tolist():  # the next run makes it again
@@ -249,7 +249,7 @@ def test_shards_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyError, match="absent is not in"):
         other.read("absent")
     (tmp_path / "bad.safetensors").write_bytes(b"no shard")
-    with pytest.raises(ValueError, match="bad.safetensors is damaged .* remove it"):
+    with pytest.raises(ValueError, match=r"bad.safetensors is damaged .* remove it"):
         FeatureStore(tmp_path)
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +71,7 @@ def _start(quiet: bool) -> None:
 
     torch.set_num_threads(1)  # a second one brings a tenth, and on a busy machine makes it several times slower
     if quiet:
-        sys.stdout = open(os.devnull, "w")  # where the trainer prints its log if it may not show a bar
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the trainer prints its log if it may not show a bar
         logging.getLogger().setLevel(logging.WARNING)
     else:
         set_up_logging()

@@ -1,1 +1,3 @@
+"""Pre-training of `unime-tiny`, the model that the package contains."""
+
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Item:
         {'text': 'a red square'}
     """
 
-    __slots__ = ("_text", "_image", "_id")
+    __slots__ = ("_id", "_image", "_text")
     _text: str | None
     _image: ImageRef | None
     _id: str | None

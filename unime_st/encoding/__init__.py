@@ -9,13 +9,13 @@ from unime_st.encoding.vector_shards import VectorShards, VectorSink
 
 __all__ = [
     "TokenCounter",
-    "VectorSink",
     "VectorShards",
+    "VectorSink",
     "encode_items",
     "encode_stream",
     "encode_to_shards",
-    "pixel_budget",
     "pack",
-    "weights_fingerprint",
+    "pixel_budget",
     "split_by_pixels",
+    "weights_fingerprint",
 ]

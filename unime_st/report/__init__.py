@@ -1,1 +1,3 @@
+"""HTML pages and SVG charts for reports."""
+
 from __future__ import annotations

@@ -27,6 +27,7 @@ class SetEpochCallback(TrainerCallback):
         self.batches = batches
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the batch sampler its epoch."""
         self.batches.set_epoch(int(state.epoch or 0))
 
 
@@ -34,6 +35,7 @@ class ReduceUnusedGradientsCallback(TrainerCallback):
     """Under FSDP2 a device whose mini-batch has no image has no gradients for the vision tower; they count as zero."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell every shard to reduce missing gradients as zeros."""
         model = kwargs["model"]
         if not hasattr(model, "set_requires_gradient_sync"):  # not sharded
             return

@@ -87,10 +87,10 @@ def test_archives(mini: Path, tmp_path: Path) -> None:
     files = page_files(read_set(folder, HL), folder)
     assert {file.parent.name for file in files} == {HL.folder}
     (hub / "visdoc-tasks.images.tar.gz-01").unlink()
-    with pytest.raises(MMEBDataError, match="images.tar.gz-01 is missing"):
+    with pytest.raises(MMEBDataError, match=r"images.tar.gz-01 is missing"):
         archive_parts(hub / "visdoc-tasks.images.tar.gz")
     (hub / "visdoc-tasks.images.tar.gz-02").unlink()
-    with pytest.raises(MMEBDataError, match="is a part after visdoc-tasks.images.tar.gz-00 missing"):
+    with pytest.raises(MMEBDataError, match=r"is a part after visdoc-tasks.images.tar.gz-00 missing"):
         DataFolder(hub.parent).page_folder(HL)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -84,7 +85,7 @@ def long_caption(scene: Scene, rng: random.Random) -> str:
         phrase = noun_phrase(full_pattern(thing), rng)
         where = f"in the {POSITIONS[thing.cell]} part of the picture"
         sentences.append(f"{where} there is a {phrase}." if rng.random() < 0.5 else f"a {phrase} can be seen {where}.")
-    for first, second in zip(things, things[1:]):
+    for first, second in itertools.pairwise(things):
         relation = rng.choice([name for name in RELATIONS if related(first, name, second)])
         sentences.append(
             f"the {first.color} {first.shape} is {relation} the {second.color} {second.shape}, "
