@@ -113,5 +113,5 @@ def test_a_replaced_module_of_another_size_is_refused(checkpoint: Get, tmp_path:
     tensors = load_file(path)
     (name,) = (name for name in tensors if "embed_tokens" in name)
     save_file({**tensors, name: torch.cat([tensors[name], tensors[name][:3]])}, path)
-    with pytest.raises(CheckpointError, match="replaces .*embed_tokens.weight by a tensor of shape"):
+    with pytest.raises(CheckpointError, match=r"replaces .*embed_tokens.weight by a tensor of shape"):
         convert(adapter, "unime-v2-2b", base=base, output=tmp_path / "out")

@@ -189,9 +189,9 @@ def test_adapters_name_the_alias_as_their_base(models: Path, checkpoint: Get, tm
 
 def test_two_conversions_at_once_never_replace_each_other(models: Path, checkpoint: Get, tmp_path: Path) -> None:
     source = checkpoint("qwen2-vl")
-    with folder_lock(models / "unime-v2-2b"):
-        with pytest.raises(OSError, match=rf"unime-v2-2b is in use by process {os.getpid()} on"):
-            convert(source, "unime-v2-2b", alias="unime-v2-2b")
+    held = pytest.raises(OSError, match=rf"unime-v2-2b is in use by process {os.getpid()} on")
+    with folder_lock(models / "unime-v2-2b"), held:
+        convert(source, "unime-v2-2b", alias="unime-v2-2b")
     convert(source, "unime-v2-2b", alias="unime-v2-2b", image_size=56)
     with pytest.raises(FileExistsError, match="--overwrite"):
         convert(source, "unime-v2-2b", alias="unime-v2-2b")
