@@ -17,6 +17,8 @@ from local_hub import COMMIT, Hub, local_hub
 from unime_st.checkpoints import pull
 from unime_st.paths import AliasError
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = "TianchengGu/UniME-V2-Qwen2VL-2B"
 
 

@@ -123,6 +123,7 @@ def test_save_load_and_card(model: SentenceTransformer, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, model.encode(rows), atol=1e-6)
 
 
+@pytest.mark.distributed
 def test_pool_of_processes(converted: Get) -> None:
     """Plain class and LLaVA: transformers forgets which outputs of a pickled model it may record."""
     rows = ["a cat", {"image": sample_image(), "text": "x"}, sample_image(60, 90), "words"]

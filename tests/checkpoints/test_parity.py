@@ -56,6 +56,7 @@ def _comparable(run: str, row: dict[str, Any], checkpoint: str) -> bool:
     return not odd and not placeholder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "official", "prefix"), GOLDEN)
 def test_golden_embeddings(golden: Path, tmp_path: Path, recipe: str, official: str, prefix: str) -> None:
     folder = convert(golden / "checkpoints" / official, recipe, output=tmp_path / "model")

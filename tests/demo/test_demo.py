@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from train_scripts.demo.results import MODELS, TASKS
 from train_scripts.demo.settings import GROUPS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "records": 120,

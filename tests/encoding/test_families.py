@@ -134,6 +134,7 @@ def test_prompts_by_name_queries_and_documents(embedder: Get):
     assert model.encode(np.array(["one", "two"])).shape == (2, 32)
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_items_and_pool_of_processes(embedder: Get):
     model = embedder("unime-v2")

@@ -18,6 +18,8 @@ from unime_st.judging.score_store import Scores
 from unime_st.retrieval import Pools
 from unime_st.stages import JudgeArguments, MineArguments, run_judge, run_mine
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray")  # in the extra [dev]; absent only where Ray has no wheel
 
 

@@ -26,6 +26,8 @@ from unime_st.judging.judge_pools import judge_pools
 from unime_st.retrieval import mine
 from unime_st.stages import JudgeArguments, run_judge
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., tuple[str, BaseProcess]]
 
 

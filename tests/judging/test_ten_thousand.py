@@ -10,9 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from unime_st.data import RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
+
+pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train_scripts"
 ROWS, CANDIDATES = 400, 25

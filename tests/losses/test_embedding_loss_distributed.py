@@ -10,6 +10,8 @@ import torch.multiprocessing
 from loss_workers import text_embedder, train_on_shards
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.distributed
+
 ROWS = 6
 SPLITS = [[3, 3], [4, 2]]  # uneven shards are what the end of an epoch brings
 

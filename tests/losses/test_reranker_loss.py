@@ -271,6 +271,7 @@ def test_parts_that_are_none_are_absent(model: UniMEReranker):
     assert found[1:] == [found[0]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
 def test_stock_trainer_with_lora_learns(reranker_folder: str, mini_batch_size: int | None, tmp_path: Path):
     model = UniMEReranker(reranker_folder, device="cpu")

@@ -81,6 +81,7 @@ def test_evaluation_needs_no_graph(model: UniMEReranker):
         assert not worker.summed(parts).requires_grad and torch.isfinite(worker.summed(parts))
 
 
+@pytest.mark.distributed
 def test_two_processes_equal_one(reranker_folder: str, model: UniMEReranker, tmp_path: Path):
     torch.multiprocessing.spawn(worker.train_on_half, (reranker_folder, str(tmp_path)), nprocs=2)
     results = load_file(tmp_path / "results.safetensors")

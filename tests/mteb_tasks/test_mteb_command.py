@@ -13,6 +13,8 @@ import pytest
 
 from tests.mteb_tasks.foreign import write_text_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
 

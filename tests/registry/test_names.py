@@ -127,6 +127,7 @@ def test_import_is_light_and_idempotent() -> None:
     assert python(f"import sys, unime_st; print({heavy})") == "[]"
 
 
+@pytest.mark.slow
 def test_auto_classes_are_taught_before_their_first_use(models: Path, checkpoint: Get, tmp_path: Path) -> None:
     folder = convert(checkpoint("qwen2-vl"), "unime-v2-2b", output=tmp_path / "out", image_size=56)
     code = (
@@ -136,6 +137,7 @@ def test_auto_classes_are_taught_before_their_first_use(models: Path, checkpoint
     assert python(code) == "UniMEQwen2VLProcessor"
 
 
+@pytest.mark.slow
 def test_loud_without_the_package_and_fine_after_its_import(models: Path, checkpoint: Get) -> None:
     folder = convert(checkpoint("qwen2-vl"), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
     code = (

@@ -13,6 +13,8 @@ import pytest
 from unime_st._after_import import AfterImport
 from unime_st.checkpoints import convert
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
 

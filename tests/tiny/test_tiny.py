@@ -85,6 +85,7 @@ def test_the_shipped_weights_see_and_judge() -> None:
     assert np.mean(list(right.values())) > 0.7, right
 
 
+@pytest.mark.slow
 def test_pretraining_and_packaging_from_scratch(tmp_path: Path) -> None:
     checkpoint = pretrain(PretrainArguments(output=str(tmp_path / "checkpoint"), steps=2, log_every=1))
     lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]

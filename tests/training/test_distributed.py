@@ -28,6 +28,8 @@ from unime_st.stages import (
     train_soft_labels,
 )
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 ROWS = 21  # two batches of 8, and one of 5 that two processes share as 3 and 2
