@@ -1,4 +1,4 @@
-"""Where a judge's scores are kept: Parquet shards that name their judge, shared by several processes."""
+"""Score store: Parquet shards of judge scores that name their judge, written by one or several processes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SCORE_SCHEMA = pa.schema(
         pa.field("logits", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""A pool's row with the judge's log-odds Yes - No of the positive and of each candidate."""
+"""Row of a pool with the judge's log-odds Yes - No of the positive and of each candidate."""
 
 
 @dataclass(frozen=True)
 class JudgedPool(Pool):
-    """A pool with the judge's answers.
+    """A pool with the judge's log-odds.
 
     Args:
         positive_logit: Log-odds Yes - No of the positive.
@@ -47,7 +47,7 @@ class JudgedPool(Pool):
 
 
 class Scores(ItemFolder):
-    """The result of :func:`~unime_st.judging.judge_pools.judge_pools`, as a sequence of :class:`JudgedPool`.
+    """Result of :func:`~unime_st.judging.judge_pools.judge_pools`, a sequence of :class:`JudgedPool`.
 
     Args:
         folder: Folder written by :func:`~unime_st.judging.judge_pools.judge_pools`.
@@ -71,8 +71,8 @@ class Scores(ItemFolder):
 class ScoreShards:
     """The shards of an unfinished folder of scores.
 
-    A shard appears whole or not at all, and names the judge, its revision and its prompt in the file's metadata, so
-    that scores of two judges never come together, whoever put the files there.
+    A shard is written completely or not at all. It names the judge, its revision and its prompt in the file's metadata,
+    so that scores of two judges are never mixed.
 
     Args:
         folder: Folder of the scores.
@@ -91,16 +91,16 @@ class ScoreShards:
         self.folder, self.identity, self.count = folder, identity, count
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Which of some shards are still to do.
+        """Return which of some shards are still to do.
 
         Args:
-            numbers: Numbers of the shards to look at.
+            numbers: Numbers of the shards to check.
 
         Returns:
             list[int]: In order.
 
         Raises:
-            StageConflictError: If a shard that is there holds scores of another judge.
+            StageConflictError: If an existing shard holds scores of another judge.
         """
         wanted = []
         for number in sorted(numbers):
@@ -123,21 +123,21 @@ class ScoreShards:
         logits: dict[tuple[str, str], float],
         failed: dict[tuple[str, str], str],
     ) -> None:
-        """Write a shard, unless another process has written it meanwhile.
+        """Write a shard, unless another process has already written it.
 
-        One process writes at a time, so that none takes away what another is writing or has just set aside.
+        One process writes at a time, so that none removes what another has just written.
 
         Args:
-            number: Its number.
+            number: Number of the shard.
             rows: Rows of the pools.
             logits: Log-odds by ids of query and candidate.
-            failed: Why a pair has none, by the same ids.
+            failed: Reasons of the pairs without log-odds, by the same ids.
         """
         schema = SCORE_SCHEMA.with_metadata({"judge": json.dumps(self.identity)})
         with folder_lock(self.folder), ExitStack() as files:
             if not self.missing([number]):
                 return
-            # What was set aside is published first: a shard that is there is complete.
+            # The rejected pairs appear first, so that an existing shard is complete.
             shard = files.enter_context(ShardWriter(self.folder, "rows", schema, first_shard=number))
             name = f"rejected-{number:05d}.jsonl"
             rejected = files.enter_context(RejectedWriter(self.folder, name, log_count=False))
@@ -145,16 +145,16 @@ class ScoreShards:
                 rejected.add(reason, query=query, candidate=item)
             for row in rows:
                 if (row["query"], row["positive"]) in failed:
-                    reason = "the positive cannot be judged, so the row is of no use"
+                    reason = "the positive cannot be judged"
                     rejected.add(reason, query=row["query"], positive=row["positive"])
                 else:
                     shard.add(_judged(row, logits))
 
     def finish(self, facts: dict[str, Any]) -> bool:
-        """Write the manifest if all shards are there; of several processes one does it.
+        """Write the manifest if all shards exist; one of several processes does it.
 
         Args:
-            facts: For the manifest, beside what is counted here.
+            facts: Entries of the manifest besides the counts.
 
         Returns:
             bool: Whether the folder is finished.
@@ -176,7 +176,7 @@ class ScoreShards:
         return self.folder / f"rows-{number:05d}.parquet"
 
     def _gather(self) -> dict[str, Any]:
-        """Join what the shards set aside, and count."""
+        """Join the rejected pairs of all shards, and count rows and pairs."""
         with RejectedWriter(self.folder) as rejected:
             for part in sorted(self.folder.glob("rejected-*.jsonl")):
                 for line in part.read_text(encoding="utf-8").splitlines():
@@ -190,7 +190,7 @@ class ScoreShards:
 
 
 def _judged(row: dict[str, Any], logits: dict[tuple[str, str], float]) -> dict[str, Any]:
-    """A row with the scores of its pairs, without the candidates that have none."""
+    """Return a row with the scores of its pairs, without the candidates that have none."""
     query = row["query"]
     kept = [index for index, item in enumerate(row["candidates"]) if (query, item) in logits]
     candidates = [row["candidates"][index] for index in kept]

@@ -1,4 +1,4 @@
-"""Hard-negative selection: from the judge's scores of a candidate pool to the negatives of one training row."""
+"""Hard-negative selection: the negatives of one training row from the judge's scores of a candidate pool."""
 
 from __future__ import annotations
 
@@ -54,12 +54,10 @@ def select_negatives(
             ``stride`` or ``num_negatives`` makes no sense.
 
     Example:
-        ::
-
-            from unime_st.judging.select import select_negatives
-
-            indices, scores = select_negatives([0.95, 0.40, 0.91, 0.10], positive_score=0.9, num_negatives=3)
-            # indices: [1, 3, 1], scores: [0.4, 0.1, 0.4]
+        >>> from unime_st.selection import select_negatives
+        >>> indices, scores = select_negatives([0.95, 0.40, 0.91, 0.10], positive_score=0.9, num_negatives=3)
+        >>> indices.tolist(), scores.tolist()
+        ([1, 3, 1], [0.4, 0.1, 0.4])
 
     References:
         - UniME-V2 (https://arxiv.org/abs/2510.13515), "MLLM-as-a-Judge for hard negatives mining": the threshold

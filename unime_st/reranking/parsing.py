@@ -12,7 +12,7 @@ from PIL import Image
 from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data import BadImageError, ImageRef, Item
-from unime_st.data.images import to_rgb
+from unime_st.data.images import padded_to_aspect, to_rgb
 from unime_st.encoding.image_urls import fetch_bytes
 from unime_st.scoring.prompts import as_item
 
@@ -138,6 +138,33 @@ def image_error(item: Item) -> BadImageError | None:
     except BadImageError as error:
         return error
     return None
+
+
+def is_pair(row: Any) -> bool:
+    """Tell a pair of inputs from a chat, which is a list of dicts with roles."""
+    return isinstance(row, (tuple, list)) and not (row and isinstance(row[0], dict) and "role" in row[0])
+
+
+def plain_input(value: Any, opened: dict[Any, Any]) -> Any:
+    """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white, each once."""
+    if isinstance(value, Item):
+        if value.image is not None and value.image not in opened:
+            opened[value.image] = value.to_input()["image"]
+        image = {} if value.image is None else {"image": opened[value.image]}
+        return image if value.text is None else {**image, "text": value.text}
+    if isinstance(value, Image.Image):
+        if id(value) not in opened:
+            # Kept with its original, whose id no other image can get meanwhile.
+            opened[id(value)] = value, padded_to_aspect(value if value.mode == "RGB" else to_rgb(value))
+        return opened[id(value)][1]
+    if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
+        if value not in opened:
+            opened[value] = padded_to_aspect(ImageRef(path=value).open())
+        return opened[value]
+    if isinstance(value, dict) and "role" not in value:
+        parts = {key: part if key == "text" else plain_input(part, opened) for key, part in value.items()}
+        return {key: part for key, part in parts.items() if part is not None}
+    return value
 
 
 def _image(value: Any) -> Any:

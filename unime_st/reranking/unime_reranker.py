@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import CrossEncoder
-from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 
-from unime_st.data import BadImageError, ImageRef, Item
-from unime_st.data.images import padded_to_aspect, to_rgb
+from unime_st.data import BadImageError
 from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
-from unime_st.reranking.parsing import ParsedInputs, image_error, parse_inputs, to_item
+from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse_inputs, plain_input, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
 from unime_st.scoring.chat_tokenizer import check_length
 from unime_st.scoring.forward_counter import ForwardCounter
@@ -121,7 +117,7 @@ class UniMEReranker(CrossEncoder):
             1
         """
         opened: dict[Any, Any] = {}
-        rows = [tuple(_plain(side, opened) for side in row) if _is_pair(row) else row for row in inputs]
+        rows = [tuple(plain_input(side, opened) for side in row) if is_pair(row) else row for row in inputs]
         if prompt is None and not kwargs.keys() - {"task"}:
             to_messages = self._transformer.input_formatter.pair_to_messages
             chats = [to_messages(row) if isinstance(row, tuple) else row for row in rows]
@@ -196,8 +192,8 @@ class UniMEReranker(CrossEncoder):
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
             if not len(candidates):
                 raise ValueError(f"query {row} has no candidates to rank")
-            asked = _plain(query, opened)
-            pairs = [to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
+            asked = plain_input(query, opened)
+            pairs = [to_messages((asked, plain_input(candidate, opened))) for candidate in candidates]
             chats.append([pairs[0][0], *(pair[1] for pair in pairs)])
         options: dict[str, Any] = {} if share else {"processing_kwargs": {}}
         return self.preprocess(chats, task="listwise", **options)
@@ -394,30 +390,3 @@ class UniMEReranker(CrossEncoder):
             found = cast(Ranking, super().rank(query, [documents[index] for index in readable], **options))
             scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]
         return PairScores(scores, [*reasons[1:]])
-
-
-def _is_pair(row: Any) -> bool:
-    """Tell a pair of inputs from a chat, which is a list of dicts with roles."""
-    return isinstance(row, (tuple, list)) and not (row and isinstance(row[0], dict) and "role" in row[0])
-
-
-def _plain(value: Any, opened: dict[Any, Any]) -> Any:
-    """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white, each once."""
-    if isinstance(value, Item):
-        if value.image is not None and value.image not in opened:
-            opened[value.image] = value.to_input()["image"]
-        image = {} if value.image is None else {"image": opened[value.image]}
-        return image if value.text is None else {**image, "text": value.text}
-    if isinstance(value, Image.Image):
-        if id(value) not in opened:
-            # Kept with its original, whose id no other image can get meanwhile.
-            opened[id(value)] = value, padded_to_aspect(value if value.mode == "RGB" else to_rgb(value))
-        return opened[id(value)][1]
-    if isinstance(value, str) and is_image_url_or_path(value) and os.path.isfile(value):
-        if value not in opened:
-            opened[value] = padded_to_aspect(ImageRef(path=value).open())
-        return opened[value]
-    if isinstance(value, dict) and "role" not in value:
-        parts = {key: part if key == "text" else _plain(part, opened) for key, part in value.items()}
-        return {key: part for key, part in parts.items() if part is not None}
-    return value
