@@ -42,7 +42,7 @@ LONG_CAPTION_RECORDS = 1000
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image and what was said about it."""
+    """An image with its captions."""
 
     image: Path
     captions: tuple[str, ...]
@@ -65,15 +65,15 @@ def read_karpathy(folder: Path) -> Iterator[Captioned]:
     if not files:
         raise FileNotFoundError(f"{folder} has no parquet file")
     images = _extracted(files)
-    for number, (place, texts) in enumerate(_values(files, "text")):
+    for number, (location, texts) in enumerate(_values(files, "text")):
         captions = tuple((texts or ())[:CAPTIONS_PER_IMAGE])
         if len(captions) < CAPTIONS_PER_IMAGE or not all(text and text.strip() for text in captions):
-            raise ValueError(f"{place} has fewer than {CAPTIONS_PER_IMAGE} captions, or an empty one")
+            raise ValueError(f"{location} has fewer than {CAPTIONS_PER_IMAGE} captions, or an empty one")
         yield Captioned(images / f"{number}.image", captions)
 
 
 def _values(files: Sequence[Path], column: str) -> Iterator[tuple[str, Any]]:
-    """Values of a column, each with the place of its row for messages."""
+    """Values of a column, each with the location of its row for messages."""
     for file in files:
         row = 0
         try:
@@ -177,7 +177,7 @@ class CaptionRetrieval(ItemRetrievalTask):
             try:
                 revision = folder_digest(evaluation_folder(*self.folder_names))
             except FileNotFoundError:
-                revision = "missing"  # said aloud when the data are needed
+                revision = "missing"  # the error comes when the data are needed
             self.metadata = with_digest(self.metadata, revision)
         super().__init__(**kwargs)
 
@@ -188,17 +188,17 @@ class CaptionRetrieval(ItemRetrievalTask):
         own: dict[str, str] = {}
         for number, one in enumerate(type(self).read(evaluation_folder(*self.folder_names))):
             images[f"i{number}"] = Item(image=one.image)
-            for place, text in enumerate(one.captions):
-                captions[f"t{number}-{place}"] = Item(text=text)
-                own[f"t{number}-{place}"] = f"i{number}"
+            for index, text in enumerate(one.captions):
+                captions[f"t{number}-{index}"] = Item(text=text)
+                own[f"t{number}-{index}"] = f"i{number}"
         if self.to_image:
             return RetrievalData(captions, images, {caption: {image} for caption, image in own.items()})
-        said: dict[str | None, list[str]] = {}
+        by_text: dict[str | None, list[str]] = {}
         for caption, item in captions.items():
-            said.setdefault(item.text, []).append(caption)
+            by_text.setdefault(item.text, []).append(caption)
         relevant: dict[str, set[str]] = {}
         for caption, image in own.items():
-            relevant.setdefault(image, set()).update(said[captions[caption].text])
+            relevant.setdefault(image, set()).update(by_text[captions[caption].text])
         return RetrievalData(images, captions, relevant)
 
     def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
@@ -257,7 +257,7 @@ _SOURCES = (
         ("shareGPT4v", "ShareGPT4V"),
         read_sharegpt4v,
         "Lin-Chen/ShareGPT4V",
-        "long captions; the first 1000 records of the data set",
+        "long captions; the first 1000 records of the dataset",
         "https://arxiv.org/abs/2311.12793",
         r"""
 @article{chen2023sharegpt4v,
@@ -317,4 +317,4 @@ def _task_class(source: _Source, to_image: bool) -> type[CaptionRetrieval]:
 CAPTION_TASKS: tuple[type[CaptionRetrieval], ...] = tuple(
     _task_class(source, to_image) for source in _SOURCES for to_image in (False, True)
 )
-"""Both directions of the four data sets."""
+"""Both directions of the four datasets."""

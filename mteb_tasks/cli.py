@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Command line; None takes the one of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write("unime-mteb run --allow-missing  leave out the MMEB subsets whose data are missing\n\n")
     if "--allow-missing" in arguments:
         os.environ[ALLOW_MISSING_VARIABLE] = "1"
     register_all()

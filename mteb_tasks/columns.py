@@ -101,7 +101,7 @@ def to_dataset(
 
     Args:
         items: Row id to item.
-        modalities: What foreign models shall see of this side. Our loader sees the whole item in any case.
+        modalities: What foreign models see of this side. Our loader sees the whole item in any case.
         body: Takes the instruction off a text for foreign models, which have their own; None leaves it on.
         prompt_name: Name of the prompt that our models put to items without a text; None puts none.
         setting: How all items of this side are encoded; None leaves it to the model.

@@ -1,4 +1,4 @@
-"""What embedding a task will take, said before it begins."""
+"""Cost estimate of embedding a task, from a sample that is embedded on the way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLE = 32
 
 @dataclass(frozen=True)
 class EmbeddingEstimate:
-    """What `forecast` expects.
+    """Expected cost of embedding tables.
 
     Args:
         items: Rows of all tables.
@@ -62,7 +62,7 @@ def _duration(seconds: float) -> str:
 
 
 def timed_sample(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
-    """Do a little of something, and find out how long the whole will take.
+    """Run a function on a sample, and estimate the time of the whole.
 
     Args:
         run: What is to be done.
@@ -87,7 +87,7 @@ def estimate_embedding(
     is_known: Callable[[Item], bool],
     embed: Callable[[list[Item]], object],
 ) -> EmbeddingEstimate:
-    """Find out what embedding tables will take, from a sample that is embedded on the way.
+    """Estimate the cost of embedding tables from a sample, which is embedded on the way.
 
     Args:
         model: The embedder.
@@ -124,7 +124,7 @@ def estimate_embedding(
 
 
 def _contents(table: Dataset) -> Iterator[tuple[str, str, object]]:
-    """What tells the rows of a table apart, without reading files."""
+    """Content of the rows of a table, without reading image files."""
     if "image" in table.column_names:
         table = table.cast_column("image", Image(decode=False))
     for rows in table.iter(_WINDOW):  # a table may hold the encoded images themselves

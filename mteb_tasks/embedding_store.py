@@ -1,4 +1,4 @@
-"""Embeddings by item id: in memory, or on disk so that tasks share them and a stopped run goes on where it was."""
+"""Embedding store: vectors by item id, in memory or on disk, shared by tasks and resumed by a later run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class EmbeddingStore:
 
     On disk, every process appends to a pair of files of its own (``<name>-<dim>.vectors`` with float32 rows, then
     ``<name>-<dim>.ids``), so a vector counts only once its id is written: a process killed at any moment leaves nothing
-    half-written to be read, and two processes do not disturb each other. In memory are only the places of the vectors.
+    half-written to be read, and two processes do not disturb each other. Memory holds only the location of each vector.
 
     Args:
         folder: Where to keep vectors; None keeps them in memory. The folder must stand for one model at one setting.

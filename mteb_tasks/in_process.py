@@ -1,4 +1,4 @@
-"""Evaluate a model in memory on our tasks and hand back plain numbers."""
+"""Evaluation of a model in memory on our tasks, with plain numbers as the result."""
 
 from __future__ import annotations
 

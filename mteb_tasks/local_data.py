@@ -1,4 +1,4 @@
-"""Data sets that lie in a folder of the user's."""
+"""Local evaluation data: dataset folders, digests, file checks, and task metadata that carry a digest."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ StatSignature = tuple[int, int, int]
 
 
 def evaluation_folder(*names: str) -> Path:
-    """Find a data set below ``$UNIME_EVAL_DIR``.
+    """Find a dataset below ``$UNIME_EVAL_DIR``.
 
     Args:
-        *names: Names the data set's folder may have.
+        *names: Possible names of the dataset's folder.
 
     Returns:
         The folder.
@@ -56,20 +56,20 @@ def folder_digest(*folders: Path) -> str:
     parts = []
     for folder in folders:
         seen = {os.path.realpath(folder)}
-        for place, inner, names in os.walk(folder, followlinks=True):
+        for parent, inner, names in os.walk(folder, followlinks=True):
             # A link may lead back to a folder above it.
-            behind = {name: os.path.realpath(os.path.join(place, name)) for name in inner}
+            behind = {name: os.path.realpath(os.path.join(parent, name)) for name in inner}
             inner[:] = sorted(name for name in inner if behind[name] not in seen)
             seen.update(behind.values())
             for name in sorted(names):
-                file = Path(place, name)
+                file = Path(parent, name)
                 if file.is_file():
                     parts.append(f"{file.relative_to(folder)} {stat_signature(file.stat())}\n")
     return digest(*parts, length=12)
 
 
 def stat_signature(found: os.stat_result) -> StatSignature:
-    """Tell a changed file from the one that was there, without reading it.
+    """Signature of a file that changes when the file does, without reading it.
 
     Args:
         found: From ``os.stat``.
@@ -124,7 +124,7 @@ def resolve_within(folder: Path, name: str) -> Path | None:
 
 
 def image_fault(file: Path) -> str | None:
-    """What is wrong with an image as far as its header, its end and, of PNG, its checksums tell.
+    """Fault of an image file, as far as its header, its end and, of PNG, its checksums show.
 
     Args:
         file: Any path.

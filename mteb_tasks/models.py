@@ -1,4 +1,4 @@
-"""mteb's description of our models: every alias, a folder of one's own, and two-stage models."""
+"""mteb registry entries of our models: aliases, the folder in ``$UNIME_MODEL``, and two-stage models."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def metas() -> dict[str, ModelMeta]:
 
 
 def check_variables(name: str) -> None:
-    """Refuse a model whose environment variables are not set: mteb would only say that it does not know the name.
+    """Refuse a model whose environment variables are not set; mteb's own message would only be "not found".
 
     Args:
         name: What was passed to ``mteb run -m``.

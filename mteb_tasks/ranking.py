@@ -1,4 +1,4 @@
-"""Exact ranking of candidates from embeddings, with a tie rule that favours nobody."""
+"""Exact ranking of candidates from embeddings; ties are broken by document id, as mteb does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on records of one's own: a record folder becomes an mteb task."""
+"""mteb retrieval task made of a record folder, for evaluation on data of your own."""
 
 from __future__ import annotations
 

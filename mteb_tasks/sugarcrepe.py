@@ -97,7 +97,7 @@ class SugarCrepeByCategory(CaptionPreferenceTask):
                 folder = evaluation_folder("sugarcrepe", "sugar-crepe")
                 revision = folder_digest(folder / "data", folder / "val2017")
             except FileNotFoundError:
-                revision = "missing"  # said aloud when the data are needed
+                revision = "missing"  # the error comes when the data are needed
             self.metadata = with_digest(self.metadata, revision)
         super().__init__(**kwargs)
 

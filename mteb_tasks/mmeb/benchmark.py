@@ -34,7 +34,7 @@ def make_benchmark() -> Benchmark:
         display_name="MMEB",
         tasks=tasks,
         aggregations=(BenchmarkAggregation("mean_task"), *groupings),
-        description="36 multimodal data sets; every query ranks its own candidates, precision at 1.",
+        description="36 multimodal datasets; every query ranks its own candidates, precision at 1.",
         reference="https://arxiv.org/abs/2410.05160",
         citation=MMEB_BIBTEX,
     )

@@ -1,4 +1,4 @@
-"""Telling a changed local data set from the one that was scored."""
+"""Digest of a subset's local data: changed data are scored again."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _images(file: Path, signature: StatSignature) -> frozenset[str]:
                 is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
                 names.update(pc.unique(chunk.flatten() if is_list else chunk).to_pylist())
     except (MMEBDataError, pa.ArrowException):
-        return frozenset()  # said aloud when its rows are needed
+        return frozenset()  # the error comes when its rows are needed
     return frozenset(name for name in names if isinstance(name, str) and name)
 
 
@@ -90,7 +90,7 @@ def files_digest(files: Mapping[str, Path]) -> bytes:
 
 
 def _state(file: Path) -> os.stat_result | None:
-    """State of a regular file; a link that leads nowhere is none, and whoever looks for it is told that it is missing."""
+    """State of a regular file; None for a broken link, which is reported as missing when it is needed."""
     try:
         found = os.stat(file)
     except OSError:
@@ -105,7 +105,7 @@ def _checksums(archive: Path, signature: StatSignature) -> dict[str, int]:
         with zipfile.ZipFile(archive) as opened:
             return {member.filename: member.CRC for member in opened.infolist()}
     except zipfile.BadZipFile:
-        return {}  # said aloud when it is unpacked
+        return {}  # the error comes when it is unpacked
 
 
 @lru_cache(maxsize=256)

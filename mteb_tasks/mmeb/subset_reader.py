@@ -38,13 +38,13 @@ class SubsetTable:
     document_images: list[str]
     candidates: list[np.ndarray]
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Name the file and the row of a query.
 
         Args:
             row: Its number over all files.
         """
-        return _place(self.shards, row)
+        return _location(self.shards, row)
 
 
 def read_subset(root: Path, subset: Subset) -> SubsetTable:
@@ -102,7 +102,7 @@ def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = Fal
         Path in the table to file.
 
     Raises:
-        MMEBDataError: If an image is missing or, when looked at, is no image or cut off; the message names the row.
+        MMEBDataError: If an image is missing or, when looked at, is not an image or cut off; the message names the row.
     """
     located: dict[str, Path] = {}
     for side, images in (("query", table.query_images), ("candidate", table.document_images)):
@@ -115,7 +115,7 @@ def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = Fal
                 row = number
                 if side == "candidate":
                     row = next(row for row, listed in enumerate(table.candidates) if number in listed)
-                raise MMEBDataError(f"{table.place(row)}: image {image} of the {side} {fault}")
+                raise MMEBDataError(f"{table.location(row)}: image {image} of the {side} {fault}")
             located[image] = file
     return located
 
@@ -144,7 +144,7 @@ def read_table(file: Path) -> pa.Table:
     return table
 
 
-def _place(shards: Sequence[tuple[Path, int]], row: int) -> str:
+def _location(shards: Sequence[tuple[Path, int]], row: int) -> str:
     shard = 0
     while row >= shards[shard][1]:
         row -= shards[shard][1]
@@ -163,8 +163,8 @@ class _Coded:
     strings: list[str]
     codes: np.ndarray
 
-    def at(self, places: np.ndarray) -> list[str]:
-        return [self.strings[code] for code in self.codes[places]]
+    def at(self, indices: np.ndarray) -> list[str]:
+        return [self.strings[code] for code in self.codes[indices]]
 
 
 def _coded(column: pa.Array) -> _Coded:
@@ -173,10 +173,10 @@ def _coded(column: pa.Array) -> _Coded:
     strings = [*(text or "" for text in encoded.dictionary.to_pylist()), ""]
     number = {text: code for code, text in enumerate(dict.fromkeys(strings))}
     renamed = np.array([number[text] for text in strings], dtype=np.int64)
-    places = encoded.indices
-    if places.null_count:
-        places = pc.fill_null(places.cast(pa.int64()), len(strings) - 1)
-    return _Coded(list(number), renamed[places.to_numpy(zero_copy_only=False)])
+    indices = encoded.indices
+    if indices.null_count:
+        indices = pc.fill_null(indices.cast(pa.int64()), len(strings) - 1)
+    return _Coded(list(number), renamed[indices.to_numpy(zero_copy_only=False)])
 
 
 def _candidate_columns(shards: Sequence[tuple[Path, int]], table: pa.Table) -> tuple[np.ndarray, _Coded, _Coded]:
@@ -194,9 +194,9 @@ def _candidate_columns(shards: Sequence[tuple[Path, int]], table: pa.Table) -> t
     for size in sizes.values():
         unequal = np.flatnonzero(size.to_numpy(zero_copy_only=False) != lengths)
         if len(unequal):
-            raise MMEBDataError(f"{_place(shards, unequal[0])} has not as many candidate texts as candidate images")
+            raise MMEBDataError(f"{_location(shards, unequal[0])} has not as many candidate texts as candidate images")
     if not lengths.all():
-        raise MMEBDataError(f"{_place(shards, np.flatnonzero(lengths == 0)[0])} has an empty candidate list")
+        raise MMEBDataError(f"{_location(shards, np.flatnonzero(lengths == 0)[0])} has an empty candidate list")
     found = []
     for name, column in columns.items():
         coded = _coded(column.flatten() if lists[name] else column)
@@ -249,7 +249,7 @@ def _joined_targets(
     other = np.flatnonzero(np.array([text != first for text in instructions])[coded.codes])
     if len(other):
         found = instructions[coded.codes[other[0]]]
-        raise MMEBDataError(f"{_place(shards, rows[other[0]])}: target instruction {found!r}, before {first!r}")
+        raise MMEBDataError(f"{_location(shards, rows[other[0]])}: target instruction {found!r}, before {first!r}")
     end = "" if subset.meta == "grounding" and subset.name != "RefCOCO-Matching" else "\n"
     return [f"{IMAGE_TOKEN}\n" + " ".join(part for part in (first, text.strip()) if part) + end for text in texts]
 
@@ -258,7 +258,7 @@ def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], l
     too_many = np.flatnonzero(lengths > subset.candidates)
     if len(too_many):
         raise MMEBDataError(
-            f"{table.place(too_many[0])} has {lengths[too_many[0]]} candidates, {subset.name} has at most "
+            f"{table.location(too_many[0])} has {lengths[too_many[0]]} candidates, {subset.name} has at most "
             f"{subset.candidates}"
         )
     sides = (
@@ -270,10 +270,10 @@ def _check(subset: Subset, table: SubsetTable, row_of_document: Sequence[int], l
         for text, image, row in zip(texts, images, rows):
             if bool(image) != subset.has_image(side):
                 expected = "an image" if subset.has_image(side) else "no image"
-                raise MMEBDataError(f"{table.place(row)}: {side} path is {image!r}, expected {expected}")
+                raise MMEBDataError(f"{table.location(row)}: {side} path is {image!r}, expected {expected}")
             if subset.body(side, text) is None:
                 raise MMEBDataError(
-                    f"{table.place(row)}: the {side} text {text[:120]!r} is not an instance of {instruction!r}"
+                    f"{table.location(row)}: the {side} text {text[:120]!r} is not an instance of {instruction!r}"
                 )
             if not text.strip() and not image:
-                raise MMEBDataError(f"{table.place(row)}: an empty {side}")
+                raise MMEBDataError(f"{table.location(row)}: an empty {side}")

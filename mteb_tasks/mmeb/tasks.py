@@ -214,7 +214,7 @@ def available_tasks(tasks: Sequence[type[MMEBTask]]) -> Sequence[type[MMEBTask]]
 
     Returns:
         All of them, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there. With nothing
-        there all of them: the run shall say so.
+        there all of them, and the run reports it.
     """
     root = local_root()
     if root is None or os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() not in ("1", "true", "yes"):
@@ -241,7 +241,7 @@ def preflight_together(names: Iterable[str]) -> Iterator[None]:
 
 
 def mmeb_tasks() -> list[MMEBTask]:
-    """Make one task object for each subset that shall be evaluated.
+    """Make one task object for each subset to evaluate.
 
     Returns:
         All 36, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there.
@@ -308,7 +308,7 @@ class MMEB(AbsTaskAggregate):
 MMEB.metadata = AggregateTaskMetadata(
     name="MMEB",
     description=(
-        "The Massive Multimodal Embedding Benchmark: 36 data sets for classification, visual question answering, "
+        "The Massive Multimodal Embedding Benchmark: 36 datasets for classification, visual question answering, "
         "retrieval and visual grounding, each query with its own candidates."
     ),
     reference="https://arxiv.org/abs/2410.05160",

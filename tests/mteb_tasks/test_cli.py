@@ -149,3 +149,12 @@ def test_sugarcrepe_is_shown_by_category_and_group():
 
 def test_no_scores_no_table():
     assert score_table({}, "unime-v2") == ""
+
+
+def test_help_is_shown_without_arguments_and_lists_allow_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unime-mteb"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--allow-missing" in shown and "available-tasks" in shown
