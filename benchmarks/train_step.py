@@ -1,12 +1,13 @@
-"""One contrastive training step on photos of many sizes: stock Sentence Transformers, eager images, beside ours.
+"""Benchmark of one contrastive training step on photos of many sizes: unime_st against stock Sentence Transformers.
 
     python benchmarks/train_step.py speed [--size mid --batch_size 32 --repeats 3]
     python benchmarks/train_step.py memory [--size small --batches 64 512 1024 4096 --stock_batches 64 512 1024]
 
-Both sides have the same random Qwen2-VL, the same pairs of a text and a JPEG file, LoRA, and items in a mini-batch, and
-both have to come to the same loss. Speed is measured in turn in one process. Memory is measured in a process of its own
-for each side and batch: its highest resident set, on a GPU the device's; a batch of one pair shows how much of it are
-libraries and model. Points of an earlier call with the same settings stay in the table.
+Both sides have the same random Qwen2-VL with LoRA, the same pairs of a text and a JPEG file and the same mini-batch size,
+and must reach the same loss. The stock side decodes all images of a batch at once. Speed is measured alternately in one
+process. Memory is measured in a separate process for each side and batch size: the peak resident memory, on a GPU the
+device's peak; a batch of one pair shows the share of libraries and model. Results of an earlier call with the same
+settings stay in the table.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ Step = Callable[[], float]
 
 
 def load(folder: Path, side: str = OURS) -> SentenceTransformer:
-    """The model with an adapter, ready to be trained."""
+    """Load the model with a LoRA adapter, in training mode."""
     kind = UniME if side == OURS else SentenceTransformer
     model = kind(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -63,7 +64,7 @@ def load(folder: Path, side: str = OURS) -> SentenceTransformer:
 
 
 def write_pairs(folder: Path, count: int, full: int) -> None:
-    """Texts of 3 to 30 words, each with a JPEG file; the first ``full`` have as many tokens, and no more pixels."""
+    """Write texts of 3 to 30 words, each with a JPEG file. The first ``full`` images have the most tokens possible."""
     rng = random.Random(0)
     side = math.isqrt(_PIXELS)
     photos = images(folder / "full", full, shortest=side, longest=side)
@@ -74,7 +75,7 @@ def write_pairs(folder: Path, count: int, full: int) -> None:
 
 
 def stock_step(model: SentenceTransformer, pairs: list[PairRecord], mini_batch_size: int) -> Step:
-    """What the stock trainer does with a batch: decode and process it whole, then the cached loss."""
+    """Make the step of the stock trainer: decode and process the whole batch, then compute the cached loss."""
     collate = SentenceTransformerDataCollator(model.preprocess)
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
 
@@ -94,7 +95,7 @@ def stock_step(model: SentenceTransformer, pairs: list[PairRecord], mini_batch_s
 
 
 def our_step(model: SentenceTransformer, records: RecordSet, count: int, mini_batch_size: int, workers: int) -> Step:
-    """The same batch from positions of items, decoded mini-batch by mini-batch."""
+    """Make our step on the same batch: items are decoded mini-batch by mini-batch."""
     loss = our_loss(model, records, workers)
     tokens, pixels = item_costs(records, model)
     cut = MiniBatches(tokens, size=mini_batch_size, pixels=pixels, most_pixels=pixel_budget(model.device))
@@ -109,7 +110,7 @@ def our_step(model: SentenceTransformer, records: RecordSet, count: int, mini_ba
 
 
 def our_loss(model: SentenceTransformer, records: RecordSet, workers: int) -> DistinctItemsLoss:
-    """The stock loss over distinct items that are decoded late, a frozen vision tower run once, as the stages make it."""
+    """Wrap the stock loss as the stages do: distinct items, late decoding, one run of the frozen vision tower."""
     inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=ROWS_AT_ONCE)
     return DistinctItemsLoss(
         inner, Feed(records, model.preprocess, workers), vision=FrozenTowerCache(model, torch.float32)
@@ -123,7 +124,7 @@ def _backward(loss: torch.Tensor, model: SentenceTransformer) -> float:
 
 
 def make_step(side: str, options: argparse.Namespace, work: Path, count: int) -> Step:
-    """One side's step over the first ``count`` pairs."""
+    """Make the step of one side on the first ``count`` pairs."""
     model, records = load(work / "st", side), RecordSet.load(work / "records")
     if side == OURS:
         return our_step(model, records, count, options.mini_batch_size, options.workers)
@@ -131,13 +132,13 @@ def make_step(side: str, options: argparse.Namespace, work: Path, count: int) ->
 
 
 def prepare(options: argparse.Namespace, work: Path, count: int, full: int = 0) -> None:
-    """Write model and pairs."""
+    """Write the model and the pairs."""
     random_qwen2_vl(work, options.size, pixels=_PIXELS, device="cuda" if torch.cuda.is_available() else "cpu")
     write_pairs(work, count, full)
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What both sides have in common."""
+    """Settings of both sides, for the result file."""
     return {
         "model": {"size": options.size, **SIZES[options.size], "largest_image": _PIXELS},
         "photos": _SIDES,
@@ -147,7 +148,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed(options: argparse.Namespace, work: Path) -> None:
-    """Both sides in turn."""
+    """Measure both sides alternately."""
     prepare(options, work, options.batch_size)
     losses: dict[str, float] = {}
 
@@ -160,11 +161,11 @@ def speed(options: argparse.Namespace, work: Path) -> None:
     _require_same(losses)
     model, records = load(work / "st"), RecordSet.load(work / "records")
     tokens = int(item_costs(records, model)[0].sum())
-    operations = flops_per_token(model, cached=True, recomputed=False) * tokens
+    flops = flops_per_token(model, cached=True, recomputed=False) * tokens
     rate = peak_matmul_flops(model.device, model.dtype)
     result |= {"settings": {**settings(options), "batch_size": options.batch_size}, "loss": losses}
     result["examples_per_second"] = {k: round(options.batch_size / s, 3) for k, s in result["median"].items()}
-    result["mfu"] = {side: round(operations / seconds / rate, 4) for side, seconds in result["median"].items()}
+    result["mfu"] = {side: round(flops / seconds / rate, 4) for side, seconds in result["median"].items()}
     rows = ["", "| variant | examples/s | MFU (language model) |", "|---|---|---|"]
     rows += [f"| {k} | {v:.2f} | {result['mfu'][k]:.2f} |" for k, v in result["examples_per_second"].items()]
     text = harness.table(result) + "\n".join(rows) + f"\n\n{json.dumps(result['settings'])}\n"
@@ -174,11 +175,11 @@ def speed(options: argparse.Namespace, work: Path) -> None:
 
 def _require_same(losses: dict[str, float]) -> None:
     if abs(losses[STOCK] - losses[OURS]) > 1e-3 * abs(losses[STOCK]):
-        raise RuntimeError(f"the sides did not do the same: {losses}")
+        raise RuntimeError(f"the losses of the two sides differ: {losses}")
 
 
 def memory(options: argparse.Namespace, work: Path) -> None:
-    """One step in a process of its own for each side and batch."""
+    """Measure each side and batch size in a separate process."""
     wanted = {STOCK: options.stock_batches, OURS: options.batches}
     prepare(options, work, max(sum(wanted.values(), [1])), full=options.mini_batch_size)
     path, facts = (
@@ -211,7 +212,7 @@ def memory(options: argparse.Namespace, work: Path) -> None:
 
 
 def _undated(result: dict[str, Any]) -> dict[str, Any]:
-    """The machine of a result, whatever the day."""
+    """Description of the machine of a result, without the date."""
     return {name: value for name, value in result["machine"].items() if name != "date"}
 
 
@@ -237,14 +238,14 @@ def _child(options: argparse.Namespace, side: str, work: Path, count: int) -> di
 
 
 def measure_here(options: argparse.Namespace) -> None:
-    """In a process of its own: one step and the peak memory."""
+    """Run one step in this process and print its peak memory."""
     loss = make_step(options.side, options, options.work, options.batches[0])()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sys.stdout.write(json.dumps({"mib": round(peak_bytes(device) / 2**20), "loss": loss}) + "\n")
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    """The measurement as Markdown."""
+    """Markdown table of the result."""
     stock, ours = (result["found"][side] for side in (STOCK, OURS))
     lines = [
         harness.where(result),
@@ -261,7 +262,7 @@ def memory_table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any]) -> None:
-    """Peak memory over the batch, ``results/train_step_memory.png``."""
+    """Plot peak memory over the batch size to ``results/train_step_memory.png``."""
     axes, figure = harness.axes(result)
     for side, points in result["found"].items():
         axes.plot([int(x) for x in points], [y["mib"] / 1024 for y in points.values()], marker="o", label=side)
@@ -271,16 +272,22 @@ def plot(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure, write and print."""
+    """Parse the command line, measure, save and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory"), help="what is measured")
-    parser.add_argument("--size", choices=SIZES, help="model; speed: mid, memory: small if left out")
-    parser.add_argument("--batch_size", type=int, default=32, help="speed: pairs in the batch")
-    parser.add_argument("--repeats", type=int, default=3, help="speed: timed steps of each side, after a warm-up")
-    parser.add_argument("--batches", type=int, nargs="*", default=[64, 512, 1024, 4096], help="memory: of our side")
-    parser.add_argument("--stock_batches", type=int, nargs="*", default=[64, 512, 1024], help="memory: of the other")
-    parser.add_argument("--mini_batch_size", type=int, default=16, help="items embedded at a time")
-    parser.add_argument("--workers", type=int, default=0, help="our processes that decode ahead")
+    parser.add_argument("what", choices=("speed", "memory"), help="quantity to measure")
+    parser.add_argument("--size", choices=SIZES, help="model size (default: mid for speed, small for memory)")
+    parser.add_argument("--batch_size", type=int, default=32, help="speed: pairs in the batch (default: 32)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="speed: timed steps of each side after a warm-up step (default: 3)"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[64, 512, 1024, 4096], help="memory: batch sizes of our side"
+    )
+    parser.add_argument(
+        "--stock_batches", type=int, nargs="*", default=[64, 512, 1024], help="memory: batch sizes of the stock side"
+    )
+    parser.add_argument("--mini_batch_size", type=int, default=16, help="items embedded at a time (default: 16)")
+    parser.add_argument("--workers", type=int, default=0, help="our processes that decode ahead (default: 0)")
     parser.add_argument("--side", choices=(STOCK, OURS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Tiny random models of real classes with real processors, which take texts, images and both."""
+"""Tiny random models of real classes with real processors for texts, images and both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def model(embedder_folder: str) -> SentenceTransformer:
-    """One copy of the model for the tests that only need a loss to hold some model."""
+    """One copy of the model, for tests whose loss never runs it."""
     return SentenceTransformer(embedder_folder, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""The losses written down from the papers' formulas: plain loops in float64, one cosine at a time.
+"""Reference of the embedding losses from the papers' formulas: plain loops in float64, one cosine at a time.
 
 Nothing here is shared with the library, and no log-space trick is used: in float64, at the temperatures tested, the
 literal exponentials neither overflow nor vanish.
@@ -86,6 +86,6 @@ def soft_label_distillation(
 
 
 def random_rows(seed: int, *shape: int) -> Tensor:
-    """Random float64 rows whose norms differ from 1, so that the normalisation inside the losses counts."""
+    """Random float64 rows whose norms differ from 1, so that the normalization inside the losses counts."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * (1.0 + seed % 3) / math.sqrt(shape[-1])

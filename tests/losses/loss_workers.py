@@ -1,4 +1,4 @@
-"""What each spawned process of the distributed tests does; importable without pytest."""
+"""What the spawned processes of the distributed tests of the embedding losses run; importable without pytest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each spawned process of the distributed test of RerankerLoss does; importable without pytest."""
+"""What the spawned processes of the distributed test of RerankerLoss run; importable without pytest."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_on_half(rank: int, folder: str, output: str) -> None:
     for mode, options in (("plain", {}), ("cached", {"mini_batch_size": 2})):
         model = UniMEReranker(folder, device="cpu")
         loss = RerankerLoss(model, **options)
-        # What CrossEncoderTrainer does: the wrapper takes the model's place and lends its preprocessing.
+        # As in CrossEncoderTrainer: the wrapper replaces the model and takes over its preprocessing.
         wrapper = DistributedDataParallel(model)
         wrapper.preprocess = model.preprocess
         loss.model = wrapper

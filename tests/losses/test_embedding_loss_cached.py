@@ -1,4 +1,4 @@
-"""Gradient caching changes nothing but the memory: checked on a real vision-language model."""
+"""Gradient caching gives the plain value and gradient, on a real vision-language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedding losses against numbers of the authors' code (or the paper's rule where that code is wrong)."""
+"""The embedding losses against values of the authors' code, or of the paper's rule where that code is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def golden_losses(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]
 
 
 def tangential(gradient: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """The stored gradients treat the unit vectors as free; ours go through the normalisation, which removes the part
+    """The stored gradients treat the unit vectors as free; ours go through the normalization, which removes the part
     along the vector."""
     return gradient - (gradient * unit).sum(axis=-1, keepdims=True) * unit
 

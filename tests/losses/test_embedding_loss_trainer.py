@@ -1,4 +1,4 @@
-"""The embedding losses in the stock trainer, and what they say about wrong inputs and options."""
+"""The embedding losses in the stock trainer, and their errors for wrong inputs and options."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ rows = reference.random_rows
 
 
 def run(loss: CachedEmbeddingLoss, columns: list[Tensor], labels: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradients, the way ``forward`` gets them: in mini-batches if the loss caches, else in one piece."""
+    """Value and gradients as ``forward`` gets them: in mini-batches if gradients are cached, else in one piece."""
     leaves = [column.detach().clone().requires_grad_() for column in columns]
-    if loss.uses_gradient_cache:
+    if loss.embeds_in_mini_batches:
         pieces = [[part.detach().requires_grad_() for part in leaf.split(2)] for leaf in leaves]
         value = loss.calculate_loss(pieces, labels, with_backward=True)
         assert not value.requires_grad

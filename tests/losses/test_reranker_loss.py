@@ -1,4 +1,4 @@
-"""RerankerLoss: its formula, its prompts, its random places and the stock trainer."""
+"""RerankerLoss: formula, prompts, random lists, the stock trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reference(logits: np.ndarray, answers: np.ndarray) -> tuple[float, np.ndarra
 @pytest.mark.parametrize("scale", [1.0, 80.0, 0.0])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (1.0, 0.0), (0.0, 0.5)])
 def test_value_and_gradient_equal_the_formula(model: UniMEReranker, weights: tuple[float, float], scale: float):
-    """Also where one answer is certain (scale 80) and where all are alike (scale 0)."""
+    """Also with one certain answer (scale 80) and with equal logits (scale 0)."""
     loss = RerankerLoss(model, *weights)
     draw = np.random.default_rng(0)
     logits = [scale * draw.normal(size=(6, len(model.tokenizer))) for _ in range(3)]
@@ -90,7 +90,7 @@ def by_hand(model: CrossEncoder, columns: list[list[Any]], hardest: list[int], s
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("mini_batch_size", [None, 2])
 def test_prompts_and_answers_equal_those_by_hand(model: UniMEReranker, labelled: bool, mini_batch_size: int | None):
-    """Fails when a text or an image does not reach a prompt, or an answer is read elsewhere."""
+    """Fails if a text or an image does not reach a prompt, or an answer is read at another token."""
     columns = worker.rows(5)
     labels = worker.scores(5) if labelled else None
     hardest = labels[:, 1:].argmax(1).tolist() if labels is not None else [0] * 5
@@ -133,7 +133,7 @@ def test_a_plain_cross_encoder_trains_alike(model: UniMEReranker, tmp_path: Path
 
 
 def trained_lists(loss: RerankerLoss, batches: int, rows: int, count: int) -> list[list[str]]:
-    """The lists that reach the model in training: what stands at each place, "0" being the positive."""
+    """The lists that reach the model in training: the candidate at each position, "0" being the positive."""
     seen: list[list[str]] = []
 
     def logits(column: dict[str, Any], begin: int, end: int, random_state: Any = None) -> torch.Tensor:
@@ -147,8 +147,8 @@ def trained_lists(loss: RerankerLoss, batches: int, rows: int, count: int) -> li
 
 
 @pytest.mark.parametrize("shortest", [None, 2])
-def test_the_place_of_the_positive_in_training_rows_is_uniform(model: UniMEReranker, shortest: int | None):
-    """Chi-square over all slots of every length, and no slot predicts the next; batches of the size of training."""
+def test_the_position_of_the_positive_in_training_rows_is_uniform(model: UniMEReranker, shortest: int | None):
+    """Chi-square over the positions in lists of each length, and of successive lists; batch size of a training."""
     torch.manual_seed(0)
     loss = RerankerLoss(model, pairwise_weight=0, min_list_length=shortest)
     lists = trained_lists(loss, batches=1500, rows=8, count=6)
@@ -172,8 +172,8 @@ def test_the_place_of_the_positive_in_training_rows_is_uniform(model: UniMEReran
         assert members[1:].max() < 1.1 * members[1:].min()
 
 
-def test_places_follow_torchs_generator(model: UniMEReranker):
-    """Its state is in the trainer's checkpoints, so a resumed training draws the same places."""
+def test_lists_follow_torchs_generator(model: UniMEReranker):
+    """Its state is in the trainer's checkpoints, so a resumed training draws the same lists."""
     loss = RerankerLoss(model)
     torch.manual_seed(3)
     loss._draw_lists(50, 6)
@@ -215,7 +215,7 @@ def test_evaluation_lists_depend_on_the_queries_only(model: UniMEReranker):
 
 
 def test_ten_candidates_through_their_digits(model: UniMEReranker):
-    """-log P(1) is -log P(1) - log P( ")" | 1) where 10 begins alike; against prompts by hand."""
+    """Numbers that begin alike are answered in two tokens: -log P(1) - log P(")" | 1), -log P(1) - log P(0 | 1)."""
     documents = ["red", "blue", "green", "big", "small", "left", "right", "triangle", "square", "circle"]
     columns = [["an image"] * 12, *([document] * 12 for document in documents)]
     plain = RerankerLoss(model, pairwise_weight=0)

@@ -1,4 +1,4 @@
-"""RerankerLoss: gradient caching and two processes agree with the plain loss in one."""
+"""RerankerLoss with gradient caching and on two processes equals the plain loss on one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_dropout(folder: str, rate: float) -> UniMEReranker:
 
 
 def computed(loss: RerankerLoss) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Values and gradients; the factor stands for what scales a loss in training."""
+    """Values and gradients; the factor stands for the loss scaling of a trainer."""
     torch.manual_seed(0)
     parts = loss(worker.rows(4), worker.scores(4))
     (3.0 * worker.summed(parts)).backward()
@@ -52,7 +52,7 @@ def test_cached_gradient_is_the_plain_one(reranker_folder: str, mini_batch_size:
 
 
 def test_cached_dropout_is_replayed(reranker_folder: str):
-    """The second pass draws the masks of the first: it agrees with one plain pass, made prompt by prompt too."""
+    """The second pass draws the masks of the first: it equals a plain pass prompt by prompt."""
     cached = computed(RerankerLoss(with_dropout(reranker_folder, 0.3), mini_batch_size=1))
     loss = RerankerLoss(with_dropout(reranker_folder, 0.3))
     whole = loss._logits

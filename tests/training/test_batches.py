@@ -1,4 +1,4 @@
-"""Rows of a batch: nothing twice, the same for any number of processes, data sets in the wanted shares."""
+"""Batch sampler: no duplicates, the same rows for any number of processes, datasets in the wanted shares."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_impossible_batch_is_refused() -> None:
         RowBatches(_rows(["yes", "no"] * 20), 5, drop_last=True)
 
 
-def test_data_sets_by_temperature_and_side_by_side() -> None:
+def test_datasets_by_temperature_and_in_sub_batches() -> None:
     names = ["large"] * 80 + ["small"] * 20
     rows = _rows([f"p{row}" for row in range(100)])
     shares = {}
@@ -87,7 +87,7 @@ def test_data_sets_by_temperature_and_side_by_side() -> None:
     assert shares == {1.0: 20, 2.0: 33, 1e9: 50} or shares == {1.0: 20, 2.0: 34, 1e9: 50}
 
 
-def test_sub_batches_are_whole_but_where_a_data_set_ends() -> None:
+def test_sub_batches_are_whole_except_where_a_dataset_ends() -> None:
     names = np.array(["large"] * 103 + ["small"] * 50 + ["least"] * 21)
     rows = _rows([f"{name} {row % 15}" for row, name in enumerate(names)])  # every positive several times
     batches = sampler(datasets=names.tolist(), sub_batch_size=4)(rows, batch_size=12, drop_last=True)
@@ -109,7 +109,7 @@ def test_a_pass_takes_every_row_once(sizes: tuple[int, ...], sub_batch: int, siz
     assert sorted(chain.from_iterable(batches)) == list(range(len(names)))
 
 
-def test_a_data_set_with_few_labels_gives_what_it_has() -> None:
+def test_a_dataset_with_few_labels_gives_shorter_sub_batches() -> None:
     rows = _rows([f"p{row}" for row in range(60)] + ["yes", "no"] * 10)
     batches = sampler(datasets=["large"] * 60 + ["labels"] * 20, sub_batch_size=5)(rows, batch_size=10, drop_last=True)
     for batch in batches:
