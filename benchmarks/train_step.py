@@ -98,7 +98,7 @@ def our_step(model: SentenceTransformer, records: RecordSet, count: int, mini_ba
     """Make our step on the same batch: items are decoded mini-batch by mini-batch."""
     loss = our_loss(model, records, workers)
     tokens, pixels = item_costs(records, model)
-    cut = MiniBatches(tokens, size=mini_batch_size, pixels=pixels, most_pixels=pixel_budget(model.device))
+    cut = MiniBatches(tokens, size=mini_batch_size, pixels=pixels, max_pixels=pixel_budget(model.device))
     collate = ItemCollator(model.preprocess, records=records, mini_batches=cut, lazy=True)
     rows = list(pair_rows(records).select(range(count)).remove_columns("dataset"))
 
@@ -113,7 +113,7 @@ def our_loss(model: SentenceTransformer, records: RecordSet, workers: int) -> Di
     """Wrap the stock loss as the stages do: distinct items, late decoding, one run of the frozen vision tower."""
     inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=ROWS_AT_ONCE)
     return DistinctItemsLoss(
-        inner, Feed(records, model.preprocess, workers), vision=FrozenTowerCache(model, torch.float32)
+        inner, Feed(records, model.preprocess, workers), frozen_tower=FrozenTowerCache(model, torch.float32)
     )
 
 

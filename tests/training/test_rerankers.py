@@ -16,7 +16,7 @@ from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import RerankerLoss
 from unime_st.stages import RerankerArguments, train_reranker
-from unime_st.training.planning import Plan
+from unime_st.training.planning import TrainingEstimate
 from unime_st.training.rerankers import RerankerStage
 from unime_st.training.rows import rows_with_negatives
 
@@ -54,11 +54,13 @@ def _rows(records: RecordSet) -> Any:
 class _Planned(RerankerStage):
     """A stage that ends with its plan."""
 
-    def fit(self, model: Any, rows: Any, loss: Any, collator: Any, plan: Plan, **options: Any) -> None:
+    def fit(self, model: Any, rows: Any, loss: Any, collator: Any, plan: TrainingEstimate, **options: Any) -> None:
         self.plan = plan
 
 
-def _plan(options: RerankerArguments, records: RecordSet, model: UniMEReranker, loss: RerankerLoss) -> Plan:
+def _plan(
+    options: RerankerArguments, records: RecordSet, model: UniMEReranker, loss: RerankerLoss
+) -> TrainingEstimate:
     stage = _Planned("reranker", options)
     stage.records = records
     stage.train(model, _rows(records), loss)

@@ -1,4 +1,4 @@
-"""Stored visual tokens in the place of the vision tower: same features, gradients and curves, whoever made them."""
+"""Vision cache and frozen tower: same features, gradients and loss curves with stored visual tokens as without."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
         model.zero_grad()
         torch.manual_seed(3)
         inner = HardNegativeRankingLoss(model, 0.5, 1.0, num_negatives=3)
-        loss = DistinctItemsLoss(inner, feed, vision=once)([dict(batch)])
+        loss = DistinctItemsLoss(inner, feed, frozen_tower=once)([dict(batch)])
         loss.backward()
         return loss.item(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
 

@@ -98,7 +98,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         feed: Decodes the mini-batches of a lazy :class:`ItemCollator`.
         matryoshka_dims: Train the mean of the losses of these prefixes of the embedding. None (default): the whole
             embedding.
-        vision: Runs a frozen vision tower once a step. None (default): the vision tower runs in both passes.
+        frozen_tower: Runs a frozen vision tower once a step. None (default): the vision tower runs in both passes.
 
     Attributes:
         tokens: Tokens that this process has embedded so far, without padding and without second passes.
@@ -113,13 +113,13 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         loss: Any,
         feed: Feed | None = None,
         matryoshka_dims: list[int] | None = None,
-        vision: FrozenTowerCache | None = None,
+        frozen_tower: FrozenTowerCache | None = None,
     ) -> None:
         super().__init__()
         self.loss: Any = loss
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
-        self.frozen_tower = vision
+        self.frozen_tower = frozen_tower
         self._heap_trimmer = HeapTrimmer()
         self.tokens = self.items = 0
         self._columns = torch.empty(0, dtype=torch.long)

@@ -27,7 +27,7 @@ from unime_st.training.planning import count_steps, estimate_training, flops_per
 from unime_st.training.processes import partial_state
 from unime_st.training.run import TrainingStage
 from unime_st.training.trainer import EmbedderTrainer
-from unime_st.training.vision_cache import VisionCache, image_keys, largest_size
+from unime_st.training.vision_cache import VisionCache, image_keys, max_cache_bytes
 from unime_st.training.visual_tokens import check_frozen
 
 IMAGES = "images.npy"
@@ -77,8 +77,8 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             passes.measure(model, feed, indices, dtype),
             steps=count_steps(args, len(rows), accumulates=not in_batch),
             # What was measured is a forward and a backward pass; caching adds a forward pass, a third of both.
-            passes_more=1 / 3 if passes.cached else 0.0,
-            operations=flops,
+            unmeasured=1 / 3 if passes.cached else 0.0,
+            flops_per_token=flops,
             set_aside=set_aside,
             largest_item=int(tokens[indices].max()),
             mini_batch=passes.description,
@@ -138,7 +138,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
     def _vision_cache_size(self, model: UniME, indices: np.ndarray, tokens: np.ndarray) -> str | None:
         if self.args.vision_cache is None:
             return None
-        return f"at most {largest_size(model, self.records, indices, tokens) / 2**30:.2f} GiB"
+        return f"at most {max_cache_bytes(model, self.records, indices, tokens) / 2**30:.2f} GiB"
 
 
 def _check_dimensions(model: UniME, dims: list[int] | None) -> None:

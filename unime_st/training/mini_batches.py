@@ -19,7 +19,7 @@ class MiniBatches:
         budget: Tokens of a mini-batch, padding included. With neither ``size`` nor ``budget`` items are grouped by
             similar length only.
         pixels: Pixels of each stored item's image before processing, of shape (items,). None (default): no limit.
-        most_pixels: Most pixels that a mini-batch decodes. A larger image is a mini-batch of its own. Used with
+        max_pixels: Most pixels that a mini-batch decodes. A larger image is a mini-batch of its own. Used with
             ``pixels``.
 
     Example:
@@ -32,7 +32,7 @@ class MiniBatches:
     size: int | None = None
     budget: int | None = None
     pixels: np.ndarray | None = None
-    most_pixels: int = 0
+    max_pixels: int = 0
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
         """Split items into mini-batches.
@@ -50,5 +50,5 @@ class MiniBatches:
             order = np.argsort(-costs, kind="stable")
             groups = [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
         if self.pixels is not None:
-            groups = split_by_pixels(groups, self.pixels[positions], self.most_pixels)
+            groups = split_by_pixels(groups, self.pixels[positions], self.max_pixels)
         return sorted(groups, key=lambda group: -len(group) * int(costs[group].max()))

@@ -69,7 +69,7 @@ class Passes:
                 accumulated are the large one exactly, and no second forward pass is needed.
             resumes: Whether a checkpoint is there.
         """
-        cut = partial(MiniBatches, tokens, pixels=pixels, most_pixels=pixel_budget(model.device))
+        cut = partial(MiniBatches, tokens, pixels=pixels, max_pixels=pixel_budget(model.device))
         budget = _token_budget(args, model, feed, lambda size: cut(budget=size), np.unique(indices), resumes)
         rows = args.per_device_train_batch_size
         if not in_batch:

@@ -194,7 +194,7 @@ def flops_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> floa
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingEstimate:
     """Expected cost of a training run, see :func:`estimate_training`.
 
     Args:
@@ -246,7 +246,7 @@ class Plan:
         lines.append(f"peak memory    {self.peak_gib:.2f} GiB, measured with the largest mini-batch")
         return "\n".join(f"  {line}" for line in lines)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Figures for the manifest."""
         return asdict(self)
 
@@ -277,34 +277,34 @@ def estimate_training(
     arguments: StageArguments,
     model: BaseModel,
     row_costs: np.ndarray,
-    rehearsals: Sequence[MeasuredPass],
+    measured: Sequence[MeasuredPass],
     *,
     steps: int,
-    passes_more: float = 0.0,
-    operations: float,
+    unmeasured: float = 0.0,
+    flops_per_token: float,
     **facts: Any,
-) -> Plan:
+) -> TrainingEstimate:
     """Estimate the cost of a training run.
 
     Args:
         arguments: Options of the stage.
         model: The model, with the trained weights chosen.
         row_costs: Tokens of each row, of shape (rows,).
-        rehearsals: The most expensive pass and a typical one, measured.
+        measured: The most expensive pass and a typical one, measured.
         steps: Optimizer steps.
-        passes_more: Time of a step that was not measured, as a share of the measured passes. Defaults to 0.
-        operations: Floating-point operations per token.
-        **facts: Further fields of :class:`Plan`.
+        unmeasured: Time of a step that was not measured, relative to the measured passes. Defaults to 0.
+        flops_per_token: Floating-point operations per token.
+        **facts: Further fields of :class:`TrainingEstimate`.
 
     Returns:
-        Plan: The expected cost.
+        TrainingEstimate: The expected cost.
     """
     world, rows = partial_state().num_processes, len(row_costs)
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     tokens = int(row_costs.mean() * steps * per_step)
-    largest, usual = rehearsals
+    largest, usual = measured
     parameters = list(model.parameters())
-    return Plan(
+    return TrainingEstimate(
         rows=rows,
         steps=steps,
         rows_per_step=per_step,
@@ -312,8 +312,8 @@ def estimate_training(
         tokens=tokens,
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         weights=sum(p.numel() for p in parameters),
-        flops=tokens * operations,
-        hours=tokens / world * usual.seconds / max(usual.tokens, 1) * (1 + passes_more) / 3600,
+        flops=tokens * flops_per_token,
+        hours=tokens / world * usual.seconds / max(usual.tokens, 1) * (1 + unmeasured) / 3600,
         peak_gib=largest.peak_bytes / 2**30,
         device=str(model.device),
         **facts,

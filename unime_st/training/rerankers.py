@@ -95,7 +95,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
             row_tokens,
             self._measure(model, loss, rows, indices, row_tokens, dtype),
             steps=count_steps(args, len(rows)),
-            operations=flops,
+            flops_per_token=flops,
             set_aside=set_aside,
             largest_item=int(tokens[indices].max()) - empty,
             mini_batch=f"{args.mini_batch_size} prompts at a time, gradients cached"

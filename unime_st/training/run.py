@@ -25,7 +25,7 @@ from unime_st.training import LOG
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
 from unime_st.training.arguments import StageArguments
 from unime_st.training.hub import check_hub, upload
-from unime_st.training.planning import Plan
+from unime_st.training.planning import TrainingEstimate
 from unime_st.training.processes import partial_state
 from unime_st.training.trainer import WRITE_ERRORS, ReportingMixin, write_error
 
@@ -137,7 +137,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         rows: Dataset,
         loss: nn.Module,
         collator: Any,
-        plan: Plan,
+        plan: TrainingEstimate,
         *,
         rows_per_pass: int | None = None,
         cached: bool = False,
@@ -176,7 +176,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
                 "step": _best_step(trainer.state),
                 trainer.args.metric_for_best_model: trainer.state.best_metric,
             }
-        self._facts["plan"] = plan.facts()
+        self._facts["plan"] = plan.to_dict()
 
     def _trainer(
         self,

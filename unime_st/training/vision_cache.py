@@ -93,7 +93,7 @@ class VisionCache:
         share = slice(state.process_index, None, state.num_processes)
         own = first[share][self.store.missing(keys[share])]
         if len(own):
-            split = MiniBatches(costs, budget=_TOKEN_BUDGET, pixels=pixels, most_pixels=pixel_budget(model.device))
+            split = MiniBatches(costs, budget=_TOKEN_BUDGET, pixels=pixels, max_pixels=pixel_budget(model.device))
             groups = [own[group].tolist() for group in split(own)]
             with torch.no_grad(), autocast(model, self.dtype):
                 self._compute(model, feed, groups)
@@ -195,7 +195,7 @@ def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = N
     return keys
 
 
-def largest_size(model: BaseModel, records: ItemFolder, positions: np.ndarray, costs: np.ndarray) -> int:
+def max_cache_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray, costs: np.ndarray) -> int:
     """Upper bound of the disk space of the visual tokens.
 
     It counts the texts of items with an image too, and an image once for each item.
