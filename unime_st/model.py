@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoConfig
@@ -13,6 +15,7 @@ from transformers import AutoConfig
 from unime_st.backbones.patches import project_patches
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
+from unime_st.encoding.model_inputs import is_single, load_input, normalize_input, raise_if_table
 
 
 class UniME(ShardedByLayer, SentenceTransformer):
@@ -80,7 +83,8 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """Preprocess inputs into model features, see :meth:`SentenceTransformer.preprocess`.
 
         Args:
-            inputs: Batch of texts, images, ``{"image": ..., "text": ...}`` dicts or chats.
+            inputs: Batch of texts, images, ``{"image": ..., "text": ...}`` dicts or chats. Parts that are None are
+                ignored.
             prompt: Instruction that is added by the chat template. Defaults to None.
             **kwargs: Passed on.
 
@@ -92,6 +96,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
             >>> features["input_ids"].shape[0]
             1
         """
+        inputs = [load_input(normalize_input(value)) for value in inputs]
         features = super().preprocess(inputs, prompt=prompt, **kwargs)
         if "batch_num_images" in features and "num_images_per_sample" in features:
             features["batch_num_images"] = features["num_images_per_sample"]
@@ -101,8 +106,8 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """Compute embeddings, see :meth:`SentenceTransformer.encode`.
 
         Args:
-            inputs: One input, a list or an iterator of inputs: text, image (PIL, path, URL, array),
-                ``{"image": ..., "text": ...}``, chat, :class:`~unime_st.Item`.
+            inputs: One input, or a list, iterator, array or pandas Series of inputs: text, image (PIL, path, URL, array),
+                ``{"image": ..., "text": ...}``, chat, :class:`~unime_st.Item`. Parts that are None are ignored.
             *args: Passed on.
             **kwargs: Passed on. ``batch_size`` counts units of 256 tokens, so that batches contain fewer long and more
                 short inputs. With ``truncate_dim``, ``normalize_embeddings`` defaults to True.
@@ -116,7 +121,11 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """
         if kwargs.get("truncate_dim") is not None or self.truncate_dim is not None:
             kwargs.setdefault("normalize_embeddings", True)
-        inputs = list(inputs) if isinstance(inputs, Iterator) else inputs
+        raise_if_table(inputs)
+        if isinstance(inputs, os.PathLike):
+            inputs = normalize_input(inputs)
+        elif not isinstance(inputs, (list, tuple, np.ndarray, Tensor)) and not is_single(inputs):
+            inputs = list(inputs)
         return super().encode(inputs, *args, **kwargs)
 
     def _inference(

@@ -165,7 +165,7 @@ class UniMEProcessorMixin:
         without this an over-long row with an image would be read at some word of its text.
         """
         if conversation and isinstance(conversation[0], (list, tuple)):
-            conversation = [_flat(chat) for chat in conversation]
+            conversation = [_without_absent_parts(_flat(chat)) for chat in conversation]
         output = super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
         text_kwargs = (kwargs.get("processor_kwargs") or {}).get("text_kwargs") or {}
         if not isinstance(output, BatchFeature) or not text_kwargs.get("truncation"):
@@ -188,6 +188,14 @@ def _flat(chat: Any) -> list[dict[str, Any]]:
         for messages in inner or [[message]]:
             flat += [dict(entry) for entry in messages]
     return flat
+
+
+def _without_absent_parts(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Remove parts that are None, as rows of a struct column have them: ``{"image": image, "text": None}``."""
+    for message in chat:
+        if isinstance(message.get("content"), list):
+            message["content"] = [part for part in message["content"] if part.get(part.get("type"), part) is not None]
+    return chat
 
 
 def _restore_tails(

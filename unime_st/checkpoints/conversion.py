@@ -24,6 +24,15 @@ logger = logging.getLogger(__name__)
 
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
 
+_ABSENT_PARTS = """\
+{%- set kept = namespace(messages=[]) -%}{%- for message in messages -%}
+{%- set content = message.content if message.content is string or message.content is not iterable else \
+(message.content | rejectattr("text", "none") | rejectattr("image", "none") | list) -%}
+{%- set kept.messages = kept.messages + [dict(message, content=content)] -%}{%- endfor -%}
+{%- set messages = kept.messages -%}
+"""
+"""In front of a checkpoint's own chat template: parts that are None are absent, where they would be read as words."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -242,6 +251,8 @@ def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options
         processor.chat_template, processor.tokenizer.chat_template = text, None
     elif processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise CheckpointError(f"{where} has no chat template. Give one with --template FILE.")
+    elif isinstance(processor.chat_template, str) and not processor.chat_template.startswith(_ABSENT_PARTS):
+        processor.chat_template = _ABSENT_PARTS + processor.chat_template
     _set_and_save(processor.tokenizer, "padding_side", recipe.padding_side)
     if recipe.max_length is not None:
         _set_and_save(processor.tokenizer, "model_max_length", recipe.max_length)

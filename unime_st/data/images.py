@@ -255,14 +255,18 @@ def _read_file(path: str) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _archive(path: str, process: int) -> zipfile.ZipFile:
+def _archive(path: str, state: tuple[int, ...], process: int) -> zipfile.ZipFile:
     # Cached because reading the directory of a large archive takes seconds. The process id is part of the key
-    # because a forked worker must not share the file position of its parent.
+    # because a forked worker must not share the file position of its parent, the state of the file because an archive
+    # may be replaced.
     return zipfile.ZipFile(path)
 
 
 def _read_member(path: str, member: str) -> bytes:
-    archive = _archive(path, os.getpid())
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
+        raise BadImageError(f"image {path}::{member}: {path} is not a regular file")
+    archive = _archive(path, (found.st_ino, found.st_size, found.st_mtime_ns), os.getpid())
     if archive.getinfo(member).file_size > MAX_BYTES:
         raise BadImageError(f"image {path}::{member}: unpacks to more than {MAX_BYTES} bytes")
     return archive.read(member)

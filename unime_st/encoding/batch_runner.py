@@ -19,7 +19,7 @@ from sentence_transformers.util import truncate_embeddings
 
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
-from unime_st.encoding.model_inputs import load_input
+from unime_st.encoding.model_inputs import load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.token_counts import pack, pixel_budget
@@ -213,7 +213,7 @@ class BatchRunner:
             if _out_of_memory(error):
                 raise
             if len(good) == 1:
-                jobs[good[0]].error = error
+                jobs[good[0]].error = unreadable_image(jobs[good[0]].value) or error
                 return [], {}
         for index, value in zip(good, inputs):  # at least one input is invalid: find it
             try:
@@ -221,7 +221,7 @@ class BatchRunner:
             except Exception as error:
                 if _out_of_memory(error):
                     raise
-                jobs[index].error = error
+                jobs[index].error = unreadable_image(jobs[index].value) or error
         kept = [(index, value) for index, value in zip(good, inputs) if jobs[index].error is None]
         if len(kept) == len(good):
             self._features(inputs)  # each input alone is valid: raise the error of the whole batch

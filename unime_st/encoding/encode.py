@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from unime_st.data.items import Item
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding.engine import encode_into
 from unime_st.encoding.model_identity import weights_fingerprint
+from unime_st.encoding.model_inputs import ModelInput
 from unime_st.encoding.vector_shards import MemorySink, ShardSink, VectorShards, VectorSink
 
 Device = str | torch.device | Sequence[str | torch.device] | None
@@ -25,7 +25,7 @@ Device = str | torch.device | Sequence[str | torch.device] | None
 @overload
 def encode_items(
     model: SentenceTransformer,
-    items: Iterable[Item],
+    items: Iterable[ModelInput],
     *,
     batch_size: int = ...,
     token_budget: int | None = ...,
@@ -42,7 +42,7 @@ def encode_items(
 @overload
 def encode_items(
     model: SentenceTransformer,
-    items: Iterable[Item],
+    items: Iterable[ModelInput],
     *,
     batch_size: int = ...,
     token_budget: int | None = ...,
@@ -58,7 +58,7 @@ def encode_items(
 
 def encode_items(
     model: SentenceTransformer,
-    items: Iterable[Item],
+    items: Iterable[ModelInput],
     *,
     batch_size: int = 64,
     token_budget: int | None = None,
@@ -129,7 +129,7 @@ def encode_items(
 
 def encode_stream(
     model: SentenceTransformer,
-    items: Iterable[Item],
+    items: Iterable[ModelInput],
     results: VectorSink,
     *,
     window: int,
@@ -161,7 +161,7 @@ def encode_stream(
 
 def encode_to_shards(
     model: SentenceTransformer,
-    items: Iterable[Item],
+    items: Iterable[ModelInput],
     folder: str | Path,
     *,
     dtype: Literal["float32", "float16"] = "float32",
@@ -236,7 +236,7 @@ def encode_to_shards(
     return VectorShards(folder)
 
 
-def _length(items: Iterable[Item]) -> int | None:
+def _length(items: Iterable[ModelInput]) -> int | None:
     return len(items) if isinstance(items, Sized) else None
 
 

@@ -16,9 +16,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from unime_st.data.images import BadImageError
 from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
-from unime_st.encoding.model_inputs import content_key, is_chat, raise_if_single
+from unime_st.encoding.content_keys import content_key
+from unime_st.encoding.model_inputs import (
+    is_chat,
+    is_media,
+    looks_like_image_path,
+    normalize_input,
+    raise_if_single,
+)
 from unime_st.encoding.text_fast_path import TextFastPath, plain_text
 from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
 from unime_st.encoding.vector_shards import VectorSink
@@ -65,6 +71,7 @@ class Engine:
         self.runner, self.on_error = runner, on_error
         self.failed: dict[int, str] = {}
         self._first: dict[Hashable, int] = {}
+        self._warned = False
         self._texts: TextFastPath | None = None
         self._counter: TokenCounter | None = None
 
@@ -131,12 +138,22 @@ class Engine:
     def _add(self, window: _Window, row: int, value: Any) -> None:
         """Register an input as a job, or as a duplicate of an earlier row."""
         try:
+            value = normalize_input(value)
             key = content_key(value)
-        except BadImageError as error:
+        except ValueError as error:  # BadImageError included
             if self.on_error == "raise":
                 raise named_error(row, error) from error
             self.failed[row] = str(error)
             return
+        if not self._warned and looks_like_image_path(value) and not is_media(value):
+            self._warned = True
+            logger.warning(
+                "item %d, %r, ends like an image file but is encoded as a text, because Sentence Transformers does not "
+                'recognize it as the path of an existing image. Pass {"image": path} for an image, {"text": ...} for a '
+                "text. Further items of this kind are not reported.",
+                row,
+                value,
+            )
         first = self._first.setdefault(key, row)
         if first == row:
             window.jobs.append(Job(row, value))

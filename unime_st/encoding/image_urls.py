@@ -1,25 +1,55 @@
-"""Image URLs: download an encoded image within a time and size limit."""
+"""Image URLs: download an encoded image within limits of time, size and redirects."""
 
 from __future__ import annotations
 
+import http.client
 import io
-import time
-from http.client import HTTPException
-from urllib.request import Request, urlopen
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import IO, Any
+from urllib.parse import urlsplit
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    Request,
+    build_opener,
+    getproxies,
+)
 
 from PIL import Image
 
 from unime_st.data.images import MAX_BYTES, BadImageError
 
 FETCH_SECONDS = 20.0
-"""Default time limit in seconds for the download of an image."""
+"""Default time limit in seconds for the download of an image: name resolution, headers, redirects and content."""
+
+MAX_REDIRECTS = 5
+"""Maximum number of redirects that are followed."""
+
+_SCHEMES = ("http://", "https://")
+_BLOCK = 1 << 16
+_Watch = Callable[[socket.socket], None]
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an ``http`` or ``https`` URL.
+
+    Args:
+        text: The text.
+    """
+    return text.startswith(_SCHEMES)
 
 
 def fetch_image(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
     """Download an image.
 
     Args:
-        url: ``http`` or ``https`` URL.
+        url: ``http`` or ``https`` URL, as given by the caller; URLs that come from data are not to be fetched.
         seconds: Time limit for the whole download in seconds. Defaults to :data:`FETCH_SECONDS`.
 
     Returns:
@@ -37,28 +67,148 @@ def fetch_image(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
 def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
     """Download an encoded image.
 
+    The URL may name any server. A redirect may lead from a public server to another one, but not to an address of the
+    local machine or network.
+
     Args:
-        url: ``http`` or ``https`` URL.
+        url: ``http`` or ``https`` URL, as given by the caller; URLs that come from data are not to be fetched.
         seconds: Time limit for the whole download in seconds. Defaults to :data:`FETCH_SECONDS`.
 
     Returns:
         bytes: Content of the file.
 
     Raises:
-        BadImageError: If the download fails, takes longer than ``seconds``, or is larger than
-            :data:`~unime_st.data.images.MAX_BYTES`.
+        BadImageError: If the download fails, takes longer than ``seconds``, is redirected too often or to a private
+            address, or is larger than :data:`~unime_st.data.images.MAX_BYTES`.
     """
-    deadline = time.monotonic() + seconds
-    content = bytearray()
+    download = _Download(url, seconds)
+    # In a thread of its own: neither name resolution nor headers that arrive byte by byte have a time limit otherwise.
+    thread = threading.Thread(target=download.run, name="image download", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        download.abort()
+        raise BadImageError(f"image {url}: cannot be fetched (not complete after {seconds:g} seconds)")
+    if isinstance(download.error, MemoryError):
+        raise download.error
+    if download.error is not None:
+        raise BadImageError(f"image {url}: cannot be fetched ({download.error})") from download.error
+    return bytes(download.content)
+
+
+class _Download:
+    """One download, which another thread may abort."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self.url, self.seconds = url, seconds
+        self.content = bytearray()
+        self.error: Exception | None = None
+        self._aborted = False
+        self._sockets: list[socket.socket] = []
+
+    def run(self) -> None:
+        """Download into :attr:`content`; an exception is kept in :attr:`error`."""
+        try:
+            request = Request(self.url, headers={"User-Agent": "unime-st"})
+            with self._opener().open(request, timeout=self.seconds) as answer:
+                while block := answer.read1(_BLOCK):
+                    self.content += block
+                    if len(self.content) > MAX_BYTES:
+                        raise OSError(f"larger than the {MAX_BYTES} bytes that an image may have")
+        except Exception as error:  # raised by the thread that waits
+            self.error = error
+
+    def abort(self) -> None:
+        """End the download: reads on its sockets return at once."""
+        self._aborted = True
+        for opened in self._sockets:
+            try:
+                opened.shutdown(socket.SHUT_RDWR)
+            except OSError:  # closed in the meantime
+                continue
+
+    def _opener(self) -> OpenerDirector:
+        redirects = _Redirects(private_allowed=_is_private_host(urlsplit(self.url).hostname or ""))
+
+        def watch(opened: socket.socket) -> None:
+            self._sockets.append(opened)
+            if self._aborted:
+                raise TimeoutError("the download was aborted")
+            redirects.check(opened)
+
+        return build_opener(_HttpHandler(watch), _HttpsHandler(watch), redirects)
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows a few redirects, and from a public server none to a private address."""
+
+    max_redirections = MAX_REDIRECTS
+
+    def __init__(self, *, private_allowed: bool) -> None:
+        self.private_allowed, self.redirected = private_allowed, False
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Request | None:
+        self.redirected = True
+        if not is_url(newurl):
+            raise OSError(f"redirected to {newurl:.100}, which is neither an http nor an https URL")
+        if not self.private_allowed and _is_private_host(urlsplit(newurl).hostname or ""):
+            raise OSError(f"redirected to {newurl:.100}, which is a private address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def check(self, opened: socket.socket) -> None:
+        """Raise for a connection to a private address, in case a name has come to resolve to another address."""
+        if self.redirected and not self.private_allowed and not getproxies() and _is_private(opened.getpeername()[0]):
+            raise OSError(f"redirected to the private address {opened.getpeername()[0]}")
+
+
+class _HttpConnection(http.client.HTTPConnection):
+    def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._watch = watch
+
+    def connect(self) -> None:
+        super().connect()
+        self._watch(self.sock)
+
+
+class _HttpsConnection(http.client.HTTPSConnection):
+    def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._watch = watch
+
+    def connect(self) -> None:
+        super().connect()
+        self._watch(self.sock)
+
+
+class _HttpHandler(HTTPHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def http_open(self, req: Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_HttpConnection, watch=self._watch), req)
+
+
+class _HttpsHandler(HTTPSHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def https_open(self, req: Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_HttpsConnection, watch=self._watch), req)
+
+
+def _is_private(address: str) -> bool:
+    found = ipaddress.ip_address(address.split("%", 1)[0])
+    mapped = getattr(found, "ipv4_mapped", None)
+    return not (found if mapped is None else mapped).is_global
+
+
+def _is_private_host(host: str) -> bool:
     try:
-        request = Request(url, headers={"User-Agent": "unime-st"})
-        with urlopen(request, timeout=seconds) as answer:
-            while block := answer.read1(1 << 16):
-                content += block
-                if len(content) > MAX_BYTES:
-                    raise BadImageError(f"image {url}: more than the {MAX_BYTES} bytes that an image may have")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not complete after {seconds:g} seconds")
-        return bytes(content)
-    except (OSError, HTTPException) as error:
-        raise BadImageError(f"image {url}: cannot be fetched ({error})") from error
+        return any(_is_private(str(entry[4][0])) for entry in socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError, ValueError):  # reported by the connection
+        return False

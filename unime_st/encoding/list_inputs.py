@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
+from unime_st.encoding.content_keys import content_key
 from unime_st.encoding.engine import encode_into
-from unime_st.encoding.model_inputs import content_key
+from unime_st.encoding.model_inputs import normalize_input
 from unime_st.encoding.vector_shards import MemorySink
 
 
@@ -48,7 +49,10 @@ def distinct_inputs(inputs: Sequence[Any]) -> tuple[list[Any], list[int]]:
     distinct: list[Any] = []
     indices: list[int] = []
     for value in inputs:
-        key = content_key(value)
+        try:
+            key = content_key(normalize_input(value))
+        except ValueError:  # reported when it is encoded
+            key = object()
         if key not in index:
             index[key] = len(distinct)
             distinct.append(value)

@@ -1,10 +1,10 @@
-"""Model inputs: texts, image sizes and content keys of an input, without decoding its images."""
+"""Model inputs: normalization, texts, image sizes and loading of the inputs of ``encode``."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Hashable
+import os
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,119 @@ from sentence_transformers.base.modality import (
     is_message_dict,
     is_video_url_or_path,
 )
+from sentence_transformers.base.modality_types import SingleInput
 
-from unime_st.data.images import MAX_PIXELS, BadImageError
+from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
-from unime_st.encoding.image_urls import fetch_image
-from unime_st.files import digest
+from unime_st.encoding.image_urls import is_url
+from unime_st.encoding.input_images import image_size, load_image
+
+ModelInput = SingleInput | Item
+"""An input of ``UniME.encode``: whatever ``SentenceTransformer.encode`` accepts, or an :class:`~unime_st.Item`."""
 
 _UNKNOWN_SIZE = (512, 512)
 """Assumed (width, height) of an image behind a URL."""
 
+_IMAGE_NAME = re.compile(
+    r"\S.*\.(png|jpe?g|jpe|jfif|gif|bmp|dib|tiff?|webp|avif|heic|heif|jp2|ico|ppm)", re.IGNORECASE
+)
+_PARTS = ("text", "image", "audio", "video")
 
-def texts_and_sizes(value: Any) -> tuple[list[str], list[tuple[int, int]]]:
+
+def normalize_input(value: Any) -> Any:
+    """Bring an input into the form that the engine works with.
+
+    Parts that are None (or NaN, as pandas stores a missing value) are removed: ``{"image": image, "text": None}`` is
+    the image. Path objects become ``{"image": path}``, and the ``{"bytes", "path"}`` structs of the `datasets` library
+    become image references.
+
+    Args:
+        value: An item, or any input of ``SentenceTransformer.encode``.
+
+    Returns:
+        Any: The input without absent parts.
+
+    Raises:
+        ValueError: If nothing is left of the input.
+
+    Example:
+        >>> from unime_st.encoding.model_inputs import normalize_input
+        >>> normalize_input({"image": None, "text": "a ship"})
+        {'text': 'a ship'}
+    """
+    if isinstance(value, Item):
+        return value
+    if _is_absent(value):
+        raise ValueError(f"the input is {value!r}; expected a text, an image or both")
+    if hasattr(value, "as_py"):  # a scalar of Arrow
+        return normalize_input(value.as_py())
+    if isinstance(value, os.PathLike):
+        return {"image": os.fspath(value)}
+    if isinstance(value, ImageRef):
+        return Item(image=value)
+    if is_chat(value):
+        return _normalize_message(value) if isinstance(value, Mapping) else list(map(_normalize_message, value))
+    if isinstance(value, Mapping):
+        return _normalize_parts(value)
+    return value
+
+
+def _normalize_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: _normalize_part(name, part) for name, part in parts.items()}
+    kept = {name: part for name, part in found.items() if not (name in _PARTS and _is_absent(part))}
+    if not kept or (len(kept) < len(found) and not kept.keys() & set(_PARTS)):
+        raise ValueError(f"the input has neither a text nor an image: {dict(parts)!r:.100}")
+    return kept
+
+
+def _normalize_part(name: str, part: Any) -> Any:
+    if isinstance(part, (list, tuple)) and name in _PARTS:
+        kept = [_normalize_part(name, entry) for entry in part if not _is_absent(entry)]
+        return type(part)(kept) if kept else None
+    if name == "image":
+        if isinstance(part, os.PathLike):
+            return os.fspath(part)
+        if isinstance(part, Mapping) and part.keys() <= {"bytes", "path"}:
+            return _struct_image(part)
+    return part
+
+
+def _struct_image(struct: Mapping[str, Any]) -> ImageRef | None:
+    """Image of a struct as `datasets` stores undecoded images; None if it is empty."""
+    if struct.get("bytes") is not None:
+        return ImageRef(data=bytes(struct["bytes"]))
+    return None if _is_absent(struct.get("path")) else ImageRef(path=os.fspath(struct["path"]))
+
+
+def _normalize_message(message: Any) -> Any:
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), (list, tuple)):
+        return message
+    parts = []
+    for part in message["content"]:
+        if isinstance(part, Mapping) and part.get("type") in _PARTS and part["type"] in part:
+            name = str(part["type"])
+            part = {**part, name: _normalize_part(name, part[name])}
+            if _is_absent(part[name]):
+                continue
+        parts.append(part)
+    if not parts:
+        raise ValueError(f"the message has neither a text nor an image: {dict(message)!r:.100}")
+    return {**message, "content": parts}
+
+
+def _is_absent(value: object) -> bool:
+    """Whether a value is None, or what pandas and Arrow put in its place: NaN, NaT or NA."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    )
+
+
+def texts_and_sizes(value: ModelInput) -> tuple[list[str], list[tuple[int, int]]]:
     """Return the texts of an input and the sizes of its images, from their headers alone.
 
     Args:
-        value: An :class:`~unime_st.Item`, or any input of ``SentenceTransformer.encode``: text, image (PIL, path, URL,
-            data URI, array), ``{"image": ..., "text": ...}`` with single values or lists, chat.
+        value: A normalized input: text, image (PIL, path, URL, data URI, array), ``{"image": ..., "text": ...}`` with
+            single values or lists, chat, or an :class:`~unime_st.Item`.
 
     Returns:
         tuple[list[str], list[tuple[int, int]]]: Texts, and (width, height) of every image that can be opened.
@@ -48,112 +145,33 @@ def texts_and_sizes(value: Any) -> tuple[list[str], list[tuple[int, int]]]:
     return texts, sizes
 
 
-def _collect(value: Any, kind: str | None, texts: list[str], sizes: list[tuple[int, int]]) -> None:
+def _collect(value: Any, name: str | None, texts: list[str], sizes: list[tuple[int, int]]) -> None:
     if isinstance(value, str):
-        if kind == "image" or (kind is None and is_image_url_or_path(value)):
-            sizes += _size_of_source(value)
-        else:
+        if name != "image" and not (name is None and is_image_url_or_path(value)):
             texts.append(value)
+        elif (size := _UNKNOWN_SIZE if is_url(value) else image_size(value)) is not None:
+            sizes.append(size)
     elif isinstance(value, Item):
         texts += [value.text] if value.text is not None else []
         if value.image is not None:
             _collect(value.image, "image", texts, sizes)
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            if name in ("text", "image", "content"):
-                _collect(part, "text" if name == "content" and isinstance(part, str) else name, texts, sizes)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            if key in ("text", "image", "content"):
+                _collect(part, "text" if key == "content" and isinstance(part, str) else key, texts, sizes)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            _collect(part, kind if kind in ("text", "image") else None, texts, sizes)
-    else:
-        sizes += _size_of_image(value)
+            _collect(part, name if name in ("text", "image") else None, texts, sizes)
+    elif isinstance(value, (Image.Image, np.ndarray, torch.Tensor, ImageRef, bytes)):
+        size = image_size(value)
+        sizes += [] if size is None else [size]
 
 
-def _size_of_image(value: Any) -> list[tuple[int, int]]:
-    if isinstance(value, Image.Image):
-        return [value.size]
-    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 3:
-        height, width = value.shape[:2] if value.shape[-1] in (1, 3, 4) else value.shape[-2:]
-        return [(int(width), int(height))]
-    if hasattr(value, "size") and callable(value.size):  # an ImageRef
-        try:
-            return [value.size()]
-        except BadImageError:  # reported on decoding
-            return []
-    return []
-
-
-def _size_of_source(source: str) -> list[tuple[int, int]]:
-    if source.startswith(("http://", "https://")):
-        return [_UNKNOWN_SIZE]
-    try:
-        with Image.open(_opened(source)) as image:
-            return [image.size]
-    except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError):
-        return []  # reported on decoding
-
-
-def _opened(source: str) -> str | io.BytesIO:
-    """Argument for ``Image.open``: the path, or the bytes of a data URI."""
-    return io.BytesIO(base64.b64decode(source.split(",", 1)[1])) if source.startswith("data:") else source
-
-
-def content_key(value: Any) -> Hashable:
-    """Return a key that is equal for two inputs exactly if their contents are equal.
+def load_input(value: ModelInput) -> Any:
+    """Load the images of an input, see :func:`~unime_st.encoding.input_images.load_image`.
 
     Args:
-        value: As for :func:`texts_and_sizes`. Image files are identified by path, other images by their pixels. A value
-            of an unknown type equals no other.
-
-    Returns:
-        Hashable: A key that keeps no image in memory.
-
-    Raises:
-        BadImageError: If the image of an :class:`~unime_st.Item` cannot be read.
-
-    Example:
-        >>> from PIL import Image
-        >>> from unime_st.encoding.model_inputs import content_key
-        >>> content_key(Image.new("RGB", (2, 2))) == content_key(Image.new("RGB", (2, 2)))
-        True
-    """
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if isinstance(value, Item):
-        return bytes.fromhex(value.id)
-    if isinstance(value, dict):
-        return ("dict", *((name, content_key(part)) for name, part in value.items()))  # the order matters to templates
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *map(content_key, value))
-    if isinstance(value, Image.Image):
-        if getattr(value, "fp", None) is not None and getattr(value, "filename", None):  # not read yet
-            return "file", str(value.filename), value.tell()  # type: ignore[attr-defined]
-        palette = value.getpalette() if value.mode == "P" else None
-        return (
-            "pixels",
-            value.mode,
-            value.size,
-            _digest(value.tobytes()),
-            _digest(repr((palette, value.info)).encode()),
-        )
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return "array", value.shape, value.dtype.str, _digest(np.ascontiguousarray(value).tobytes())
-    if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        return (
-            "tensor",
-            tuple(plain.shape),
-            str(plain.dtype),
-            _digest(plain.view(-1).view(torch.uint8).numpy().tobytes()),
-        )
-    return object()
-
-
-def load_input(value: Any) -> Any:
-    """Load the images of an input: items are decoded, URLs are downloaded, oversized images are refused.
-
-    Args:
-        value: As for :func:`texts_and_sizes`.
+        value: A normalized input, as for :func:`texts_and_sizes`.
 
     Returns:
         Any: An input of ``SentenceTransformer.preprocess``.
@@ -161,68 +179,135 @@ def load_input(value: Any) -> Any:
     Raises:
         BadImageError: If an image cannot be read, downloaded or decoded.
     """
-    return value.to_input() if isinstance(value, Item) else _load_part(value, None)
+    return value.to_input() if isinstance(value, Item) else _load(value, None)
 
 
-def _load_part(value: Any, kind: str | None) -> Any:
+def _load(value: Any, name: str | None) -> Any:
     if isinstance(value, str):
-        url = value.startswith(("http://", "https://")) and (
-            kind == "image" or (kind is None and is_image_url_or_path(value))
-        )
-        if url:
-            return fetch_image(value)
-        if kind == "image" or (kind is None and is_image_url_or_path(value)):
-            _check_pixels(value)
-        return value
-    if isinstance(value, dict):
-        known = {name: name for name in ("text", "image")}
+        return load_image(value) if name == "image" or (name is None and is_image_url_or_path(value)) else value
+    if isinstance(value, Mapping):
         return {
-            name: part if name == "content" and isinstance(part, str) else _load_part(part, known.get(name, "other"))
-            for name, part in value.items()
+            key: part if key == "content" and isinstance(part, str) else _load(part, key if key in _PARTS else "other")
+            for key, part in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return type(value)(_load_part(part, kind if kind in ("text", "image") else None) for part in value)
-    return value
+        return type(value)(_load(part, name if name in _PARTS else None) for part in value)
+    if isinstance(value, Image.Image) or (
+        name == "image" and isinstance(value, (np.ndarray, torch.Tensor, ImageRef, bytes))
+    ):
+        return load_image(value)
+    # A single array of another shape may be audio or video.
+    return (
+        load_image(value)
+        if isinstance(value, (np.ndarray, torch.Tensor)) and name is None and value.ndim == 3
+        else value
+    )
 
 
-def _check_pixels(source: str) -> None:
-    """Raise for an image with too many pixels. Other errors are left to the processor."""
-    label = source if len(source) <= 200 else source[:60] + "..."
-    try:
-        with Image.open(_opened(source)) as image:
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"image {label}: {error}") from error
-    except (OSError, ValueError, SyntaxError, IndexError):
-        return
-    if width * height > MAX_PIXELS:
-        raise BadImageError(f"image {label}: {width} x {height} is more than {MAX_PIXELS} pixels; resize it")
+def image_paths(value: object) -> list[str]:
+    """Return the paths of the image files of an input.
+
+    Args:
+        value: A normalized input.
+    """
+    if isinstance(value, str):
+        return [value] if is_image_url_or_path(value) and not is_url(value) and not value.startswith("data:") else []
+    if not isinstance(value, Mapping):
+        return [path for part in value for path in image_paths(part)] if isinstance(value, (list, tuple)) else []
+    images = value.get("image")
+    candidates = images if isinstance(images, (list, tuple)) else [images]
+    found = [image for image in candidates if isinstance(image, str) and not is_url(image) and image[:5] != "data:"]
+    return found + (image_paths(value["content"]) if isinstance(value.get("content"), (list, tuple)) else [])
 
 
-def _digest(content: bytes) -> bytes:
-    return bytes.fromhex(digest(content))
+def unreadable_image(value: ModelInput) -> BadImageError | None:
+    """Find the image file that keeps an input from being processed.
+
+    Args:
+        value: A normalized input that a processor has refused.
+
+    Returns:
+        BadImageError | None: Names the first file that cannot be decoded; None if all can.
+    """
+    for path in image_paths(value):
+        try:
+            ImageRef(path=path).open()
+        except BadImageError as error:
+            return error
+    return None
+
+
+def looks_like_image_path(value: object) -> bool:
+    """Whether an input is a text that ends like the name of an image file.
+
+    Args:
+        value: A normalized input.
+
+    Example:
+        >>> looks_like_image_path("photo.tif"), looks_like_image_path("a photo")
+        (True, False)
+    """
+    return isinstance(value, str) and len(value) < 1000 and _IMAGE_NAME.fullmatch(value) is not None
 
 
 def is_media(text: str) -> bool:
-    """Whether Sentence Transformers treats a string as the path or URL of an image, video or audio."""
+    """Whether Sentence Transformers treats a text as the path or URL of an image, video or audio.
+
+    Args:
+        text: The text.
+    """
     return is_image_url_or_path(text) or is_video_url_or_path(text) or is_audio_url_or_path(text)
 
 
-def is_chat(value: Any) -> bool:
-    """Whether an input is a chat: a message or a list of messages."""
+def is_chat(value: object) -> bool:
+    """Whether an input is a chat: a message or a list of messages.
+
+    Args:
+        value: The input.
+    """
     return is_message_dict(value[0] if isinstance(value, (list, tuple)) and value else value)
 
 
-def raise_if_single(inputs: Any) -> None:
-    """Raise an error for a single input, whose letters or keys would be taken for a list of texts.
+def is_single(inputs: object) -> bool:
+    """Whether an argument is a single input rather than a list or an iterator of inputs.
+
+    Args:
+        inputs: The argument.
+    """
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        return inputs.ndim in (0, 2, 3) and getattr(inputs.dtype, "kind", "f") not in "UO"
+    return isinstance(inputs, (str, bytes, Mapping, Item, ImageRef, Image.Image, os.PathLike)) or not isinstance(
+        inputs, Iterable
+    )
+
+
+def raise_if_table(inputs: object) -> None:
+    """Raise an error for a table, whose column names would be taken for a list of texts.
+
+    Args:
+        inputs: The argument of ``encode``.
+
+    Raises:
+        TypeError: If it is a pandas DataFrame or an Arrow table.
+    """
+    if type(inputs).__name__ in ("DataFrame", "Table", "RecordBatch") and hasattr(inputs, "columns"):
+        raise TypeError(
+            f"expected inputs, got a {type(inputs).__name__}: pass one column of it, or its rows as dicts "
+            "(to_dict('records') in pandas, to_pylist() in Arrow) with the keys text and image"
+        )
+
+
+def raise_if_single(inputs: object) -> None:
+    """Raise an error for a single input or a table, whose letters or keys would be taken for a list of texts.
 
     Args:
         inputs: The argument that must be a list or an iterator.
 
     Raises:
-        TypeError: If it is a text, bytes, a dict, an item or an image.
+        TypeError: If it is a text, bytes, a dict, an item, a path, an image or a table.
     """
-    if isinstance(inputs, (str, bytes, dict, Item, Image.Image)):
+    raise_if_table(inputs)
+    if is_single(inputs):
         raise TypeError(
             f"expected a list or an iterator of inputs, got a single {type(inputs).__name__}; put it in a list"
         )
