@@ -76,9 +76,9 @@ def _as_8_bit(array: np.ndarray, label: str) -> np.ndarray:
                 f"image {label}: no value exceeds 255, so it may be 8-bit or a dark 16-bit image; convert it to uint8"
             )
         return (array.astype(np.float64) / 257.0 + 0.5).astype(np.uint8)
-    if kind == "f" and 0.0 <= low and high <= 1.0:
+    if kind == "f" and low >= 0.0 and high <= 1.0:
         return (array.astype(np.float64) * 255.0 + 0.5).astype(np.uint8)
-    if 0.0 <= low and high <= 255.0 and (kind != "f" or bool((np.mod(array, 1) == 0).all())):
+    if low >= 0.0 and high <= 255.0 and (kind != "f" or bool((np.mod(array, 1) == 0).all())):
         return array.astype(np.uint8)
     raise BadImageError(
         f"image {label}: values lie in [{low:g}, {high:g}]; expected floats in [0, 1], or integers in [0, 255] "
