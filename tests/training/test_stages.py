@@ -29,7 +29,7 @@ from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
 from unime_st.reranking import UniMEReranker
-from unime_st.training.run import last_whole_checkpoint
+from unime_st.training.resume import last_whole_checkpoint
 from unime_st.training.trainer import EmbedderTrainer
 
 ROOT = Path(__file__).resolve().parents[2]

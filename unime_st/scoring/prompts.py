@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from unime_st.data import Item
 from unime_st.files import digest
 from unime_st.losses.list_answers import check_list_prompt
+from unime_st.paths import TINY
 
 PAIR_PROMPT = (
     "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
@@ -82,6 +83,26 @@ def load_template(name: str) -> str:
             "Jinja template"
         )
     return (resources.files("unime_st.recipes") / "templates" / TEMPLATES[name]).read_text(encoding="utf-8")
+
+
+def template_for(template: str, model: str) -> str | None:
+    """Template that an option of a stage names.
+
+    Args:
+        template: Name or text of a template, or ``auto``.
+        model: The model that it is for.
+
+    Returns:
+        For ``auto``: ``tiny`` for ``unime-tiny``, which knows no other prompts; else None, which stands for the template
+        of a saved reranker or ``official``.
+
+    Example:
+        >>> template_for("auto", "unime-tiny"), template_for("official", "unime-tiny")
+        ('tiny', 'official')
+    """
+    if template != "auto":
+        return template
+    return "tiny" if model == TINY else None
 
 
 def clean_text(text: str) -> str:

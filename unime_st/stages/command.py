@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from unime_st.declarations import docstring
+from unime_st.files import FolderInUseError
 from unime_st.options import (
     Option,
     OptionError,
@@ -64,12 +66,14 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
 
 
 def _run(program: str, stage: str, arguments: Any, verbose: bool) -> int:
+    # As at Ctrl-C: what holds processes and temporary files gives them back.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         getattr(import_module(f"unime_st.stages.{stage}"), STAGES[stage].function)(arguments)
     except OptionError as error:
         sys.stderr.write(f"{program}: {error}\n")
         return 2
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FolderInUseError) as error:
         if verbose:
             logger.exception("%s", stage)
         sys.stderr.write(f"{program}: {error}\n")

@@ -80,10 +80,25 @@ def _teacher_vectors(args: DistillArguments, texts: list[str]) -> np.ndarray:
         return np.ones((len(texts), 1), dtype=np.float32)
     path = Path(args.output) / TEACHER
     with partial_state().main_process_first():
-        if not path.is_file():
+        vectors = _stored_vectors(path, len(texts))
+        if vectors is None:
             logger.info("distill: the teacher embeds %d texts.", len(texts))
-            teacher = SentenceTransformer(args.teacher)
-            vectors = teacher.encode(texts, show_progress_bar=True)
+            vectors = SentenceTransformer(args.teacher).encode(texts, show_progress_bar=True)
             with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.save(file, vectors, allow_pickle=False)
-        return np.load(path, allow_pickle=False)
+        return vectors
+
+
+def _stored_vectors(path: Path, count: int) -> np.ndarray | None:
+    """The vectors of an earlier start; None if there are none, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        logger.warning("%s is damaged (%s): the teacher embeds the texts again.", path, error)
+        return None
+    if vectors.ndim == 2 and len(vectors) == count and np.isfinite(vectors).all():
+        return vectors
+    logger.warning("%s is not the teacher's: %d vectors are needed. The teacher embeds the texts again.", path, count)
+    return None

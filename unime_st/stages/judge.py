@@ -14,8 +14,8 @@ from unime_st.judging.judge_pools import judge_part
 from unime_st.judging.score_store import Scores
 from unime_st.judging.select_rows import select_rows
 from unime_st.options import OptionError, check_options, option, require_options
-from unime_st.paths import TINY
 from unime_st.retrieval.mining import Pools
+from unime_st.scoring.prompts import template_for
 from unime_st.stages.ray_engine import EngineArguments, cluster_of
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _judges(args: JudgeArguments) -> list[Judge]:
     return [
         LocalJudge(
             name,
-            template=_template(args.template, name),
+            template=template_for(args.template, name),
             batch_size=args.batch_size,
             cache_bytes=args.cache_mb * 2**20,
             max_text_tokens=args.max_text_tokens or None,
@@ -155,13 +155,6 @@ def _judges(args: JudgeArguments) -> list[Judge]:
         for name in (args.model, args.strong_model)
         if name
     ]
-
-
-def _template(template: str, model: str) -> str | None:
-    """The prompts that a model was trained on: those of a saved reranker, tiny for unime-tiny, else official."""
-    if template != "auto":
-        return template
-    return "tiny" if model == TINY else None
 
 
 def part_of(shard: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from unime_st.data.records import RecordSet
 from unime_st.losses import RerankerLoss
 from unime_st.options import option
+from unime_st.scoring.prompts import template_for
 from unime_st.training.arguments import StageArguments
 from unime_st.training.rerankers import RerankerStage
 from unime_st.training.rows import rows_with_negatives
@@ -29,7 +30,9 @@ class RerankerArguments(StageArguments, CrossEncoderTrainingArguments):
         path="stage",
         made_by="unime judge --data POOLS --scores FOLDER --output FOLDER",
     )
-    template: str = option("official", "Prompt template: official, tiny or a file.")
+    template: str = option(
+        "auto", "Prompt template: official, tiny or a file; auto: tiny for unime-tiny, official for others."
+    )
     num_negatives: int = option(
         9, "Negatives of a list, those that the judge scores highest.", unit="negatives", at_least=1
     )
@@ -59,7 +62,7 @@ def train_reranker(args: RerankerArguments) -> Path:
             return stage.output
         stored = stored_negatives(stage.records, args.num_negatives)
         rows = hardest_negatives(rows_with_negatives(stage.records, stored), args.num_negatives)
-        model = stage.load_model(template=args.template)
+        model = stage.load_model(template=template_for(args.template, args.model))
         loss = RerankerLoss(
             model,
             args.pairwise_weight,

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from unime_st.data.manifest import is_complete
 from unime_st.options import OptionError
 from unime_st.training.arguments import StageArguments
 from unime_st.training.processes import partial_state
@@ -14,17 +15,17 @@ from unime_st.training.processes import partial_state
 _LEFT_HERE = ["checkpoints/*", "*.npy", "token_budget.json", "*.lock", "*.tmp"]
 
 
-def check_hub(args: StageArguments, done: bool) -> None:
+def check_hub(args: StageArguments) -> None:
     """Make the repository of ``push_to_hub``, so that a run that cannot upload fails before it trains.
 
     Args:
         args: Options of the stage.
-        done: The model is finished already, and nothing will be uploaded.
 
     Raises:
         OptionError: If there is no token, no connection or no permission.
     """
-    if not args.push_to_hub or done or not partial_state().is_main_process:
+    done = is_complete(args.output) and not args.overwrite
+    if done or not args.push_to_hub or not partial_state().is_main_process:
         return
     try:
         HfApi(token=args.hub_token).create_repo(_repository(args), private=args.hub_private_repo, exist_ok=True)

@@ -55,14 +55,13 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
     trainer_class = RerankerTrainer
     loading = 'CrossEncoder("{}")'
 
-    def __enter__(self) -> RerankerStage:
-        if self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    def __init__(self, name: str, args: StageArguments) -> None:
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise ValueError(
                 "A reranker's weights cannot be sharded (FSDP): its processes need different numbers of forward "
                 "passes, and would wait for each other. Start it with torchrun (DDP)."
             )
-        super().__enter__()
-        return self
+        super().__init__(name, args)
 
     def _load(self, **options: Any) -> UniMEReranker:
         return UniMEReranker(self.args.model, **options)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -20,6 +21,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from unime_st.data.manifest import MANIFEST, begin_stage, finish_stage
 from unime_st.data.records import RecordSet
+from unime_st.files import folder_lock
 from unime_st.options import require_options
 from unime_st.training import LOG
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
@@ -27,12 +29,13 @@ from unime_st.training.arguments import StageArguments
 from unime_st.training.hub import check_hub, upload
 from unime_st.training.planning import TrainingEstimate
 from unime_st.training.processes import partial_state
+from unime_st.training.resume import CHECKPOINTS, last_whole_checkpoint
 from unime_st.training.trainer import WRITE_ERRORS, ReportingMixin, write_error
 
 logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
 ArgumentsT = TypeVar("ArgumentsT", bound=StageArguments)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+StageT = TypeVar("StageT", bound="TrainingStage[Any, Any]")
 
 
 class TrainingStage(Generic[ArgumentsT, ModelT]):
@@ -53,6 +56,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
     Raises:
         OptionError: If data or output are missing.
         StageConflictError: If the folder holds the work of other data or options.
+        FolderInUseError: If another process works in the folder.
     """
 
     trainer_class: ClassVar[type[ReportingMixin]]
@@ -62,15 +66,21 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         self.name, self.args = name, args
         self.output = Path(args.output)
         self.done = False
+        self._lock = ExitStack()
         self._options: dict[str, Any] = {}
         self._facts: dict[str, Any] | None = None
 
-    def __enter__(self) -> TrainingStage[ArgumentsT, ModelT]:
+    def __enter__(self: StageT) -> StageT:
         require_options(self.args)
         self.records = RecordSet.load(self.args.data)
-        if not self.args.dry_run:
+        if self.args.dry_run:
+            return self
+        with ExitStack() as lock:
+            if partial_state().is_main_process:
+                lock.enter_context(folder_lock(self.output, wait=False))
+            check_hub(self.args)
             self.done = not self._begin()
-            check_hub(self.args, self.done)
+            self._lock = lock.pop_all()
         if self.done:
             logger.info("%s: %s is there already.", self.name, self.output)
         return self
@@ -78,10 +88,14 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None or self._facts is None:
-            return
+        with self._lock:
+            if error is None and self._facts is not None:
+                self._finish(self._facts)
+
+    def _finish(self, facts: dict[str, Any]) -> None:
+        """Write manifest and card, and say how the model is loaded."""
         if partial_state().is_main_process:
-            finish_stage(self.output, self._facts)
+            finish_stage(self.output, facts)
             _add_manifest_to_card(self.output)
             shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
             upload(self.args, self.output)
@@ -199,6 +213,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         args.gradient_accumulation_steps *= batch // args.per_device_train_batch_size
         args.gradient_checkpointing = args.activation_checkpointing = False  # the model has it already
         args.push_to_hub = False  # the finished model is uploaded, and not its checkpoints
+        leave_ids_out_of_card(model)
         callbacks: list[TrainerCallback] = [LossCurve(self.output / LOG)]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
@@ -230,28 +245,11 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             model = trained_into(self._load(**self._options, **{**options, "device": "cpu"}), weights, args)
         elif args.lora_rank:
             merge_lora(model)
-        _leave_ids_out_of_card(model)
+        leave_ids_out_of_card(model)
         try:
             model.save_pretrained(str(self.output))
         except WRITE_ERRORS as error:
             raise write_error("The trained model", self.output, "The last checkpoint", error) from error
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """Newest checkpoint that was written to its end; half-written ones, of a killed run, are removed.
-
-    The trainer writes ``trainer_state.json`` last.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for checkpoint in found:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and removed.", checkpoint)
-            shutil.rmtree(checkpoint)
-        else:
-            return str(checkpoint)
-    return None
 
 
 class LossCurve(TrainerCallback):
@@ -298,8 +296,8 @@ def _best_step(state: TrainerState) -> int:
     return int(state.best_global_step or 0)
 
 
-def _leave_ids_out_of_card(model: BaseModel) -> None:
-    """Sentence Transformers takes the rows for texts, and would show and count them."""
+def leave_ids_out_of_card(model: BaseModel) -> None:
+    """Keep the rows out of the model card: Sentence Transformers takes item ids for texts, and would embed them."""
     card: Any = model.model_card_data
     card.widget, card.usage_examples, card.generate_widget_examples = [], None, False
     for entry in card.train_datasets:

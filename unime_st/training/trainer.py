@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from unime_st.training.adapters import load_adapter_weights
 from unime_st.training.distinct_items import COLUMNS
+from unime_st.training.resume import seal_checkpoint
 
 
 class SetEpochCallback(TrainerCallback):
@@ -118,6 +119,8 @@ class ReportingMixin:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            if self.is_world_process_zero():  # type: ignore[attr-defined]
+                seal_checkpoint(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))  # type: ignore[attr-defined]
         except WRITE_ERRORS as error:
             folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
             raise write_error(f"The checkpoint of step {step}", folder, "The one before it", error) from error

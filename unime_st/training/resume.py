@@ -1,0 +1,70 @@
+"""Resumption: checkpoints that are whole, by a list of their files with sizes and digests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from unime_st.files import content_digest, write_json
+
+logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in the output folder of a stage."""
+FILES = "files.json"
+_STATE = "trainer_state.json"
+_DIGESTED = 64 << 20
+"""Larger files are known by their size alone: reading the optimizer of a large model would take minutes."""
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Write the list of the files of a finished checkpoint.
+
+    Args:
+        folder: The checkpoint.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILES]
+    write_json(folder / FILES, {str(path.relative_to(folder)): _signature(path) for path in files})
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Path of the newest checkpoint that is whole; damaged and half-written ones are removed, with a warning.
+
+    Args:
+        folder: Folder of checkpoints.
+
+    Returns:
+        None if there is none.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for checkpoint in found:
+        reason = _damage(checkpoint)
+        if reason is None:
+            return str(checkpoint)
+        logger.warning("%s is incomplete (%s) and removed; training goes on from the one before.", checkpoint, reason)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None: nothing."""
+    try:
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        # A process that is killed right after the trainer's last file leaves a whole checkpoint without the list.
+        listed = json.loads((checkpoint / FILES).read_text(encoding="utf-8")) if (checkpoint / FILES).exists() else {}
+    except (OSError, ValueError):
+        return f"{_STATE} or {FILES} cannot be read"
+    for name, signature in listed.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _signature(path) != signature:
+            return f"{name} has changed"
+    return None
+
+
+def _signature(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, **({"digest": content_digest(path)} if size <= _DIGESTED else {})}
