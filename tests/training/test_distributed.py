@@ -22,9 +22,11 @@ from unime_st.data.scenes import training_records
 from unime_st.stages import (
     HardNegativeArguments,
     InBatchArguments,
+    RerankerArguments,
     SoftLabelArguments,
     train_hard_negatives,
     train_in_batch,
+    train_reranker,
     train_soft_labels,
 )
 
@@ -193,15 +195,10 @@ def test_a_sharded_run_goes_on_after_a_process_died(data: str, tmp_path: Path) -
     _assert_same(outputs, steps=12)
 
 
-def test_sharded_rerankers_are_refused(data: str, tmp_path: Path) -> None:
-    options = {
-        "data": data,
-        "output": tmp_path / "out",
-        "template": "tiny",
-        "per_device_train_batch_size": 4,
-        "num_negatives": 2,
-    }
-    command = _sharded_command("reranker", 1, **options)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode != 0
-    assert "A reranker's weights cannot be sharded" in done.stderr
+def test_what_cannot_be_done_with_sharded_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, evaluated = RerankerArguments(), InBatchArguments(eval_data="held_out")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as the launcher sets it
+    with pytest.raises(ValueError, match="A reranker's weights cannot be sharded"):
+        train_reranker(options)
+    with pytest.raises(ValueError, match="eval_data: sharded weights .* cannot be evaluated"):
+        train_in_batch(evaluated)

@@ -120,7 +120,8 @@ def set_up_logging() -> None:
     """Show what a command does, with times; libraries, and all processes but the first, log warnings only."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("unime_st").setLevel(logging.INFO if first else logging.WARNING)
+    for package in ("unime_st", "train_scripts"):
+        logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
 
 
 def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str | None = None) -> dict[str, Any]:

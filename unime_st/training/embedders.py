@@ -14,6 +14,7 @@ from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.model import UniME
+from unime_st.options import OptionError
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
@@ -25,7 +26,7 @@ from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.passes import Passes
 from unime_st.training.planning import count_steps, estimate_training, flops_per_token, peak_matmul_flops
 from unime_st.training.processes import partial_state
-from unime_st.training.run import TrainingStage
+from unime_st.training.run import TrainingStage, shards_weights
 from unime_st.training.trainer import EmbedderTrainer
 from unime_st.training.vision_cache import VisionCache, image_keys, max_cache_bytes
 from unime_st.training.visual_tokens import check_frozen
@@ -38,6 +39,14 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
 
     trainer_class = EmbedderTrainer
     loading = 'SentenceTransformer("{}")'
+
+    def __init__(self, name: str, args: TrainArguments) -> None:
+        if args.eval_data and shards_weights(args):
+            raise OptionError(
+                "eval_data: sharded weights (FSDP) cannot be evaluated while training. Leave it out, and evaluate the "
+                "trained model."
+            )
+        super().__init__(name, args)
 
     def _load(self, **options: Any) -> UniME:
         return UniME(self.args.model, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from unime_st.training.planning import (
     measure_pass,
     peak_matmul_flops,
 )
-from unime_st.training.run import TrainingStage
+from unime_st.training.run import TrainingStage, shards_weights
 from unime_st.training.trainer import RerankerTrainer
 
 
@@ -56,7 +55,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
     loading = 'CrossEncoder("{}")'
 
     def __init__(self, name: str, args: StageArguments) -> None:
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if shards_weights(args):
             raise ValueError(
                 "A reranker's weights cannot be sharded (FSDP): its processes need different numbers of forward "
                 "passes, and would wait for each other. Start it with torchrun (DDP)."

@@ -296,6 +296,11 @@ def _best_step(state: TrainerState) -> int:
     return int(state.best_global_step or 0)
 
 
+def shards_weights(args: StageArguments) -> bool:
+    """Whether the weights will be sharded over the processes (FSDP)."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def leave_ids_out_of_card(model: BaseModel) -> None:
     """Keep the rows out of the model card: Sentence Transformers takes item ids for texts, and would embed them."""
     card: Any = model.model_card_data
