@@ -54,6 +54,7 @@ class _Module:
     imports: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=64)
 def declared_fields(module: str, name: str, path: Path | None = None) -> dict[str, Declaration]:
     """Read the fields of a dataclass and of the dataclasses that it inherits.
 
@@ -228,7 +229,8 @@ def _kinds(module: _Module, node: ast.expr) -> tuple[list[str], tuple[str, ...]]
 
 
 def _joined(parts: Iterator[tuple[list[str], tuple[str, ...]]]) -> tuple[list[str], tuple[str, ...]]:
-    kinds, choices = [], ()
+    kinds: list[str] = []
+    choices: tuple[str, ...] = ()
     for more, values in parts:
         kinds += more
         choices += values

@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +269,7 @@ def _number(value: object, kind: str) -> int | float | None:
         return float(value)
     if isinstance(value, numbers.Integral):
         return int(value)
-    return int(value) if float(value).is_integer() else None
+    return int(float(value)) if float(value).is_integer() else None
 
 
 def read_options(module: str, name: str) -> dict[str, Option]:
@@ -287,8 +286,7 @@ def read_options(module: str, name: str) -> dict[str, Option]:
     return {key: Option.of(declared) for key, declared in declared_fields(module, name).items()}
 
 
-@lru_cache(maxsize=64)
-def options_of(kind: type) -> dict[str, Option]:
+def options_of(kind: type[Any]) -> dict[str, Option]:
     """Options of an imported dataclass by name; those of a class without source file are left out.
 
     Args:

@@ -106,7 +106,9 @@ def _mapping(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise OptionError(f"{path}: expected `option: value` lines, found a {node.id}.")
+            raise OptionError(
+                f"{path}: expected `option: value` lines, found a {type(node).__name__.removesuffix('Node').lower()}."
+            )
         _refuse_recursion(node, path)
         lines: dict[str, int] = {}
         for key, _ in node.value:

@@ -19,18 +19,18 @@ from sentence_transformers.base.model import BaseModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from unime_st.data.manifest import MANIFEST, begin_stage, finish_stage
+from unime_st.data.manifest import MANIFEST, begin_stage, finish_stage, is_complete
 from unime_st.data.records import RecordSet
 from unime_st.files import folder_lock
 from unime_st.options import require_options
 from unime_st.training import LOG
 from unime_st.training.adapters import choose_trainable, load_options, merge_lora, trained_into
 from unime_st.training.arguments import StageArguments
-from unime_st.training.hub import check_hub, upload
+from unime_st.training.hub import make_repository, upload
 from unime_st.training.planning import TrainingEstimate
 from unime_st.training.processes import partial_state
 from unime_st.training.resume import CHECKPOINTS, last_whole_checkpoint
-from unime_st.training.trainer import WRITE_ERRORS, ReportingMixin, write_error
+from unime_st.training.trainer import WRITE_ERRORS, ReportingTrainer, write_error
 
 logger = logging.getLogger(__name__)
 ArgumentsT = TypeVar("ArgumentsT", bound=StageArguments)
@@ -59,7 +59,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         FolderInUseError: If another process works in the folder.
     """
 
-    trainer_class: ClassVar[type[ReportingMixin]]
+    trainer_class: ClassVar[type[ReportingTrainer]]
     loading: ClassVar[str]
 
     def __init__(self, name: str, args: ArgumentsT) -> None:
@@ -67,6 +67,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         self.output = Path(args.output)
         self.done = False
         self._lock = ExitStack()
+        self._repository = ""
         self._options: dict[str, Any] = {}
         self._facts: dict[str, Any] | None = None
 
@@ -78,7 +79,8 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         with ExitStack() as lock:
             if partial_state().is_main_process:
                 lock.enter_context(folder_lock(self.output, wait=False))
-            check_hub(self.args)
+                if self.args.push_to_hub and (self.args.overwrite or not is_complete(self.output)):
+                    self._repository = make_repository(self.args)
             self.done = not self._begin()
             self._lock = lock.pop_all()
         if self.done:
@@ -98,7 +100,8 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             finish_stage(self.output, facts)
             _add_manifest_to_card(self.output)
             shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
-            upload(self.args, self.output)
+            if self._repository:
+                upload(self.args, self._repository)
             logger.info(
                 "%s: the trained model is in %s. Load it: %s", self.name, self.output, self.loading.format(self.output)
             )
@@ -167,7 +170,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             plan: What the run will take.
             rows_per_pass: Rows of a forward pass on one device, a divisor of the batch. Defaults to the batch.
             cached: The loss caches gradients: it goes back through the model more than once. Defaults to False.
-            **reporting: Arguments of :class:`~unime_st.training.trainer.ReportingMixin`.
+            **reporting: Arguments of :class:`~unime_st.training.trainer.ReportingTrainer`.
         """
         if cached and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             raise ValueError(

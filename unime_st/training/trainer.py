@@ -1,4 +1,4 @@
-"""The stock trainers with the figures of contrastive training in their logs, and an end to runs that diverge."""
+"""Stock trainers with figures of contrastive training in their logs, whole checkpoints and a stop at a NaN loss."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
@@ -22,21 +23,27 @@ from unime_st.training.resume import seal_checkpoint
 
 
 class SetEpochCallback(TrainerCallback):
-    """A resumed run on several processes wraps the batch sampler so deep that the trainer does not reach it."""
+    """Sets the epoch of the batch sampler.
+
+    In a resumed run on several processes the sampler is wrapped so deep that the trainer does not reach it.
+
+    Args:
+        batches: The batch sampler.
+    """
 
     def __init__(self, batches: Any) -> None:
         self.batches = batches
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the batch sampler its epoch."""
+        """Set the epoch that begins."""
         self.batches.set_epoch(int(state.epoch or 0))
 
 
 class ReduceUnusedGradientsCallback(TrainerCallback):
-    """Under FSDP2 a device whose mini-batch has no image has no gradients for the vision tower; they count as zero."""
+    """Under FSDP2, counts gradients that a device does not have as zero: a mini-batch may have no image."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell every shard to reduce missing gradients as zeros."""
+        """Set it for a sharded model."""
         model = kwargs["model"]
         if not hasattr(model, "set_requires_gradient_sync"):  # not sharded
             return
@@ -49,17 +56,20 @@ class ReduceUnusedGradientsCallback(TrainerCallback):
 
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What a full disk raises, as Python, torch and safetensors put it."""
+"""Errors that a full disk raises in Python, torch and safetensors."""
 
 
 def write_error(what: str, folder: Path, intact: str, error: BaseException) -> OSError:
-    """Say that a model could not be written, why, and what to do.
+    """Error for a model that could not be written: the cause, and what to do.
 
     Args:
         what: What could not be written.
-        folder: Where to.
-        intact: What a run that is started again goes on from.
+        folder: The folder to write to.
+        intact: What the run goes on from when it is started again.
         error: The cause.
+
+    Returns:
+        The error to raise.
     """
     free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
     return OSError(
@@ -68,20 +78,20 @@ def write_error(what: str, folder: Path, intact: str, error: BaseException) -> O
     )
 
 
-class ReportingMixin:
-    """Adds to the log: the loss's own statistics, examples and tokens per second, the share of the matrix rate.
+class ReportingTrainer(BaseTrainer):
+    """Stock trainer with statistics of the loss, examples and tokens per second, and MFU in its log.
 
     Counts are those of this process; rates are times the number of processes.
 
     Args:
-        *args: Of the trainer.
-        make_batches: Makes the batch sampler; None (default) leaves it to the trainer's options.
-        rows_per_step: Rows of an optimiser step, on all devices.
-        flops_per_token: Floating-point operations that a token takes.
-        peak_matmul_flops: Operations per second that the device could do; 0 leaves MFU out.
-        mean_over_rows: The loss of a step is the mean over its rows, so forward passes count by their rows, on all
-            processes. Defaults to False: all passes count the same, as they do for the trainer.
-        **kwargs: Of the trainer.
+        *args: Arguments of the trainer.
+        make_batches: Makes the batch sampler. Defaults to None: as the trainer's options say.
+        rows_per_step: Rows of an optimizer step, on all devices.
+        flops_per_token: Floating-point operations per token.
+        peak_matmul_flops: Floating-point operations per second of a matrix product on this device; 0 leaves MFU out.
+        mean_over_rows: The loss of a step is the mean over its rows, so forward passes are weighted by their rows, on
+            all processes. Defaults to False: all passes have the same weight, as in the stock trainer.
+        **kwargs: Keyword arguments of the trainer.
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class ReportingMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(ReduceUnusedGradientsCallback())  # type: ignore[attr-defined]
+        self.add_callback(ReduceUnusedGradientsCallback())
         self._make_batches = make_batches
         self._mean_over_rows = mean_over_rows
         self._shares: list[float] = []
@@ -103,109 +113,109 @@ class ReportingMixin:
         self._mark = (0.0, 0, 0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; a loss that is no number ends the run before it reaches the weights."""
+        """Run one forward and backward pass; stop on a NaN or infinite loss before the optimizer step."""
         if not self._mark[0]:
-            self._mark = (time.perf_counter(), self.state.global_step, self._tokens())  # type: ignore[attr-defined]
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+            self._mark = (time.perf_counter(), self.state.global_step, self._tokens())
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
-            state, options = self.state, self.args  # type: ignore[attr-defined]
+            state, options = self.state, self.args
             raise FloatingPointError(
-                f"The loss of step {state.global_step + 1} is {float(loss)}. The weights do not have it yet, and the "
-                f"last checkpoint in {options.output_dir} is intact: lower learning_rate, or look at the rows of that "
-                "step."
+                f"The loss of step {state.global_step + 1} is {float(loss)}; training stopped before the optimizer "
+                f"step, and the last checkpoint in {options.output_dir} is intact. Lower learning_rate, or look at the "
+                "rows of that step."
             )
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-            if self.is_world_process_zero():  # type: ignore[attr-defined]
-                seal_checkpoint(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))  # type: ignore[attr-defined]
+            super()._save_checkpoint(*args, **kwargs)
+            if self.is_world_process_zero():
+                seal_checkpoint(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
         except WRITE_ERRORS as error:
-            folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
+            folder, step = Path(self.args.output_dir), self.state.global_step
             raise write_error(f"The checkpoint of step {step}", folder, "The one before it", error) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Random states of all processes are there before the first one writes what makes the checkpoint whole."""
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        """Save the random states of all processes before the first one writes the file that makes a checkpoint whole."""
+        super()._save_rng_state(output_dir)
         if dist.is_initialized():
             dist.barrier()
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         """Load an adapter alone, whose base may be quantized; leave a sharded checkpoint to transformers."""
-        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            Trainer._load_from_checkpoint(self, checkpoint_path, model)  # type: ignore[arg-type]
-        elif not load_adapter_weights(self.model, checkpoint_path):  # type: ignore[attr-defined]
-            super()._load_from_checkpoint(checkpoint_path)  # type: ignore[misc]
+        if self.is_fsdp_enabled:
+            Trainer._load_from_checkpoint(self, checkpoint_path, model)
+        elif not load_adapter_weights(self.model, checkpoint_path):
+            super()._load_from_checkpoint(checkpoint_path)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; Sentence Transformers logs a failure and goes on with the last weights."""
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
-        self.model.model_card_data.set_best_model_step(int(best.rsplit("-", 1)[1]))  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint
+        self.model.model_card_data.set_best_model_step(int(best.rsplit("-", 1)[1]))
         self._load_from_checkpoint(best)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetch the batches of a step, and find out how much each of them counts."""
-        state = self.state  # type: ignore[attr-defined]
+        """Fetch the batches of a step, and compute the weight of each."""
+        state = self.state
         if state.global_step >= state.max_steps:  # killed after its last checkpoint: transformers would do a step more
-            self.control.should_training_stop = True  # type: ignore[attr-defined]
+            self.control.should_training_stop = True
             return [], None
-        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        samples, items = super().get_batch_samples(*args, **kwargs)
         self._shares = self._shares_of(samples) if self._mean_over_rows else []
         return samples, items
 
     def _shares_of(self, samples: list[dict[str, Any]]) -> list[float]:
         """Rows of a batch over the mean rows of a batch, where a step is all batches of all processes."""
         rows = [sample[f"bucket0_{COLUMNS}"].shape[1] for sample in samples]
-        total = torch.tensor([sum(rows), len(rows)], device=self.args.device)  # type: ignore[attr-defined]
+        total = torch.tensor([sum(rows), len(rows)], device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(total)
         all_rows, batches = total.tolist()
         return [count * batches / all_rows for count in rows]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss of one batch; the trainer takes the mean over the batches of a step."""
-        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        """Compute the loss of one batch; the trainer takes the mean over the batches of a step."""
+        loss = super().compute_loss(*args, **kwargs)
         return loss * self._shares.pop(0) if self._shares else loss
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make the batch sampler. It is no option: those are stored with every checkpoint, and it holds whole columns."""
+        """Make the batch sampler. It is not an option: options are stored with every checkpoint, and it holds columns."""
         if self._make_batches is not None:
             batches = self._make_batches(dataset, *args, **kwargs)
-            self.add_callback(SetEpochCallback(batches))  # type: ignore[attr-defined]
+            self.add_callback(SetEpochCallback(batches))
             return batches
-        return super().get_batch_sampler(dataset, *args, **kwargs)  # type: ignore[misc]
+        return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the trainer logs, and what this class adds."""
         if "loss" in logs:
             logs = {**logs, **self._figures()}
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _tokens(self) -> int:
-        return getattr(self.loss, "tokens", 0)  # type: ignore[attr-defined]
+        return getattr(self.loss, "tokens", 0)
 
     def _figures(self) -> dict[str, float]:
-        inner: Any = getattr(self.loss, "loss", self.loss)  # type: ignore[attr-defined]
+        inner: Any = getattr(self.loss, "loss", self.loss)
         figures: dict[str, float] = inner.pop_statistics() if hasattr(inner, "pop_statistics") else {}
-        now = (time.perf_counter(), self.state.global_step, self._tokens())  # type: ignore[attr-defined]
+        now = (time.perf_counter(), self.state.global_step, self._tokens())
         seconds, steps, tokens = (after - before for after, before in zip(now, self._mark))
         self._mark = now
         if seconds <= 0 or not steps:
             return figures
         figures["examples_per_second"] = round(steps * self._rows_per_step / seconds, 3)
-        rate = tokens * self.args.world_size / seconds  # type: ignore[attr-defined]
+        rate = tokens * self.args.world_size / seconds
         if rate:
             figures["tokens_per_second"] = round(rate, 1)
         if rate and self._matrix_rate:
-            world: int = self.args.world_size  # type: ignore[attr-defined]
+            world: int = self.args.world_size
             figures["mfu"] = round(rate * self._operations / (world * self._matrix_rate), 4)
         return figures
 
 
-class EmbedderTrainer(ReportingMixin, SentenceTransformerTrainer):
-    """:class:`ReportingMixin` over the trainer of embedding models."""
+class EmbedderTrainer(ReportingTrainer, SentenceTransformerTrainer):
+    """:class:`ReportingTrainer` of embedding models."""
 
 
-class RerankerTrainer(ReportingMixin, CrossEncoderTrainer):
-    """:class:`ReportingMixin` over the trainer of rerankers."""
+class RerankerTrainer(ReportingTrainer, CrossEncoderTrainer):
+    """:class:`ReportingTrainer` of rerankers."""
