@@ -14,7 +14,6 @@ import math
 import numbers
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +205,7 @@ class Option:
         for kind in ("int", "float"):
             if kind in self.kinds and (number := _number(value, kind)) is not None:
                 return number
-        if "str" in self.kinds and not (self.choices and not self.stock) and not self.choices:
+        if "str" in self.kinds and not self.choices:
             if isinstance(value, os.PathLike):
                 return os.fspath(value)
             if isinstance(value, str):
@@ -232,7 +231,9 @@ class Option:
             found = json.loads(str(value))
         except ValueError:
             raise self._refused(value) from None
-        return dict(found)
+        if not isinstance(found, dict):
+            raise self._refused(value)
+        return found
 
     def _within(self, value: float) -> bool:
         if self.stock and value < 0 and self.name not in _SIGNED:
@@ -364,64 +365,8 @@ def _require_path(name: str, path: Path, kind: str, advice: str) -> None:
         raise OptionError(f"{name}: {path} has no manifest.json, so no stage wrote it.{advice}")
 
 
-def current_names(values: Mapping[str, Any], options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
-    """Replace former names of options by their present ones.
-
-    Args:
-        values: Values by name.
-        options: The options.
-
-    Returns:
-        Values by present name, and a sentence for each name that was replaced.
-
-    Raises:
-        OptionError: If an option is given under both names.
-    """
-    former = {declared.old.partition("=")[0]: name for name, declared in options.items() if declared.old}
-    switches = {declared.old: name for name, declared in options.items() if "=" in declared.old}
-    found, told = dict(values), []
-    for name, value in values.items():
-        if name not in former or (name in options and value is None):
-            continue
-        del found[name]
-        present = _switched(name, value, switches) if any(key.startswith(f"{name}=") for key in switches) else None
-        for new, entry in (present if present is not None else {former[name]: value}).items():
-            if new in values:
-                raise OptionError(f"{name} is the former name of {new}: leave out {name}.")
-            found[new] = entry
-        shown = former[name] if present is None else " and ".join(present)
-        told.append(f"{name} is now {shown}; the former name works for one more release.")
-    return found, told
-
-
-def _switched(name: str, value: object, switches: Mapping[str, str]) -> dict[str, Any]:
-    """Options that stand for the words of a former one, such as bf16 and fp16 for precision."""
-    words = {key.partition("=")[2]: new for key, new in switches.items() if key.startswith(f"{name}=")}
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if value not in (*words, "fp32"):
-        raise OptionError(f"{name}: expected one of fp32, {', '.join(words)}, found {value}")
-    return {new: value == word for word, new in words.items()}
-
-
 def unknown_option(name: str, options: Mapping[str, Option]) -> OptionError:
     """Error that names an unknown option and the nearest known one."""
     near = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "--help lists the options."
     return OptionError(f"unknown option {name!r}; {hint}")
-
-
-class FormerNames(type):
-    """Metaclass of dataclasses of options: the constructor takes former names, with one warning each."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make an instance."""
-        options = options_of(cls)
-        kwargs, told = current_names(kwargs, options)
-        for sentence in told:
-            warnings.warn(sentence, FutureWarning, stacklevel=2)
-        for name in kwargs:
-            if name not in options and name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-                near = difflib.get_close_matches(name, options, n=1)
-                hint = f", or did you mean {near[0]}?" if near else "."
-                raise OptionError(f"{name} is not an option of {cls.__name__}: leave it out{hint}")
-        return super().__call__(*args, **kwargs)

@@ -14,15 +14,8 @@ from typing import Any, TypeVar
 
 from unime_st.declarations import docstring
 from unime_st.files import FolderInUseError
-from unime_st.options import (
-    Option,
-    OptionError,
-    check_required,
-    current_names,
-    options_of,
-    read_options,
-    unknown_option,
-)
+from unime_st.former_names import current_names
+from unime_st.options import Option, OptionError, check_required, options_of, read_options, unknown_option
 from unime_st.stages import STAGES
 from unime_st.stages.configs import find_config, read_config
 

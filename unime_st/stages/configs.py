@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from unime_st.options import Option, OptionError, current_names, unknown_option
+from unime_st.former_names import current_names
+from unime_st.options import Option, OptionError, unknown_option
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -13,7 +13,8 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from unime_st.options import FormerNames, OptionError, check_options, option, options_of
+from unime_st.former_names import FormerNames
+from unime_st.options import OptionError, check_options, option, options_of
 from unime_st.training.processes import computes_on_cpu
 
 LANGUAGE_MODEL_LAYERS = (
