@@ -173,6 +173,7 @@ def _help(
     if example:
         lines += [f"example: {program} {example}", ""]
     own = [declared for declared in options.values() if not declared.stock]
+    own.sort(key=lambda declared: not declared.required)
     stock = [declared for declared in options.values() if declared.stock]
     lines += ["options:", *(line for declared in own for line in _help_lines(declared, width))]
     if stock and everything:

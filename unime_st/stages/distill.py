@@ -56,7 +56,7 @@ def train_distill(args: DistillArguments) -> Path:
             args.temperature,
             args.direction,
             mask_diagonal=args.mask_diagonal,
-            gather_across_devices=args.gather_across_devices,
+            gather_across_devices=stage.gathers,
         )
         ids = _used_texts(stage.records, args)
         vectors = _teacher_vectors(args, [str(stage.records.item(item_id).text) for item_id in ids])

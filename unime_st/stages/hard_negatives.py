@@ -39,7 +39,7 @@ def train_hard_negatives(args: HardNegativeArguments) -> Path:
             args.temperature,
             args.false_negative_margin,
             args.num_negatives,
-            gather_across_devices=args.gather_across_devices,
+            gather_across_devices=stage.gathers,
         )
         stage.train(model, pair_rows(stage.records), loss)
     return stage.output

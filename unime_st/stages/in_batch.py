@@ -38,7 +38,7 @@ def train_in_batch(args: InBatchArguments) -> Path:
             model,
             scale=1.0 / args.temperature,
             mini_batch_size=ROWS_AT_ONCE,  # of the similarity matrix, which is never held whole
-            gather_across_devices=args.gather_across_devices,
+            gather_across_devices=stage.gathers,
         )
         stage.train(model, pair_rows(stage.records), loss)
     return stage.output

@@ -55,7 +55,7 @@ def train_soft_labels(args: SoftLabelArguments) -> Path:
             args.divergence,
             label_temperature=args.label_temperature,
             in_batch_weight=args.in_batch_weight,
-            gather_across_devices=args.gather_across_devices and in_batch,
+            gather_across_devices=stage.gathers and in_batch,
         )
         rows = judged_rows(stage.records, args.num_negatives)
         stage.train(model, rows, loss, in_batch=in_batch, distinct=in_batch)

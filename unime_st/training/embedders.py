@@ -48,6 +48,11 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             )
         super().__init__(name, args)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a loss gathers across devices: on one there is nothing to gather, and Sentence Transformers warns."""
+        return self.args.gather_across_devices and partial_state().num_processes > 1
+
     def _load(self, **options: Any) -> UniME:
         return UniME(self.args.model, **options)
 
@@ -94,7 +99,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             vision_cache=str(vision) if vision else self._vision_cache_size(model, indices, tokens),
         )
         tower = _frozen_tower_cache(model, self.args) if passes.cached and vision is None else None
-        gathers = bool(getattr(loss, "gather_across_devices", False))
+        gathers = in_batch and args.gather_across_devices
         self.fit(
             model,
             rows.remove_columns("dataset") if "dataset" in rows.column_names else rows,
