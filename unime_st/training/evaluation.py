@@ -44,7 +44,7 @@ class HeldOutEvaluator(BaseEvaluator):
         raise NotImplementedError
 
     def __call__(
-        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """Evaluate a model.
 

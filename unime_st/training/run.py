@@ -123,7 +123,8 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         model = self._load(**options, **load_options(self.args))
         choose_trainable(model, self.args)
         if self.args.gradient_checkpointing:
-            settings = {"use_reentrant": False, **(self.args.gradient_checkpointing_kwargs or {})}
+            given = self.args.gradient_checkpointing_kwargs
+            settings = {"use_reentrant": False, **(given if isinstance(given, dict) else {})}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         return model
 
@@ -234,7 +235,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         )
         return trainer
 
-    def _save(self, model: ModelT, trainer: Any) -> None:
+    def _save(self, model: BaseModel, trainer: Any) -> None:
         args, weights = self.args, None
         if trainer.is_fsdp_enabled:  # all processes together
             weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)

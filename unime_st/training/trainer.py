@@ -130,10 +130,15 @@ class ReportingTrainer(BaseTrainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
             if self.is_world_process_zero():
-                seal_checkpoint(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+                seal_checkpoint(self._folder / f"checkpoint-{self.state.global_step}")
         except WRITE_ERRORS as error:
-            folder, step = Path(self.args.output_dir), self.state.global_step
-            raise write_error(f"The checkpoint of step {step}", folder, "The one before it", error) from error
+            what = f"The checkpoint of step {self.state.global_step}"
+            raise write_error(what, self._folder, "The one before it", error) from error
+
+    @property
+    def _folder(self) -> Path:
+        """Folder of the checkpoints."""
+        return Path(str(self.args.output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random states of all processes before the first one writes the file that makes a checkpoint whole."""
@@ -150,8 +155,9 @@ class ReportingTrainer(BaseTrainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; Sentence Transformers logs a failure and goes on with the last weights."""
-        best = self.state.best_model_checkpoint
-        self.model.model_card_data.set_best_model_step(int(best.rsplit("-", 1)[1]))
+        best = str(self.state.best_model_checkpoint)
+        card: Any = self.model.model_card_data
+        card.set_best_model_step(int(best.rsplit("-", 1)[1]))
         self._load_from_checkpoint(best)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +181,7 @@ class ReportingTrainer(BaseTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of one batch; the trainer takes the mean over the batches of a step."""
-        loss = super().compute_loss(*args, **kwargs)
+        loss: Any = super().compute_loss(*args, **kwargs)
         return loss * self._shares.pop(0) if self._shares else loss
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
