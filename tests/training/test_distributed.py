@@ -200,5 +200,5 @@ def test_what_cannot_be_done_with_sharded_weights_is_refused(monkeypatch: pytest
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as the launcher sets it
     with pytest.raises(ValueError, match="A reranker's weights cannot be sharded"):
         train_reranker(options)
-    with pytest.raises(ValueError, match="eval_data: sharded weights .* cannot be evaluated"):
+    with pytest.raises(ValueError, match=r"eval_data: sharded weights .* cannot be evaluated"):
         train_in_batch(evaluated)

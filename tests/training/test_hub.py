@@ -67,7 +67,7 @@ def test_the_finished_folder_is_uploaded_or_the_run_is_refused(hub: dict[str, by
     records = RecordSet.write(tmp_path / "records", training_records(8), {})
     options = {"data": str(records.folder), "output": str(tmp_path / "out"), "max_steps": 1, "push_to_hub": True}
     options |= {"per_device_train_batch_size": 4, "hub_model_id": "me/model", "save_steps": 1}
-    with pytest.raises(OptionError, match="push_to_hub: the repository me/model cannot be made .*hf auth login"):
+    with pytest.raises(OptionError, match=r"push_to_hub: the repository me/model cannot be made .*hf auth login"):
         train_in_batch(InBatchArguments(**options, hub_token="hf_bad"))
     assert not hub and not (tmp_path / "out").exists()
     folder = train_in_batch(InBatchArguments(**options, hub_token="hf_good"))
