@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mteb_tasks.local_data import stat_signature
@@ -17,6 +17,9 @@ HUB_DATASET = "TIGER-Lab/MMEB-eval"
 HUB_REVISION = "main"
 """No commit of the data is known to us; the one that was found is written into each result."""
 IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
+TABLE_FOLDERS = ("", "MMEB-eval", "data", "annotations/ziyjiang/MMEB_Test_Instruct", "ziyjiang/MMEB_Test_Instruct")
+TABLE_FOLDERS += ("image-query", "image-tasks")
+"""Where tables lie: those of ``TIGER-Lab/MMEB-eval``, or the same rows as MMEB-V2 and MMEB-V3 store them."""
 
 
 class MMEBDataError(ValueError):
@@ -72,11 +75,11 @@ def parquet_files(root: Path, subset: str) -> list[Path]:
         subset: Official name.
 
     Returns:
-        Its shards, sorted; empty when the subset is missing. The subset folder may lie in `root`, in ``MMEB-eval/``
-        or in ``data/`` below it.
+        Its shards, sorted; empty when the subset is missing. The subset folder may lie in `root` or in one of
+        `TABLE_FOLDERS` below it.
     """
-    for parent in (root, root / "MMEB-eval", root / "data"):
-        found = sorted(file for file in (parent / subset).glob("test*.parquet") if file.is_file())
+    for parent in TABLE_FOLDERS:
+        found = sorted(file for file in (root / parent / subset).glob("test*.parquet") if file.is_file())
         if found:
             return found
     return []
@@ -91,13 +94,15 @@ class ImageFolders:
     Args:
         root: Folder of the evaluation data.
         archive: Whether to unpack ``images.zip`` and to look there, too.
+        extra: Further folders to look into.
     """
 
-    def __init__(self, root: Path, *, archive: bool = True) -> None:
+    def __init__(self, root: Path, *, archive: bool = True, extra: Sequence[Path] = ()) -> None:
         indices = [root, root.parent] if root.name == "MMEB-eval" else [root]
         unpacked = _unpacked(root / "images.zip") if archive else None
         self._bases = [index / name for index in indices for name in IMAGE_FOLDERS]
         self._bases += [unpacked / name for name in IMAGE_FOLDERS] if unpacked else []
+        self._bases += extra
         self._listed: dict[str, list[tuple[Path, set[str]]]] = {}
 
     def find(self, relative: str) -> Path | None:

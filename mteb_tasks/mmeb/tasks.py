@@ -28,7 +28,7 @@ from mteb_tasks.mmeb.location import (
     local_root,
     parquet_files,
 )
-from mteb_tasks.mmeb.subset_reader import locate_images, read_subset
+from mteb_tasks.mmeb.subset_reader import SubsetTable, locate_images, read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
 from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
 from unime_st.data.items import Item
@@ -140,32 +140,51 @@ class MMEBTask(ItemRetrievalTask):
             )
         preflight.check(root, self.subset, own)
         table = read_subset(root, self.subset)
-        files = locate_images(table, ImageFolders(root))
-        names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
-        name_of = np.array(names, dtype=object)
-        ranked = {f"q{row}": name_of[rows].tolist() for row, rows in enumerate(table.candidates)}
-        return RetrievalData(
-            queries={
-                f"q{row}": Item(text=text, image=files.get(image))
-                for row, (text, image) in enumerate(zip(table.query_texts, table.query_images))
-            },
-            corpus={
-                name: Item(text=text, image=files.get(image))
-                for name, text, image in zip(names, table.document_texts, table.document_images)
-            },
-            relevant={query: {found[0]} for query, found in ranked.items()},
-            candidates=ranked,
-        )
+        return subset_data(table, locate_images(table, ImageFolders(root)))
 
     def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
         """Build the tables; foreign models read texts without the official instruction."""
-        query, target = (partial(_body, self.subset, side) for side in ("query", "target"))
+        query, target = (partial(official_body, self.subset, side) for side in ("query", "target"))
         return retrieval_split(
             data, self.subset.category, query_body=query, document_body=target, setting=Setting(style=MMEB_STYLE)
         )
 
 
-def _body(subset: Subset, side: str, text: str) -> str:
+def subset_data(table: SubsetTable, files: Mapping[str, Path]) -> RetrievalData:
+    """Turn the rows of a subset into retrieval data.
+
+    Args:
+        table: The rows.
+        files: Image file by path in the table.
+
+    Returns:
+        Queries ``q0``, ``q1``, ... in row order; documents are named by a digest of text and image path.
+    """
+    names = [_document_id(*pair) for pair in zip(table.document_texts, table.document_images)]
+    name_of = np.array(names, dtype=object)
+    ranked = {f"q{row}": name_of[rows].tolist() for row, rows in enumerate(table.candidates)}
+    return RetrievalData(
+        queries={
+            f"q{row}": Item(text=text, image=files.get(image))
+            for row, (text, image) in enumerate(zip(table.query_texts, table.query_images))
+        },
+        corpus={
+            name: Item(text=text, image=files.get(image))
+            for name, text, image in zip(names, table.document_texts, table.document_images)
+        },
+        relevant={query: {found[0]} for query, found in ranked.items()},
+        candidates=ranked,
+    )
+
+
+def official_body(subset: Subset, side: str, text: str) -> str:
+    """Text of an item without the official instruction, for models that have their own.
+
+    Args:
+        subset: The subset.
+        side: ``"query"`` or ``"target"``.
+        text: The official text.
+    """
     return subset.body(side, text) or ""
 
 

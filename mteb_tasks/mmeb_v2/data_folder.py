@@ -122,6 +122,40 @@ class DataFolder:
         return []
 
 
+class HubFolder(DataFolder):
+    """Finds the tables of one dataset in the hub's cache, which it fills; pages are in the tables.
+
+    Args:
+        row: The set.
+
+    Raises:
+        MMEBDataError: If the hub cannot be reached and has not been before.
+    """
+
+    def __init__(self, row: VisDocSet) -> None:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        path, revision = row.source["path"], row.source["revision"]
+        try:
+            snapshot = snapshot_download(
+                path, repo_type="dataset", revision=revision, allow_patterns=["*.parquet", "README.md"]
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise MMEBDataError(
+                f"{path} cannot be fetched ({error}); download it elsewhere and set {FOLDER_VARIABLE}"
+            ) from error
+        super().__init__(Path(snapshot), unpack=False)
+
+    def tables(self, row: VisDocSet) -> dict[str, list[Path]]:
+        """Find the tables of the set, see `DataFolder.tables`."""
+        return dataset_tables(self.root, row.split)
+
+    def page_folder(self, row: VisDocSet) -> Path | None:
+        """Return None: the pages of the hub are in the tables."""
+        return None
+
+
 def dataset_tables(folder: Path, split: str) -> dict[str, list[Path]]:
     """Find the tables of a BEIR dataset in a folder: by the ``configs`` of its README, else by usual names.
 

@@ -2,56 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
 from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
 from mteb_tasks.mmeb_v2.data_folder import DataFolder
 from mteb_tasks.mmeb_v2.page_files import check_pages, encoded_again
 from mteb_tasks.mmeb_v2.page_tables import PageTables, read_page_tables
 from mteb_tasks.mmeb_v2.visdoc_sets import VisDocSet
 
-ALLOW_MISSING_VARIABLE = "MMEB_ALLOW_MISSING"
+if TYPE_CHECKING:
+    from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
+
+logger = logging.getLogger(__name__)
+
+_PASSED: set[tuple[str, str]] = set()
+"""Leaderboard key and data digest of what was checked in this process."""
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What was found of one set.
-
-    Args:
-        key: Leaderboard key.
-        queries: Number of queries.
-        pages: Number of pages.
-        judgements: Number of rows of the judgement table.
-        notes: What differs from the published data, or is worth knowing.
-    """
-
-    key: str
-    queries: int
-    pages: int
-    judgements: int
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        head = f"{self.key}: {self.queries:,} queries, {self.pages:,} pages, {self.judgements:,} judgements"
-        return "; ".join([head, *self.notes])
+def missing_allowed() -> bool:
+    """Whether missing tasks are to be left out (``MMEB_ALLOW_MISSING=1``)."""
+    return os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
-def is_missing(folder: DataFolder, row: VisDocSet) -> bool:
-    """Whether a set has no tables, also none in an archive.
+def preflight(tasks: Sequence[MMEBV2Task]) -> list[str]:
+    """Check the local data of several tasks; what was checked in this process and has not changed is skipped.
 
     Args:
-        folder: Where the data lie.
-        row: The set.
+        tasks: Tasks on local data.
+
+    Returns:
+        A line about each task that was checked now.
+
+    Raises:
+        MMEBDataError: Lists the first fault of each faulty task.
     """
-    return not DataFolder(folder.root, unpack=False).tables(row) and not folder.tables(row)
+    lines, faults = [], []
+    for task in tasks:
+        state = (task.key, task.data_digest())
+        if state in _PASSED:
+            continue
+        try:
+            lines.append(task.check_data())
+            _PASSED.add(state)
+        except MMEBDataError as error:
+            faults.append(str(error))
+    if faults:
+        missing = sum(task.is_missing() for task in tasks)
+        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing tasks out)" if 0 < missing < len(tasks) else ""
+        count = "1 task" if len(faults) == 1 else f"{len(faults)} tasks"
+        raise MMEBDataError(f"{count} of MMEB-V2 cannot be evaluated{hint}:\n" + "\n".join(faults))
+    for line in lines:
+        logger.info("%s", line)
+    return lines
 
 
 def read_set(folder: DataFolder, row: VisDocSet) -> PageTables:
-    """Read the tables of a set.
+    """Read the tables of a visual-document set.
 
     Args:
         folder: Where the data lie.
@@ -63,63 +76,51 @@ def read_set(folder: DataFolder, row: VisDocSet) -> PageTables:
     tables = folder.tables(row)
     if not tables:
         wanted = folder.root / "annotations" / row.hub / "{queries,corpus,qrels}" / f"{row.split}.parquet"
-        raise MMEBDataError(f"{row.key} is missing: there is no {wanted} (other layouts are in docs/mmeb_v2.md)")
+        raise MMEBDataError(f"{row.key} is missing: there is no {wanted} (docs/mmeb_v2.md lists other layouts)")
     return read_page_tables(row, tables)
 
 
-def preflight(folder: DataFolder, rows: Iterable[VisDocSet], *, look: bool = True) -> list[Checked]:
-    """Check tables and pages of several sets.
+def check_set(folder: DataFolder, row: VisDocSet) -> str:
+    """Check tables and pages of a visual-document set.
 
     Args:
         folder: Where the data lie.
-        rows: The sets.
-        look: Look at every page, too. Defaults to True.
+        row: The set.
 
     Returns:
-        What was found of each set.
+        Its sizes, and what differs from the published data or is worth knowing.
 
     Raises:
-        MMEBDataError: Lists the first fault of each faulty set.
+        MMEBDataError: If the set is missing or faulty; the message names the file and the row.
     """
-    checked, faults, missing, count = [], [], 0, 0
-    for row in rows:
-        count += 1
-        try:
-            missing += is_missing(folder, row)
-            tables = read_set(folder, row)
-            if look:
-                check_pages(tables, folder)
-            checked.append(summary(tables))
-        except MMEBDataError as error:
-            faults.append(str(error))
-    if faults:
-        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing sets out)" if 0 < missing < count else ""
-        sets = "1 set" if len(faults) == 1 else f"{len(faults)} sets"
-        raise MMEBDataError(f"{sets} of MMEB-V2 cannot be evaluated{hint}:\n" + "\n".join(faults))
-    return checked
+    tables = read_set(folder, row)
+    check_pages(tables, folder)
+    return summary(tables)
 
 
-def summary(tables: PageTables) -> Checked:
-    """Sum up one set.
+def summary(tables: PageTables) -> str:
+    """Sum up a visual-document set in a line.
 
     Args:
         tables: The set.
     """
-    row, notes = tables.row, []
+    row = tables.row
+    facts = []
     for name, found, expected in (
         ("queries", len(tables.queries), row.queries),
         ("pages", len(tables.pages), row.pages),
     ):
-        if expected is not None and found != expected:
-            notes.append(f"published: {expected:,} {name}")
+        published = f" (published: {expected:,})" if expected is not None and found != expected else ""
+        facts.append(f"{found:,} {name}{published}")
+    facts.append(f"{tables.judgements:,} judgements")
     if row.superseded and any(row.superseded in file.parts for file, _ in tables.corpus_files):
-        notes.append(f"may be the faulty older version: put {row.hub} beside it")
+        facts.append(f"may be the faulty older version: put {row.hub} beside it")
     if again := sum(encoded_again(tables, page) for page in tables.pages):
-        notes.append(f"{again:,} pages are encoded again as JPEG, as the official code does")
+        facts.append(f"{again:,} pages encoded again as JPEG, as the official code does")
     if row.graded and not tables.integer_ids:
-        notes.append("page ids are not integers: ndcg_at_5_official is not defined")
-    notes += [f"{count:,} {name}" for name, count in tables.notes.items() if count]
-    return Checked(row.key, len(tables.queries), len(tables.pages), tables.judgements, tuple(notes))
+        facts.append("page ids are not integers, so ndcg_at_5_official is not defined")
+    facts += [f"{count:,} {name}" for name, count in tables.notes.items() if count]
+    return f"{row.key}: " + ", ".join(facts)
 
 
 def options_without_blank(root: Path) -> dict[str, int]:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from mteb_tasks.columns import Setting
+from mteb_tasks.local_data import localised
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN
 from mteb_tasks.pixel_rule import PixelRule
+from unime_st.files import digest
 
 PROFILE_VARIABLE = "MMEB_V2_PROFILE"
 PAGE_QUERY = "Find a document image that matches the given query:"
@@ -25,6 +28,7 @@ class Profile:
         name: Name in results and in ``$MMEB_V2_PROFILE``.
         instruction_in: Whether the instruction is joined with the text, or is the system turn of the chat.
         pixels: Pixel rule; None leaves images to the recipe of the model.
+        style: Style of chat template that texts of visual-document tasks are put in, for models that have it.
         page_query: Instruction of the queries of visual-document tasks.
         candidates: Instruction of all candidates; None gives them the instruction of their task.
         source: Where the protocol is published.
@@ -33,9 +37,31 @@ class Profile:
     name: str
     instruction_in: Literal["text", "system"]
     pixels: PixelRule | None
+    style: str | None
     page_query: str
     candidates: str | None
     source: str
+
+    def encoding(self, instruction: str, style: str | None) -> tuple[Setting, Setting]:
+        """Settings of the queries and of the candidates of a task.
+
+        Args:
+            instruction: Instruction of the queries.
+            style: Style of chat template, for models that have it.
+        """
+        pixels = None if self.pixels is None else str(self.pixels)
+        if self.instruction_in == "text":
+            return Setting(style, None, pixels), Setting(style, None, pixels)
+        return Setting(None, instruction, pixels), Setting(None, self.candidates, pixels)
+
+    def facts(self, *instructions: str) -> dict[str, str]:
+        """What a result says about the protocol it was made with.
+
+        Args:
+            *instructions: Instructions of the task.
+        """
+        pixels = "model" if self.pixels is None else f"{self.pixels.min_pixels}-{self.pixels.max_pixels}"
+        return {"profile": self.name, "pixels": pixels, "instructions": digest("\n".join(instructions), length=12)}
 
 
 _REFERENCE = "https://github.com/TIGER-AI-Lab/VLM2Vec at 6e1e1d42d4cba85ae4db4d3f7a25cba2465d1e16"
@@ -44,17 +70,32 @@ PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile(
-            "vlm2vec", "text", PixelRule(4 * 28 * 28, 1280 * 28 * 28, small_side=28), PAGE_QUERY, None, _REFERENCE
+            name="vlm2vec",
+            instruction_in="text",
+            pixels=PixelRule(4 * 28 * 28, 1280 * 28 * 28, small_side=28),
+            style="mmeb",
+            page_query=PAGE_QUERY,
+            candidates=None,
+            source=_REFERENCE,
         ),
         Profile(
-            "qwen3-vl",
-            "system",
-            PixelRule(4 * 32 * 32, 1800 * 32 * 32),
-            PAGE_QUERY.replace(":", "."),
-            "Represent the user's input.",
-            "https://github.com/QwenLM/Qwen3-VL-Embedding at 8ce3aab",
+            name="qwen3-vl",
+            instruction_in="system",
+            pixels=PixelRule(4 * 32 * 32, 1800 * 32 * 32),
+            style=None,
+            page_query=PAGE_QUERY.replace(":", "."),
+            candidates="Represent the user's input.",
+            source="https://github.com/QwenLM/Qwen3-VL-Embedding at 8ce3aab",
         ),
-        Profile("model", "text", None, PAGE_QUERY, None, _REFERENCE),
+        Profile(
+            name="model",
+            instruction_in="text",
+            pixels=None,
+            style=None,
+            page_query=PAGE_QUERY,
+            candidates=None,
+            source=_REFERENCE,
+        ),
     )
 }
 """The reference protocol, that of Qwen3-VL-Embedding, and the reference's texts with a model's own image size."""
@@ -89,3 +130,16 @@ def joined(instruction: str, text: str = "", *, image: bool = False) -> str:
         '<|image_1|> Understand this page.'
     """
     return " ".join([*([IMAGE_TOKEN] if image else []), instruction, *([text] if text else [])])
+
+
+def profiled(metadata: Any, profile: Profile, revision: str | None) -> Any:
+    """Metadata of a task under a profile: results of two profiles are never taken for each other.
+
+    Args:
+        metadata: Metadata of the class.
+        profile: The profile; names the only subset of the task.
+        revision: Digest of local data, None for those of the hub.
+    """
+    languages = sorted(metadata.bcp47_codes) if isinstance(metadata.eval_langs, dict) else metadata.eval_langs
+    made = metadata.model_copy(update={"eval_langs": {profile.name: languages}})
+    return made if revision is None else localised(made, revision)

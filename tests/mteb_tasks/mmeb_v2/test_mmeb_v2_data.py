@@ -16,7 +16,7 @@ from PIL import Image
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.data_folder import DataFolder, archive_parts, dataset_tables
 from mteb_tasks.mmeb_v2.page_files import page_files
-from mteb_tasks.mmeb_v2.preflight import options_without_blank, preflight, read_set
+from mteb_tasks.mmeb_v2.preflight import check_set, options_without_blank, read_set
 from mteb_tasks.mmeb_v2.visdoc_sets import VISDOC_SETS, visdoc_set
 
 HL, CHART = visdoc_set("ViDoRe_esg_reports_human_labeled_v2"), visdoc_set("VisRAG_ChartQA")
@@ -45,9 +45,9 @@ def test_golden_sets(golden_v2: Path) -> None:
         for query, found in zip(official["queries"], tables.grades.values()):
             assert found == dict(zip(map(str, query["label"]), query["rel_scores"]))
             assert list(found) == list(map(str, query["label"]))  # the order feeds the official nDCG
-    checked = {found.key: str(found) for found in preflight(folder, _available(folder.root))}
-    assert "2 pages are encoded again as JPEG" in checked[CHART.key]
-    assert "2 judgements given again" in checked[HL.key]
+    checked = {row.key: check_set(folder, row) for row in _available(folder.root)}
+    assert "2 pages encoded again as JPEG" in checked[CHART.key]
+    assert "5 queries (published: 52)" in checked[HL.key] and "2 judgements given again" in checked[HL.key]
 
 
 def test_pages_of_the_table_are_those_of_the_official_layout(golden_v2: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_faults_name_file_and_row(name: str, mini: Path) -> None:
     damage, message = FAULTS[name]
     damage(mini)
     with pytest.raises(MMEBDataError, match=message):
-        preflight(DataFolder(mini), [HL, CHART])
+        check_set(DataFolder(mini), HL)
 
 
 def test_broken_pages_of_a_table(mini: Path) -> None:
@@ -174,7 +174,7 @@ def test_broken_pages_of_a_table(mini: Path) -> None:
     images[2]["bytes"] = images[2]["bytes"][:1000]
     pq.write_table(table.set_column(1, "image", pa.array(images, table.schema.field("image").type)), file)
     with pytest.raises(MMEBDataError, match=r"train.parquet: row 2: page 'a.b.c.png' is broken"):
-        preflight(DataFolder(mini), [CHART])
+        check_set(DataFolder(mini), CHART)
 
 
 def test_turned_pages_are_made_upright(mini: Path) -> None:

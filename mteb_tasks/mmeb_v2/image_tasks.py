@@ -1,0 +1,196 @@
+"""The 36 image tasks of MMEB-V2: the rows of MMEB, images in their native shape; hit rate at 1.
+
+MMEB itself squashes images to a square: its scores are those of another setting, so these tasks have their own names.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mteb_tasks.mmeb import location as mmeb_location
+from mteb_tasks.mmeb.content_digest import files_digest, fingerprint
+from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
+from mteb_tasks.mmeb.subset_reader import locate_images, read_subset
+from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, SUBSETS, Subset
+from mteb_tasks.mmeb.tasks import MMEB_TASKS, PROMPT_STYLE, MMEBTask, official_body, subset_data
+from mteb_tasks.mmeb_v2.citations import MMEB_V2_BIBTEX
+from mteb_tasks.mmeb_v2.data_folder import DataFolder, local_root
+from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
+from mteb_tasks.retrieval_task import retrieval_split
+from unime_st.data.items import Item
+from unime_st.files import digest
+
+if TYPE_CHECKING:
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+
+    from unime_st.data.scenes import RetrievalData
+
+_QUERIES = 1000
+"""Queries of each subset in the published runs."""
+
+
+class MMEBV2ImageTask(MMEBV2Task):
+    """A subset of MMEB under the settings of MMEB-V2.
+
+    Data come from ``$MMEB_V2_DIR``; where that has no image tasks, from ``$MMEB_EVAL_DIR``; else from the hub.
+    """
+
+    subset: ClassVar[Subset]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.profile.instruction_in == "system":
+            asks = {"query": system_turn(self.subset), "document": self.profile.candidates}
+            self.metadata = self.metadata.model_copy(update={"prompt": asks})
+
+    def local_root(self) -> Path | None:
+        """See `MMEBV2Task.local_root`."""
+        root, of_mmeb = local_root(), mmeb_location.local_root()
+        if root is None or of_mmeb is None:
+            return root or of_mmeb
+        return root if any(parquet_files(root, subset.name) for subset in SUBSETS) else of_mmeb
+
+    def data_digest(self) -> str:
+        """See `MMEBV2Task.data_digest`."""
+        root = self.local_root()
+        if root is None or not root.is_dir():
+            return "missing"
+        found = fingerprint(root, self.subset.name)
+        try:
+            archives = DataFolder(root, unpack=False).image_archives()
+        except MMEBDataError:
+            return "missing"
+        if found == "missing" or not archives or (root / "image-tasks" / self.subset.name).is_dir():
+            return found
+        return digest(found, files_digest({part.name: part for part in archives}), length=12)
+
+    def is_missing(self) -> bool:
+        """See `MMEBV2Task.is_missing`."""
+        root = self.local_root()
+        return root is not None and not parquet_files(root, self.subset.name)
+
+    def check_data(self) -> str:
+        """See `MMEBV2Task.check_data`."""
+        root = self.local_root()
+        assert root is not None
+        table = read_subset(root, self.subset)
+        locate_images(table, _image_folders(root), look=True)
+        queries = len(table.query_texts)
+        note = "" if queries == _QUERIES else f" (published: {_QUERIES:,})"
+        return f"{self.key}: {queries:,} queries{note}, {len(table.document_texts):,} candidates"
+
+    def retrieval_data(self, subset: str, split: str) -> RetrievalData:
+        """Read the rows; see `mteb_tasks.mmeb.subset_reader.read_subset`."""
+        root = self.checked_root()
+        if root is None:
+            root = mmeb_location.data_root(
+                [task.subset.name for task in self.run if isinstance(task, MMEBV2ImageTask)]
+            )
+            dataset = {**self.metadata.dataset, "revision": root.name}
+            self.metadata = self.metadata.model_copy(update={"dataset": dataset})
+        table = read_subset(root, self.subset)
+        data = subset_data(table, locate_images(table, _image_folders(root)))
+        if self.profile.instruction_in == "system":
+            data.queries = {name: self._bare("query", item) for name, item in data.queries.items()}
+            data.corpus = {name: self._bare("target", item) for name, item in data.corpus.items()}
+        return data
+
+    def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
+        """Build the tables; foreign models read texts without the instruction, which mteb gives them apart."""
+        queries, candidates = self.profile.encoding(system_turn(self.subset), PROMPT_STYLE)
+        in_text = self.profile.instruction_in == "text"
+        query, target = (
+            partial(official_body, self.subset, side) if in_text else None for side in ("query", "target")
+        )
+        return retrieval_split(
+            data,
+            self.subset.category,
+            query_body=query,
+            document_body=target,
+            setting=queries,
+            document_setting=candidates,
+        )
+
+    def protocol(self) -> dict[str, str]:
+        """See `MMEBV2Task.protocol`."""
+        return self.profile.facts(self.subset.query, self.subset.target)
+
+    def _bare(self, side: str, item: Item) -> Item:
+        text = text_alone(self.subset, side, item.text or "")
+        return Item(text=text or None, image=item.image)
+
+
+def instruction(subset: Subset, side: str) -> str:
+    """Instruction of a side without its text, as the data of MMEB-V2 store it.
+
+    Args:
+        subset: The subset.
+        side: ``"query"`` or ``"target"``.
+
+    Example:
+        >>> from mteb_tasks.mmeb.subsets import subset_named
+        >>> instruction(subset_named("MSCOCO"), "query")
+        'Crop the image to to isolate the object labeled as'
+    """
+    template = subset.query if side == "query" else subset.target
+    return template.partition("{}")[0].strip(' "')
+
+
+def system_turn(subset: Subset) -> str:
+    """Instruction of the queries as a system turn: ended by a full stop where it has no punctuation of its own.
+
+    Args:
+        subset: The subset.
+    """
+    asked = instruction(subset, "query")
+    return asked if unicodedata.category(asked[-1]).startswith("P") else f"{asked}."
+
+
+def text_alone(subset: Subset, side: str, text: str) -> str:
+    """Take image token and instruction off an official text; the rest is kept verbatim.
+
+    Args:
+        subset: The subset.
+        side: ``"query"`` or ``"target"``.
+        text: The official text.
+
+    Example:
+        >>> from mteb_tasks.mmeb.subsets import subset_named
+        >>> text_alone(subset_named("OK-VQA"), "query", "<|image_1|>\\nRepresent the given image with the following question: Why?\\n")
+        'Why?'
+    """
+    asked = instruction(subset, side)
+    if not asked:
+        return text
+    return text.removeprefix(IMAGE_TOKEN).strip().removeprefix(asked).strip()
+
+
+def _image_folders(root: Path) -> ImageFolders:
+    unpacked = DataFolder(root).unpacked_images()
+    extra = [root / "image-tasks" / "MMEB", *([unpacked] if unpacked else [])]
+    return ImageFolders(root, extra=extra)
+
+
+def _task_class(of_mmeb: type[MMEBTask]) -> type[MMEBV2ImageTask]:
+    subset = of_mmeb.subset
+    metadata = of_mmeb.metadata.model_copy(
+        update={
+            "name": f"MMEB-V2-{subset.name}",
+            "description": (
+                f"The {subset.name} subset of MMEB under the settings of MMEB-V2 (images in their native shape): rank the "
+                "candidates of each query; the share of queries whose positive comes first."
+            ),
+            "reference": "https://arxiv.org/abs/2507.04590",
+            "bibtex_citation": MMEB_V2_BIBTEX,
+        }
+    )
+    members = {"__doc__": metadata.description, "__module__": __name__, "metadata": metadata}
+    members |= {"key": subset.name, "subset": subset}
+    return type(subset.class_name.replace("MMEB", "MMEBV2", 1), (MMEBV2ImageTask,), members)
+
+
+IMAGE_TASKS: tuple[type[MMEBV2ImageTask], ...] = tuple(map(_task_class, MMEB_TASKS))
+"""One class for each subset, in the order of the leaderboard."""
