@@ -20,7 +20,8 @@ def registered_tasks() -> list[type[AbsTask]]:
     """
     from mteb_tasks.captions import CAPTION_TASKS
     from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
+    from mteb_tasks.mmeb_v2.aggregate import MMEB_V2_TASKS, MMEBV2
     from mteb_tasks.scenes import SCENES_TASKS
     from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
-    return [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
+    return [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_V2_TASKS, MMEBV2, *MMEB_TASKS, MMEB]

@@ -50,8 +50,10 @@ def _once_imported(module: str, action: Callable[[], None]) -> None:
 
 def _add_mmeb() -> None:
     from mteb_tasks.mmeb.benchmark import make_benchmark
+    from mteb_tasks.mmeb_v2.aggregate import make_v2_benchmark
 
     compat.add_mteb_benchmark(make_benchmark())
+    compat.add_mteb_benchmark(make_v2_benchmark())
 
 
 def _wrap_run() -> None:

@@ -102,7 +102,7 @@ def _limited(processor: Any, rule: PixelRule) -> Any:
     if hasattr(processor, "set_image_rule"):
         official = {**processor.image_rule, "exif": False, "alpha": "drop"}
         processor.set_image_rule(official, "native", processor.image_backend)
-    images = copy.copy(getattr(processor, "image_processor", None))
+    images: Any = copy.copy(getattr(processor, "image_processor", None))
     size = dict(getattr(images, "size", None) or {})
     if {"shortest_edge", "longest_edge"} <= size.keys() and hasattr(images, "merge_size"):
         images.size = type(images.size)(shortest_edge=rule.min_pixels, longest_edge=rule.max_pixels)

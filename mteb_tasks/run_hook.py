@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from mteb_tasks.mmeb.tasks import MMEB_TASKS, available_tasks, preflight_together
+from mteb_tasks.mmeb_v2.aggregate import missing_v2_tasks
 from mteb_tasks.models import check_variables
 from mteb_tasks.run_context import CurrentRun, new_run
 from mteb_tasks.scores import Scores, score_table
@@ -69,9 +70,10 @@ def _costs() -> str:
 
 
 def _without_missing(names: list[str] | None) -> list[str] | None:
-    """Tasks of a run without the MMEB subsets that are missing, where that is allowed."""
+    """Tasks of a run without those of MMEB and MMEB-V2 that are missing, where that is allowed."""
     asked = [task for task in MMEB_TASKS if task.metadata.name in (names or ())]
     left_out = {task.metadata.name for task in asked} - {task.metadata.name for task in available_tasks(asked)}
+    left_out |= missing_v2_tasks(names or ())
     if names is None or not left_out:
         return names
     logger.warning("left out, because there are no data of them: %s", ", ".join(sorted(left_out)))

@@ -11,6 +11,8 @@ from mteb_tasks import published
 from mteb_tasks.local_data import without_digest
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS
 from mteb_tasks.mmeb.tasks import mean_scores
+from mteb_tasks.mmeb_v2.comparison import compared_rows, comparison_table
+from mteb_tasks.mmeb_v2.leaderboard import AGGREGATE
 from mteb_tasks.preference_task import group_means
 from mteb_tasks.sugarcrepe import CATEGORIES, SugarCrepeByCategory
 
@@ -60,13 +62,14 @@ def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str
         model: Alias, to look published numbers up.
 
     Returns:
-        MMEB's subsets and their means, then the other tasks and theirs.
+        MMEB's subsets and their means, those of MMEB-V2, then the other tasks and theirs.
 
     Example:
         >>> score_rows({"MMEB-GQA": {"default": {"main_score": 0.5}}}, "unime-v2")[0].score
         50.0
     """
-    return [*_mmeb_rows(scores, model), *_other_rows(scores, model)]
+    of_v2 = [Row(row.name, row.score, is_mean=row.is_mean) for row in compared_rows(scores)]
+    return [*_mmeb_rows(scores, model), *of_v2, *_other_rows(scores, model)]
 
 
 def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> str:
@@ -83,9 +86,10 @@ def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
         >>> print(score_table({"MMEB-GQA": {"default": {"main_score": 0.5}}}, "unime-v2"))  # doctest: +ELLIPSIS
         unime-v2 ...
     """
-    rows = score_rows(scores, model)
+    compared = comparison_table(scores)
+    rows = [row for row in score_rows(scores, model) if not row.name.startswith(AGGREGATE)]
     if not rows:
-        return ""
+        return compared
     width = max(len(name) for name in (model, *(row.name for row in rows)))
     lines = [f"{model:<{width}}  score  published  difference", "-" * (width + 31)]
     for row in rows:
@@ -98,7 +102,7 @@ def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
         lines.append("-" * (width + 11 * len(CAPTION_METRICS)))
         for task, found in captions.items():
             lines.append(f"{task:<{width}}  " + "  ".join(f"{found[name]:9.1f}" for name in CAPTION_METRICS))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", compared] if compared else [])])
 
 
 def caption_metrics(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
@@ -147,7 +151,7 @@ def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
     single: dict[str, float] = {}
     for task in sorted(scores, key=lambda name: (name not in _CAPTIONS, _CAPTIONS.get(name, ()))):
         found = scores[task]
-        if task in _ORDER or task == "MMEB" or not found:
+        if task in _ORDER or task == "MMEB" or task.startswith(AGGREGATE) or not found:
             continue
         subsets = {without_digest(name): 100 * float(row["main_score"]) for name, row in found.items()}
         groups = group_means(subsets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
@@ -38,6 +38,20 @@ def mmeb_v2_tasks() -> list[MMEBV2Task]:
     return tasks
 
 
+def missing_v2_tasks(names: Collection[str]) -> set[str]:
+    """Names of the tasks of a run that are left out because there are no data of them, where that is allowed.
+
+    Args:
+        names: Names of the tasks of the run.
+
+    Returns:
+        Nothing where all of them are missing: the run shall say so.
+    """
+    asked = [task() for task in MMEB_V2_TASKS if task.metadata.name in names] if missing_allowed() else []
+    missing = {task.metadata.name for task in asked if task.is_missing()}
+    return missing if len(missing) < len(asked) else set()
+
+
 class MMEBV2(AbsTaskAggregate):
     """MMEB-V2: 78 tasks on images, videos and visual documents.
 
@@ -63,13 +77,9 @@ class MMEBV2(AbsTaskAggregate):
             ``{"test": {subset name: scores}}`` with the means that are complete, in lower case with underscores, the
             number of tasks and the leaderboard keys of those left out.
         """
-        score_of = {
-            result.task_name.removeprefix(f"{AGGREGATE}-"): _newest_score(
-                result, self.taskname_to_task[result.task_name]
-            )
-            for result in task_results
-            if result.task_name in self.taskname_to_task
-        }
+        made = {task.metadata.name: task for task in self.tasks if isinstance(task, MMEBV2Task)}
+        results = [(made[result.task_name], result) for result in task_results if result.task_name in made]
+        score_of = {task.key: _score(result, task) for task, result in results}
         means = leaderboard_means(score_of)
         scores: dict[str, Any] = {
             name.lower().replace(" ", "_").replace("-", "_"): mean for name, mean in means.items()
@@ -80,7 +90,7 @@ class MMEBV2(AbsTaskAggregate):
         return {"test": {self.hf_subsets[0]: {**scores, **facts}}}
 
 
-def _newest_score(result: TaskResult, task: MMEBV2Task) -> float:
+def _score(result: TaskResult, task: MMEBV2Task) -> float:
     """Score on the data at hand: a result holds those of other data and protocols, too."""
     rows = [row for row in result.scores["test"] if row["hf_subset"] in task.hf_subsets]
     return float((rows or result.scores["test"])[-1]["main_score"])

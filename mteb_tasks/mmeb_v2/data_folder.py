@@ -143,7 +143,7 @@ class HubFolder(DataFolder):
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise MMEBDataError(
-                f"{path} cannot be fetched ({error}); download it elsewhere and set {FOLDER_VARIABLE}"
+                f"{path} cannot be fetched ({error}); download it elsewhere and set {MMEB_V2_FOLDER_VARIABLE}"
             ) from error
         super().__init__(Path(snapshot), unpack=False)
 

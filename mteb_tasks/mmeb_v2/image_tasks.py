@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mteb_tasks.mmeb import location as mmeb_location
-from mteb_tasks.mmeb.content_digest import files_digest, fingerprint
+from mteb_tasks.mmeb.content_digest import files_digest, subset_digest
 from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
 from mteb_tasks.mmeb.subset_reader import locate_images, read_subset
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, SUBSETS, Subset
-from mteb_tasks.mmeb.tasks import MMEB_TASKS, PROMPT_STYLE, MMEBTask, official_body, subset_data
+from mteb_tasks.mmeb.tasks import MMEB_STYLE, MMEB_TASKS, MMEBTask, official_body, subset_data
 from mteb_tasks.mmeb_v2.citations import MMEB_V2_BIBTEX
 from mteb_tasks.mmeb_v2.data_folder import DataFolder, local_root
 from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
@@ -58,7 +58,7 @@ class MMEBV2ImageTask(MMEBV2Task):
         root = self.local_root()
         if root is None or not root.is_dir():
             return "missing"
-        found = fingerprint(root, self.subset.name)
+        found = subset_digest(root, self.subset.name)
         try:
             archives = DataFolder(root, unpack=False).image_archives()
         except MMEBDataError:
@@ -100,7 +100,7 @@ class MMEBV2ImageTask(MMEBV2Task):
 
     def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
         """Build the tables; foreign models read texts without the instruction, which mteb gives them apart."""
-        queries, candidates = self.profile.encoding(system_turn(self.subset), PROMPT_STYLE)
+        queries, candidates = self.profile.encoding(system_turn(self.subset), MMEB_STYLE)
         in_text = self.profile.instruction_in == "text"
         query, target = (
             partial(official_body, self.subset, side) if in_text else None for side in ("query", "target")

@@ -135,7 +135,7 @@ def _for_each_page(tables: PageTables, use: Callable[[int, bytes], None]) -> Non
 
     def check_and_use(numbered: tuple[int, bytes | None]) -> None:
         number, content = numbered
-        fault = "has no image"
+        fault: str | None = "has no image"
         if content:
             try:
                 fault = _bytes_fault(content)

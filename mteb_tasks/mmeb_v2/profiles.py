@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mteb_tasks.columns import Setting
-from mteb_tasks.local_data import localised
+from mteb_tasks.local_data import with_digest
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN
 from mteb_tasks.pixel_rule import PixelRule
 from unime_st.files import digest
@@ -142,4 +142,4 @@ def profiled(metadata: Any, profile: Profile, revision: str | None) -> Any:
     """
     languages = sorted(metadata.bcp47_codes) if isinstance(metadata.eval_langs, dict) else metadata.eval_langs
     made = metadata.model_copy(update={"eval_langs": {profile.name: languages}})
-    return made if revision is None else localised(made, revision)
+    return made if revision is None else with_digest(made, revision)

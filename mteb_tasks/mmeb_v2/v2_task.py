@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mteb_tasks.local_data import LOCAL_PREFIX
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.preflight import preflight
 from mteb_tasks.mmeb_v2.profiles import current_profile, profiled
 from mteb_tasks.retrieval_task import ItemRetrievalTask
+from mteb_tasks.run_context import current_run
 
 
 class MMEBV2Task(ItemRetrievalTask):
@@ -62,10 +64,16 @@ class MMEBV2Task(ItemRetrievalTask):
         """
         root = self.local_root()
         if root is not None:
-            if self.metadata.revision != f"local-{self.data_digest()}":
+            if self.metadata.revision != f"{LOCAL_PREFIX}{self.data_digest()}":
                 raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make it anew")
-            preflight(self.run or (self,))
+            preflight(self.run or self._run_of_command() or (self,))
         return root
+
+    def _run_of_command(self) -> list[MMEBV2Task]:
+        """Tasks of the ``mteb run`` command in progress that this one belongs to."""
+        run = current_run()
+        listed = [] if run is None else [part for task in run.tasks for part in getattr(task, "tasks", [task])]
+        return [task for task in listed if isinstance(task, MMEBV2Task)] if self in listed else []
 
     def task_specific_scores(
         self,

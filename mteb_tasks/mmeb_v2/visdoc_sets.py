@@ -63,8 +63,9 @@ class VisDocSet:
 
         No commit of the three sets that mteb lacks is known; the one that is found is written into each result.
         """
-        found = self.mteb_metadata
-        return dict(found.dataset) if found else {"path": self.hub, "revision": "main"}
+        if found := self.mteb_metadata:
+            return {"path": found.dataset["path"], "revision": found.dataset["revision"]}
+        return {"path": self.hub, "revision": "main"}
 
     @property
     def folder(self) -> str:

@@ -83,7 +83,8 @@ def _wrong_documents(data: RetrievalData, ranked: Mapping[str, Mapping[str, floa
             continue
         behind = max((scores[name] for name in right if name in scores), default=min(scores.values()))
         found = [(data.corpus[name], scores[name], name in right) for name in order[:_SHOWN]]
-        best = max(right, key=lambda name: scores.get(name, -math.inf))
+        grades = (data.grades or {}).get(query, {})
+        best = max(right, key=lambda name: (grades.get(name, 1), scores.get(name, -math.inf)))
         yield _Miss(data.queries[query], data.corpus[best], found, scores[order[0]] - behind)
 
 

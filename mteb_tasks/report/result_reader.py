@@ -127,6 +127,8 @@ def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
             for row, split, data in zip(rows, splits, data_of)
             if data == data_of[-1]
         }
+        if any(row["main_score"] is None for row in newest.values()):
+            return  # an aggregate without all its parts
         for row in newest.values():
             row["main_score"] = float(row["main_score"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

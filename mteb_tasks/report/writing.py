@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mteb_tasks.report.failures import gallery
+from mteb_tasks.report.published_section import published_markdown, published_section
 from mteb_tasks.report.result_reader import ModelResults, read_results
 from mteb_tasks.scores import CAPTION_METRICS, Row
 from unime_st.files import atomic_write
@@ -59,6 +60,7 @@ def write_report(
         element("h1", title),
         *_scores(models, names),
         *_captions(models),
+        *published_section(models),
         *_charts(models),
         *_differences(models),
         *_origin(models),
@@ -96,7 +98,8 @@ def _rows(model: ModelResults) -> dict[str, Row]:
 
 
 def _scores(models: Sequence[ModelResults], names: Sequence[str]) -> Iterator[Html]:
-    yield element("p", "Every score is the share of queries answered right, in percent, as mteb measured it.")
+    what = "Scores are the share of queries answered right, for visual documents nDCG at 5; in percent, by mteb."
+    yield element("p", what)
     found = [_rows(model) for model in models]
     best = {name: max(rows[name].score for rows in found if name in rows) for name in names}
     groups: dict[str, list[list[Content]]] = {"Means": [], "Tasks": []}
@@ -212,6 +215,7 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
         for task, metrics in model.captions.items():
             values = " | ".join(f"{value:.1f}" for value in metrics.values())
             lines.append(f"| {_escape(model.label)} | {task} | {values} |")
+    lines += published_markdown(models)
     lines += ["", "| model | revision | setting | tasks | mteb |", "|---|---|---|---:|---|"]
     for model in models:
         versions = ", ".join(sorted({version for _, version in model.versions.values()}))

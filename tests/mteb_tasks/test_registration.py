@@ -11,11 +11,12 @@ import pytest
 import mteb_tasks
 from mteb_tasks.captions import CAPTION_TASKS
 from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS
+from mteb_tasks.mmeb_v2.aggregate import MMEB_V2_TASKS, MMEBV2
 from mteb_tasks.scenes import SCENES_TASKS, ScenesVQA
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 from unime_st.compat import add_mteb_task
 
-TASKS = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_TASKS, MMEB]
+TASKS = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_V2_TASKS, MMEBV2, *MMEB_TASKS, MMEB]
 
 
 def test_register_twice_and_find_every_task_by_name(caplog):
@@ -60,6 +61,7 @@ def test_the_benchmark_has_the_columns_of_the_papers():
     benchmark = mteb.get_benchmark("MMEB(eng, v1)")
     assert mteb.get_benchmark("MMEB") is benchmark
     assert len(benchmark.tasks) == 36
+    assert len(mteb.get_benchmark("MMEB(eng, v2)").tasks) == 60
     groups = {found.name: [group.label for group in found.groups] for found in benchmark.aggregations[1:]}
     assert groups == {
         "Meta-task": ["Classification", "Vqa", "Retrieval", "Grounding"],

@@ -33,6 +33,7 @@ KNOWN = {
 def _official_data(monkeypatch):
     monkeypatch.delenv("MMEB_EVAL_DIR", raising=False)
     monkeypatch.delenv("UNIME_EVAL_DIR", raising=False)
+    monkeypatch.delenv("MMEB_V2_DIR", raising=False)
 
 
 @EACH
@@ -43,10 +44,15 @@ def test_metadata_are_filled_and_valid(task):
     assert metadata.is_filled()
     assert not metadata.dataset.get("trust_remote_code", False)
     assert isinstance(metadata.simplified_task_type, str)
-    assert metadata.description.endswith(".") and metadata.main_score in ("hit_rate_at_1", "text_acc")
+    assert metadata.description.endswith(".") and metadata.main_score in (
+        "hit_rate_at_1",
+        "text_acc",
+        "ndcg_at_5",
+        "overall",
+    )
     assert metadata.intext_citation().startswith("\\cite{")
     if made.is_aggregate:
-        assert set(metadata.hf_subsets_to_langscripts) == {"default"}
+        assert set(metadata.hf_subsets_to_langscripts) == {"vlm2vec" if metadata.name == "MMEB-V2" else "default"}
     else:
         assert metadata.descriptive_stats is not None and metadata.n_samples is not None
         assert metadata.descriptive_stat_path.parent.parent.name == "mteb_tasks"
@@ -97,7 +103,7 @@ def test_statistics_raise_no_doubt_that_is_not_known(task):
 
 
 def test_published_sizes():
-    stats = {task.metadata.name: task.metadata.descriptive_stats for task in TASKS if task.metadata.name != "MMEB"}
+    stats = {task.metadata.name: task.metadata.descriptive_stats for task in TASKS if not task().is_aggregate}
     sizes = {name: found["test"]["num_samples"] for name, found in stats.items()}
     assert sizes["SugarCrepeByCategory"] == 7511 and sizes["Flickr30k1kI2TRetrieval"] == 6000
     assert sizes["COCO5kT2IRetrieval"] == 30000 and sizes["MMEB-GQA"] == 7850

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mteb_tasks.mmeb_v2.comparison import compared_rows, comparison_table, published_models
 from mteb_tasks.mmeb_v2.leaderboard import COLUMNS, LEADERBOARD, leaderboard_means
 from mteb_tasks.mmeb_v2.ndcg import ndcg, official_ndcg
 from mteb_tasks.mmeb_v2.profiles import PAGE, PAGE_QUERY, joined
@@ -62,3 +63,29 @@ def test_a_mean_with_a_missing_task_is_left_out() -> None:
     assert leaderboard_means(scores)["Overall"] == pytest.approx(0.385)
     del scores["K700"]
     assert {"Overall", "Video", "Video CLS"}.isdisjoint(leaderboard_means(scores))
+
+
+def test_published_scores_follow_from_the_published_tasks() -> None:
+    """Means over the published tasks are the published means, to the rounding of the sources."""
+    models = {model.name: model for model in published_models()}
+    reference = {"Overall": 59.1, "Image": 64.9, "Video": 34.7, "VisDoc": 68.9}
+    found = models["VLM2Vec-V2.0-2B"].scores
+    assert {name: found[name] for name in reference} == pytest.approx(reference, abs=0.31)
+    eight = models["Qwen3-VL-Embedding-8B"].scores
+    means = leaderboard_means({task.key: eight[task.key] for task in LEADERBOARD})
+    assert {name: eight[name] for name in means} == pytest.approx(means, abs=0.06)
+
+
+def test_scores_stand_beside_published_ones() -> None:
+    """No overall score while tasks are missing; graded sets are compared by the official nDCG."""
+    scores = {task.task_name: {"vlm2vec": {"main_score": 0.5, "profile": "vlm2vec"}} for task in LEADERBOARD}
+    scores["MMEB-V2-ViDoSeek-doc"]["vlm2vec"]["ndcg_at_5_official"] = 0.4
+    assert {row.name: row.score for row in compared_rows(scores)}["MMEB-V2 Overall"] == 50.0
+    del scores["MMEB-V2-K700"]
+    rows = {row.name: row for row in compared_rows(scores)}
+    assert "MMEB-V2 Overall" not in rows and "MMEB-V2 Video CLS" not in rows
+    assert (
+        rows["MMEB-V2-ViDoSeek-doc"].official == 40.0 and rows["MMEB-V2-ViDoSeek-doc"].published["Qwen3-VL 8B"] == 86.1
+    )
+    assert rows["MMEB-V2 VisDoc OOD"].official == 47.5 and rows["MMEB-V2 VisDoc OOD"].published["Qwen3-VL 2B"] == 69.4
+    assert "No overall score: 1 of 78 tasks are missing" in comparison_table(scores)
