@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mteb_tasks.local_data import with_digest, without_digest
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.retrieval_task import ItemRetrievalTask
 from unime_st.data.items import Item
+from unime_st.data.pdf_pages import PdfPage, read_pages
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import RetrievalData
 from unime_st.files import digest
@@ -19,7 +21,8 @@ class RecordsRetrieval(ItemRetrievalTask):
     """Find the positive of each query among all positives of its dataset.
 
     One subset per ``dataset`` name in the records. Every positive paired with the same query (by content) counts as
-    relevant, so duplicates in the data are not punished. In results, the name of a subset carries a digest of the
+    relevant, so duplicates in the data are not punished. Of a folder made by `unime_st.data.pdf_pages.import_pdf_pages`
+    all pages are the corpus, and a page is named by its file and number (``"report.pdf#page=3"``). In results, the name of a subset carries a digest of the
     records, so a score of other records is never taken for that of these.
 
     Args:
@@ -54,7 +57,9 @@ class RecordsRetrieval(ItemRetrievalTask):
         super().__init__(**kwargs)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
-        """Collect queries, positives and pairs of one dataset."""
+        """Collect queries, positives and pairs of one dataset; of PDF files, all pages are the corpus."""
+        if pages := read_pages(self.records.folder):
+            return self._page_data(pages)
         rows, dataset = (
             self.records.rows.select(["query", "positive", "dataset"]),
             self._dataset_of[without_digest(subset)],
@@ -67,6 +72,13 @@ class RecordsRetrieval(ItemRetrievalTask):
         return RetrievalData(
             queries=self._items(relevant), corpus=self._items(positives), relevant=relevant, candidates=None
         )
+
+    def _page_data(self, pages: Sequence[PdfPage]) -> RetrievalData:
+        relevant: dict[str, set[str]] = {}
+        for row in self.records.rows.select(["query", "file", "page"]).to_pylist():
+            relevant.setdefault(row["query"], set()).add(PdfPage(row["file"], row["page"], "").name)
+        corpus = {page.name: self.records.item(page.item) for page in pages}
+        return RetrievalData(queries=self._items(relevant), corpus=corpus, relevant=relevant)
 
     def _items(self, ids: dict[str, Any]) -> dict[str, Item]:
         return {item_id: self.records.item(item_id) for item_id in ids}

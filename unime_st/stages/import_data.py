@@ -1,4 +1,4 @@
-"""Import of training data: JSONL, JSON, CSV, Parquet, `datasets`, MMEB-train or a released judge file."""
+"""Import of training data: JSONL, JSON, CSV, Parquet, `datasets`, MMEB-train, a released judge file or PDF files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from unime_st.data.importing import import_records
 from unime_st.data.mmeb_train import import_mmeb_train
+from unime_st.data.pdf_pages import import_pdf_pages
 from unime_st.data.records import RecordSet
 from unime_st.data.released_judgements import import_released
 from unime_st.options import OptionError, check_options, option, require_options
@@ -23,9 +24,10 @@ class ImportArguments:
     source: str = option("", "File or folder to read.", required=True, path="any")
     output: str = option("", "Folder for the records.", required=True)
     overwrite: bool = option(False, "Overwrite the output folder.")
-    layout: Literal["own", "mmeb-train", "released"] = option(
+    layout: Literal["own", "mmeb-train", "released", "pdf"] = option(
         "own",
-        "Layout of the source: own (JSONL, JSON, CSV, Parquet, datasets), mmeb-train, released (UniME-V2's JSON).",
+        "Layout of the source: own (JSONL, JSON, CSV, Parquet, datasets), mmeb-train, released (UniME-V2's JSON), "
+        "pdf (PDF files).",
     )
     pairs: list[dict[str, Any]] | None = option(
         None, "own: how rows become pairs, in a YAML file; none: by the names of the columns."
@@ -36,8 +38,12 @@ class ImportArguments:
         "original", "mmeb-train: split of the source.", choices=("original", "diverse_instruction", "train")
     )
     subsets: list[str] | None = option(None, "mmeb-train: names of the subsets; none: all 20.")
+    queries: str | None = option(
+        None, "pdf: file with query, file and page; none: pages are paired with their own text.", path="any"
+    )
+    dpi: int = option(144, "pdf: resolution of the page images.", unit="dots per inch", at_least=1)
     read_images: bool = option(True, "Decode every image once, to reject bad ones.")
-    limit: int | None = option(None, "Rows at most (mmeb-train: of each subset).", unit="rows", at_least=1)
+    limit: int | None = option(None, "Rows at most (mmeb-train: of each subset; pdf: pages).", unit="rows", at_least=1)
     workers: int = option(4, "Threads that decode images.", unit="threads", at_least=1)
 
     def __post_init__(self) -> None:
@@ -91,6 +97,8 @@ def _import(args: ImportArguments) -> RecordSet:
             workers=workers,
             overwrite=overwrite,
         )
+    if args.layout == "pdf":
+        return import_pdf_pages(source, output, queries=args.queries, dpi=args.dpi, limit=limit, overwrite=overwrite)
     if args.layout == "released":
         return import_released(
             source,
