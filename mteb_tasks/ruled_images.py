@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 from typing import Any
 
 from PIL import Image
@@ -14,6 +15,13 @@ from mteb_tasks.pixel_rule import PixelRule
 from unime_st.data.images import MAX_ASPECT, MAX_PIXELS, BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.encoding.replicas import with_processor
+
+logger = logging.getLogger(__name__)
+
+_TEXT_TOKENS = 128
+"""Tokens that are kept for the text beside an image."""
+_SMALL_CONTEXT = 1280 * 28 * 28
+"""Pixels below which the context of a model is said to limit images."""
 
 
 def open_image(image: ImageRef, rule: PixelRule) -> Image.Image:
@@ -105,6 +113,16 @@ def _limited(processor: Any, rule: PixelRule) -> Any:
     images: Any = copy.copy(getattr(processor, "image_processor", None))
     size = dict(getattr(images, "size", None) or {})
     if {"shortest_edge", "longest_edge"} <= size.keys() and hasattr(images, "merge_size"):
-        images.size = type(images.size)(shortest_edge=rule.min_pixels, longest_edge=rule.max_pixels)
+        most = min(rule.max_pixels, _most_pixels(processor, images.patch_size * images.merge_size))
+        images.size = type(images.size)(shortest_edge=rule.min_pixels, longest_edge=most)
         processor.image_processor = images
     return processor
+
+
+def _most_pixels(processor: Any, token_side: int) -> int:
+    """Pixels of the largest image that fits into the context of a model beside a text."""
+    context = int(processor.tokenizer.model_max_length)
+    most = (context - _TEXT_TOKENS) * token_side**2
+    if most < _SMALL_CONTEXT:
+        logger.warning("images have at most %d pixels: this model takes %d tokens", most, context)
+    return most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import tarfile
@@ -22,6 +23,7 @@ from mteb_tasks.mmeb_v2.profiles import PROFILES
 from mteb_tasks.ruled_images import RuledItem, open_image, prescribed_model
 from unime_st.data.images import ImageRef
 from unime_st.data.items import Item
+from unime_st.encoding.replicas import with_processor
 
 
 def _image(size: tuple[int, int], mode: str = "RGB", **options) -> ImageRef:
@@ -54,6 +56,17 @@ def test_the_model_stays_as_it_is(square_model: SentenceTransformer) -> None:
     twin = prescribed_model(square_model, PROFILES["vlm2vec"].pixels, None)
     assert twin[0].processor.image_side is None and square_model[0].processor.image_side == 112
     assert before == (square_model[0].processor.image_size, dict(square_model[0].processor.image_processor.size))
+
+
+def test_images_fit_into_a_small_context(square_model: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> None:
+    """A model that takes few tokens gets smaller images, and a warning."""
+    small = with_processor(square_model, lambda processor: processor)
+    small[0].processor.tokenizer = copy.copy(small[0].processor.tokenizer)
+    small[0].processor.tokenizer.model_max_length = 1024
+    rule = PROFILES["vlm2vec"].pixels
+    model = prescribed_model(small, rule, None)
+    features = model.preprocess([RuledItem.of(Item(image=_image((2000, 2000))), rule).to_input()])
+    assert 800 < features["input_ids"].shape[1] <= 1024 and "takes 1024 tokens" in caplog.text
 
 
 @pytest.fixture

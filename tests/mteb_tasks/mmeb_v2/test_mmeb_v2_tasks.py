@@ -87,18 +87,18 @@ def kept_data(kept_golden: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_aggregate(
-    kept_data: Path, tiny: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept_data: Path, square_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No overall score while tasks are missing; a second run takes all embeddings from the first one."""
-    first = UniMELoader("unime/tiny", "1", model=tiny, cache_folder=tmp_path / "embeddings")
+    first = UniMELoader("unime/tiny", "1", model=square_model, cache_folder=tmp_path / "embeddings")
     cache = mteb.ResultCache(tmp_path / "results")
     row = mteb.evaluate(first, MMEBV2(), cache=cache).task_results[-1].scores["test"][0]
     assert row["main_score"] is None and row["overall"] is None and row["num_tasks"] == 2
     assert len(row["left_out"]) == 76 and "K700" in row["left_out"]
     written = cache.load_task_result("MMEB-V2-VisRAG_ChartQA", first.mteb_model_meta)
     assert written is not None and written.scores["test"][0]["num_documents"] == 4
-    second = UniMELoader("unime/tiny", "1", model=tiny, cache_folder=tmp_path / "embeddings")
-    monkeypatch.setattr(type(tiny), "forward", None)
+    second = UniMELoader("unime/tiny", "1", model=square_model, cache_folder=tmp_path / "embeddings")
+    monkeypatch.setattr(type(square_model), "forward", None)
     assert mteb.evaluate(second, MMEBV2(), cache=None).task_results[-1].scores["test"][0] == row
 
 
