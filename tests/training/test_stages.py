@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
             self.add_callback(_FullDisk(event))
 
     with monkeypatch.context() as patched:
-        patched.setattr("unime_st.training.run.EmbedderTrainer", TrainerOnASmallDisk)
+        patched.setattr("unime_st.training.embedders.EmbedderStage.trainer_class", TrainerOnASmallDisk)
         try:
             with pytest.raises(OSError, match=message):
                 stages.train_in_batch(stages.InBatchArguments(**common))
@@ -330,7 +330,7 @@ def test_a_batch_that_cannot_be_filled_is_refused(run: Path, tmp_path: Path) -> 
 def test_a_loss_that_is_no_number_stops_the_run(run: Path, tmp_path: Path) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "logging_steps": 1}
     common |= {"learning_rate": 1e30, "max_steps": 20, "warmup_steps": 0}
-    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="Lower learning_rate"):
         stages.train_in_batch(stages.InBatchArguments(**common))
 
 
