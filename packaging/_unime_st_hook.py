@@ -2,9 +2,8 @@
 
 ``unime_st.pth`` (read by every Python) and ``unime_st.start`` (read instead of it from Python 3.15 on, PEP 829) call
 :func:`install` at interpreter start. It only puts a finder on ``sys.meta_path``. When a program looks for one of the
-two packages for the first time, the finder takes itself off and imports ``unime_st``, which waits for the end of that
-import to register its model names, model types and tasks. Nothing is imported and nothing is changed in programs that
-use neither package. ``UNIME_ST_AUTOLOAD=0`` turns it off; uninstalling unime-st removes it.
+two packages for the first time, the finder removes itself and imports ``unime_st``, which registers its model names,
+model types and tasks at the end of that import. Programs that use neither package are unaffected. ``UNIME_ST_AUTOLOAD=0`` turns it off; uninstalling unime-st removes it.
 
 Standard library only.
 """

@@ -1,4 +1,4 @@
-"""Doing something right after another package has been imported."""
+"""Import hook that runs an action right after a module has been imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from types import ModuleType
 class AfterImport:
     """Meta-path finder that runs an action right after a module has been imported.
 
-    It answers only for the names it watches, asks the other finders for the real module, and forgets a name once that
-    module has been executed. It does so at execution and not when the module is looked up, because ``python -m mteb``
-    looks up modules that it never executes. An action that fails becomes a warning: the program that imported the
-    module must go on.
+    It handles only the names it watches, asks the other finders for the real module, and drops a name once that module
+    has been executed. Not already at lookup, because ``python -m mteb`` looks up modules that it never executes. An
+    action that fails becomes a warning: the program that imported the module must continue.
 
     Args:
         actions: Maps the full name of a module to a function without arguments.
@@ -74,7 +73,7 @@ def run(name: str, action: Callable[[], object]) -> None:
     """
     try:
         action()
-    except Exception as error:  # whatever is wrong here must not break `import mteb` for somebody else's program
+    except Exception as error:  # an error here must not break `import mteb` for other programs
         warnings.warn(
             f"unime-st could not register itself with {name} ({type(error).__name__}: {error}); {name} works without "
             "its models and tasks.",

@@ -53,6 +53,7 @@ PRIVATE_NAMES = tuple(
     for path, parameters, use in (
         # Patched here.
         ("sentence_transformers.base.model:BaseModel.__init__", "self model_name_or_path", "resolves aliases"),
+        ("sentence_transformers.base.modules:Transformer.max_seq_length", "", "warns where nothing is truncated"),
         ("transformers:AutoConfig.from_pretrained", "", "registers our model types first"),
         ("transformers:AutoProcessor.from_pretrained", "", "registers our model types first"),
         ("transformers:AutoImageProcessor.from_pretrained", "", "registers our model types first"),
@@ -138,6 +139,20 @@ def patch_sentence_transformers(
     setattr(BaseModel, "__init__", init)  # noqa: B010  # mypy takes a plain assignment for a mistake
 
 
+def patch_max_seq_length() -> None:
+    """Warn when ``max_seq_length`` is set on a model that never truncates, as folders of bare backbones do."""
+    from sentence_transformers.base.modules.transformer import Transformer
+
+    stock: Any = Transformer.max_seq_length
+
+    def set_max_seq_length(self: Any, value: int | None) -> None:
+        if (getattr(self, "processing_kwargs", None) or {}).get("text", {}).get("truncation") is False:
+            logger.warning("max_seq_length has no effect: this model never truncates, see docs/checkpoints.md")
+        stock.fset(self, value)
+
+    setattr(Transformer, "max_seq_length", property(stock.fget, set_max_seq_length))  # noqa: B010
+
+
 def inference_device(model: Any, device: int | str | torch.device | None) -> torch.device:
     """Device that ``encode(device=device)`` of a Sentence Transformers model runs on."""
     found: torch.device = model._resolve_inference_device(device)
@@ -167,11 +182,7 @@ def patch_auto_class(module: str, name: str, before_first_load: Callable[[], Non
 
 
 def patch_adapter_base(folder_of: Callable[[str], Path | None]) -> None:
-    """Let transformers load the base of an adapter by its alias.
-
-    Args:
-        folder_of: Gets the name of a base; returns the folder of an alias that is on this machine, else None.
-    """
+    """Let transformers load the base of an adapter by its alias, see :func:`patch_peft` for ``folder_of``."""
     from transformers import modeling_utils
 
     original = modeling_utils.maybe_load_adapters
@@ -186,11 +197,7 @@ def patch_adapter_base(folder_of: Callable[[str], Path | None]) -> None:
 
 
 def patch_adapter_revision(folder_of: Callable[[str], Path | None]) -> None:
-    """Keep transformers from asking the hub for the commit of an alias.
-
-    Args:
-        folder_of: As for :func:`patch_adapter_base`.
-    """
+    """Keep transformers from asking the hub for the commit of an alias, see :func:`patch_peft` for ``folder_of``."""
     from transformers.models.auto import auto_factory
 
     original = auto_factory.resolve_revision
@@ -328,13 +335,7 @@ def add_mteb_task(task: type[AbsTask]) -> None:
     """Make mteb find a task class by its name; a name that mteb already has stays mteb's.
 
     Selections by language, type or modality (``mteb.get_tasks`` without names) do not include the task: they would be
-    other evaluations than without this package.
-
-    Args:
-        task: The class.
-
-    Raises:
-        RuntimeError: mteb has no task registry where we know it.
+    other evaluations than without this package. RuntimeError if mteb has no task registry where we know it.
     """
     import mteb.tasks
 
@@ -353,12 +354,7 @@ def add_mteb_task(task: type[AbsTask]) -> None:
 
 
 def add_mteb_model(name: str, meta: ModelMeta) -> None:
-    """Make mteb find a model by its short and by its full name; a name that mteb already has stays mteb's.
-
-    Args:
-        name: What users pass to ``mteb run -m``.
-        meta: Its description; mteb reads results back by ``meta.name``.
-    """
+    """Make mteb find a model by its short and by its full name; a name that mteb already has stays mteb's."""
     from mteb.models.model_implementations import MODEL_REGISTRY
 
     MODEL_REGISTRY.setdefault(name, meta)

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoConfig
 
-from unime_st.backbones.patches import project_patches
+from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
 from unime_st.encoding.model_inputs import is_single, load_input, normalize_input, raise_if_table
@@ -61,7 +61,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
                 f"{model_name_or_path} has no image rule, so image_size={image_size!r} would have no effect. Convert it "
                 "with `unime convert ... --image-size`, or omit image_size."
             )
-        project_patches(self)
+        replace_patch_projections(self)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         config = AutoConfig.from_pretrained(

@@ -132,6 +132,7 @@ def register() -> None:
     """
     actions: dict[str, Callable[[], None]] = {
         "sentence_transformers": functools.partial(compat.patch_sentence_transformers, resolve_alias, _card_data),
+        "sentence_transformers.base.modules.transformer": compat.patch_max_seq_length,
         **{
             module: functools.partial(compat.patch_auto_class, module, name, _register_backbones)
             for module, name in _AUTO_CLASSES.items()

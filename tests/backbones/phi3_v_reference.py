@@ -139,7 +139,7 @@ def language(tensors: Tensors, x: torch.Tensor, config: dict) -> torch.Tensor:
 
 
 def embed(tensors: Tensors, config: dict, ids: list[int], images: list[Image.Image], num_crops: int) -> np.ndarray:
-    """Unit vector of one row; negative ids are places for image tokens."""
+    """Unit vector of one row; negative ids stand for image tokens."""
     vision = config["vision_config"]
     row = torch.tensor(ids)
     x = F.embedding(row.clamp_min(0), tensors["model.embed_tokens.weight"].double())

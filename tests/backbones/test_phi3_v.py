@@ -92,7 +92,7 @@ def test_batches_equal_single_rows(model: SentenceTransformer) -> None:
     assert np.abs(model.encode(rows, batch_size=4) - single).max() < 1e-5
 
 
-def test_pieces_of_text_are_tokenised_on_their_own(model: SentenceTransformer) -> None:
+def test_pieces_of_text_are_tokenized_on_their_own(model: SentenceTransformer) -> None:
     ids = model.preprocess([{"image": sample_image(56, 56)}])["input_ids"][0].tolist()
     start = model.tokenizer.bos_token_id
     assert ids[0] == start

@@ -120,7 +120,7 @@ def local_hub(repository: str, folder: Path) -> Iterator[Hub]:
     """Serve ``folder`` as ``repository``."""
     hub = Hub(repository, folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
-        server.handle_error = lambda *_: None  # a killed client is no error
+        server.handle_error = lambda *_: None  # a killed client is not an error
         hub.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield hub

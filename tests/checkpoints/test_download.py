@@ -133,5 +133,5 @@ def test_offline_and_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("UNIME_HOME", str(tmp_path))
     with pytest.raises(AliasError, match=r"may not be asked .offline.*`unime pull unime-v1-phi3.5`.*--alias"):
         pull("unime-v1-phi3.5", local_files_only=True)
-    with pytest.raises(AliasError, match=r"'unime-v9' is no released model. Released: unime-v2, "):
+    with pytest.raises(AliasError, match=r"'unime-v9' is not a released model. Released: unime-v2, "):
         pull("unime-v9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -101,6 +102,27 @@ def test_a_prompt_comes_between_image_and_text() -> None:
 def test_tiny_template() -> None:
     vision = "<|vision_start|><|image_pad|><|vision_end|>"
     assert render("unime-tiny", IMAGE, "red") == f"{vision}red<|im_end|><|im_start|>"
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.template])
+def test_a_part_that_is_none_is_absent(name: str) -> None:
+    none_text, none_image = {"type": "text", "text": None}, {"type": "image", "image": None}
+    if RECIPES[name].task == "embedding":
+        assert render(name, IMAGE, none_text) == render(name, IMAGE)
+        assert render(name, none_image, "words") == render(name, "words")
+
+
+@pytest.mark.parametrize("template", ["reranker.jinja", "tiny_reranker.jinja"])
+def test_a_part_of_a_pair_that_is_none_is_absent(template: str) -> None:
+    text = (files("unime_st.recipes") / "templates" / template).read_text()
+
+    def pair(*content: Any) -> str:
+        messages = [{"role": role, "content": list(content)} for role in ("query", "document")]
+        return render_jinja_template(conversations=[messages], chat_template=text)[0][0]
+
+    words = {"type": "text", "text": "words"}
+    assert pair(IMAGE, {"type": "text", "text": None}) == pair(IMAGE)
+    assert pair({"type": "image", "image": None}, words) == pair(words)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

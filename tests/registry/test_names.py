@@ -204,3 +204,21 @@ def test_an_alias_error_has_no_traceback_of_other_libraries(models: Path) -> Non
     with pytest.raises(AliasError) as raised:
         SentenceTransformer("unime-v2-7b", local_files_only=True)
     assert raised.value.__cause__ is None and raised.value.__suppress_context__
+
+
+def test_setting_a_length_that_has_no_effect_warns(caplog: pytest.LogCaptureFixture, checkpoint: Get) -> None:
+    model = SentenceTransformer("unime-tiny", device="cpu")
+    assert "max_seq_length" not in caplog.text
+    model.max_seq_length = 16
+    assert caplog.text.count("max_seq_length has no effect") == 1
+    assert model.preprocess(["word " * 100])["input_ids"].shape[1] > 100
+
+
+def test_a_length_that_has_an_effect_does_not_warn(
+    caplog: pytest.LogCaptureFixture, models: Path, checkpoint: Get
+) -> None:
+    convert(checkpoint("qwen2-vl"), "unime-v2-2b", alias="unime-v2-2b", image_size=56)
+    model = SentenceTransformer("unime-v2-2b", device="cpu")
+    model.max_seq_length = 16
+    assert "no effect" not in caplog.text
+    assert model.preprocess(["word " * 100])["input_ids"].shape[1] == 16

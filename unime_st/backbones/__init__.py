@@ -1,8 +1,8 @@
-"""Model classes that transformers lacks, under model types of their own.
+"""Backbones: vision-language model classes that transformers lacks, registered under model types of their own.
 
 A checkpoint whose official numbers need more than transformers' own classes (one-dimensional image positions, an image
-rule, Phi-3.5-Vision) carries a model type that begins with ``unime_``. Where this package is missing, loading it fails
-with "model type not recognized" and never gives other vectors silently.
+rule, Phi-3.5-Vision) has a model type that begins with ``unime_``. Without this package, loading it fails with "model
+type not recognized" and never gives other vectors silently.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ __all__ = ["FAMILIES", "Family", "register"]
 
 
 def register() -> None:
-    """Enter our classes in transformers' Auto classes; a second call changes nothing.
+    """Register our classes with transformers' Auto classes; a second call changes nothing.
 
-    ``import unime_st`` arranges for this to happen at the first ``from_pretrained`` of an Auto class.
+    ``import unime_st`` schedules this for the first ``from_pretrained`` of an Auto class.
 
     Example:
         >>> register()
@@ -44,7 +44,7 @@ def register() -> None:
         AutoModel.register(config, model, exist_ok=True)
         processor = family.load("processor")
         AutoProcessor.register(config, processor, exist_ok=True)
-        if (images := processor.image_processor_class_here) is not None:
+        if (images := processor.own_image_processor_class) is not None:
             AutoImageProcessor.register(
                 config, image_processor_classes={"pil": images, "torchvision": images}, exist_ok=True
             )

@@ -1,4 +1,4 @@
-"""Which transformers classes a model family consists of; one row per family."""
+"""Table of model families: model types, configuration, model and processor classes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Family:
     Args:
         name: Key of :data:`FAMILIES`, as in :class:`~unime_st.recipes.Recipe`.
         model_types: Values of ``model_type`` in ``config.json`` that belong to the family.
-        module: Module with our classes; None when transformers' own classes do, which is the case as long as no
-            recipe needs an image rule or a position scheme.
+        module: Module with our classes; None where transformers' own classes suffice, i.e. no recipe of the family needs
+            an image rule or a position scheme.
         config: Name of our configuration class.
         model: Name of our model class.
         processor: Name of our processor class.

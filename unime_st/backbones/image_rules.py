@@ -1,4 +1,4 @@
-"""From what a user gives as an image to the RGB image that the official code gave to its image processor."""
+"""Image preparation by the rule of a recipe: any input becomes the RGB image that the official code processed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_image(source: Any) -> Image.Image:
 
     Raises:
         BadImageError: It cannot be read or decoded; the message names it.
-        TypeError: It is of another type.
+        TypeError: It has another type.
 
     Example:
         >>> open_image(np.zeros((2, 3, 3), dtype=np.uint8)).size
@@ -61,7 +61,7 @@ def _bytes_of(source: str) -> io.BytesIO:
     try:
         return io.BytesIO(base64.b64decode(encoded, validate=True))
     except binascii.Error as error:
-        raise OSError("no such file, and neither a URL nor base64 text") from error
+        raise OSError("no such file, and not a URL or base64 text") from error
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -77,15 +77,15 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def prepare_image(source: Any, rule: ImageRule, side: int | None) -> Image.Image:
-    """Bring an image to RGB the way the official code does.
+    """Convert an image to RGB as the official code does.
 
     Args:
         source: See :func:`open_image`.
-        rule: What to do about orientation and transparency.
+        rule: Treatment of orientation and transparency.
         side: Side in pixels of the square to squash to, None keeps the size.
 
     Returns:
-        RGB image without EXIF data, so that nothing later turns it again.
+        RGB image without EXIF data, so that no later step rotates it again.
 
     Raises:
         BadImageError: The image cannot be read.

@@ -1,4 +1,4 @@
-"""LLaVA-1.6 and LLaVA-OneVision as UniME uses them."""
+"""LLaVA-1.6 and LLaVA-OneVision: model types and processors with an image rule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from unime_st.backbones.processing import UniMEProcessorMixin
+from unime_st.backbones.slow_dtype import WarnsOfSlowDtype
 
 
 class UniMELlavaNextConfig(LlavaNextConfig):
@@ -22,7 +23,7 @@ class UniMELlavaNextConfig(LlavaNextConfig):
     model_type = "unime_llava_next"
 
 
-class UniMELlavaNextModel(LlavaNextModel):
+class UniMELlavaNextModel(WarnsOfSlowDtype, LlavaNextModel):
     """LLaVA-1.6 without a language head."""
 
     config_class = UniMELlavaNextConfig
@@ -63,7 +64,7 @@ class UniMELlavaOnevisionConfig(LlavaOnevisionConfig):
     model_type = "unime_llava_onevision"
 
 
-class UniMELlavaOnevisionModel(LlavaOnevisionModel):
+class UniMELlavaOnevisionModel(WarnsOfSlowDtype, LlavaOnevisionModel):
     """LLaVA-OneVision without a language head."""
 
     config_class = UniMELlavaOnevisionConfig

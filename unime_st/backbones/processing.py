@@ -1,4 +1,4 @@
-"""What our processors add to those of transformers: the image rule of a recipe, and a prompt tail that truncation keeps."""
+"""Mixin of our processors: the image rule of a recipe, and truncation that keeps the end of the prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RULE_OPTIONS = ("image_rule", "image_size", "image_backend")
 
 
 class UniMEProcessorMixin:
-    """Mixin for a transformers processor; goes before it in the list of bases.
+    """Mixin for a transformers processor; comes before it in the list of bases.
 
     The processor configuration holds three fields more: ``image_rule`` (:class:`~unime_st.recipes.ImageRule` as a
     dict), ``image_size`` and ``image_backend``. All three can be overridden when loading, e.g.
@@ -29,7 +29,7 @@ class UniMEProcessorMixin:
     image_processor: Any
     image_token: str
     image_token_id: int
-    image_processor_class_here: Any = None  # set where transformers has no image processor of the family
+    own_image_processor_class: Any = None  # for families whose image processor transformers lacks
 
     def set_image_rule(
         self, image_rule: dict[str, Any] | None, image_size: str | int | None, image_backend: str | None
@@ -42,7 +42,7 @@ class UniMEProcessorMixin:
             image_backend: ``"pil"`` or ``"torchvision"``; None takes the backend of the rule.
 
         Raises:
-            ValueError: A value is not allowed.
+            ValueError: A value is not supported.
 
         Example:
             >>> processor.set_image_rule({"official": 1344}, "native", "pil")        # doctest: +SKIP
@@ -77,8 +77,8 @@ class UniMEProcessorMixin:
                 whole = Path(pretrained_model_name_or_path, "tokenizer.json").is_file()
                 kind = TokenizersBackend if whole else AutoTokenizer
                 parts.append(kind.from_pretrained(pretrained_model_name_or_path, **kwargs))
-            elif name == "image_processor" and cls.image_processor_class_here is not None:
-                parts.append(cls.image_processor_class_here.from_pretrained(pretrained_model_name_or_path, **kwargs))
+            elif name == "image_processor" and cls.own_image_processor_class is not None:
+                parts.append(cls.own_image_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs))
             else:
                 auto = MODALITY_TO_AUTOPROCESSOR_MAPPING[name]
                 chosen = {"backend": backend} if name == "image_processor" else {}
@@ -101,7 +101,7 @@ class UniMEProcessorMixin:
         return prepare_image(images, self._rule, self._side)
 
     def count_placeholders(self, text: str) -> int:
-        """Return how many images a rendered text has room for.
+        """Number of image placeholders in a rendered text.
 
         Example:
             >>> processor.count_placeholders("<image>\\nWhat is this?")               # doctest: +SKIP
@@ -110,7 +110,7 @@ class UniMEProcessorMixin:
         return text.count(self.image_token)
 
     def image_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return where image tokens are, as a boolean tensor.
+        """Boolean mask of the image tokens.
 
         Example:
             >>> int(processor.image_mask(features["input_ids"]).sum())               # doctest: +SKIP
@@ -118,18 +118,18 @@ class UniMEProcessorMixin:
         """
         return input_ids == self.image_token_id
 
-    def rows_of_images(self, images: Any, texts: list[str]) -> list[list[Any]]:
-        """Return the images of every row after checking that each row has as many as its text has room for.
+    def images_per_row(self, images: Any, texts: list[str]) -> list[list[Any]]:
+        """Return the images of every row, one for each placeholder in its text.
 
         Args:
             images: None, one list per row, or a flat list.
             texts: Rendered prompts.
 
         Raises:
-            ValueError: They do not match; the message names the row.
+            ValueError: Images and placeholders of a row do not match; the message names the row.
 
         Example:
-            >>> processor.rows_of_images(None, ["no image"])                       # doctest: +SKIP
+            >>> processor.images_per_row(None, ["no image"])                       # doctest: +SKIP
             [[]]
         """
         counts = [self.count_placeholders(text) for text in texts]
@@ -151,7 +151,7 @@ class UniMEProcessorMixin:
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Process images and rendered text, see :class:`transformers.ProcessorMixin`."""
         if text is not None:
-            self.rows_of_images(images, [text] if isinstance(text, str) else list(text))
+            self.images_per_row(images, [text] if isinstance(text, str) else list(text))
         features: BatchFeature = super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
         if "batch_num_images" in features and isinstance(text, list) and len(features["batch_num_images"]) < len(text):
             # One count per row, zeros included: whoever cuts a mixed batch into mini-batches slices rows.
@@ -159,13 +159,13 @@ class UniMEProcessorMixin:
         return features
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Render and process chats; a row with images that truncation has cut gets the end of its prompt back.
+        """Render and process chats; the end of the prompt is restored in truncated rows with images.
 
-        The last token is the embedding. Sentence Transformers gives the end of the prompt back to text rows only, so
-        without this an over-long row with an image would be read at some word of its text.
+        The embedding is read at the last token. Sentence Transformers restores the end of the prompt in rows of text
+        only, so an over-long row with an image would be read at some word of its text.
         """
         if conversation and isinstance(conversation[0], (list, tuple)):
-            conversation = [_without_absent_parts(_flat(chat)) for chat in conversation]
+            conversation = [_without_absent_parts(_unwrap(chat)) for chat in conversation]
         output = super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
         text_kwargs = (kwargs.get("processor_kwargs") or {}).get("text_kwargs") or {}
         if not isinstance(output, BatchFeature) or not text_kwargs.get("truncation"):
@@ -179,8 +179,8 @@ class UniMEProcessorMixin:
         return output
 
 
-def _flat(chat: Any) -> list[dict[str, Any]]:
-    """Undo what Sentence Transformers does to a chat in a batch with other inputs: it wraps it into one more message."""
+def _unwrap(chat: Any) -> list[dict[str, Any]]:
+    """Unwrap chats that Sentence Transformers put into one more message, as it does in a batch with other inputs."""
     flat = []
     for message in chat:
         content = message["content"] if isinstance(message.get("content"), list) else []
@@ -201,7 +201,7 @@ def _without_absent_parts(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _restore_tails(
     processor: Any, conversations: Any, features: BatchFeature, limit: int, template_kwargs: dict[str, Any]
 ) -> None:
-    """Write the end of the prompt over the last tokens of rows with images that reached the limit."""
+    """Write the end of the prompt over the last tokens of truncated rows with images, in place."""
     if not isinstance(conversations[0], (list, tuple)):
         conversations = [conversations]
     mask = features["attention_mask"]
@@ -229,7 +229,7 @@ def _has_image(conversation: Any) -> bool:
 
 
 def _tail_tokens(processor: Any, conversation: Any, template_kwargs: dict[str, Any]) -> list[int]:
-    """Tokens at the end of the rendered prompt that do not depend on the text, found by rendering two texts."""
+    """Tokens at the end of the rendered prompt that do not depend on the text: those that two renderings share."""
     renders = []
     for filler in ("0", "1 2 3 4"):
         skeleton = [_with_text(message, filler) for message in conversation]

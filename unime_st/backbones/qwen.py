@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL as UniME-V2 uses them."""
+"""Qwen2-VL and Qwen2.5-VL: one-dimensional image positions, processors with an image rule."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from unime_st.backbones.processing import UniMEProcessorMixin
+from unime_st.backbones.slow_dtype import WarnsOfSlowDtype
 
 
 class UniMEQwen2VLConfig(Qwen2VLConfig):
@@ -35,11 +36,11 @@ class UniMEQwen2VLConfig(Qwen2VLConfig):
 
 
 class _ImagePositions:
-    """Rotary positions by the configuration of the checkpoint.
+    """Mixin: rotary positions as the configuration of the checkpoint says.
 
     UniME-V2 was trained on bare image tokens. The rope index of its code looks for ``<|vision_start|>``, finds no
     image and counts every token by one (transformers then repeats that count for height and width). transformers 5
-    goes by token types instead, which would give these weights positions that they have never seen.
+    uses token types instead, which would give these weights positions that they were never trained on.
     """
 
     config: Any
@@ -66,7 +67,7 @@ class _ImagePositions:
         )
 
 
-class UniMEQwen2VLModel(_ImagePositions, Qwen2VLModel):
+class UniMEQwen2VLModel(WarnsOfSlowDtype, _ImagePositions, Qwen2VLModel):
     """Qwen2-VL without a language head, with the image positions that its configuration names."""
 
     config_class = UniMEQwen2VLConfig
@@ -96,7 +97,7 @@ class UniMEQwen2_5_VLConfig(Qwen2_5_VLConfig):
     model_type = "unime_qwen2_5_vl"
 
 
-class UniMEQwen2_5_VLModel(Qwen2_5_VLModel):
+class UniMEQwen2_5_VLModel(WarnsOfSlowDtype, Qwen2_5_VLModel):
     """Qwen2.5-VL without a language head."""
 
     config_class = UniMEQwen2_5_VLConfig

@@ -1,17 +1,17 @@
-"""How the weights of a model are cut up where they are sharded over devices (FSDP2)."""
+"""FSDP2 units: which modules of a model are sharded one by one."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-_SOMETIMES = re.compile("visual|vision|image")
+_VISION = re.compile("visual|vision|image")
 
 
 class ShardedByLayer:
-    """Tells accelerate which modules to shard one by one, where Sentence Transformers' models name none.
+    """Mixin that names the modules accelerate shards one by one; Sentence Transformers' models name none.
 
-    With none the whole model is one unit, which every device holds in full from the first layer to the last.
+    Without names the whole model is one unit, which every device holds in full during a pass.
 
     Example:
         >>> from unime_st import UniME
@@ -29,13 +29,13 @@ class ShardedByLayer:
     def _no_split_modules(self) -> list[str]:
         """The layers of the language model that the backbone names.
 
-        Those of the vision tower stay with the rest, which is gathered in every forward pass: devices without an image
-        in their mini-batch do not run the tower, and would leave the others waiting for its layers.
+        Those of the vision tower stay with the rest, which is gathered in every forward pass. Devices without an image in
+        their mini-batch do not run the tower, so the others would wait for its layers.
         """
         backbone = self.transformers_model
         named = set(getattr(backbone, "_no_split_modules", None) or ())
         if not named:
             return []
-        modules = [(type(module).__name__, _SOMETIMES.search(name)) for name, module in backbone.named_modules()]
-        always = {kind for kind, sometimes in modules if not sometimes}
-        return sorted(named & (always - {kind for kind, sometimes in modules if sometimes}))
+        modules = [(type(module).__name__, _VISION.search(name)) for name, module in backbone.named_modules()]
+        language = {kind for kind, vision in modules if not vision}
+        return sorted(named & (language - {kind for kind, vision in modules if vision}))

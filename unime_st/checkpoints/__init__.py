@@ -1,4 +1,4 @@
-"""From a released or bare checkpoint to a native Sentence Transformers folder: pull, convert, verify."""
+"""Conversion of released or bare checkpoints to native Sentence Transformers folders: pull, convert, verify."""
 
 from __future__ import annotations
 

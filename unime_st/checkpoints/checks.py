@@ -167,19 +167,19 @@ def padding(subject: Subject, recipe: Recipe | None) -> Check:
 
 def truncation(subject: Subject) -> Check:
     """An over-long row with an image keeps the end of its prompt and its image tokens, or is refused."""
-    model, image = subject.model, sample_image()
+    tokenizer, image = subject.transformer.tokenizer, sample_image()
     short = [subject.features([subject.row(text, image)])["input_ids"][0].tolist() for text in ("0", "1 2 3 4")]
     tail = 0
     while tail < min(map(len, short)) and short[0][-1 - tail] == short[1][-1 - tail]:
         tail += 1
-    before = model.max_seq_length
+    before = tokenizer.model_max_length
     try:
-        model.max_seq_length = len(short[1]) + 16
+        tokenizer.model_max_length = len(short[1]) + 16  # what `max_seq_length` sets
         ids = subject.features([subject.row(_LONG, image)])["input_ids"][0]
     except ValueError as error:
         return Check("truncation", True, f"refused: {str(error)[:60]}...")
     finally:
-        model.max_seq_length = before
+        tokenizer.model_max_length = before
     kept = ids[len(ids) - tail :].tolist() == short[0][len(short[0]) - tail :]
     same_images = int(_image_mask(subject, ids).sum()) == int(_image_mask(subject, torch.tensor(short[0])).sum())
     what = f"{tail} tokens after the text kept in {len(ids)}" if kept else f"the last {tail} tokens were lost"

@@ -1,4 +1,4 @@
-"""What makes a folder a finished stage: ``manifest.json``, written last."""
+"""Stage folders: the plan written first (``stage.json``), the manifest written last (``manifest.json``)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SAMPLE = 1 << 20
 
 
 class StageConflictError(ValueError):
-    """A stage folder holds the work of other inputs or options."""
+    """A stage folder was made from other inputs or options."""
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Say whether a stage has finished in ``folder``.
+    """Whether a stage has finished in ``folder``.
 
     Args:
         folder: Any path.
@@ -69,7 +69,7 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
 
     Args:
         folder: The stage's folder; everything else in it must already be written.
-        manifest: JSON-serialisable facts about the stage. "schema_version" is added.
+        manifest: JSON-serializable facts about the stage. "schema_version" is added.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,10 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def fingerprint_inputs(*inputs: str | Path) -> str:
-    """Summarise the content that a stage reads.
+    """Digest of the content that a stage reads.
 
-    A stage folder is known by its manifest, a file by its bytes, any other folder by the files in it. Files above
-    256 MiB are known by size, modification time, first and last MiB, so that a start does not cost a full read.
+    A stage folder is identified by its manifest, a file by its bytes, any other folder by the files in it. Files above
+    256 MiB are identified by size, modification time, first and last MiB, so that a start does not cost a full read.
 
     Args:
         *inputs: Files or folders.
@@ -115,25 +115,25 @@ def begin_stage(
     options: Mapping[str, Any],
     overwrite: bool = False,
 ) -> bool:
-    """Open a folder for a stage, or recognise that its work is already done.
+    """Open a folder for a stage, or recognize that its work is already done.
 
     The plan (stage, inputs, options) is written to ``stage.json`` before any work and becomes part of the manifest at
-    the end, see :func:`finish_stage`. A stage started again with the same plan goes on; with another plan it is
-    refused, because the folder would mix two answers.
+    the end, see :func:`finish_stage`. A stage started again with the same plan continues; with another plan it is
+    refused, because the folder would mix two results.
 
     Args:
         folder: Output folder; created if absent.
         stage: Name of the stage, such as "mine".
         inputs: Files or folders the stage reads.
-        options: Every option that changes the result; JSON-serialisable.
-        overwrite: Throw the folder's content away first. Defaults to False.
+        options: Every option that changes the result; JSON-serializable.
+        overwrite: Delete the folder's content first. Defaults to False.
 
     Returns:
         bool: True if there is work to do, False if the folder already holds the finished result.
 
     Raises:
         StageConflictError: If the folder belongs to another stage, other inputs or other options.
-        FileExistsError: If the folder holds something that no stage wrote.
+        FileExistsError: If the folder holds files that no stage wrote.
 
     Example:
         >>> import tempfile
@@ -165,7 +165,7 @@ def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         folder: The stage's folder.
-        facts: What the stage found out: counts, statistics, names of models.
+        facts: Results of the stage: counts, statistics, names of models.
     """
     plan = read_json(Path(folder) / PLAN)
     for leftover in Path(folder).glob("*.tmp"):  # of a process that was killed while writing
@@ -197,8 +197,8 @@ def _require_same(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any
         differences.append("the input data are not the same")
     if differences:
         raise StageConflictError(
-            f"{folder} was made with something else ({'; '.join(differences)}). "
-            "Choose another output folder, or pass --overwrite (overwrite=True) to throw the old result away."
+            f"{folder} was made from other inputs or options ({'; '.join(differences)}). "
+            "Choose another output folder, or pass --overwrite (overwrite=True) to delete the old result."
         )
 
 
@@ -207,7 +207,7 @@ def _clear(folder: Path) -> None:
         if any(folder.iterdir()):
             raise FileExistsError(f"{folder}: not a stage folder, so it is not overwritten; remove it yourself")
         return
-    # A kill in the middle must leave an unfinished but recognisable stage folder: the plan goes last.
+    # A kill in the middle must leave an unfinished but recognizable stage folder: the plan goes last.
     if (folder / MANIFEST).is_file():
         os.replace(folder / MANIFEST, folder / PLAN)
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == PLAN):

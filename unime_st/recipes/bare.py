@@ -1,4 +1,4 @@
-"""Backbones without UniME weights: they keep their own chat template, processor and position scheme."""
+"""Recipes of bare backbones, which keep their own chat template, processor and position scheme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model family needs beyond its weights, as data."""
+"""Recipe: what a released model needs beyond its weights, as data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ImageRule:
-    """How an image is brought to the image processor.
+    """Preparation of an image before the image processor.
 
     The order is fixed, as in the official code: squash in the mode of the file (palette images with nearest
     neighbour, all others bicubic), then EXIF orientation, then RGB.
@@ -20,7 +20,7 @@ class ImageRule:
             to the image processor.
         training: The same for the official training runs.
         exif: Turn the image as its EXIF orientation says.
-        alpha: What becomes of transparency: ``"drop"`` it, or paint on ``"white"``.
+        alpha: Treatment of transparency: ``"drop"`` it, or composite on ``"white"``.
         min_pixels: Fewest pixels after the image processor, None for the value of the checkpoint.
         max_pixels: Most pixels after the image processor, None for the value of the checkpoint.
         backend: Image backend of transformers that the official numbers were made with; ``"torchvision"`` is faster
@@ -81,27 +81,26 @@ class Demo:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model family: where its weights are and everything needed to use them as the authors did.
+    """One released model or bare backbone: where its weights are, and everything needed to use them as the authors did.
 
     Args:
         name: Alias of a released model, or name of a bare backbone.
         family: Row of :data:`unime_st.backbones.FAMILIES`.
         title: Name of the model in cards and messages.
         hub_id: Repository on the hub, None for a bare backbone that the user brings.
-        revision: Pinned commit; None means that the publisher's commit is not known to us and ``unime pull`` records
-            the one it finds.
+        revision: Pinned commit; None where none is known, ``unime pull`` then records the current one.
         processor_hub_id: Repository of tokenizer and image processor when ``hub_id`` lacks them.
         base_model: Backbone named in the model card.
         task: ``"embedding"`` or ``"reranker"``.
         template: File in ``recipes/templates``, or an absolute path; None keeps the chat template of the checkpoint.
         template_kwargs: Variables of the template that the folder fixes.
-        image: How images are prepared; None leaves everything to the checkpoint's own processor.
+        image: Preparation of images; None leaves it to the checkpoint's own processor.
         positions: ``"1d"`` counts every token, image tokens included; ``"native"`` keeps the backbone's scheme.
         pooling: Pooling mode of Sentence Transformers.
         padding_side: Side on which short rows of a batch are padded.
         dtype: Floating point type of the official numbers; a folder loads in the type its weights are stored in unless
             ``unime convert --dtype`` says otherwise.
-        max_length: Tokens after which text is cut; None never cuts.
+        max_length: Tokens after which text is truncated; None keeps the tokenizer's limit.
         prompts: Instructions by name, usable as ``prompt_name`` of ``encode``.
         yes_no: The two answer words of a reranker.
         demo: Published score to check converted weights with.

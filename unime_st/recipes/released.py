@@ -1,4 +1,4 @@
-"""The published UniME and UniME-V2 checkpoints.
+"""Recipes of the released UniME and UniME-V2 checkpoints.
 
 Sources: UniME (arXiv 2504.17432) and UniME-V2 (arXiv 2510.13515), their released code and model cards. Templates are
 byte-exact; prompts are the strings the authors put in front of or behind an input.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from unime_st.recipes.recipe import Demo, ImageRule, Recipe
 
-# Instructions of the official evaluation that stand alone, i.e. contain no text of the sample. With an image they
-# begin with the separator that follows the image token in the MMEB strings.
+# Instructions of the official evaluation that contain no text of the sample. With an image they begin with the
+# separator that follows the image token in the MMEB strings.
 _V2_PROMPTS = {
     "query": "",
     "document": "",

@@ -14,7 +14,7 @@ from sentence_transformers.util import load_file_path
 from torch import nn
 from transformers import AutoImageProcessor, ProcessorMixin
 
-from unime_st.backbones.patches import project_patches
+from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.paths import PACKAGED
 from unime_st.registry import is_alias, resolve
 from unime_st.scoring.prompts import IMAGE_TOKENS, answer_token_ids, check_template, load_template
@@ -229,7 +229,7 @@ def generative_modules(
             "model drops it when saved), so it cannot answer Yes or No. Load the generative checkpoint it came from."
         )
     use_pillow(transformer, folder)
-    project_patches(transformer)
+    replace_patch_projections(transformer)
     set_prompt(transformer, template, image_tokens, listwise=listwise)
     return [transformer, LogitScore(*answer_token_ids(transformer.tokenizer))]
 
@@ -287,7 +287,7 @@ def prepare_saved(
     if not isinstance(model[0], Transformer):
         return
     use_pillow(model[0], folder)
-    project_patches(model)
+    replace_patch_projections(model)
     if template is not None or image_tokens is not None:
         set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)
 

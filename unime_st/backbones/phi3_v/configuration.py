@@ -61,7 +61,7 @@ class UniMEPhi3VConfig(Phi3Config):
             The configuration under our model type.
 
         Raises:
-            ValueError: It asks for a variant that was never published with weights.
+            ValueError: The configuration is of a variant without published weights.
 
         Example:
             >>> UniMEPhi3VConfig.from_published("Phi-3.5-vision-instruct")           # doctest: +SKIP

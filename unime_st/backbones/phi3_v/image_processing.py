@@ -1,4 +1,4 @@
-"""Images for Phi-3.5-Vision: as many square crops as fit, and the whole image once more at the size of a crop."""
+"""Image processor of Phi-3.5-Vision: square crops, and the whole image once more at the size of a crop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class UniMEPhi3VImageProcessor(BaseImageProcessor):
 
     An image is scaled so that it covers up to ``num_crops`` squares of ``crop_size`` pixels, its height padded with
     white to whole squares; each square is a crop. The crop that stands for the whole image is interpolated from the
-    normalised squares.
+    normalized squares.
 
     Args:
-        num_crops: Most crops of one image, apart from the one that shows the whole.
+        num_crops: Maximum number of crops of one image, besides the whole image.
         crop_size: Side of a crop in pixels.
         image_mean: Mean of each channel.
         image_std: Standard deviation of each channel.
-        **kwargs: Further fields of a saved configuration; kept, not used.
+        **kwargs: Further fields of a saved configuration; kept and saved again.
 
     Example:
         >>> UniMEPhi3VImageProcessor(num_crops=4).grid(640, 480)
@@ -51,7 +51,7 @@ class UniMEPhi3VImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std or OPENAI_CLIP_STD)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return how many crops an image has: (rows, columns).
+        """Number of crops of an image: (rows, columns).
 
         Args:
             width: Of the image, in pixels.

@@ -1,4 +1,4 @@
-"""The model: CLIP features, merged four to one, between the token embeddings of Phi-3."""
+"""Phi-3.5-Vision model: CLIP features, merged four to one, between the token embeddings of Phi-3."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from transformers import AutoModel, Phi3Model
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from unime_st.backbones.phi3_v.configuration import UniMEPhi3VConfig
+from unime_st.backbones.slow_dtype import warn_of_slow_dtype
 
 
 class Phi3VImageEmbedding(nn.Module):
-    """Turns crops into image tokens.
+    """Image tokens of crops.
 
     Two by two neighbouring patches of a crop become one token. The crops of an image are laid out as they lie in it,
     every row of tokens ends in a learned separator (``sub_GN``), and after another separator (``glb_GN``) follows the
@@ -53,11 +54,11 @@ class Phi3VImageEmbedding(nn.Module):
         patches = states[self.layer][:, 1:].split(counts)
         tokens = []
         for features, (rows, columns) in zip(patches, grids):
-            tokens += [self._lay_out(features[1:], rows, columns), self.glb_GN[0], self._lay_out(features[:1], 1, 1)]
+            tokens += [self._layout(features[1:], rows, columns), self.glb_GN[0], self._layout(features[:1], 1, 1)]
         projected: torch.Tensor = self.img_projection(torch.cat(tokens))
         return projected
 
-    def _lay_out(self, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def _layout(self, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """``(rows * columns, side * side, width)`` patches to ``(tokens, 4 * width)``, a separator after every row."""
         side = int(features.shape[1] ** 0.5) // 2
         grid = features.view(rows, columns, side, 2, side, 2, -1).permute(0, 2, 1, 4, 3, 5, 6)
@@ -114,11 +115,14 @@ class UniMEPhi3VModel(Phi3Model):
             ValueError: The number of image tokens is not what the images need.
         """
         if inputs_embeds is None and input_ids is not None:
-            holes = input_ids < 0
+            is_image = input_ids < 0
             inputs_embeds = self.embed_tokens(input_ids.clamp_min(0))
             if pixel_values is not None and image_sizes is not None:
+                warn_of_slow_dtype(self)
                 tokens = self.vision_embed_tokens(pixel_values, image_sizes)
-                if int(holes.sum()) != len(tokens):
-                    raise ValueError(f"{int(holes.sum())} image tokens in input_ids, the images give {len(tokens)}.")
-                inputs_embeds = inputs_embeds.masked_scatter(holes[..., None], tokens.to(inputs_embeds.dtype))
+                if int(is_image.sum()) != len(tokens):
+                    raise ValueError(
+                        f"{int(is_image.sum())} image tokens in input_ids, the images give {len(tokens)}."
+                    )
+                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
         return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)

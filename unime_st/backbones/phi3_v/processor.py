@@ -1,4 +1,4 @@
-"""The processor: text around images, tokenised piece by piece as in the published code."""
+"""Processor of Phi-3.5-Vision: text around images, tokenized piece by piece as in the published code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 class UniMEPhi3VProcessor(UniMEProcessorMixin, ProcessorMixin):
     """Processor of Phi-3.5-Vision with the image rule of a recipe, see :class:`UniMEProcessorMixin`.
 
-    Every piece of text between two images is tokenised on its own, so it begins with whatever the tokenizer puts at
-    the beginning of a text. That is how the model was trained.
+    Every piece of text between two images is tokenized on its own, so it begins with the tokenizer's prefix. The model was
+    trained so.
     """
 
-    image_processor_class_here = UniMEPhi3VImageProcessor
+    own_image_processor_class = UniMEPhi3VImageProcessor
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class UniMEPhi3VProcessor(UniMEProcessorMixin, ProcessorMixin):
         self.set_image_rule(image_rule, image_size, image_backend)
 
     def count_placeholders(self, text: str) -> int:
-        """Return how many images a rendered text has room for."""
+        """Number of image placeholders in a rendered text."""
         return len(_PLACEHOLDER.findall(text))
 
     def image_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return where image tokens are."""
+        """Boolean mask of the image tokens."""
         return input_ids < 0
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
@@ -58,7 +58,7 @@ class UniMEPhi3VProcessor(UniMEProcessorMixin, ProcessorMixin):
             ValueError: Placeholders and images do not match, or truncation would cut image tokens.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        rows = self.rows_of_images(images, texts)
+        rows = self.images_per_row(images, texts)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = merged["text_kwargs"]
         data: dict[str, Any] = {}

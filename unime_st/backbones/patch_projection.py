@@ -1,4 +1,4 @@
-"""The first layer of Qwen's vision towers as the matrix product that it is."""
+"""Patch projection of Qwen's vision towers as a matrix product instead of a convolution."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from torch import nn
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution that sees one patch at a time, computed as a matrix product: the same weights, the same result.
+    """Convolution whose kernel covers one patch, computed as a matrix product: the same weights, the same result.
 
-    As a convolution it takes three times as long on a CPU, and torch keeps a kernel for every number of patches that it
-    has met: memory that grows with the number of mini-batches, in pieces that keep freed memory around them from being
-    used again.
+    As a convolution it takes three times as long on a CPU. Torch also keeps a kernel for every number of patches that it
+    has met, so memory grows with the number of mini-batches and fragments.
 
     Args:
-        *args: Of :class:`torch.nn.Conv3d`.
-        **kwargs: Of the same.
+        *args: As for :class:`torch.nn.Conv3d`.
+        **kwargs: As for :class:`torch.nn.Conv3d`.
 
     Example:
         >>> import torch
-        >>> from unime_st.backbones.patches import PatchProjection
+        >>> from unime_st.backbones.patch_projection import PatchProjection
         >>> PatchProjection(3, 8, (2, 14, 14))(torch.ones(5, 3, 2, 14, 14)).shape
         torch.Size([5, 8, 1, 1, 1])
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Project patches ``(patches, channels, frames, height, width)`` as large as the kernel; others as always."""
+        """Project patches ``(patches, channels, frames, height, width)``; those of another size than the kernel stay stock."""
         if tuple(input.shape[2:]) != self.kernel_size:
             return super().forward(input)
         rows = F.linear(input.flatten(1), self.weight.flatten(1), self.bias)
         return rows[..., None, None, None]
 
 
-def project_patches(model: nn.Module) -> None:
-    """Let the patch projections of a model compute as :class:`PatchProjection`; what it saves stays the same.
+def replace_patch_projections(model: nn.Module) -> None:
+    """Make the patch projections of a model :class:`PatchProjection`, in place; saved files stay the same.
 
     Args:
         model: Any model; convolutions of another kind are left alone.
@@ -42,7 +41,7 @@ def project_patches(model: nn.Module) -> None:
     Example:
         >>> from torch import nn
         >>> layers = nn.Sequential(nn.Conv3d(3, 8, (2, 14, 14)))
-        >>> project_patches(layers)
+        >>> replace_patch_projections(layers)
         >>> type(layers[0]).__name__
         'PatchProjection'
     """

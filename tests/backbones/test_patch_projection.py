@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unime_st import UniME, UniMEReranker
-from unime_st.backbones.patches import PatchProjection, project_patches
+from unime_st.backbones.patch_projection import PatchProjection, replace_patch_projections
 from unime_st.scoring.loading import load_cross_encoder
 
 
@@ -19,7 +19,7 @@ def test_value_and_gradient_are_those_of_the_convolution(bias: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=bias)).double()
     ours = copy.deepcopy(plain)
-    project_patches(ours)
+    replace_patch_projections(ours)
     patches = torch.randn(5, 3, 2, 14, 14, dtype=torch.float64)
     grads = []
     for layers in (plain, ours):
@@ -36,7 +36,7 @@ def test_what_sees_more_than_a_patch_stays_a_convolution() -> None:
     layers = nn.Sequential(nn.Conv3d(3, 8, (2, 7, 7), (2, 7, 7)), nn.Conv3d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 2))
     clip = torch.randn(1, 3, 4, 14, 14)
     before = layers[0](clip)
-    project_patches(layers)
+    replace_patch_projections(layers)
     assert [type(layer) for layer in layers] == [PatchProjection, nn.Conv3d, nn.Conv2d]
     assert before.shape == (1, 8, 2, 2, 2) and torch.allclose(layers[0](clip), before, atol=1e-6)
 
