@@ -190,7 +190,7 @@ def test_unime_class(converted: Get, checkpoint: Get) -> None:
 
 
 def test_unime_class_fixes_native_llava(converted: Get) -> None:
-    """Folders of bare backbones hold transformers' classes, which only our subclass can mend."""
+    """Folders of bare backbones hold transformers' classes, whose table of outputs to record is empty in another process."""
     model = UniME(converted("llava-onevision"), device="cpu")
     rows = ["a cat", {"image": sample_image(), "text": "x"}, "words"]
     assert model.preprocess(rows)["batch_num_images"].tolist() == [0, 1, 0]
@@ -198,8 +198,7 @@ def test_unime_class_fixes_native_llava(converted: Get) -> None:
     known = dict(output_capturing._CAN_RECORD_REGISTRY)
     try:
         output_capturing._CAN_RECORD_REGISTRY.clear()  # as in a process that receives the model
-        with pytest.raises(TypeError, match="NoneType"):
-            model(model.preprocess(rows))  # `encode` works on a copy, and copying mends it
+        model(model.preprocess(rows))
         assert np.abs(deepcopy(model).encode(rows) - expected).max() < 1e-5
     finally:
         dict.update(output_capturing._CAN_RECORD_REGISTRY, known)
