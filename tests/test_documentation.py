@@ -1,0 +1,148 @@
+"""Code blocks of README.md, CONTRIBUTING.md and docs/: Python runs and prints what its comments say, commands run.
+
+A comment in the line before a block says what the block needs that a test does not have:
+
+    <!-- needs: weights -->
+
+Such a block is compiled (Python), or its subcommands and options are looked up in the help (commands). Python blocks of
+one page share their names, as a reader who pastes them one after the other would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unime_st.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NEEDS = ("data", "gpu", "install", "network", "weights")
+_BLOCK = re.compile(
+    r"(?:^<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
+_PRINTED = re.compile(r"^print\(.*\)  # (.+)$", re.M)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page, line, language, code, and what it needs beyond the repository."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    needs: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """All fenced blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        line = text.count("\n", 0, found.start("code")) + 1
+        yield Block(page, line, found["language"], found["code"], found["needs"])
+
+
+TOOLS = ("pull", "convert", "verify", "configs", "report")
+ALL = [block for page in PAGES for block in blocks(page)]
+COMMANDS = [block for block in ALL if block.language in ("bash", "console")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that the pages speak of, and an empty `UNIME_HOME`."""
+    for name in ("train_scripts", "benchmarks", "examples"):
+        if (ROOT / name).is_dir():
+            (tmp_path / name).symlink_to(ROOT / name)
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "photo.jpg")
+    (tmp_path / "captions.txt").write_text("a red ring\na blue star\n")
+    things = [
+        f"{color} {shape} number {n}" for color in ("red", "green") for shape in ("ring", "star") for n in range(18)
+    ]
+    rows = [{"query_text": f"find a {thing}", "positive_text": f"a {thing}"} for thing in things]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a block, one string each, without prompts and continuation lines."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_every_block_is_known() -> None:
+    """No block escapes this test by its language or by a comment that nothing reads."""
+    for block in ALL:
+        assert block.language in ("python", "bash", "console", "text", "yaml", "json", "bibtex", "mermaid"), block
+        assert block.needs is None or set(re.split(", ?", block.needs)) <= set(NEEDS), block
+    for page in PAGES:
+        marked = len(re.findall("<!-- needs:", page.read_text(encoding="utf-8")))
+        assert marked == sum(block.needs is not None for block in blocks(page)), page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line `print(...)  # value` prints that value."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+        if block.needs is None:
+            exec(code, names)
+            printed = capsys.readouterr().out.splitlines()
+            for value in _PRINTED.findall(block.code):
+                assert value in printed, f"{block}: expected {value!r} among {printed}"
+
+
+def known_options(program: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Help text of a subcommand of `unime`."""
+    with suppress(SystemExit):
+        main([program, "--help" if program in TOOLS else "--help_all"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=str)
+def test_options_of_commands_exist(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in commands(block):
+        words = shlex.split(command, comments=True)
+        script = next((Path(word).stem for word in words if re.fullmatch(r"train_scripts/\w+\.py", word)), None)
+        subcommand = script or (words[1] if words[0] == "unime" and len(words) > 1 else None)
+        if subcommand is not None:
+            text = known_options(subcommand, capsys)
+            options = [word.split("=")[0] for word in words if word.startswith("--")]
+            if script:
+                options = options[
+                    sum(word.startswith("--") for word in words[: words.index(f"train_scripts/{script}.py")]) :
+                ]
+            assert [option for option in options if option not in text] == [], command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in COMMANDS if block.needs is None], ids=str)
+def test_commands_run(block: Block, folder: Path) -> None:
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for command in commands(block):
+        done = subprocess.run(
+            ["bash", "-euc", command], env={**os.environ, "PATH": search}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
