@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding.engine import encode_into
-from unime_st.encoding.model_identity import weights_fingerprint
+from unime_st.encoding.model_identity import model_fingerprint
 from unime_st.encoding.model_inputs import ModelInput
 from unime_st.encoding.vector_shards import MemorySink, ShardSink, VectorShards, VectorSink
 
@@ -33,6 +33,7 @@ def encode_items(
     device: Device = ...,
     prompt: str | None = ...,
     truncate_dim: int | None = ...,
+    normalize_embeddings: bool = ...,
     show_progress_bar: bool = ...,
     on_error: Literal["raise"] = ...,
     reasons: dict[int, str] | None = ...,
@@ -50,6 +51,7 @@ def encode_items(
     device: Device = ...,
     prompt: str | None = ...,
     truncate_dim: int | None = ...,
+    normalize_embeddings: bool = ...,
     show_progress_bar: bool = ...,
     on_error: Literal["skip"],
     reasons: dict[int, str] | None = ...,
@@ -66,6 +68,7 @@ def encode_items(
     device: Device = None,
     prompt: str | None = None,
     truncate_dim: int | None = None,
+    normalize_embeddings: bool = False,
     show_progress_bar: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     reasons: dict[int, str] | None = None,
@@ -82,9 +85,11 @@ def encode_items(
         workers: Number of threads that decode images ahead of the device. Defaults to None, derived from the number
             of cores.
         device: Device, or list of devices with one copy of the model each. Defaults to None, the model's device.
-        prompt: Instruction that is added to every item. Defaults to None.
+        prompt: Instruction that is added to every item. Defaults to None, the default prompt of the model, as in
+            ``SentenceTransformer.encode``; "" adds none.
         truncate_dim: Number of leading dimensions to keep; the vectors are normalized again. Defaults to None, the
             setting of the model.
+        normalize_embeddings: Scale vectors to unit length. Defaults to False.
         show_progress_bar: Show a progress bar over items. Defaults to False.
         on_error: "raise" stops at the first item that cannot be read. "skip" leaves its row NaN and marks it in the
             returned mask. Defaults to "raise".
@@ -110,8 +115,8 @@ def encode_items(
     results = MemorySink()
     failed = encode_into(
         model, items, results, on_error=on_error, batch_size=batch_size, token_budget=token_budget, workers=workers,
-        device=device, prompt=prompt, progress=show_progress_bar, total=_length(items),
-        **_truncation(model, truncate_dim),
+        device=device, prompt=resolve_prompt(model, prompt), progress=show_progress_bar, total=_length(items),
+        **{"normalize_embeddings": normalize_embeddings, **_truncation(model, truncate_dim)},
     )  # fmt: skip
     if reasons is not None:
         reasons.update(failed)
@@ -154,7 +159,8 @@ def encode_stream(
         BadImageError: If an image cannot be decoded; the message names the item.
     """
     encode_into(
-        model, items, results, on_error="raise", window=window, batch_size=batch_size, prompt=prompt,
+        model, items, results, on_error="raise", window=window, batch_size=batch_size,
+        prompt=resolve_prompt(model, prompt),
         total=total, progress=show_progress_bar, **_truncation(model, None),
     )  # fmt: skip
 
@@ -215,7 +221,8 @@ def encode_to_shards(
     """
     folder = Path(folder)
     dim = _width(model, truncate_dim)
-    options = {"model": weights_fingerprint(model), "dtype": dtype, "prompt": prompt, "dim": dim}
+    prompt = resolve_prompt(model, prompt)
+    options = {"model": model_fingerprint(model), "dtype": dtype, "prompt": prompt, "dim": dim}
     if not begin_stage(folder, "encode", inputs=[], options=options, overwrite=overwrite):
         return VectorShards(folder)
     shards = ShardSink(folder, dim, np.dtype(dtype))
@@ -234,6 +241,18 @@ def encode_to_shards(
     facts = {"dim": shards.dim, "rows": sum(shards.sizes), "shards": shards.sizes, "rejected": rejected.count}
     finish_stage(folder, facts)
     return VectorShards(folder)
+
+
+def resolve_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
+    """Prompt that ``SentenceTransformer.encode`` would use: the given one, or the default prompt of the model.
+
+    Args:
+        model: The model.
+        prompt: The prompt of a call. "" is no prompt.
+    """
+    if prompt is None and model.default_prompt_name is not None:
+        prompt = model.prompts.get(model.default_prompt_name)
+    return prompt or None
 
 
 def _length(items: Iterable[ModelInput]) -> int | None:

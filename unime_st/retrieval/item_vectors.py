@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 from tqdm.auto import tqdm
 
 from unime_st.data.manifest import StageConflictError, begin_stage, finish_stage
@@ -54,7 +55,9 @@ def encode_chunk(
         ValueError: If the model computes vectors that are not finite in float16.
     """
     items = [records.items.at(position) for position in range(*chunk)]
-    found, readable = encode_items(model, items, batch_size=batch_size, on_error="skip")
+    found, readable = encode_items(
+        model, items, batch_size=batch_size, normalize_embeddings=needs_normalization(model), on_error="skip"
+    )
     with np.errstate(over="ignore"):  # overflow is checked below
         vectors = np.asarray(found).astype(np.float16)
     broken = np.flatnonzero(readable & ~np.isfinite(vectors).all(axis=1))
@@ -63,8 +66,29 @@ def encode_chunk(
     return vectors
 
 
+def needs_normalization(model: SentenceTransformer) -> bool:
+    """Whether vectors must be scaled to unit length, so that dot products are the similarity that the model declares.
+
+    Args:
+        model: The embedding model.
+
+    Raises:
+        ValueError: If the similarity function of the model is neither cosine nor dot.
+    """
+    if model.similarity_fn_name not in ("cosine", "dot"):
+        raise ValueError(
+            f"the model declares the similarity function {model.similarity_fn_name!r}; search supports cosine and dot"
+        )
+    return model.similarity_fn_name == "cosine" and not isinstance(list(model.children())[-1], Normalize)
+
+
 def encode_once(
-    records: ItemFolder, model: str, dim: int, folder: str | Path, embed: ChunkEncoder, *, overwrite: bool = False
+    records: ItemFolder,
+    identity: Mapping[str, object],
+    folder: str | Path,
+    embed: ChunkEncoder,
+    *,
+    overwrite: bool = False,
 ) -> VectorShards:
     """Encode all distinct items of a folder to shards. An interrupted run resumes; finished vectors are reused.
 
@@ -73,8 +97,7 @@ def encode_once(
 
     Args:
         records: Folder of the items.
-        model: Fingerprint of the embedding model.
-        dim: Dimension of the vectors.
+        identity: What determines the vectors: fingerprint of the model, prompt, and "dim", their dimension.
         folder: Output folder.
         embed: Encoder of the chunks.
         overwrite: Replace vectors of other records or another model. Defaults to False.
@@ -89,7 +112,7 @@ def encode_once(
     """
     folder, total = Path(folder), len(records.items)
     with folder_lock(folder):
-        if _begin(folder, records, {"model": model, "dim": dim, "dtype": "float16", "shard_size": _CHUNK}, overwrite):
+        if _begin(folder, records, {**identity, "dtype": "float16", "shard_size": _CHUNK}, overwrite):
             chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
             due = [chunk for chunk in chunks if not shard_path(folder, chunk[0] // _CHUNK).is_file()]
             with tqdm(total=total, desc="encoding", unit="item") as progress:
@@ -99,7 +122,7 @@ def encode_once(
                     progress.update(len(found))
             rejected = _write_rejected(records, folder, len(chunks))
             sizes = [stop - start for start, stop in chunks]
-            finish_stage(folder, {"rows": total, "shards": sizes, "dim": dim, "rejected": rejected})
+            finish_stage(folder, {"rows": total, "shards": sizes, "dim": identity["dim"], "rejected": rejected})
     return VectorShards(folder)
 
 

@@ -18,8 +18,9 @@ from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.parquet_shards import ShardWriter, link_items
 from unime_st.data.records import ItemFolder, RecordSet
 from unime_st.data.validation import RejectedWriter
-from unime_st.encoding import VectorShards, weights_fingerprint
-from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk, encode_once
+from unime_st.encoding import VectorShards, model_fingerprint
+from unime_st.encoding.encode import resolve_prompt
+from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk, encode_once, needs_normalization
 from unime_st.retrieval.top_k import paired_similarity, top_k
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def mine(
     """Mine hard-negative candidates for every pair among the positives of all other pairs (UniME-V2).
 
     Every distinct item is encoded once, to float16 shards on disk. Candidates are the exact nearest neighbors among
-    these vectors, and similarity limits are computed from the same vectors. Excluded from the candidates of a query are
+    these vectors by the similarity function of the model (cosine or dot), with its default prompt. Excluded from the candidates of a query are
     all its positives in the records, the query itself, and items with equal content. An interrupted run resumes.
 
     Memory holds blocks of :func:`~unime_st.retrieval.top_k`, the float16 vectors of one pool's distinct positives
@@ -132,7 +133,8 @@ def mine(
         unreadable candidates are left out. A finished output with the same options is returned as it is.
 
     Raises:
-        ValueError: If an option is invalid, or the model computes vectors that are not finite in float16.
+        ValueError: If an option is invalid, the model computes vectors that are not finite in float16, or its
+            similarity function is neither cosine nor dot.
         StageConflictError: If the output or the vectors were made with other inputs or options and ``overwrite`` is
             False.
 
@@ -153,6 +155,7 @@ def mine(
         ('a circle', 1)
     """
     records = records if isinstance(records, RecordSet) else RecordSet.load(records)
+    needs_normalization(model)
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if num_candidates < 1:
@@ -160,7 +163,8 @@ def mine(
     if max_similarity not in ("positive", None) and not isinstance(max_similarity, (int, float)):
         raise ValueError(f"max_similarity must be 'positive', a number or None, got {max_similarity!r}")
     options = {
-        "model": weights_fingerprint(model),
+        "model": model_fingerprint(model),
+        "prompt": resolve_prompt(model, None),
         "num_candidates": num_candidates,
         "pool": pool,
         "max_similarity": max_similarity,
@@ -174,9 +178,8 @@ def mine(
     def encode_here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
         return ((chunk[0], encode_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
 
-    found = encode_once(
-        records, str(options["model"]), dim, vectors or output / "vectors", embed or encode_here, overwrite=overwrite
-    )
+    identity = {"model": options["model"], "prompt": options["prompt"], "dim": dim}
+    found = encode_once(records, identity, vectors or output / "vectors", embed or encode_here, overwrite=overwrite)
     pairs = _MinedPairs(records, found, num_candidates)
     margin = 0.0 if max_similarity == "positive" else np.inf if max_similarity is None else float(max_similarity)
     sizes = {name: _search(pairs, members, found, margin, device) for name, members in pairs.by_pool(pool)}
