@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
@@ -17,50 +15,12 @@ from mteb_tasks.mmeb_v2.page_files import check_pages, encoded_again
 from mteb_tasks.mmeb_v2.page_tables import PageTables, read_page_tables
 from mteb_tasks.mmeb_v2.visdoc_sets import VisDocSet
 
-if TYPE_CHECKING:
-    from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
-
 logger = logging.getLogger(__name__)
-
-_PASSED: set[tuple[str, str]] = set()
-"""Leaderboard key and data digest of what was checked in this process."""
 
 
 def missing_allowed() -> bool:
     """Whether missing tasks are to be left out (``MMEB_ALLOW_MISSING=1``)."""
     return os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() in ("1", "true", "yes")
-
-
-def preflight(tasks: Sequence[MMEBV2Task]) -> list[str]:
-    """Check the local data of several tasks; what was checked in this process and has not changed is skipped.
-
-    Args:
-        tasks: Tasks on local data.
-
-    Returns:
-        A line about each task that was checked now.
-
-    Raises:
-        MMEBDataError: Lists the first fault of each faulty task.
-    """
-    lines, faults = [], []
-    for task in tasks:
-        state = (task.key, task.data_digest())
-        if state in _PASSED:
-            continue
-        try:
-            lines.append(task.check_data())
-            _PASSED.add(state)
-        except MMEBDataError as error:
-            faults.append(str(error))
-    if faults:
-        missing = sum(task.is_missing() for task in tasks)
-        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing tasks out)" if 0 < missing < len(tasks) else ""
-        count = "1 task" if len(faults) == 1 else f"{len(faults)} tasks"
-        raise MMEBDataError(f"{count} of MMEB-V2 cannot be evaluated{hint}:\n" + "\n".join(faults))
-    for line in lines:
-        logger.info("%s", line)
-    return lines
 
 
 def read_set(folder: DataFolder, row: VisDocSet) -> PageTables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any, ClassVar
 
 from mteb_tasks.local_data import LOCAL_PREFIX
 from mteb_tasks.mmeb.location import MMEBDataError
-from mteb_tasks.mmeb_v2.preflight import preflight
+from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
 from mteb_tasks.mmeb_v2.profiles import current_profile, profiled
 from mteb_tasks.retrieval_task import ItemRetrievalTask
 from mteb_tasks.run_context import current_run
+
+logger = logging.getLogger(__name__)
+
+_PASSED: set[tuple[str, str]] = set()
+"""Leaderboard key and data digest of what was checked in this process."""
 
 
 class MMEBV2Task(ItemRetrievalTask):
@@ -91,3 +97,35 @@ class MMEBV2Task(ItemRetrievalTask):
     @abstractmethod
     def protocol(self) -> dict[str, str]:
         """Profile, pixel limits and digest of the instructions, as a result states them."""
+
+
+def preflight(tasks: Sequence[MMEBV2Task]) -> list[str]:
+    """Check the local data of several tasks; what was checked in this process and has not changed is skipped.
+
+    Args:
+        tasks: Tasks on local data.
+
+    Returns:
+        A line about each task that was checked now.
+
+    Raises:
+        MMEBDataError: Lists the first fault of each faulty task.
+    """
+    lines, faults = [], []
+    for task in tasks:
+        state = (task.key, task.data_digest())
+        if state in _PASSED:
+            continue
+        try:
+            lines.append(task.check_data())
+            _PASSED.add(state)
+        except MMEBDataError as error:
+            faults.append(str(error))
+    if faults:
+        missing = sum(task.is_missing() for task in tasks)
+        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing tasks out)" if 0 < missing < len(tasks) else ""
+        count = "1 task" if len(faults) == 1 else f"{len(faults)} tasks"
+        raise MMEBDataError(f"{count} of MMEB-V2 cannot be evaluated{hint}:\n" + "\n".join(faults))
+    for line in lines:
+        logger.info("%s", line)
+    return lines
