@@ -30,8 +30,6 @@ ROOMS = (
 )
 """From the ground floor up; every name is a file or a folder of ``unime_st``."""
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
-# What the redesign still has to mend; must become empty.
-KNOWN_CIRCLES = [["mteb_tasks", "mteb_tasks.cli", "mteb_tasks.in_process", "mteb_tasks.registration"]]
 MAY_REPEAT = 8
 """Names, besides ``__init__``, that files may share."""
 
