@@ -73,7 +73,9 @@ def _is_sentence_transformer(model: object) -> TypeGuard[SentenceTransformer]:
 
 def _loader(model: SentenceTransformer, tasks: Iterable[AbsTask]) -> UniMELoader:
     for task in tasks:
-        check_modalities(f"this {type(model).__name__}", list(model.modalities), task.metadata)
+        check_modalities(
+            f"this {type(model).__name__}", [str(modality) for modality in model.modalities], task.metadata
+        )
     from mteb_tasks.loader import wrap
 
     return wrap(model)

@@ -107,7 +107,9 @@ def with_images(model: MTEBModels, metadata: TaskMetadata) -> MTEBModels:
     if not isinstance(inner, SentenceTransformer):
         advice = "evaluate rerankers in two stages, with mteb_tasks.TwoStage"
         raise ValueError(f"{metadata.name} has images, and mteb hands {type(inner).__name__} the texts only: {advice}")
-    check_modalities(f"{meta.name} ({type(inner).__name__})", list(inner.modalities), metadata)
+    check_modalities(
+        f"{meta.name} ({type(inner).__name__})", [str(modality) for modality in inner.modalities], metadata
+    )
     if model not in _LOADERS:
         from mteb_tasks.loader import UniMELoader
 

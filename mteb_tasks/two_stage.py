@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from mteb.models import ModelMeta
@@ -86,8 +86,11 @@ class TwoStage:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.embedder, self.reranker, self.method, self.top_k = embedder, reranker, method, top_k
         self._score = second_stage(reranker, method, window=window, batch_size=batch_size)
-        is_model = isinstance(reranker, CrossEncoder)
-        self.judge: Judge = LocalJudge(reranker, batch_size=batch_size) if is_model else reranker
+        self.judge: Judge = (
+            LocalJudge(reranker, batch_size=batch_size)
+            if isinstance(reranker, CrossEncoder)
+            else cast(Judge, reranker)
+        )
         first = embedder.mteb_model_meta
         # Part of mteb's result key, so that other settings do not pass for these.
         settings = {"top_k": top_k, "method": method} | ({} if method == "pairwise" else {"window": window})
@@ -138,12 +141,12 @@ class TwoStage:
         def rerank(part: Dataset) -> None:
             """Put the best of each query in the reranker's order, in place."""
             query_ids = iter(part["id"])
-            for window in _items(part, task_metadata, PromptType.query, self.prompts):
+            for window in _items(part, task_metadata, PromptType("query"), self.prompts):
                 ids = [query_id for _, query_id in zip(window, query_ids)]
                 best = [sorted(found[own], key=found[own].__getitem__, reverse=True)[: self.top_k] for own in ids]
                 named = sorted({document for own in best for document in own})
                 documents = corpus.select([rows[document] for document in named])
-                items = chain.from_iterable(_items(documents, task_metadata, PromptType.document, self.prompts))
+                items = chain.from_iterable(_items(documents, task_metadata, PromptType("document"), self.prompts))
                 item_of = dict(zip(named, items))
                 groups = [(query, [item_of[document] for document in own]) for query, own in zip(window, best)]
                 for query_id, own, scored in zip(ids, best, self._score(groups, best)):

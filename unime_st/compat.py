@@ -388,4 +388,5 @@ def patch_mteb_run(wrap: Callable[[Callable[[Namespace], None]], Callable[[Names
     """Wrap the command ``mteb run`` in the same way."""
     from mteb.cli import build_cli
 
-    build_cli.run = wrap(build_cli.run)
+    home: Any = build_cli
+    home.run = wrap(home.run)

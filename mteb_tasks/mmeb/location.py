@@ -17,8 +17,15 @@ HUB_DATASET = "TIGER-Lab/MMEB-eval"
 HUB_REVISION = "main"
 """No commit of the data is known to us; the one that was found is written into each result."""
 IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
-TABLE_FOLDERS = ("", "MMEB-eval", "data", "annotations/ziyjiang/MMEB_Test_Instruct", "ziyjiang/MMEB_Test_Instruct")
-TABLE_FOLDERS += ("image-query", "image-tasks")
+TABLE_FOLDERS = (
+    "",
+    "MMEB-eval",
+    "data",
+    "annotations/ziyjiang/MMEB_Test_Instruct",
+    "ziyjiang/MMEB_Test_Instruct",
+    "image-query",
+    "image-tasks",
+)
 """Where tables lie: those of ``TIGER-Lab/MMEB-eval``, or the same rows as MMEB-V2 and MMEB-V3 store them."""
 
 

@@ -70,12 +70,12 @@ def write_merged(part: Path, source: Source, full: Source, config: PreTrainedCon
     _check_complete(model, original, settings, source.folder)
     _set_ranks_and_alphas(settings, lora, source.folder)
     _replace_parameters(model, replaced, source.folder)
-    settings.target_modules = set(lora)
+    settings.target_modules = list(lora)
     settings.modules_to_save = settings.exclude_modules = settings.layers_to_transform = settings.layers_pattern = None
     settings.bias = "none"
     settings.inference_mode = True
     settings.task_type = None
-    adapted = get_peft_model(model, settings)
+    adapted: Any = get_peft_model(model, settings)
     tensors = {f"base_model.model.{name}{end}": t for name, (_, named) in lora.items() for end, t in named.items()}
     report: Any = set_peft_model_state_dict(adapted, tensors)
     missing = [name for name in report.missing_keys if "lora_" in name]
@@ -171,14 +171,15 @@ def _check_complete(model: nn.Module, original: Mapping[str, str], settings: Lor
 def _set_ranks_and_alphas(settings: LoraConfig, lora: Lora, folder: Path) -> None:
     """Set rank and alpha of every module under its name in the model; patterns are in the adapter's spelling."""
     ranks, alphas = {}, {}
-    for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
+    rank_pattern, alpha_pattern = settings.rank_pattern or {}, settings.alpha_pattern or {}
+    for pattern in (*rank_pattern, *alpha_pattern):
         if not any(_matches(pattern, module) for module, _ in lora.values()):
             raise CheckpointError(
                 f"{folder}: {pattern!r} in rank_pattern or alpha_pattern matches none of the {len(lora)} adapted "
                 "modules, so the scale of some of them is unknown. Correct adapter_config.json."
             )
     for name, (module, tensors) in lora.items():
-        rank, alpha = _value(settings.rank_pattern, module), _value(settings.alpha_pattern, module)
+        rank, alpha = _value(rank_pattern, module), _value(alpha_pattern, module)
         found = next(
             (t.shape[0] for end, t in tensors.items() if ".lora_A." in end), settings.r if rank is None else rank
         )

@@ -120,7 +120,7 @@ def _facts(recipe: Recipe, processor: Any) -> list[str]:
 class _NeedsUniME:
     """Mixin for the card data of Sentence Transformers: the usage section says that unime-st is needed, where it is."""
 
-    model: BaseModel
+    model: Any
 
     def generate_usage_snippet(self) -> str:
         """Return the usage example, after a line on unime-st where the saved folder needs it to load."""

@@ -73,7 +73,8 @@ class Subject:
     """
 
     def __init__(self, model: SentenceTransformer | CrossEncoder, reranker: bool) -> None:
-        self.model, self.reranker = model, reranker
+        self.model: Any = model
+        self.reranker = reranker
         self.transformer: Any = model[0]
         self.exact = next(model.parameters()).dtype == torch.float32
         self._alone: np.ndarray | None = None

@@ -172,7 +172,7 @@ def run_in_parts(
         part |= image_features([image for row in rows for image in shown[row]])
         outputs.append(run({**part, "modality": "message", "logits_to_keep": 1}))
     back = torch.tensor([row for rows in parts for row in rows]).argsort()
-    joined = {
+    joined: Features = {
         name: torch.cat([output[name] for output in outputs])[back.to(outputs[0][name].device)]
         for name in ("causal_logits", "scores")
         if name in outputs[0]

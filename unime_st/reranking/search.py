@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def second_stage(
     """
     if method == "pairwise":
         if not isinstance(reranker, CrossEncoder):
-            judge = reranker
+            judge = cast(Judge, reranker)
             return lambda queries, names: _judged(judge, queries)
         engine = reranker.ranker() if isinstance(reranker, UniMEReranker) else Ranker(reranker)
         return lambda queries, names: engine.pairwise(queries, batch_size, show_progress_bar=show_progress_bar)
@@ -182,6 +183,8 @@ def second_stage(
     elif method != "listwise" or not hasattr(reranker, "listwise_scores"):
         raise ValueError(f"{type(reranker).__name__} ranks pairwise only; method={method!r} needs a UniMEReranker")
 
+    lists: Any = reranker  # has listwise_scores, see above
+
     def by_query(queries: Sequence[Query], names: Sequence[Sequence[str]]) -> list[PairScores]:
         waiting = tqdm(queries, desc="Reranking", unit="query", disable=not show_progress_bar)
         scored = []
@@ -190,7 +193,7 @@ def second_stage(
                 found = listing.rank(query, documents, method, window=window, batch_size=batch_size, names=own)
                 scored.append(PairScores(np.nan_to_num(found.scores), found.reasons))
             else:
-                scored.append(PairScores(reranker.listwise_scores(query, documents), [None] * len(documents)))
+                scored.append(PairScores(lists.listwise_scores(query, documents), [None] * len(documents)))
         return scored
 
     return by_query

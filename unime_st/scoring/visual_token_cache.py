@@ -53,7 +53,7 @@ class VisualTokenCache:
             raise TypeError(f"{type(transformer.model).__name__} has no vision tower that can be run by itself")
         self.tokenizer = tokenizer
         self.cache_bytes = cache_bytes
-        self._parameters = frozenset(inspect.signature(self.model.get_image_features).parameters)
+        self._parameters = frozenset(inspect.signature(cast(Any, self.model).get_image_features).parameters)
         self._cache: OrderedDict[ImageKey, ImageFeatures] = OrderedDict()
         self._held = 0
         self._weights_version = -1
