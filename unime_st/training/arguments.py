@@ -160,8 +160,10 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
         # The stage turns it on when it loads the model; the stock class would warn of the name.
         checkpointing = bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", False))
         self.gradient_checkpointing = None
+        drop_last = self.dataloader_drop_last
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
+        self.dataloader_drop_last = drop_last  # the stock class sets it on several devices; batches here may be uneven
 
     def _refuse_decided(self) -> None:
         for entry in fields(BaseTrainingArguments):

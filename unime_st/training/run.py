@@ -216,6 +216,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         args.per_device_train_batch_size = rows_per_pass or batch
         args.gradient_accumulation_steps *= batch // args.per_device_train_batch_size
         args.gradient_checkpointing = args.activation_checkpointing = False  # the model has it already
+        args.dataloader_drop_last |= args.world_size > 1  # as the stock class does; the batch sampler has its own
         args.push_to_hub = False  # the finished model is uploaded, and not its checkpoints
         leave_ids_out_of_card(model)
         callbacks: list[TrainerCallback] = [LossCurve(self.output / LOG)]
