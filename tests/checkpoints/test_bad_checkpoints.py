@@ -95,7 +95,7 @@ def other_shape(folder: Path) -> None:
         (shard_missing, "1 of 2 weight files are missing .model-00002-of-00002.safetensors"),
         (pickled, "weights only as pytorch_model.bin.*Save them as safetensors first"),
         (no_config, "no config.json"),
-        (broken_config, "config.json cannot be read .*Download it again"),
+        (broken_config, "config.json: cannot be read .*download it again"),
         (tensor_missing, r"1 are missing \(.*layers.1.mlp.*newer or older layout"),
         (tensor_renamed, "1 are unknown .*gate_new"),
         (other_shape, "have another shape"),
@@ -125,7 +125,7 @@ def test_foreign_family(copy: Path, tmp_path: Path) -> None:
     ("kind", "says"),
     [
         ("internvl_chat", "publisher's own layout; transformers reads the repositories that end in -hf"),
-        ("idefics3", "no recipe of its own for it; --recipe bare works"),
+        ("idefics3", "No recipe is made for this type; use --recipe bare"),
     ],
 )
 def test_other_layouts_and_families_have_a_way(copy: Path, tmp_path: Path, kind: str, says: str) -> None:

@@ -99,6 +99,5 @@ def test_nli_pairs_come_from_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["own", "released"])
 def test_missing_options_are_named(tmp_path: Path, layout: str) -> None:
     option = "source" if layout == "own" else "image_root"
-    arguments = ImportArguments("" if layout == "own" else "a.json", str(tmp_path / "records"), layout=layout)
     with pytest.raises(ValueError, match=f"{option} is missing"):
-        run_import(arguments)
+        run_import(ImportArguments("" if layout == "own" else "a.json", str(tmp_path / "records"), layout=layout))

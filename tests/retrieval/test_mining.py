@@ -201,7 +201,7 @@ def test_vectors_are_stored_in_half_precision_and_serve_other_options(records: R
     assert below == [pool.candidates[: len(found)] for pool, found in zip(again, below)]
 
     others = RecordSet.write(tmp_path / "others", pairs()[:6], {})
-    with pytest.raises(StageConflictError, match=r"vectors was made with something else.*input data"):
+    with pytest.raises(StageConflictError, match=r"vectors was made from other inputs or options.*input data"):
         mine(others, tiny_embedder(), tmp_path / "other pools", vectors=kept)
     assert len(mine(others, tiny_embedder(), tmp_path / "other pools", vectors=kept, overwrite=True)) == 6
     assert len(VectorShards(kept)) == len(others.items)
