@@ -110,7 +110,7 @@ def test_damage_is_named(copy: Path, tmp_path: Path, harm: Callable[[Path], None
 
 def test_wrong_recipe_names_the_right_ones(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"'qwen2_vl', recipe 'unime-v2' is for 'llava_onevision'.*: unime-v2-2b, "
+        CheckpointError, match=r"'qwen2_vl', but recipe 'unime-v2' is for 'llava_onevision'.*: unime-v2-2b, "
     ):
         convert(copy, "unime-v2", output=tmp_path / "out")
 
