@@ -29,7 +29,8 @@ class UniMETaskMetadata(TaskMetadata):
     and an installed package is nothing to write to.
 
     Example:
-        >>> task_metadata(name="Demo", description="d", category="t2i").descriptive_stat_path.name
+        >>> dataset = {"path": "a/b", "revision": "1"}
+        >>> task_metadata(name="Demo", description="d", category="t2i", dataset=dataset).descriptive_stat_path.name
         'Demo.json'
     """
 
@@ -55,7 +56,8 @@ def task_metadata(*, name: str, description: str, category: str, **fields: Any) 
         Metadata with no field left empty.
 
     Example:
-        >>> task_metadata(name="Demo", description="d", category="t2i").modalities
+        >>> dataset = {"path": "a/b", "revision": "1"}
+        >>> task_metadata(name="Demo", description="d", category="t2i", dataset=dataset).modalities
         ['text', 'image']
     """
     modalities = [word for letter, word in (("t", "text"), ("i", "image")) if letter in category]

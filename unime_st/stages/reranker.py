@@ -104,10 +104,10 @@ def hardest_negatives(rows: Dataset, num_negatives: int) -> Dataset:
         >>> from datasets import Dataset
         >>> from unime_st.stages.reranker import hardest_negatives
         >>> rows = Dataset.from_dict({"query": ["q"], "positive": ["p"], "negative_1": ["a"], "negative_2": ["b"],
-        ...                           "negative_3": ["c"], "label": [[0.9, 0.5, 0.1, 0.7]]})
+        ...                           "negative_3": ["c"], "label": [[0.875, 0.5, 0.125, 0.75]]})
         >>> kept = hardest_negatives(rows, 2)[0]
         >>> kept["negative_1"], kept["negative_2"], kept["label"]
-        ('a', 'c', [0.9, 0.5, 0.7])
+        ('a', 'c', [0.875, 0.5, 0.75])
     """
     names = [name for name in rows.column_names if name.startswith("negative_")]
     if len(names) <= num_negatives or "label" not in rows.column_names:
