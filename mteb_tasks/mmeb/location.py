@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 MMEB_FOLDER_VARIABLE = "MMEB_EVAL_DIR"
 HUB_DATASET = "TIGER-Lab/MMEB-eval"
-HUB_REVISION = "main"
-"""No commit of the data is known to us; the one that was found is written into each result."""
+HUB_REVISION = "2f069730be515ea60778413777816b53e2d2a697"
+"""Commit of the data; the one that was found in the hub's cache is written into each result."""
 IMAGE_FOLDERS = ("images", "eval_images", "image-tasks", "")
 TABLE_FOLDERS = (
     "",

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb_v2.__main__ import main
 from mteb_tasks.mmeb_v2.data_folder import DataFolder, archive_parts, dataset_tables
 from mteb_tasks.mmeb_v2.page_files import page_files
 from mteb_tasks.mmeb_v2.preflight import check_set, options_without_blank, read_set
@@ -196,3 +197,16 @@ def test_options_without_blank(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     pq.write_table(pa.table({"option": [["A. x", "B. y"], ["A. x", "B.y"]]}), folder / "test.parquet")
     assert options_without_blank(tmp_path) == {"EgoSchema": 1}
+
+
+def test_the_command_lists_all_tasks(
+    mini: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Sizes of what is there, faults, and the names of what is missing."""
+    monkeypatch.setenv("MMEB_V2_DIR", str(mini))
+    (mini / "visdoc-tasks" / HL.folder / "57.png").unlink()
+    assert main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{HL.key}: FAULTY: ") and "57.png is missing" in line for line in lines)
+    assert any(line.startswith("VisRAG_ChartQA: 3 queries (published: 63), 4 pages") for line in lines)
+    assert lines[-1].startswith("missing: ImageNet-1K, ") and "VisRAG_ChartQA" not in lines[-1]
