@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from mteb_tasks.mmeb_v2.data_folder import DataFolder
 from mteb_tasks.mmeb_v2.page_files import check_pages, encoded_again
 from mteb_tasks.mmeb_v2.page_tables import PageTables, read_page_tables
 from mteb_tasks.mmeb_v2.visdoc_sets import VisDocSet
-
-logger = logging.getLogger(__name__)
 
 
 def missing_allowed() -> bool:
