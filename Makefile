@@ -1,10 +1,10 @@
-# Every target sets up what it needs: only Python >= 3.10, make and git have to be there.
+# Every target sets up what it needs: only Python >= 3.11, make and git have to be there.
 PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 1
 WORKERS ?= logical
 
-.PHONY: demo test test-fast lint bench
+.PHONY: demo test test-fast lint docs bench
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,11 +19,15 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site in build/site; works offline. A broken link, anchor or reference is an error.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict --quiet
+
 # One worker per core. `make test-fast` leaves out the tests marked slow or distributed; `make test` runs everything and
 # prints the coverage.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: lint
+test: lint docs
 	$(PYTEST) --cov
 
 test-fast: .venv/.installed
