@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mteb_tasks.metadata import model_meta
-from unime_st.files import digest
+from unime_st.files import digest, file_digests
 from unime_st.paths import PACKAGED, TINY, home, local_folder
 from unime_st.recipes import RELEASED
 from unime_st.registry import is_alias, known_aliases, resolve
@@ -24,7 +23,6 @@ RERANKER_VARIABLE = "UNIME_RERANKER"
 CACHE_VARIABLE = "UNIME_EMBEDDING_CACHE"
 LOCAL_MODEL = "unime-local"
 RELEASED_RERANKER = "unime-v2-reranker"
-_SAMPLE = 1 << 20
 
 
 def load_embedder(name: str, revision: str | None = None, **kwargs: Any) -> UniMELoader:
@@ -96,19 +94,12 @@ def folder_revision(folder: Path) -> str:
         folder: Model folder.
 
     Returns:
-        16 hexadecimal digits. Small files are read whole; of weights, the size and a sample of megabytes over the
-        whole file (reading 16 GB would take longer than many an evaluation).
+        16 hexadecimal digits. Every byte counts; large files are read once, see :func:`unime_st.files.file_digests`.
     """
-    state = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
-        size = file.stat().st_size
-        state.update(f"{file.relative_to(folder)} {size}\n".encode())
-        with file.open("rb") as opened:
-            for part in range(16 if size > 16 * _SAMPLE else -(-size // _SAMPLE)):
-                if size > 16 * _SAMPLE:
-                    opened.seek(part * (size - _SAMPLE) // 15)
-                state.update(opened.read(_SAMPLE))
-    return state.hexdigest()[:16]
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"
+    )
+    return digest(*(f"{name} {found}\n" for name, found in file_digests(folder, names).items()), length=16)
 
 
 def metas() -> dict[str, ModelMeta]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import socket
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
+from unime_st.paths import home
+
+P, T = ParamSpec("P"), TypeVar("T")
 _BLOCK = 1 << 20
+_KEPT_BYTES = 1 << 20
+"""Digests of larger files are kept from process to process."""
+_CLOCK_NS = 2_000_000_000
+"""Coarsest clock of a file system: a younger file may change again and keep its times."""
 
 
 class FolderInUseError(OSError):
@@ -156,6 +166,36 @@ def folder_lock(folder: str | Path, *, wait: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def locks_folder(name: str, *, wait: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function that writes to a folder: it holds :func:`folder_lock` while it runs.
+
+    Args:
+        name: Parameter of the function that is the folder.
+        wait: As for :func:`folder_lock`. Defaults to False.
+
+    Example:
+        >>> import tempfile
+        >>> @locks_folder("output")
+        ... def names(output: str) -> list[str]:
+        ...     return os.listdir(Path(output).parent)
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     names(os.path.join(root, "a"))
+        ['.a.lock']
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+            with folder_lock(signature.bind(*args, **kwargs).arguments[name], wait=wait):
+                return function(*args, **kwargs)
+
+        return locked
+
+    return decorate
+
+
 def _holder(file: Path) -> str:
     with suppress(OSError, ValueError):
         if name := file.read_text(encoding="utf-8").strip():
@@ -249,6 +289,51 @@ def content_digest(path: str | Path, *, length: int = 32) -> str:
         while block := handle.read(_BLOCK):
             state.update(block)
     return state.hexdigest()[:length]
+
+
+def file_digests(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files in a folder; those of large files are computed once on a machine.
+
+    A digest is kept in ``$UNIME_HOME/digests`` and holds as long as size, times and inode of the file stay.
+
+    Args:
+        folder: The folder.
+        names: Names of the files, relative to the folder.
+
+    Returns:
+        dict: 32 hexadecimal digits by name.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a").write_text("abc")
+        ...     file_digests(folder, ["a"]) == {"a": digest("abc")}
+        True
+    """
+    folder = Path(folder).resolve()
+    record = home() / "digests" / f"{digest(str(folder))}.json"
+    kept: dict[str, Any] = {}
+    with suppress(ValueError):
+        kept = read_json(record)
+    found, fresh = {}, {}
+    for name in names:
+        start, path = time.time_ns(), folder / name
+        stat = path.stat()
+        signature = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        known = kept.get(name)
+        if isinstance(known, list) and known[:-1] == signature:
+            found[name] = str(known[-1])
+            continue
+        found[name] = content_digest(path)
+        if stat.st_size >= _KEPT_BYTES and max(stat.st_mtime_ns, stat.st_ctime_ns) < start - _CLOCK_NS:
+            fresh[name] = [*signature, found[name]]
+    if fresh:
+        with suppress(OSError):  # without a writable home they are computed again
+            write_json(record, {**kept, **fresh})
+    return found
 
 
 def make_once(target: str | Path, fill: Callable[[Path], None]) -> Path:

@@ -15,7 +15,8 @@ from PIL import Image
 from unime_st.data import BadImageError, ImageRef, Item, PairRecord, RecordSet, is_complete
 from unime_st.data import parquet_shards as tables_module
 from unime_st.data.images import png_bytes
-from unime_st.data.parquet_shards import ItemReader, link_items
+from unime_st.data.manifest import link_items
+from unime_st.data.parquet_shards import ItemReader
 from unime_st.data.records import RecordWriter
 
 

@@ -21,7 +21,7 @@ from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_co
 from unime_st.data.logits import CERTAIN_LOGIT, to_scores
 from unime_st.data.manifest import begin_stage, read_manifest
 from unime_st.judging import Group, Judge, LocalJudge, PairError
-from unime_st.judging.judge_pools import judge_pools
+from unime_st.judging.judge_pools import judge_part, judge_pools
 from unime_st.judging.score_store import Scores, ScoreShards
 from unime_st.judging.select import select_negatives
 from unime_st.judging.select_rows import select_rows
@@ -69,7 +69,8 @@ def test_two_runs_at_once_share_what_is_left(pools: Pools, tmp_path: Path):
     class Slow(WordJudge):
         def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
             if not self.seen:  # the other run does everything while this one judges its first shard
-                judge_pools(pools, WordJudge(), tmp_path / "scores", shard_size=1)
+                for part in range(2):
+                    judge_part(pools, WordJudge(), tmp_path / "scores", (part, 2), shard_size=1)
             return super().score(groups, errors=errors)
 
     slow = Slow()

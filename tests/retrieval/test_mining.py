@@ -239,7 +239,7 @@ def test_blocks_of_queries_and_order_of_chunks_change_nothing(
         return ((start, stored[start:stop]) for start, stop in reversed(chunks))
 
     blocks = mine(records, tiny_embedder(), tmp_path / "blocks", num_candidates=5, embed=backwards)
-    assert blocks.manifest == whole.manifest
+    assert {**blocks.manifest, "files": None} == {**whole.manifest, "files": None}  # similarities to the last bit
     for left, right in zip(blocks, whole, strict=True):
         assert (left.query, left.positive, left.dataset) == (right.query, right.positive, right.dataset)
         assert (left.candidates, left.positive_similarity) == (right.candidates, right.positive_similarity)

@@ -27,11 +27,13 @@ from unime_st.data.pair_specs import (
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows, source_files
 from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
+from unime_st.files import locks_folder
 
 logger = logging.getLogger(__name__)
 _BATCH = 256
 
 
+@locks_folder("output")
 def import_records(
     source: str | Path,
     output: str | Path,

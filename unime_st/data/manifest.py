@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from unime_st.files import read_json, write_json
+from unime_st.files import atomic_write, content_digest, file_digests, read_json, write_json
 
+logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 """Version of the folder layout; a reader refuses folders written by a newer one."""
 
 MANIFEST = "manifest.json"
 PLAN = "stage.json"
+SHARD_DIGESTS = "shards.sha256"
+"""Digests of the shards of a stage that has not finished, one ``digest  name`` a line."""
 
 _WHOLE_FILE = 1 << 28
 _SAMPLE = 1 << 20
@@ -64,17 +68,82 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def open_stage(folder: str | Path) -> dict[str, Any]:
+    """Read the manifest of a finished stage and compare its files with their digests.
+
+    Args:
+        folder: The stage's folder.
+
+    Returns:
+        dict: The manifest.
+
+    Raises:
+        FileNotFoundError: If the stage has not finished.
+        ValueError: If a file is missing, damaged, replaced or of another origin; the message names it.
+    """
+    manifest, folder = read_manifest(folder), Path(folder)
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):  # written by an older version
+        return manifest
+    remedy = f"remove {folder} and run the stage that writes it again"
+    present = _data_files(folder)
+    for name in sorted({*listed} ^ {*present}):
+        what = "was not written by the stage of this folder" if name in present else "is missing"
+        raise ValueError(f"{folder / name} {what}: {remedy}")
+    for name, found in file_digests(folder, listed).items():
+        if found != listed[name]:
+            raise ValueError(f"{folder / name} has changed since its stage wrote it (damaged or replaced): {remedy}")
+    return manifest
+
+
+def _data_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".parquet", ".npy") and path.is_file())
+
+
+def record_shard(folder: Path, file: Path, name: str) -> None:
+    """Write down the digest of a shard before it gets its name, so that a resumed stage knows whether it is whole.
+
+    Args:
+        folder: Folder of a stage that has not finished.
+        file: The complete file.
+        name: Name that it will have.
+    """
+    with (folder / SHARD_DIGESTS).open("a", encoding="utf-8") as lines:
+        lines.write(f"{content_digest(file)}  {name}\n")
+
+
+def is_whole_shard(path: Path) -> bool:
+    """Whether a shard of an unfinished stage is there and as it was written; a damaged one is removed.
+
+    Args:
+        path: The shard.
+    """
+    if not path.is_file():
+        return False
+    record = path.parent / SHARD_DIGESTS
+    lines = record.read_text(encoding="utf-8", errors="replace").splitlines() if record.is_file() else []
+    if f"{content_digest(path)}  {path.name}" in lines or is_complete(path.parent):  # another process has finished
+        return True
+    logger.warning("%s is damaged or of another origin: it is removed, and its rows are computed again.", path)
+    path.unlink(missing_ok=True)
+    return False
+
+
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """Declare a stage finished: write its manifest in one step.
 
     Args:
         folder: The stage's folder; everything else in it must already be written.
-        manifest: JSON-serializable facts about the stage. "schema_version" is added.
+        manifest: JSON-serializable facts about the stage. "schema_version", and "files", the digests of shards and
+            arrays, are added.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest})
-    (folder / PLAN).unlink(missing_ok=True)
+    files = file_digests(folder, _data_files(folder))
+    facts = {**manifest, "files": files} if files else manifest
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **facts})
+    for name in (PLAN, SHARD_DIGESTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def fingerprint_inputs(*inputs: str | Path) -> str:
@@ -152,7 +221,10 @@ def begin_stage(
     found = _existing_plan(folder)
     if found is not None:
         _require_same(folder, found, plan)
-        return not is_complete(folder)
+        if is_complete(folder):
+            open_stage(folder)
+            return False
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     if any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
         raise FileExistsError(f"{folder}: not empty and not a stage folder; choose another output folder")
@@ -171,6 +243,25 @@ def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
     for leftover in Path(folder).glob("*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
     write_manifest(folder, {**plan, **facts})
+
+
+def link_items(source: Path, target: Path) -> None:
+    """Copy the item shards of a stage folder to another one, by hard links where possible.
+
+    Committed shards never change, so a hard link is a safe copy that takes no space. On another file system the files
+    are copied.
+
+    Args:
+        source: Finished stage folder.
+        target: Folder of the new stage. Existing item shards are replaced.
+    """
+    for path in sorted(source.glob("items-*.parquet")):
+        with atomic_write(target / path.name, sync=False) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
 
 
 def _plain(content: Any) -> Any:

@@ -16,6 +16,7 @@ from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.released_judgements import released_item
 from unime_st.data.sources import read_rows
 from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
+from unime_st.files import locks_folder
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ MMEB_TRAIN_SUBSETS = (
 _COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 
 
+@locks_folder("output")
 def import_mmeb_train(
     source: str | Path,
     output: str | Path,

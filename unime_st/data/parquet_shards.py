@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +15,8 @@ import pyarrow.parquet as pq
 
 from unime_st.data.images import ImageRef, resolve_inside
 from unime_st.data.items import Item
-from unime_st.files import atomic_write, commit_file, temporary_path
+from unime_st.data.manifest import record_shard
+from unime_st.files import commit_file, temporary_path
 
 ITEM_SCHEMA = pa.schema(
     [
@@ -45,13 +44,22 @@ class ShardWriter:
         schema: Arrow schema of the rows.
         first_shard: Number of the first file. Defaults to 0.
         group_rows: Maximum number of rows per row group, the unit of reading. Defaults to 1024.
+        resumable: Write down the digest of every file, for a stage that goes on from finished files. Defaults to False.
     """
 
     def __init__(
-        self, folder: Path, stem: str, schema: pa.Schema, *, first_shard: int = 0, group_rows: int = _GROUP_ROWS
+        self,
+        folder: Path,
+        stem: str,
+        schema: pa.Schema,
+        *,
+        first_shard: int = 0,
+        group_rows: int = _GROUP_ROWS,
+        resumable: bool = False,
     ) -> None:
         self.folder, self.stem, self.schema = Path(folder), stem, schema
         self.shard, self.group_rows, self.rows = first_shard, group_rows, 0
+        self.resumable = resumable
         self._buffer: list[dict[str, Any]] = []
         self._buffered = self._written = 0
         self._file: pq.ParquetWriter | None = None
@@ -113,6 +121,8 @@ class ShardWriter:
         if self._file is None:
             return
         self._file.close()
+        if self.resumable:
+            record_shard(self.folder, self._temporary, self._final.name)
         commit_file(self._temporary, self._final)
         self._file, self._written = None, 0
         self.shard += 1
@@ -125,8 +135,12 @@ class ShardReader:
         folder: Folder of the shards.
         stem: Prefix of the file names.
 
+    Attributes:
+        names: Names of the columns.
+
     Raises:
         FileNotFoundError: If there is no such shard.
+        ValueError: If a shard cannot be read.
     """
 
     def __init__(self, folder: str | Path, stem: str) -> None:
@@ -134,7 +148,8 @@ class ShardReader:
         self.paths = sorted(self.folder.glob(f"{stem}-*.parquet"))
         if not self.paths:
             raise FileNotFoundError(f"{folder}: no {stem}-*.parquet")
-        self._files = [pq.ParquetFile(path, memory_map=True) for path in self.paths]
+        self._files = [_opened(path) for path in self.paths]
+        self.names: list[str] = self._files[0].schema_arrow.names
         self._groups = [(file, number) for file in self._files for number in range(file.num_row_groups)]
         sizes = [file.metadata.row_group(number).num_rows for file, number in self._groups]
         self._ends = np.cumsum(sizes, dtype=np.int64)
@@ -342,23 +357,11 @@ def split_zip_path(path: str) -> tuple[str | None, str]:
     return None, path
 
 
-def link_items(source: Path, target: Path) -> None:
-    """Copy the item shards of a stage folder to another one, by hard links where possible.
-
-    Committed shards never change, so a hard link is a safe copy that takes no space. On another file system the files
-    are copied.
-
-    Args:
-        source: Finished stage folder.
-        target: Folder of the new stage. Existing item shards are replaced.
-    """
-    for path in sorted(source.glob("items-*.parquet")):
-        with atomic_write(target / path.name, sync=False) as temporary:
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(path, temporary)
-            except OSError:
-                shutil.copyfile(path, temporary)
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet ({error}); run the stage that writes it again") from error
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

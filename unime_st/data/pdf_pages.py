@@ -18,7 +18,7 @@ from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import read_rows
 from unime_st.data.validation import RejectedWriter, raise_if_empty
-from unime_st.files import atomic_write
+from unime_st.files import atomic_write, locks_folder
 
 if TYPE_CHECKING:
     import pypdfium2
@@ -56,6 +56,7 @@ class PdfPage:
         return f"{self.file}#page={self.page}"
 
 
+@locks_folder("output")
 def import_pdf_pages(
     source: str | Path,
     output: str | Path,

@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from tqdm.auto import tqdm
 
 from unime_st.data.items import Item
-from unime_st.data.manifest import is_complete, read_manifest, write_manifest
+from unime_st.data.manifest import is_complete, open_stage, write_manifest
 from unime_st.data.parquet_shards import ItemReader, ItemWriter, ShardReader, ShardWriter
 
 logger = logging.getLogger(__name__)
@@ -89,13 +89,22 @@ class ItemFolder:
 
     Raises:
         FileNotFoundError: If the folder is not a finished stage.
+        ValueError: If a file of the folder is missing, damaged or replaced, or the rows are those of another stage.
     """
+
+    content: ClassVar[str] = "the output of a stage"
+    row_columns: ClassVar[tuple[str, ...]] = ("query", "positive", "dataset")
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest: dict[str, Any] = read_manifest(folder)
+        self.manifest: dict[str, Any] = open_stage(folder)
         self.items = ItemReader(self.folder, self.manifest.get("image_root"))
         self.row_shards = ShardReader(self.folder, "rows")
+        if missing := {*self.row_columns} - {*self.row_shards.names}:
+            raise ValueError(
+                f"{folder}: expected {self.content}, found rows without {', '.join(sorted(missing))}: it is the output "
+                f"of the stage {self.manifest.get('stage') or 'import'!r}"
+            )
 
     @property
     def rows(self) -> pa.Table:
@@ -147,6 +156,9 @@ class RecordSet(ItemFolder):
         >>> len(records), records[0] == pair, records.manifest["items"]
         (1, True, 2)
     """
+
+    content = "pair records"
+    row_columns = tuple(ROW_SCHEMA.names)
 
     @classmethod
     def load(cls, folder: str | Path) -> RecordSet:

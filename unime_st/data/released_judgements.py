@@ -21,7 +21,7 @@ from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows
 from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
-from unime_st.files import atomic_write, digest
+from unime_st.files import atomic_write, digest, locks_folder
 
 PLACEHOLDER = "<|image_1|>"
 """Image placeholder in the texts of the released files."""
@@ -37,6 +37,7 @@ _COLUMNS = (
 )
 
 
+@locks_folder("output")
 def import_released(
     source: str | Path,
     output: str | Path,

@@ -18,6 +18,7 @@ from unime_st.encoding.engine import encode_into
 from unime_st.encoding.model_identity import model_fingerprint
 from unime_st.encoding.model_inputs import ModelInput
 from unime_st.encoding.vector_shards import MemorySink, ShardSink, VectorShards, VectorSink
+from unime_st.files import locks_folder
 
 Device = str | torch.device | Sequence[str | torch.device] | None
 
@@ -165,6 +166,7 @@ def encode_stream(
     )  # fmt: skip
 
 
+@locks_folder("folder")
 def encode_to_shards(
     model: SentenceTransformer,
     items: Iterable[ModelInput],

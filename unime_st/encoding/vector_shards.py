@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from unime_st.data.manifest import is_complete, read_manifest
+from unime_st.data.manifest import is_complete, is_whole_shard, open_stage, record_shard
 from unime_st.files import atomic_write
 
 
@@ -73,7 +73,7 @@ class ShardSink:
     def __init__(self, folder: Path, dim: int, dtype: Any = np.float32) -> None:
         self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)
         folder.mkdir(parents=True, exist_ok=True)
-        existing = takewhile(Path.is_file, (shard_path(folder, number) for number in count()))
+        existing = takewhile(is_whole_shard, (shard_path(folder, number) for number in count()))
         self.sizes = [len(np.load(path, mmap_mode="r")) for path in existing]
         self.before = sum(self.sizes)
         """Number of rows that an interrupted run wrote."""
@@ -109,6 +109,7 @@ class VectorShards:
 
     Raises:
         FileNotFoundError: If the folder is not finished.
+        ValueError: If a shard is missing, damaged or replaced, or the folder is that of another stage.
 
     Example:
         >>> import tempfile
@@ -125,7 +126,11 @@ class VectorShards:
         self.folder = Path(folder)
         if not is_complete(self.folder):
             raise FileNotFoundError(f"{self.folder}: no finished vectors; run encode_to_shards again")
-        manifest = read_manifest(self.folder)
+        manifest = open_stage(self.folder)
+        if not {"dim", "shards"} <= {*manifest}:
+            raise ValueError(
+                f"{self.folder}: expected vectors, found the output of the stage {manifest.get('stage')!r}"
+            )
         self.dim, self._sizes = int(manifest["dim"]), [int(size) for size in manifest["shards"]]
 
     def __len__(self) -> int:
@@ -149,8 +154,11 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(folder: Path, number: int, content: np.ndarray) -> None:
     """Write a shard of vectors atomically."""
-    with atomic_write(shard_path(folder, number)) as temporary, temporary.open("wb") as file:
-        np.save(file, content)
+    path = shard_path(folder, number)
+    with atomic_write(path) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, content)
+        record_shard(folder, temporary, path.name)
 
 
 def _read(folder: Path, sizes: list[int], dim: int, rows: np.ndarray) -> np.ndarray:

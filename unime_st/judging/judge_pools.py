@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from unime_st.data.manifest import begin_stage
-from unime_st.data.parquet_shards import link_items
+from unime_st.data.manifest import begin_stage, link_items
 from unime_st.files import folder_lock
 from unime_st.judging.score_store import Scores, ScoreShards
 from unime_st.retrieval.mining import Pools
@@ -98,6 +98,7 @@ def judge_part(
     Raises:
         StageConflictError: See :func:`judge_pools`.
         ValueError: See :func:`judge_pools`; also if ``part`` is out of range.
+        FolderInUseError: If another process judges the same part.
 
     Example:
         >>> from unime_st.judging.judge_pools import judge_part
@@ -107,16 +108,28 @@ def judge_part(
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}")
     if overwrite and part[1] > 1:
         raise ValueError("overwrite would remove the shards of the other parts: remove the folder instead")
-    work = JudgeWork(pools, judge, output, shard_size=shard_size, overwrite=overwrite)
-    if work.finished:
-        return Scores(output)
-    mine = range(part[0], len(work.rows), part[1])
-    pending = work.pending(mine)
-    with work.progress(mine, pending) as progress:
-        for number in pending:
-            for due in work.pending([number]):  # the same command, started twice, may have written it already
-                progress.update(work.do(due))
-    return work.finish()
+    with part_lock(output, part):
+        work = JudgeWork(pools, judge, output, shard_size=shard_size, overwrite=overwrite)
+        if work.finished:
+            return Scores(output)
+        mine = range(part[0], len(work.rows), part[1])
+        pending = work.pending(mine)
+        with work.progress(mine, pending) as progress:
+            for number in pending:
+                for due in work.pending([number]):  # a run with another number of parts may have written it already
+                    progress.update(work.do(due))
+        return work.finish()
+
+
+def part_lock(output: str | Path, part: tuple[int, int] = (0, 1)) -> AbstractContextManager[None]:
+    """Lock of a part of a folder of scores, see :func:`unime_st.files.folder_lock`; other parts may be judged meanwhile.
+
+    Args:
+        output: Folder of the scores.
+        part: As for :func:`judge_part`. Defaults to all shards.
+    """
+    output = Path(output)
+    return folder_lock(output.with_name(f"{output.name}.part-{part[0]}-of-{part[1]}"), wait=False)
 
 
 class JudgeWork:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unime_st.data.manifest import StageConflictError, finish_stage, is_complete
+from unime_st.data.manifest import StageConflictError, finish_stage, is_complete, is_whole_shard
 from unime_st.data.parquet_shards import ShardWriter
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
@@ -55,6 +55,9 @@ class Scores(ItemFolder):
     Raises:
         FileNotFoundError: If judging has not finished there.
     """
+
+    content = "judge scores"
+    row_columns = tuple(SCORE_SCHEMA.names)
 
     def __getitem__(self, index: int) -> JudgedPool:
         return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
@@ -105,15 +108,14 @@ class ScoreShards:
         wanted = []
         for number in sorted(numbers):
             path = self._path(number)
-            if not path.is_file():
-                wanted.append(number)
-                continue
-            found = json.loads((pq.read_schema(path).metadata or {}).get(b"judge", b"{}"))
-            if found != self.identity:
+            found = _judge_of(path) if path.is_file() else None
+            if found not in (None, self.identity):
                 raise StageConflictError(
                     f"{path} holds scores of {found or 'an unnamed judge'}, not of {self.identity}: scores of two "
                     "judges are never mixed. Remove that file, or judge into another folder."
                 )
+            if not is_whole_shard(path):
+                wanted.append(number)
         return wanted
 
     def write(
@@ -138,7 +140,7 @@ class ScoreShards:
             if not self.missing([number]):
                 return
             # The rejected pairs appear first, so that an existing shard is complete.
-            shard = files.enter_context(ShardWriter(self.folder, "rows", schema, first_shard=number))
+            shard = files.enter_context(ShardWriter(self.folder, "rows", schema, first_shard=number, resumable=True))
             name = f"rejected-{number:05d}.jsonl"
             rejected = files.enter_context(RejectedWriter(self.folder, name, log_count=False))
             for (query, item), reason in failed.items():
@@ -187,6 +189,15 @@ class ScoreShards:
             rows += len(logits)
             pairs += len(logits) + int(pc.sum(pc.list_value_length(logits)).as_py() or 0)
         return {"rows": rows, "pairs": pairs, "rejected": rejected.count, "shards": self.count}
+
+
+def _judge_of(path: Path) -> dict[str, str] | None:
+    """Judge that a shard names; None if the file cannot be read."""
+    try:
+        found: dict[str, str] = json.loads((pq.read_schema(path).metadata or {}).get(b"judge", b"{}"))
+    except (ValueError, OSError):
+        return None
+    return found
 
 
 def _judged(row: dict[str, Any], logits: dict[tuple[str, str], float]) -> dict[str, Any]:

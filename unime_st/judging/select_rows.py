@@ -10,10 +10,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st.data.logits import CERTAIN_LOGIT, to_logits, to_scores
-from unime_st.data.manifest import begin_stage, finish_stage
-from unime_st.data.parquet_shards import ShardWriter, link_items
+from unime_st.data.manifest import begin_stage, finish_stage, link_items
+from unime_st.data.parquet_shards import ShardWriter
 from unime_st.data.records import ROW_SCHEMA, RecordSet
 from unime_st.data.validation import RejectedWriter
+from unime_st.files import locks_folder
 from unime_st.judging.score_store import Scores
 from unime_st.judging.select import select_negatives
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _BINS = 20
 
 
+@locks_folder("output", wait=True)
 def select_rows(
     scores: Scores | str | Path,
     output: str | Path,

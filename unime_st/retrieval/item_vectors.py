@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from tqdm.auto import tqdm
 
-from unime_st.data.manifest import StageConflictError, begin_stage, finish_stage
+from unime_st.data.manifest import StageConflictError, begin_stage, finish_stage, is_whole_shard
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, encode_items
@@ -114,7 +114,7 @@ def encode_once(
     with folder_lock(folder):
         if _begin(folder, records, {**identity, "dtype": "float16", "shard_size": _CHUNK}, overwrite):
             chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
-            due = [chunk for chunk in chunks if not shard_path(folder, chunk[0] // _CHUNK).is_file()]
+            due = [chunk for chunk in chunks if not is_whole_shard(shard_path(folder, chunk[0] // _CHUNK))]
             with tqdm(total=total, desc="encoding", unit="item") as progress:
                 progress.update(total - sum(stop - start for start, stop in due))
                 for start, found in embed(due):

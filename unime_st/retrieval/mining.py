@@ -14,12 +14,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from unime_st.data.items import Item
-from unime_st.data.manifest import begin_stage, finish_stage
-from unime_st.data.parquet_shards import ShardWriter, link_items
+from unime_st.data.manifest import begin_stage, finish_stage, link_items
+from unime_st.data.parquet_shards import ShardWriter
 from unime_st.data.records import ItemFolder, RecordSet
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, model_fingerprint
 from unime_st.encoding.encode import resolve_prompt
+from unime_st.files import locks_folder
 from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk, encode_once, needs_normalization
 from unime_st.retrieval.top_k import paired_similarity, top_k
 
@@ -73,6 +74,9 @@ class Pools(ItemFolder):
         FileNotFoundError: If mining has not finished there.
     """
 
+    content = "candidate pools"
+    row_columns = tuple(POOL_SCHEMA.names)
+
     def __getitem__(self, index: int) -> Pool:
         return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
 
@@ -84,6 +88,7 @@ class Pools(ItemFolder):
         return Pool(query, positive, row["dataset"], candidates, row["positive_similarity"], row["similarities"])
 
 
+@locks_folder("output")
 def mine(
     records: RecordSet | str | Path,
     model: SentenceTransformer,

@@ -12,7 +12,7 @@ import numpy as np
 
 from unime_st.data.records import RecordSet
 from unime_st.judging import Judge
-from unime_st.judging.judge_pools import JudgeWork
+from unime_st.judging.judge_pools import JudgeWork, part_lock
 from unime_st.judging.score_store import Scores
 from unime_st.options import option
 from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk
@@ -135,16 +135,22 @@ class Cluster:
             StageConflictError: If the output was begun with another judge, prompt or input.
         """
         pools, output = Path(pools).resolve(), Path(output).resolve()
-        work = JudgeWork(pools, judge, output, shard_size=shard_size)
-        if work.finished:
-            return Scores(output)
-        everything = range(len(work.rows))
-        pending = work.pending(everything)
-        arguments = {"pools": str(pools), "make_judge": make_judge, "output": str(output), "shard_size": shard_size}
-        with work.progress(everything, pending) as progress:
-            for batch in self._over(pending, _Judges, arguments):
-                progress.update(int(batch["rows"][0]))
-        scores = work.finish()
+        with part_lock(output):
+            work = JudgeWork(pools, judge, output, shard_size=shard_size)
+            if work.finished:
+                return Scores(output)
+            everything = range(len(work.rows))
+            pending = work.pending(everything)
+            arguments = {
+                "pools": str(pools),
+                "make_judge": make_judge,
+                "output": str(output),
+                "shard_size": shard_size,
+            }
+            with work.progress(everything, pending) as progress:
+                for batch in self._over(pending, _Judges, arguments):
+                    progress.update(int(batch["rows"][0]))
+            scores = work.finish()
         assert scores is not None  # every shard was asked for
         return scores
 
