@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
+from mteb_tasks.mmeb.base_tasks import ALLOW_MISSING_VARIABLE
 from mteb_tasks.registration import register_all
 
 

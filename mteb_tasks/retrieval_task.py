@@ -141,13 +141,29 @@ class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
         results: Mapping[str, Mapping[str, float]],
         hf_split: str,
         hf_subset: str,
-    ) -> dict[str, float]:
-        """Add the score of a random ranking; see `mteb.abstasks.AbsTaskRetrieval.task_specific_scores`.
+    ) -> dict[str, Any]:
+        """Add `added_scores`; see `mteb.abstasks.AbsTaskRetrieval.task_specific_scores`."""
+        return self.added_scores(self.dataset[hf_subset][hf_split], results, scores)
+
+    def added_scores(
+        self,
+        tables: RetrievalSplitData,
+        results: Mapping[str, Mapping[str, float]],
+        scores: Mapping[str, Mapping[str, float]],
+    ) -> dict[str, Any]:
+        """Scores and facts that stand in a result beside mteb's scores.
+
+        Args:
+            tables: The data.
+            results: Scores of the documents that were found, by query.
+            scores: mteb's scores by query.
 
         Returns:
-            ``{"chance": mean over queries of relevant candidates / candidates}``.
+            ``{"chance": mean over queries of relevant candidates / candidates}``, the score of a random ranking.
         """
-        data = self.dataset[hf_subset][hf_split]
-        everything, listed = len(data["corpus"]), data["top_ranked"]
-        shares = [len(docs) / (everything if listed is None else len(listed[query])) for query, docs in qrels.items()]
+        everything, listed = len(tables["corpus"]), tables["top_ranked"]
+        shares = [
+            len(docs) / (everything if listed is None else len(listed[query]))
+            for query, docs in tables["relevant_docs"].items()
+        ]
         return {"chance": sum(shares) / len(shares)}

@@ -1,4 +1,4 @@
-"""Hook around the ``mteb run`` command: preflight of the MMEB data before it, table of scores after it.
+"""Hook around the ``mteb run`` command: missing MMEB tasks are left out before it, table of scores after it.
 
 What a run does with tasks and models of others is left as it is.
 """
@@ -11,8 +11,9 @@ import logging
 import sys
 from collections.abc import Callable
 
-from mteb_tasks.mmeb.tasks import MMEB_TASKS, available_tasks, preflight_together
-from mteb_tasks.mmeb_v2.aggregate import missing_v2_tasks
+from mteb_tasks.mmeb.base_tasks import missing_tasks
+from mteb_tasks.mmeb.tasks import MMEB_TASKS
+from mteb_tasks.mmeb_v2.aggregate import MMEB_V2_TASKS
 from mteb_tasks.models import check_variables
 from mteb_tasks.run_context import CurrentRun, new_run
 from mteb_tasks.scores import Scores, score_table
@@ -45,7 +46,7 @@ def with_scores(run: RunCommand) -> RunCommand:
         if args.model is not None:
             check_variables(args.model)
         args.tasks = _without_missing(args.tasks)
-        with new_run(args.output_folder) as current, preflight_together(args.tasks or ()):
+        with new_run(args.output_folder) as current:
             run(args)
         if current.tasks:
             try:
@@ -71,9 +72,9 @@ def _costs() -> str:
 
 def _without_missing(names: list[str] | None) -> list[str] | None:
     """Tasks of a run without those of MMEB and MMEB-V2 that are missing, where that is allowed."""
-    asked = [task for task in MMEB_TASKS if task.metadata.name in (names or ())]
-    left_out = {task.metadata.name for task in asked} - {task.metadata.name for task in available_tasks(asked)}
-    left_out |= missing_v2_tasks(names or ())
+    left_out: set[str] = set()
+    for classes in (MMEB_TASKS, MMEB_V2_TASKS):
+        left_out |= missing_tasks([task for task in classes if task.metadata.name in (names or ())])
     if names is None or not left_out:
         return names
     logger.warning("left out, because there are no data of them: %s", ", ".join(sorted(left_out)))

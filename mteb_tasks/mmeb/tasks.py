@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
-from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from mteb_tasks.columns import Setting
-from mteb_tasks.local_data import with_digest
 from mteb_tasks.metadata import task_metadata
+from mteb_tasks.mmeb.base_tasks import BenchmarkAggregate, BenchmarkTask, preflight, run_of
 from mteb_tasks.mmeb.content_digest import subset_digest
 from mteb_tasks.mmeb.location import (
     HUB_DATASET,
     HUB_REVISION,
     ImageFolders,
-    MMEBDataError,
     data_root,
     local_root,
     parquet_files,
 )
 from mteb_tasks.mmeb.subset_reader import SubsetTable, locate_images, read_subset
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS, Subset
-from mteb_tasks.retrieval_task import ItemRetrievalTask, retrieval_split
+from mteb_tasks.retrieval_task import retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.scenes import RetrievalData
 from unime_st.files import digest
 
 if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-    from mteb.results import TaskResult
 
-ALLOW_MISSING_VARIABLE = "MMEB_ALLOW_MISSING"
 MMEB_STYLE = "mmeb"
 """UniME v1 was evaluated on MMEB with the bare texts of MMEB, on all other sets with its one-word prompts."""
 MMEB_BIBTEX = r"""
@@ -50,6 +43,8 @@ MMEB_BIBTEX = r"""
   year = {2024},
 }
 """
+_QUERIES = 1000
+"""Queries of each subset in the published runs."""
 _SUBTYPES = {
     "classification": ["Object recognition"],
     "vqa": ["Question answering"],
@@ -58,89 +53,57 @@ _SUBTYPES = {
 }
 
 
-def check_subsets(root: Path, subsets: Iterable[Subset]) -> None:
-    """Check tables and images of several subsets before anything is encoded.
+class SubsetTask(BenchmarkTask):
+    """A subset of MMEB: each query ranks its own candidates; a hit is the positive at rank 1."""
 
-    Args:
-        root: Folder of the evaluation data.
-        subsets: What will be evaluated.
+    kind = "MMEB subset"
+    subset: ClassVar[Subset]
 
-    Raises:
-        MMEBDataError: Lists the first fault of each faulty subset.
-    """
-    folders, faults, missing = ImageFolders(root), [], 0
-    subsets = list(subsets)
-    for subset in subsets:
-        missing += not parquet_files(root, subset.name)
-        try:
-            locate_images(read_subset(root, subset), folders, look=True)
-        except MMEBDataError as error:
-            faults.append(str(error))
-    if faults:
-        hint = f" (set {ALLOW_MISSING_VARIABLE}=1 to leave missing subsets out)" if 0 < missing < len(subsets) else ""
-        count = "1 MMEB subset" if len(faults) == 1 else f"{len(faults)} MMEB subsets"
-        raise MMEBDataError(f"{count} cannot be evaluated{hint}:\n" + "\n".join(faults))
+    def local_root(self) -> Path | None:
+        """See `BenchmarkTask.local_root`."""
+        return local_root()
 
+    def hub_root(self, run: Sequence[BenchmarkTask]) -> Path:
+        """Fetch and check all subsets of the run; see `BenchmarkTask.hub_root`."""
+        tasks = [task for task in run if isinstance(task, SubsetTask)]
+        root = data_root([task.subset.name for task in tasks])
+        if self.checked != self.data_digest(root):
+            preflight(dict.fromkeys(tasks, root))
+        return root
 
-@dataclass
-class Preflight:
-    """Subsets that are evaluated in one run: all are checked before the first one is encoded.
+    def data_digest(self, root: Path) -> str:
+        """See `BenchmarkTask.data_digest`."""
+        return subset_digest(root, self.subset.name)
 
-    Args:
-        subsets: The subsets.
-        digests: Digests of those that were checked.
-    """
+    def is_missing(self, root: Path) -> bool:
+        """See `BenchmarkTask.is_missing`."""
+        return not parquet_files(root, self.subset.name)
 
-    subsets: tuple[Subset, ...]
-    digests: dict[str, str] = field(default_factory=dict)
-
-    def check(self, root: Path, own: Subset, own_digest: str) -> None:
-        """Check all of them, unless that was done and one of them is as it was then.
+    def image_folders(self, root: Path) -> ImageFolders:
+        """Where the images lie.
 
         Args:
-            root: Folder of the evaluation data.
-            own: The subset that is about to be encoded.
-            own_digest: Its digest.
-
-        Raises:
-            MMEBDataError: Lists the first fault of each faulty subset.
+            root: Folder of the data.
         """
-        if self.digests.get(own.name) != own_digest:
-            check_subsets(root, self.subsets)
-            self.digests = {subset.name: subset_digest(root, subset.name) for subset in self.subsets}
+        return ImageFolders(root)
 
-
-class MMEBTask(ItemRetrievalTask):
-    """A subset of MMEB: each query ranks its own candidates; a hit is the positive at rank 1.
-
-    Data come from ``$MMEB_EVAL_DIR`` or the hub. For a local folder the digest of the data is part of the subset name
-    in the result, so a score of other data is never taken for this one's.
-    """
-
-    subset: ClassVar[Subset]
-    preflight: Preflight | None = None
-    """The run that the task is part of; None is a run of its own."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        root = local_root()
-        if root is not None:
-            self.metadata = with_digest(self.metadata, subset_digest(root, self.subset.name))
-        super().__init__(**kwargs)
+    def check_data(self, root: Path) -> str:
+        """See `BenchmarkTask.check_data`."""
+        table = read_subset(root, self.subset)
+        locate_images(table, self.image_folders(root), look=True)
+        queries = len(table.query_texts)
+        note = "" if queries == _QUERIES else f" (published: {_QUERIES:,})"
+        return f"{self.key}: {queries:,} queries{note}, {len(table.document_texts):,} candidates"
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Read the rows; see `mteb_tasks.mmeb.subset_reader.read_subset`."""
-        preflight = self.preflight or Preflight((self.subset,))
-        root = data_root([found.name for found in preflight.subsets])
-        own = subset_digest(root, self.subset.name)
-        if local_root() is not None and f"local-{own}" != subset:
-            raise MMEBDataError(f"{root} is not the folder this task was made for, or has changed: make the task anew")
-        if local_root() is None:  # the hub's cache names a snapshot by its commit: it stands in the result
-            self.metadata = self.metadata.model_copy(
-                update={"dataset": {**self.metadata.dataset, "revision": root.name}}
-            )
-        preflight.check(root, self.subset, own)
+        root = self.checked_root()
         table = read_subset(root, self.subset)
-        return subset_data(table, locate_images(table, ImageFolders(root)))
+        return subset_data(table, locate_images(table, self.image_folders(root)))
+
+
+class MMEBTask(SubsetTask):
+    """A subset of MMEB under the settings of MMEB. Data come from ``$MMEB_EVAL_DIR`` or the hub."""
 
     def split_tables(self, data: RetrievalData) -> RetrievalSplitData:
         """Build the tables; foreign models read texts without the official instruction."""
@@ -217,7 +180,8 @@ def _task_class(subset: Subset) -> type[MMEBTask]:
     return type(
         subset.class_name,
         (MMEBTask,),
-        {"__doc__": metadata.description, "__module__": __name__, "subset": subset, "metadata": metadata},
+        {"__doc__": metadata.description, "__module__": __name__, "key": subset.name}
+        | {"subset": subset, "metadata": metadata},
     )
 
 
@@ -225,51 +189,9 @@ MMEB_TASKS: tuple[type[MMEBTask], ...] = tuple(_task_class(subset) for subset in
 """One class for each subset, in the order of `SUBSETS`."""
 
 
-def available_tasks(tasks: Sequence[type[MMEBTask]]) -> Sequence[type[MMEBTask]]:
-    """Leave out the subsets that are missing, where that is allowed.
-
-    Args:
-        tasks: Task classes.
-
-    Returns:
-        All of them, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there. With nothing
-        there all of them, and the run reports it.
-    """
-    root = local_root()
-    if root is None or os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() not in ("1", "true", "yes"):
-        return tasks
-    return [task for task in tasks if parquet_files(root, task.subset.name)] or tasks
-
-
-@contextmanager
-def preflight_together(names: Iterable[str]) -> Iterator[None]:
-    """Let the first task that reads its data check those of all tasks of a run.
-
-    Args:
-        names: Names of the tasks; ``"MMEB"`` stands for its parts.
-    """
-    named = set(names)
-    whole = available_tasks(MMEB_TASKS) if MMEB.metadata.name in named else ()
-    found = tuple(task.subset for task in MMEB_TASKS if task.metadata.name in named or task in whole)
-    before = MMEBTask.preflight
-    MMEBTask.preflight = Preflight(found) if found else None
-    try:
-        yield
-    finally:
-        MMEBTask.preflight = before
-
-
 def mmeb_tasks() -> list[MMEBTask]:
-    """Make one task object for each subset to evaluate.
-
-    Returns:
-        All 36, or, with ``MMEB_ALLOW_MISSING=1`` and a local folder, those whose table is there.
-    """
-    tasks = [task() for task in available_tasks(MMEB_TASKS)]
-    preflight = Preflight(tuple(task.subset for task in tasks))
-    for task in tasks:
-        task.preflight = preflight
-    return tasks
+    """Make one task object for each subset to evaluate, see `mteb_tasks.mmeb.base_tasks.run_of`."""
+    return run_of(MMEB_TASKS)
 
 
 def mean_scores(score_of: Mapping[str, float]) -> dict[str, float]:
@@ -293,35 +215,16 @@ def mean_scores(score_of: Mapping[str, float]) -> dict[str, float]:
     return {name: statistics.fmean(scores) for name, scores in found.items() if scores}
 
 
-class MMEB(AbsTaskAggregate):
+class MMEB(BenchmarkAggregate):
     """All of MMEB: overall mean, in and out of domain, and the four meta-tasks."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        tasks = mmeb_tasks()
-        self.metadata = self.metadata.model_copy(update={"tasks": tasks})
-        if local_root() is not None:
-            parts = "".join(task.metadata.revision for task in tasks)
-            self.metadata = with_digest(self.metadata, digest(parts, length=12))
-        super().__init__(**kwargs)
+    classes = MMEB_TASKS
+    keys = tuple(subset.name for subset in SUBSETS)
 
-    def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, Mapping[str, Any]]:
-        """Average the results of the subsets.
-
-        Args:
-            task_results: One result for each subset.
-
-        Returns:
-            ``{"test": {subset name: scores}}`` with `mean_scores`, the number of tasks and the names left out.
-        """
-        score_of = {
-            result.task_name.removeprefix("MMEB-"): float(result.scores["test"][0]["main_score"])
-            for result in task_results
-            if result.task_name in self.taskname_to_task
-        }
-        means = mean_scores(score_of)
-        left_out = [subset.name for subset in SUBSETS if subset.name not in score_of]
-        scores = {**means, "hit_rate_at_1": means["mean"], "main_score": means["mean"]}
-        return {"test": {self.hf_subsets[0]: {**scores, "num_tasks": len(score_of), "left_out": left_out}}}
+    def means(self, score_of: Mapping[str, float]) -> dict[str, Any]:
+        """See `BenchmarkAggregate.means` and `mean_scores`."""
+        found = mean_scores(score_of)
+        return {**found, "hit_rate_at_1": found["mean"], "main_score": found["mean"]}
 
 
 MMEB.metadata = AggregateTaskMetadata(

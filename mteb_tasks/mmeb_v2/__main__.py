@@ -23,10 +23,11 @@ def main() -> int:
     faulty, missing = 0, []
     for task in (made() for made in MMEB_V2_TASKS):
         try:
-            if task.is_missing():
+            folder = task.local_root() or root
+            if task.is_missing(folder):
                 missing.append(task.key)
                 continue
-            line = task.check_data()
+            line = task.check_data(folder)
         except MMEBDataError as error:
             faulty, line = faulty + 1, f"{task.key}: FAULTY: {error}"
         sys.stdout.write(f"{line}\n")

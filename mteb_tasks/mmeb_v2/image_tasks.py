@@ -8,14 +8,12 @@ from __future__ import annotations
 import unicodedata
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from mteb_tasks.mmeb import location as mmeb_location
-from mteb_tasks.mmeb.content_digest import files_digest, subset_digest
+from mteb_tasks.mmeb.content_digest import files_digest
 from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
-from mteb_tasks.mmeb.subset_reader import locate_images, read_subset
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, SUBSETS, Subset
-from mteb_tasks.mmeb.tasks import MMEB_STYLE, MMEB_TASKS, MMEBTask, official_body, subset_data
+from mteb_tasks.mmeb.tasks import MMEB_STYLE, MMEB_TASKS, MMEBTask, SubsetTask, official_body
 from mteb_tasks.mmeb_v2.citations import MMEB_V2_BIBTEX
 from mteb_tasks.mmeb_v2.data_folder import DataFolder, local_root
 from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
@@ -28,17 +26,12 @@ if TYPE_CHECKING:
 
     from unime_st.data.scenes import RetrievalData
 
-_QUERIES = 1000
-"""Queries of each subset in the published runs."""
 
-
-class MMEBV2ImageTask(MMEBV2Task):
+class MMEBV2ImageTask(MMEBV2Task, SubsetTask):
     """A subset of MMEB under the settings of MMEB-V2.
 
     Data come from ``$MMEB_V2_DIR``; where that has no image tasks, from ``$MMEB_EVAL_DIR``; else from the hub.
     """
-
-    subset: ClassVar[Subset]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,52 +40,32 @@ class MMEBV2ImageTask(MMEBV2Task):
             self.metadata = self.metadata.model_copy(update={"prompt": asks})
 
     def local_root(self) -> Path | None:
-        """See `MMEBV2Task.local_root`."""
-        root, of_mmeb = local_root(), mmeb_location.local_root()
+        """See `BenchmarkTask.local_root`."""
+        root, of_mmeb = local_root(), super().local_root()
         if root is None or of_mmeb is None:
             return root or of_mmeb
         return root if any(parquet_files(root, subset.name) for subset in SUBSETS) else of_mmeb
 
-    def data_digest(self) -> str:
-        """See `MMEBV2Task.data_digest`."""
-        root = self.local_root()
-        if root is None or not root.is_dir():
-            return "missing"
-        found = subset_digest(root, self.subset.name)
+    def data_digest(self, root: Path) -> str:
+        """See `BenchmarkTask.data_digest`."""
+        found = super().data_digest(root)
+        if found == "missing" or (root / "image-tasks" / self.subset.name).is_dir():
+            return found
         try:
             archives = DataFolder(root, unpack=False).image_archives()
         except MMEBDataError:
             return "missing"
-        if found == "missing" or not archives or (root / "image-tasks" / self.subset.name).is_dir():
-            return found
-        return digest(found, files_digest({part.name: part for part in archives}), length=12)
+        parts = files_digest({part.name: part for part in archives})
+        return digest(found, parts, length=12) if archives else found
 
-    def is_missing(self) -> bool:
-        """See `MMEBV2Task.is_missing`."""
-        root = self.local_root()
-        return root is not None and not parquet_files(root, self.subset.name)
-
-    def check_data(self) -> str:
-        """See `MMEBV2Task.check_data`."""
-        root = self.local_root()
-        assert root is not None
-        table = read_subset(root, self.subset)
-        locate_images(table, _image_folders(root), look=True)
-        queries = len(table.query_texts)
-        note = "" if queries == _QUERIES else f" (published: {_QUERIES:,})"
-        return f"{self.key}: {queries:,} queries{note}, {len(table.document_texts):,} candidates"
+    def image_folders(self, root: Path) -> ImageFolders:
+        """Images of MMEB-V2 may also lie in its archive."""
+        unpacked = DataFolder(root).unpacked_images()
+        return ImageFolders(root, extra=[root / "image-tasks" / "MMEB", *([unpacked] if unpacked else [])])
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
-        """Read the rows; see `mteb_tasks.mmeb.subset_reader.read_subset`."""
-        root = self.checked_root()
-        if root is None:
-            root = mmeb_location.data_root(
-                [task.subset.name for task in self.run if isinstance(task, MMEBV2ImageTask)]
-            )
-            dataset = {**self.metadata.dataset, "revision": root.name}
-            self.metadata = self.metadata.model_copy(update={"dataset": dataset})
-        table = read_subset(root, self.subset)
-        data = subset_data(table, locate_images(table, _image_folders(root)))
+        """See `SubsetTask.retrieval_data`; instructions that stand in the system turn are taken off."""
+        data = super().retrieval_data(subset, split)
         if self.profile.instruction_in == "system":
             data.queries = {name: self._bare("query", item) for name, item in data.queries.items()}
             data.corpus = {name: self._bare("target", item) for name, item in data.corpus.items()}
@@ -166,12 +139,6 @@ def text_alone(subset: Subset, side: str, text: str) -> str:
     if not asked:
         return text
     return text.removeprefix(IMAGE_TOKEN).strip().removeprefix(asked).strip()
-
-
-def _image_folders(root: Path) -> ImageFolders:
-    unpacked = DataFolder(root).unpacked_images()
-    extra = [root / "image-tasks" / "MMEB", *([unpacked] if unpacked else [])]
-    return ImageFolders(root, extra=extra)
 
 
 def _task_class(of_mmeb: type[MMEBTask]) -> type[MMEBV2ImageTask]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from mteb_tasks.mmeb.location import MMEBDataError
-from mteb_tasks.mmeb.tasks import ALLOW_MISSING_VARIABLE
 from mteb_tasks.mmeb_v2.data_folder import DataFolder
 from mteb_tasks.mmeb_v2.page_files import check_pages, encoded_again
 from mteb_tasks.mmeb_v2.page_tables import PageTables, read_page_tables
 from mteb_tasks.mmeb_v2.visdoc_sets import VisDocSet
-
-
-def missing_allowed() -> bool:
-    """Whether missing tasks are to be left out (``MMEB_ALLOW_MISSING=1``)."""
-    return os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
 def read_set(folder: DataFolder, row: VisDocSet) -> PageTables:

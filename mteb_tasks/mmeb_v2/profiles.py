@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mteb_tasks.columns import Setting
-from mteb_tasks.local_data import with_digest
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN
 from mteb_tasks.pixel_rule import PixelRule
 from unime_st.files import digest
@@ -132,14 +131,12 @@ def joined(instruction: str, text: str = "", *, image: bool = False) -> str:
     return " ".join([*([IMAGE_TOKEN] if image else []), instruction, *([text] if text else [])])
 
 
-def profiled(metadata: Any, profile: Profile, revision: str | None) -> Any:
+def profiled(metadata: Any, profile: Profile) -> Any:
     """Metadata of a task under a profile: results of two profiles are never taken for each other.
 
     Args:
         metadata: Metadata of the class.
         profile: The profile; names the only subset of the task.
-        revision: Digest of local data, None for those of the hub.
     """
     languages = sorted(metadata.bcp47_codes) if isinstance(metadata.eval_langs, dict) else metadata.eval_langs
-    made = metadata.model_copy(update={"eval_langs": {profile.name: languages}})
-    return made if revision is None else with_digest(made, revision)
+    return metadata.model_copy(update={"eval_langs": {profile.name: languages}})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mteb_tasks.metadata import UniMETaskMetadata, task_metadata
+from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.citations import VIDORAG_BIBTEX
 from mteb_tasks.mmeb_v2.data_digest import set_digest
 from mteb_tasks.mmeb_v2.data_folder import DataFolder, HubFolder, local_root
@@ -25,6 +26,8 @@ from unime_st.data.scenes import RetrievalData
 if TYPE_CHECKING:
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
+    from mteb_tasks.mmeb.base_tasks import BenchmarkTask
+
 
 class VisDocTask(MMEBV2Task):
     """A visual-document set of MMEB-V2: each query ranks all pages. Data come from ``$MMEB_V2_DIR`` or the hub."""
@@ -38,32 +41,32 @@ class VisDocTask(MMEBV2Task):
         self._integer_ids = False
 
     def local_root(self) -> Path | None:
-        """See `MMEBV2Task.local_root`."""
+        """See `BenchmarkTask.local_root`."""
         return local_root()
 
-    def data_digest(self) -> str:
-        """See `MMEBV2Task.data_digest`."""
-        root = local_root()
-        return "missing" if root is None else set_digest(root, self.row)
+    def hub_root(self, run: Sequence[BenchmarkTask]) -> Path:
+        """Fetch this set alone; see `BenchmarkTask.hub_root`."""
+        return HubFolder(self.row).root
 
-    def is_missing(self) -> bool:
-        """See `MMEBV2Task.is_missing`."""
-        root = local_root()
-        return root is not None and not DataFolder(root).tables(self.row)
+    def data_digest(self, root: Path) -> str:
+        """See `BenchmarkTask.data_digest`."""
+        return set_digest(root, self.row)
 
-    def check_data(self) -> str:
-        """See `MMEBV2Task.check_data`."""
-        root = local_root()
-        assert root is not None
+    def is_missing(self, root: Path) -> bool:
+        """See `BenchmarkTask.is_missing`."""
+        try:
+            return not DataFolder(root).tables(self.row)
+        except MMEBDataError:
+            return False  # said aloud when the data are needed
+
+    def check_data(self, root: Path) -> str:
+        """See `BenchmarkTask.check_data`."""
         return check_set(DataFolder(root), self.row)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Read queries, pages and graded judgements; see `mteb_tasks.mmeb_v2.page_tables.read_page_tables`."""
         root = self.checked_root()
-        folder = HubFolder(self.row) if root is None else DataFolder(root)
-        if root is None:  # the hub's cache names a snapshot by its commit: it stands in the result
-            dataset = {**self.metadata.dataset, "revision": folder.root.name}
-            self.metadata = self.metadata.model_copy(update={"dataset": dataset})
+        folder = HubFolder(self.row) if self.local_root() is None else DataFolder(root)
         tables = read_set(folder, self.row)
         self._integer_ids = tables.integer_ids
         in_text = self.profile.instruction_in == "text"
@@ -89,21 +92,19 @@ class VisDocTask(MMEBV2Task):
             document_setting=pages,
         )
 
-    def task_specific_scores(
+    def added_scores(
         self,
-        scores: Mapping[str, Mapping[str, float]],
-        qrels: Mapping[str, Mapping[str, int]],
+        tables: RetrievalSplitData,
         results: Mapping[str, Mapping[str, float]],
-        hf_split: str,
-        hf_subset: str,
+        scores: Mapping[str, Mapping[str, float]],
     ) -> dict[str, Any]:
-        """Add nDCG at full precision and, for graded sets, the official variant of it."""
-        found: dict[str, Any] = super().task_specific_scores(scores, qrels, results, hf_split, hf_subset)
+        """nDCG at full precision and, for graded sets, the official variant of it."""
+        found = super().added_scores(tables, results, scores)
         found["ndcg_at_5"] = statistics.fmean(of_query["ndcg_cut_5"] for of_query in scores.values())
         if self.row.graded and self._integer_ids:
             found["ndcg_at_5_official"] = statistics.fmean(
                 official_ndcg(_ranked(results[query]), {int(page): grade for page, grade in grades.items()})
-                for query, grades in qrels.items()
+                for query, grades in tables["relevant_docs"].items()
             )
         return found
 

@@ -14,7 +14,7 @@ from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks import evaluate
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subsets import subset_named
-from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, Preflight, mmeb_tasks
+from mteb_tasks.mmeb.tasks import MMEB, MMEB_TASKS, mmeb_tasks
 from unime_st.data.images import BadImageError
 
 
@@ -128,9 +128,8 @@ def test_truncated_files_are_found(one):
     table = one / "CIRR" / "test-00000-of-00001.parquet"
     table.write_bytes(table.read_bytes()[:-20])
     tasks = [task for task in mmeb_tasks() if task.subset.name in ("OVEN", "CIRR")]
-    preflight = Preflight(tuple(task.subset for task in tasks))
     for task in tasks:
-        task.preflight = preflight
+        task.run = tasks
     with pytest.raises(MMEBDataError, match="2 MMEB subsets") as caught:
         tasks[0].load_data()
     assert "q0.png" in str(caught.value) and "CIRR/test-00000-of-00001.parquet cannot be read" in str(caught.value)
@@ -145,7 +144,7 @@ def _damage(image):
 def test_damage_in_the_middle_of_a_image_is_found_before_and_named_after_the_start(one, tiny):
     image = one / "images" / "CIRR" / "t1.png"
     task = next(task for task in mmeb_tasks() if task.subset.name == "CIRR")
-    task.preflight = None
+    task.run = ()
     task.load_data()
     _damage(image)
     with pytest.raises(BadImageError, match=r"MMEB-CIRR, document \w+ of query q\d: .*t1.png: cannot be decoded"):

@@ -90,7 +90,7 @@ def test_scores_are_those_of_native_images(rows: Path, square_model: SentenceTra
     loader = wrap(square_model, "unime/golden")
     for name in ("OVEN", "CIRR"):
         (task,) = (task() for task in IMAGE_TASKS if task.key == name)
-        assert "3 queries (published: 1,000)" in task.check_data()
+        assert "3 queries (published: 1,000)" in task.check_data(rows)
         found = mteb.evaluate(loader, task, cache=None).task_results[0]
         assert found.task_name == f"MMEB-V2-{name}" and found.scores["test"][0]["profile"] == "vlm2vec"
         task.load_data()
