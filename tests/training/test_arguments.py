@@ -15,7 +15,7 @@ from unime_st import stages
 from unime_st.options import OptionError, options_of, read_options
 from unime_st.stages import STAGES, HardNegativeArguments, InBatchArguments, RerankerArguments, SoftLabelArguments
 from unime_st.stages.command import main, parse
-from unime_st.stages.mine import ceiling
+from unime_st.stages.mine import MineArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "unime_st" / "configs"
@@ -157,12 +157,12 @@ def test_options_may_be_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("positive", "positive"), ("None", None), ("0.5", 0.5)])
 def test_ceiling(text: str, value: object) -> None:
-    assert ceiling(text) == value
+    assert MineArguments(max_similarity=text).max_similarity == value
 
 
 def test_a_strange_ceiling_is_refused() -> None:
-    with pytest.raises(ValueError, match="positive, none or a number"):
-        ceiling("high")
+    with pytest.raises(ValueError, match=r"a number, or one of positive \(or none\)"):
+        MineArguments(max_similarity="high")
 
 
 @pytest.mark.parametrize("option", [{"token_budget": "200"}, {"sub_batch_size": 4}, {"dataset_temperature": 2.0}])

@@ -32,10 +32,9 @@ class MineArguments(EngineArguments):
     pool: Literal["modality", "dataset", "global"] = option(
         "modality", "Candidates of a query: positives of the same modality, of the same dataset, or all."
     )
-    max_similarity: float | str | None = option(
+    max_similarity: float | Literal["positive"] | None = option(
         "positive",
         "Ceiling of a candidate's similarity: that of the positive, that plus a margin (a number), or none.",
-        choices=("positive",),
     )
     batch_size: int = option(64, "Batch size.", unit="items", at_least=1)
 
@@ -62,33 +61,10 @@ def run_mine(args: MineArguments) -> Path:
         args.output,
         num_candidates=args.num_candidates,
         pool=args.pool,
-        max_similarity=ceiling(args.max_similarity),
+        max_similarity=args.max_similarity,
         batch_size=args.batch_size,
         embed=cluster.embedder(args.model, records, batch_size=args.batch_size) if cluster else None,
         vectors=args.vectors or None,
         overwrite=args.overwrite,
     )
     return pools.folder
-
-
-def ceiling(value: float | str | None) -> Literal["positive"] | float | None:
-    """Ceiling that the option ``max_similarity`` stands for.
-
-    Args:
-        value: ``positive``, ``none`` or a margin above the positive's similarity.
-
-    Raises:
-        ValueError: If it is something else.
-
-    Example:
-        >>> ceiling("none"), ceiling("0.1")
-        (None, 0.1)
-    """
-    if value == "positive":
-        return "positive"
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"max_similarity must be positive, none or a number, but is {value!r}.") from None

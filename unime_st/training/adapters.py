@@ -29,11 +29,8 @@ def computation_dtype(args: StageArguments) -> torch.dtype:
 def load_options(args: StageArguments) -> dict[str, Any]:
     """Keyword arguments with which the model to train is loaded: its dtype, and whether it is quantized.
 
-    Under an adapter the frozen weights may be as short as the computation is. Weights that are trained stay in float32:
-    in bfloat16 most updates are smaller than half the distance to the next number and would be lost.
-
-    Raises:
-        ImportError: If ``quantize`` is set and bitsandbytes is not installed.
+    Under an adapter the frozen weights may be as short as the computation is. Weights that are trained stay in
+    float32: in bfloat16 most updates are smaller than half the distance to the next number and would be lost.
     """
     dtype = _DTYPES.get(args.weights) or (computation_dtype(args) if args.lora_rank else torch.float32)
     model_options: dict[str, Any] = {"dtype": dtype}
@@ -62,11 +59,6 @@ def _quantization(args: StageArguments) -> Any:
 def choose_trainable(model: BaseModel, args: StageArguments) -> None:
     """Add the adapter, or freeze what ``frozen`` names.
 
-    Args:
-        model: The model to train.
-        args: ``lora_rank`` 0 trains the weights themselves, but for those whose names match ``frozen``; otherwise
-            the layers whose names match ``lora_targets`` get an adapter and everything else is frozen.
-
     Raises:
         ValueError: If ``lora_targets`` matches no layer or ``frozen`` no weight, or nothing is left to train.
     """
@@ -83,11 +75,7 @@ def choose_trainable(model: BaseModel, args: StageArguments) -> None:
 
 
 def add_lora(model: BaseModel, args: StageArguments) -> None:
-    """Give ``model`` a trainable LoRA or DoRA adapter; its weights are float32 whatever the model's are.
-
-    Raises:
-        ValueError: If ``lora_targets`` matches no layer.
-    """
+    """Give ``model`` a trainable LoRA or DoRA adapter; its weights are float32 whatever the model's are."""
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -114,18 +102,7 @@ def merge_lora(model: BaseModel) -> None:
 
 
 def load_adapter_weights(model: BaseModel, checkpoint: str | Path) -> bool:
-    """Load the adapter of a checkpoint into the adapter of a model; the weights under it, quantized or not, stay.
-
-    Args:
-        model: A model with an adapter.
-        checkpoint: Folder that it was saved to.
-
-    Returns:
-        Whether the checkpoint holds an adapter.
-
-    Raises:
-        RuntimeError: If the weights do not fit.
-    """
+    """Load the adapter that a checkpoint may hold into that of a model; the weights under it, quantized or not, stay."""
     path = Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return False
@@ -141,18 +118,9 @@ def load_adapter_weights(model: BaseModel, checkpoint: str | Path) -> bool:
 
 
 def trained_into(fresh: BaseModel, weights: dict[str, torch.Tensor], args: StageArguments) -> BaseModel:
-    """Put what was trained over quantized or sharded weights into a whole model as it was before.
+    """Put what was trained over quantized or sharded weights into a fresh, unquantized model, in place.
 
-    Args:
-        fresh: The model as it was before training, unquantized.
-        weights: What was trained: the adapter, or all weights.
-        args: Options of the adapter.
-
-    Returns:
-        ``fresh``, changed in place.
-
-    Raises:
-        RuntimeError: If the weights do not fit.
+    ``weights`` are the adapter or all weights.
     """
     if args.lora_rank:
         add_lora(fresh, args)

@@ -244,17 +244,10 @@ def _groups(datasets: np.ndarray, temperature: float) -> list[tuple[np.ndarray, 
 def sampler(
     *, world_size: int = 1, datasets: Sequence[str] | None = None, drop_last: bool | None = None, **options: Any
 ) -> Callable[..., RowBatches]:
-    """Make a factory of batch samplers for the trainer.
+    """Factory of :class:`RowBatches` for the trainer, which calls it with the dataset and its own arguments.
 
-    Args:
-        world_size: Number of processes. Defaults to 1.
-        datasets: Name of each row's dataset. None (default): one dataset.
-        drop_last: Overrides the trainer's value, which is always True with several processes. None (default): the
-            trainer's.
-        **options: Options of :class:`RowBatches`.
-
-    Returns:
-        Callable: Called by the trainer with the dataset and the arguments of its batch samplers.
+    ``datasets`` are the names of the rows' datasets (None: one). ``drop_last`` overrides the trainer's value, which is
+    always True with several processes.
 
     Example:
         >>> from datasets import Dataset

@@ -47,14 +47,7 @@ class ItemCollator(SentenceTransformerDataCollator):
     open_item: Callable[[Item], Any] = Item.to_input
 
     def __call__(self, features: list[dict[str, Any]]) -> Features:
-        """Collate rows.
-
-        Args:
-            features: Rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``.
-
-        Returns:
-            dict: Features of :class:`DistinctItemsLoss`, and ``label``.
-        """
+        """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
         assert self.records is not None
         names = [name for name in features[0] if name != "label"]
         table = self.records.items.positions([row[name] for name in names for row in features])
@@ -139,18 +132,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self.loss.model = model
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            sentence_features: Buckets of :class:`ItemCollator`.
-            labels: Labels of the inner loss.
-
-        Returns:
-            Tensor: Scalar.
-
-        Raises:
-            ValueError: If the batch was collated lazily and there is no feed.
-        """
+        """Loss of the buckets of :class:`ItemCollator`."""
         buckets = [dict(features) for features in sentence_features]
         self._columns = buckets[0].pop(COLUMNS)
         if "sizes" in buckets[0]:

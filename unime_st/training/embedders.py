@@ -69,8 +69,8 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             rows: Columns ``query, positive, negative_1, ...`` of item ids, with optional ``label`` and ``dataset``.
             loss: An embedding loss of the model with ``calculate_loss``, as all cached losses have.
             in_batch: Whether the loss compares rows with each other. If not, it is a mean over rows, and small batches
-                accumulated are the large one exactly. Defaults to True.
-            distinct: No query and no positive comes twice in a batch. Defaults to True.
+                accumulated are the large one exactly.
+            distinct: No query and no positive comes twice in a batch.
         """
         args, dtype = self.args, computation_dtype(self.args)
         _check_dimensions(model, args.matryoshka_dims)

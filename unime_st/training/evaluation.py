@@ -33,30 +33,13 @@ class HeldOutEvaluator(BaseEvaluator):
         self.primary_metric = f"mrr@{_CUTOFF}"
 
     def ranks(self, model: Any) -> np.ndarray:
-        """Rank of the positive of every query, from 1.
-
-        Args:
-            model: The model to evaluate.
-
-        Returns:
-            int64 of shape (queries,); 0 where it is beyond the cutoff.
-        """
+        """Rank of the positive of every query, from 1; 0 where it is beyond the cutoff. int64 of shape (queries,)."""
         raise NotImplementedError
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Evaluate a model.
-
-        Args:
-            model: The model.
-            output_path: Unused: the trainer's log has the metrics.
-            epoch: Passes over the training data so far.
-            steps: Optimizer steps so far.
-
-        Returns:
-            ``hit@1`` and ``mrr@10``, means over the queries.
-        """
+        """Evaluate a model: ``hit@1`` and ``mrr@10``, means over the queries."""
         ranks = self.ranks(model)
         found = ranks > 0
         reciprocal = np.divide(1.0, ranks, where=found, out=np.zeros(len(ranks)))

@@ -62,27 +62,13 @@ class FeatureStore:
         return sum(os.path.getsize(path) for path in self._paths)
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
-        """Find keys without tensors.
-
-        Args:
-            keys: Keys as bytes, of shape (n,).
-
-        Returns:
-            np.ndarray: bool of shape (n,), as of the last :meth:`refresh`.
-        """
+        """Whether each key (bytes) had no tensors at the last :meth:`refresh`."""
         return np.isin(keys, self._keys, invert=True)
 
     def add(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add tensors under a new key.
+        """Add tensors by name, the same names for every key, under a new key of letters and digits.
 
         They are on disk after :meth:`flush` or when a shard is full, and can be read after :meth:`refresh`.
-
-        Args:
-            key: Letters and digits.
-            tensors: Tensors by name, the same names for every key.
-
-        Raises:
-            OSError: If a shard cannot be written.
         """
         self._waiting[key] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._held += sum(tensor.nbytes for tensor in tensors.values())
@@ -90,11 +76,7 @@ class FeatureStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write the tensors added since the last shard.
-
-        Raises:
-            OSError: If the shard cannot be written; the earlier ones are complete.
-        """
+        """Write the tensors added since the last shard; an OSError leaves the earlier shards complete."""
         if self._waiting:
             # Named by its keys: two processes that compute the same shard write the same file.
             path = self.folder / f"{digest(' '.join(self._waiting))}.safetensors"
@@ -109,17 +91,7 @@ class FeatureStore:
         self._waiting, self._held = {}, 0
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a key.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            dict[str, torch.Tensor]: Tensors by name, mapped from the file: copy them before changing them.
-
-        Raises:
-            KeyError: If the store has no such key.
-        """
+        """Tensors of a key by name, mapped from the file: copy them before changing them. KeyError if it is new."""
         index = int(np.searchsorted(self._keys, key.encode()))
         if index == len(self._keys) or self._keys[index] != key.encode():
             raise KeyError(f"{key} is not in {self.folder}")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from unime_st.data.images import BadImageError
@@ -41,16 +42,6 @@ class _Processed(Dataset):
 
 def _unchanged(features: Any) -> Features:
     return features
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return [_moved(part, device) for part in value]
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
-def _all_moved(features: Features, device: torch.device) -> Features:
-    return {name: _moved(value, device) for name, value in features.items()}
 
 
 class Feed:
@@ -87,14 +78,7 @@ class Feed:
         self._loader: DataLoader | None = None
 
     def stream(self, mini_batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[Features]:
-        """Yield the features of mini-batches in order.
-
-        Args:
-            mini_batches: Positions of the items of each mini-batch.
-            device: Device of the features.
-
-        Yields:
-            dict: Input of the model.
+        """Yield the features of mini-batches, given by the positions of their items, in order and on a device.
 
         Raises:
             BadImageError: If an image cannot be decoded; the message names the item.
@@ -103,7 +87,7 @@ class Feed:
         if self._loader is None:
             self._loader = self._make_loader(device)
         # A loop variable would keep the pixels alive while the model trains and while the next ones are decoded.
-        yield from map(partial(_all_moved, device=device), self._loader)
+        yield from map(partial(send_to_device, device=device, non_blocking=True), self._loader)
 
     def _make_loader(self, device: torch.device) -> DataLoader:
         options: dict[str, Any] = {}

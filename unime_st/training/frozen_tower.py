@@ -70,16 +70,7 @@ class FrozenTowerCache:
         return self._spill.read(number, self._model.device)
 
     def encode_images(self, number: int, features: Features, *, keep: bool) -> Features:
-        """Replace the pixels of a mini-batch by visual tokens.
-
-        Args:
-            number: Number of the mini-batch in the step.
-            features: Input of the model.
-            keep: Keep the result for the second pass.
-
-        Returns:
-            dict: Input of the model without pixels.
-        """
+        """Replace the pixels of a mini-batch by visual tokens, and keep the result for the second pass if asked to."""
         tokens: list[torch.Tensor] = []
         if "pixel_values" in features:
             with torch.no_grad(), autocast(self._model, self._dtype):

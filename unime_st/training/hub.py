@@ -13,13 +13,7 @@ _LEFT_HERE = ["checkpoints/*", "*.npy", "token_budget.json", "*.tmp"]
 
 
 def make_repository(args: StageArguments) -> str:
-    """Make the repository of ``push_to_hub``, so that a run that cannot upload fails before it trains.
-
-    Args:
-        args: Options of the stage.
-
-    Returns:
-        Its name, with the namespace.
+    """Make the repository of ``push_to_hub`` and return its name: a run that cannot upload fails before it trains.
 
     Raises:
         OptionError: If there is no token, no connection or no permission.
@@ -36,12 +30,7 @@ def make_repository(args: StageArguments) -> str:
 
 
 def upload(args: StageArguments, repository: str) -> None:
-    """Upload a finished model.
-
-    Args:
-        args: Options of the stage.
-        repository: Name of the repository, of :func:`make_repository`.
-    """
+    """Upload a finished model to the repository of :func:`make_repository`."""
     HfApi(token=args.hub_token).upload_folder(
         repo_id=repository,
         folder_path=args.output,

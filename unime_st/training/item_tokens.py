@@ -37,8 +37,8 @@ def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tup
         path: ``.npy`` file that keeps the counts for a resumed run. Defaults to None.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: Tokens and pixels, int64 of shape (items,) each. Items whose image header cannot be
-        read have :data:`UNREADABLE` tokens.
+        Tokens and pixels, int64 of shape (items,) each. Items whose image header cannot be read have
+        :data:`UNREADABLE` tokens.
     """
     if path is not None and path.is_file():
         tokens, pixels = np.load(path, allow_pickle=False)
@@ -76,16 +76,7 @@ def _costs(items: Sequence[Item], count: TokenCounter) -> np.ndarray:
 
 
 def counted_costs(arguments: StageArguments, records: ItemFolder, model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Count tokens and pixels with :func:`item_costs`, and keep the counts in the output folder for a resumed run.
-
-    Args:
-        arguments: Options of the stage. A dry run writes nothing.
-        records: The record folder.
-        model: The model to train.
-
-    Returns:
-        tuple[np.ndarray, np.ndarray]: See :func:`item_costs`.
-    """
+    """:func:`item_costs`, kept in the output folder for a resumed run. A dry run writes nothing."""
     if arguments.dry_run:
         return item_costs(records, model)
     with partial_state().main_process_first():  # the others read its file
@@ -95,17 +86,10 @@ def counted_costs(arguments: StageArguments, records: ItemFolder, model: Any) ->
 def usable_rows(
     arguments: StageArguments, records: ItemFolder, rows: Dataset, costs: np.ndarray
 ) -> tuple[Dataset, np.ndarray, int]:
-    """Set rows with an unreadable image aside, and list them in ``rejected.jsonl``.
-
-    Args:
-        arguments: Options of the stage. A dry run writes nothing.
-        records: The record folder.
-        rows: Columns of item ids, beside ``label`` and ``dataset``.
-        costs: Token counts of :func:`item_costs`.
+    """Set rows with an unreadable image aside, and list them in ``rejected.jsonl``. A dry run writes nothing.
 
     Returns:
-        tuple[Dataset, np.ndarray, int]: The other rows, the positions of their items of shape (rows, columns), and the
-        number of rows set aside.
+        The other rows, the positions of their items of shape (rows, columns), and the number of rows set aside.
 
     Raises:
         ValueError: If no row is left.

@@ -35,14 +35,7 @@ class MiniBatches:
     max_pixels: int = 0
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
-        """Split items into mini-batches.
-
-        Args:
-            positions: Positions of the items in the record folder, of shape (n,).
-
-        Returns:
-            list[np.ndarray]: Indices into ``positions``, each once, by falling tokens with padding.
-        """
+        """Split items, given by their positions in the record folder: indices into ``positions``, each once."""
         costs = self.costs[positions]
         if self.size is None:
             groups = pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))

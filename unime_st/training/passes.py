@@ -58,16 +58,9 @@ class Passes:
     ) -> Passes:
         """Passes by the options, with the token budget measured where it is ``auto``.
 
-        Args:
-            args: Options of the stage.
-            model: The model, with its adapter.
-            feed: Source of mini-batches.
-            indices: Positions of the rows' items, of shape (rows, columns).
-            tokens: Tokens of every stored item.
-            pixels: Pixels of every stored item that decoding makes; None: nothing is decoded.
-            in_batch: Whether rows are compared with each other. If not, the loss is a mean over rows, small batches
-                accumulated are the large one exactly, and no second forward pass is needed.
-            resumes: Whether a checkpoint is there.
+        ``indices`` (rows, columns) are the positions of the rows' items; ``tokens`` and ``pixels`` (None: nothing is
+        decoded) are those of every stored item. If rows are not compared with each other (``in_batch``), the loss is a
+        mean over rows: small batches accumulated are the large one exactly, and no second forward pass is needed.
         """
         cut = partial(MiniBatches, tokens, pixels=pixels, max_pixels=pixel_budget(model.device))
         budget = _token_budget(args, model, feed, lambda size: cut(budget=size), np.unique(indices), resumes)
@@ -83,14 +76,7 @@ class Passes:
         return cls(mini_batches, rows, in_batch, cached, words)
 
     def measure(self, model: BaseModel, feed: Feed, indices: np.ndarray, dtype: torch.dtype) -> list[MeasuredPass]:
-        """Try the most expensive pass, so that it fails now if it fails; then a usual one for the time.
-
-        Args:
-            model: The model, with its adapter.
-            feed: Source of mini-batches.
-            indices: Positions of the rows' items, of shape (rows, columns).
-            dtype: What autocast computes in.
-        """
+        """Try the most expensive pass, so that it fails now if it fails; then a usual one for the time."""
         if self.cached:
             distinct = np.unique(indices)
             groups = self.mini_batches(distinct)

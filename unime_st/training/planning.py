@@ -6,8 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from unime_st.training.arguments import StageArguments
 from unime_st.training.feed import Feed
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.processes import partial_state
+from unime_st.training.visual_tokens import autocast
 
 logger = logging.getLogger(__name__)
 _PROBES = (2048, 8192)  # token budgets at which memory is measured
@@ -29,13 +29,7 @@ _MAX_BUDGET = 1 << 20
 
 @dataclass(frozen=True)
 class MeasuredPass:
-    """Measured forward and backward pass.
-
-    Args:
-        tokens: Tokens of its mini-batches, without padding.
-        seconds: Duration, decoding included.
-        peak_bytes: Peak memory so far, of the device or (CPU) of the process.
-    """
+    """Measured forward and backward pass: tokens without padding, seconds with decoding, peak memory so far."""
 
     tokens: int
     seconds: float
@@ -43,18 +37,7 @@ class MeasuredPass:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far.
-
-    Args:
-        device: Device that computes.
-
-    Returns:
-        int: Bytes, of the device or (CPU) of this process.
-
-    Example:
-        >>> peak_bytes(torch.device("cpu")) > 1 << 20
-        True
-    """
+    """Peak memory so far, of the device or (CPU) of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident()
@@ -67,17 +50,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def dry_run_step(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: torch.dtype) -> MeasuredPass:
-    """Run the forward and backward pass of mini-batches as a training step does. Weights and random state are kept.
-
-    Args:
-        model: The model, with its adapter.
-        feed: Feed of the items.
-        groups: Positions of the items of each mini-batch.
-        dtype: Dtype of autocast.
-
-    Returns:
-        MeasuredPass: Tokens, time and memory.
-    """
+    """Measure the forward and backward pass of mini-batches of items, given by their positions, as a step does them."""
 
     def embed() -> tuple[torch.Tensor, int]:
         tokens, total = 0, torch.zeros((), device=model.device)
@@ -92,20 +65,13 @@ def dry_run_step(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dty
 def measure_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], dtype: torch.dtype) -> MeasuredPass:
     """Measure a forward and backward pass. Weights and random state are kept.
 
-    Args:
-        model: The model, with its adapter.
-        run: Runs the forward pass and returns the loss and the number of tokens.
-        dtype: Dtype of autocast.
-
-    Returns:
-        MeasuredPass: Tokens, time and memory.
+    ``run`` runs the forward pass, under autocast with ``dtype``, and returns the loss and the number of tokens.
     """
     device = model.device
     began = time.perf_counter()
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     was_training = model.training
     model.train()
-    with torch.random.fork_rng(), autocast:
+    with torch.random.fork_rng(), autocast(model, dtype):
         total, tokens = run()
         total.backward()
         float(total.detach())  # synchronizes the device
@@ -117,17 +83,9 @@ def measure_pass(model: BaseModel, run: Callable[[], tuple[torch.Tensor, int]], 
 def fitting_budget(
     model: BaseModel, feed: Feed, cut: Callable[[int], MiniBatches], positions: np.ndarray, dtype: torch.dtype
 ) -> int:
-    """Find the token budget of a mini-batch that fills the free memory, by linear extrapolation from two budgets.
+    """Token budget of a mini-batch that fills the free memory, by linear extrapolation from two measured budgets.
 
-    Args:
-        model: The model, with its adapter.
-        feed: Feed of the items.
-        cut: Makes the mini-batches of a token budget.
-        positions: Positions of the items.
-        dtype: Dtype of autocast.
-
-    Returns:
-        int: Tokens of a mini-batch, at least those of the largest item.
+    ``cut`` makes the mini-batches of a budget. The result is at least the tokens of the largest item.
     """
     free = _free_bytes(model.device)
     costs = cut(_PROBES[0]).costs
@@ -146,19 +104,7 @@ def fitting_budget(
 
 
 def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a plain matrix product: the reference of the model FLOPs utilization (MFU).
-
-    Args:
-        device: Device that computes.
-        dtype: Dtype of the matrices.
-
-    Returns:
-        float: Floating-point operations per second, best of four.
-
-    Example:
-        >>> peak_matmul_flops(torch.device("cpu"), torch.float32) > 0
-        True
-    """
+    """FLOP/s of a plain matrix product, best of four: the reference of the model FLOPs utilization (MFU)."""
     side = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # leaves the random numbers of the training alone
     left, right = (torch.randn(side, side, device=device, generator=own).to(dtype) for _ in range(2))
@@ -171,17 +117,9 @@ def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(model: BaseModel, *, cached: bool, recomputed: bool) -> float:
-    """FLOPs of training per token: 2 per weight and pass.
+    """FLOPs of training per token: 2 per weight and pass, of which caching and gradient checkpointing add one each.
 
     Only the weights of the language model are counted: with images it is a lower bound.
-
-    Args:
-        model: The model, with its adapter.
-        cached: Gradient caching, which adds a forward pass.
-        recomputed: Gradient checkpointing, which adds a forward pass.
-
-    Returns:
-        float: Floating-point operations per token.
     """
     weights = trained = 0
     for name, parameter in model.named_parameters():
@@ -246,22 +184,12 @@ class TrainingEstimate:
         lines.append(f"peak memory    {self.peak_gib:.2f} GiB, measured with the largest mini-batch")
         return "\n".join(f"  {line}" for line in lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Figures for the manifest."""
-        return asdict(self)
-
 
 def count_steps(arguments: StageArguments, rows: int, *, accumulates: bool = False) -> int:
-    """Count the optimizer steps of a run.
+    """Number of optimizer steps of a run.
 
-    Args:
-        arguments: Options of the stage.
-        rows: Rows of the data.
-        accumulates: Small batches are accumulated to the large one, across the ends of epochs. Defaults to False: the
-            batches that are left for the last step of an epoch form a smaller step.
-
-    Returns:
-        int: Number of steps.
+    If a step accumulates small batches to the large one, it does so across the ends of epochs. Otherwise the batches
+    that are left for the last step of an epoch form a smaller step.
     """
     a = arguments
     if a.max_steps > 0:
@@ -292,12 +220,9 @@ def estimate_training(
         row_costs: Tokens of each row, of shape (rows,).
         measured: The most expensive pass and a typical one, measured.
         steps: Optimizer steps.
-        unmeasured: Time of a step that was not measured, relative to the measured passes. Defaults to 0.
+        unmeasured: Time of a step that was not measured, relative to the measured passes.
         flops_per_token: Floating-point operations per token.
         **facts: Further fields of :class:`TrainingEstimate`.
-
-    Returns:
-        TrainingEstimate: The expected cost.
     """
     world, rows = partial_state().num_processes, len(row_costs)
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world

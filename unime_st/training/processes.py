@@ -15,10 +15,5 @@ def partial_state() -> PartialState:
     """State of all processes; the first call connects them.
 
     On a machine without accelerator ``cpu`` has to be set: accelerate would not connect the processes otherwise.
-
-    Example:
-        >>> from unime_st.training.processes import partial_state
-        >>> partial_state().num_processes
-        1
     """
     return PartialState(cpu=computes_on_cpu())

@@ -45,11 +45,7 @@ class _InPairs:
 
 
 class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
-    """Training stage of a reranker, see :class:`~unime_st.training.run.TrainingStage`.
-
-    Raises:
-        ValueError: If weights are to be sharded.
-    """
+    """Training stage of a reranker, see :class:`~unime_st.training.run.TrainingStage`."""
 
     trainer_class = RerankerTrainer
     loading = 'CrossEncoder("{}")'
@@ -71,10 +67,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
     def train(self, model: UniMEReranker, rows: Dataset, loss: RerankerLoss) -> None:
         """Train a model; a dry run ends with the plan.
 
-        Args:
-            model: From :meth:`load_model`.
-            rows: Columns ``query, positive, negative_1, ...`` of item ids, with optional ``label``.
-            loss: The loss of the model.
+        ``rows`` have the columns ``query, positive, negative_1, ...`` of item ids, with optional ``label``.
         """
         args, dtype = self.args, computation_dtype(self.args)
         items = _InPairs(model)
@@ -150,13 +143,8 @@ def _prompt_tokens(
 ) -> np.ndarray:
     """Tokens of the prompts that a row is expected to become; of its negatives, lists have some, drawn at random.
 
-    Args:
-        model: The reranker.
-        loss: Its loss.
-        lengths: Tokens of the items alone, of shape (rows, 2 + negatives): query, positive, negatives.
-        hardest: Which negative of each row is paired.
-        pair: Tokens of a pair's prompt without its items.
-        zero: Tokens of the text "0".
+    ``lengths`` (rows, 2 + negatives) are the tokens of query, positive and negatives alone, ``hardest`` is the
+    negative of each row that is paired, ``pair`` a pair's prompt without its items, ``zero`` the text "0".
     """
     query, positive, negatives = lengths[:, 0], lengths[:, 1], lengths[:, 2:]
     total = np.zeros(len(lengths))

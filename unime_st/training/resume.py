@@ -20,24 +20,13 @@ _DIGESTED = 64 << 20
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Write the list of the files of a finished checkpoint.
-
-    Args:
-        folder: The checkpoint.
-    """
+    """Write the list of the files of a finished checkpoint."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILES]
     write_json(folder / FILES, {str(path.relative_to(folder)): _signature(path) for path in files})
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """Path of the newest checkpoint that is whole; damaged and half-written ones are removed, with a warning.
-
-    Args:
-        folder: Folder of checkpoints.
-
-    Returns:
-        None if there is none.
-    """
+    """Path of the newest checkpoint that is whole; damaged and half-written ones are removed, with a warning."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
     for checkpoint in found:
         reason = _damage(checkpoint)

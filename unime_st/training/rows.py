@@ -17,15 +17,9 @@ def pair_rows(records: RecordSet) -> Dataset:
 
 
 def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
-    """Rows (query, positive, negative_1..k) of item ids; judged ones have a label.
+    """Rows (query, positive, negative_1..k) of item ids, the first ``num_negatives`` that are stored.
 
-    Args:
-        records: Records with negatives.
-        num_negatives: Negatives of a row, the first of those that are stored.
-
-    Returns:
-        Columns of item ids and, where the rows are judged, ``label``: the scores P(Yes) as float32, the positive's
-        first.
+    Judged rows have a ``label``: the scores P(Yes) as float32, the positive's first.
 
     Raises:
         ValueError: If a row has too few negatives, or only some rows are judged.
@@ -54,11 +48,7 @@ def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
 
 
 def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
-    """:func:`rows_with_negatives` of judged records, with the name of their dataset.
-
-    Raises:
-        ValueError: If the records are not judged.
-    """
+    """:func:`rows_with_negatives` of judged records, with the name of their dataset."""
     rows = rows_with_negatives(records, num_negatives)
     if "label" not in rows.column_names:
         raise ValueError(f"{records.folder}: the rows have no judge scores. Judge and select first (unime judge).")

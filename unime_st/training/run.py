@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -113,11 +114,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         return any((self.output / CHECKPOINTS).glob("checkpoint-*"))
 
     def load_model(self, **options: Any) -> ModelT:
-        """Load the model to start from: its dtype, quantization and adapter by the options of the stage.
-
-        Args:
-            **options: Further keyword arguments of the model.
-        """
+        """Load the model to start from: its dtype, quantization and adapter by the options of the stage."""
         self._options = options
         torch.manual_seed(self.args.seed)
         model = self._load(**options, **load_options(self.args))
@@ -170,7 +167,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             collator: The data collator.
             plan: What the run will take.
             rows_per_pass: Rows of a forward pass on one device, a divisor of the batch. Defaults to the batch.
-            cached: The loss caches gradients: it goes back through the model more than once. Defaults to False.
+            cached: The loss caches gradients: it goes back through the model more than once.
             **reporting: Arguments of :class:`~unime_st.training.trainer.ReportingTrainer`.
         """
         if cached and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
@@ -191,10 +188,10 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         self._facts = {"rows": len(rows), "steps": trainer.state.global_step, "loss": last}
         if trainer.state.best_metric is not None:
             self._facts["best"] = {
-                "step": _best_step(trainer.state),
+                "step": int(trainer.state.best_global_step or 0),
                 trainer.args.metric_for_best_model: trainer.state.best_metric,
             }
-        self._facts["plan"] = plan.to_dict()
+        self._facts["plan"] = asdict(plan)
 
     def _trainer(
         self,
@@ -223,7 +220,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         trainer_class: Any = self.trainer_class
-        trainer = trainer_class(
+        return trainer_class(
             model=model,
             args=args,
             train_dataset=rows,
@@ -234,7 +231,6 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             rows_per_step=batch * self.args.gradient_accumulation_steps * args.world_size,
             **reporting,
         )
-        return trainer
 
     def _save(self, model: BaseModel, trainer: Any) -> None:
         args, weights = self.args, None
@@ -258,13 +254,10 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
 
 
 class LossCurve(TrainerCallback):
-    """Loss curve and evaluations in ``log.jsonl``, written while they come; a resumed run's curve begins anew.
+    """Loss curve and evaluations in a file, written while they come; a resumed run's curve begins anew.
 
     Every checkpoint is a point of it: the trainer takes the mean from the last point on, and a resumed one has
     forgotten the losses before its checkpoint.
-
-    Args:
-        path: The file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -295,10 +288,6 @@ class LossCurve(TrainerCallback):
                 for entry in entries
                 if "loss" in entry or any(name.startswith("eval_") for name in entry)
             )
-
-
-def _best_step(state: TrainerState) -> int:
-    return int(state.best_global_step or 0)
 
 
 def shards_weights(args: StageArguments) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import tempfile
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO
 
 import torch
-from safetensors.torch import load, save
+from accelerate.utils import send_to_device
 
 from unime_st.training.feed import Features
 
@@ -26,12 +27,12 @@ class SpillFile:
         >>> spill = SpillFile()
         >>> spill.add(7, {"tokens": [torch.ones(2)], "kind": "image"})
         >>> 7 in spill, spill.read(7, torch.device("cpu"))
-        (True, {'kind': 'image', 'tokens': [tensor([1., 1.])]})
+        (True, {'tokens': [tensor([1., 1.])], 'kind': 'image'})
     """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._entries: dict[int, tuple[int, int, Features]] = {}  # start, length, values in memory
+        self._entries: dict[int, tuple[int, int]] = {}  # start and length in the file
         self._full = False
 
     def __contains__(self, number: int) -> bool:
@@ -45,33 +46,20 @@ class SpillFile:
             self._file.truncate()
 
     def add(self, number: int, features: Features) -> None:
-        """Write a mini-batch. On a full disk log a warning, and from then on keep none.
-
-        Args:
-            number: Number of the mini-batch.
-            features: Tensors, lists of tensors, and other values, which stay in memory.
-        """
+        """Write a mini-batch of tensors and lists of tensors; on a full disk log a warning and keep none from then on."""
         if self._full:
             return
-        tensors: dict[str, torch.Tensor] = {}
-        others: Features = {}
-        for name, value in features.items():
-            if isinstance(value, torch.Tensor):
-                tensors[name] = value
-            elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-                tensors |= {f"{name}/{index:04d}": tensor for index, tensor in enumerate(value)}
-            else:
-                others[name] = value
-        content = save({n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in tensors.items()})
+        content = io.BytesIO()
+        torch.save(send_to_device(dict(features), "cpu"), content)
         try:
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as this object
             start = self._file.seek(0, os.SEEK_END)
-            self._file.write(content)
+            self._file.write(content.getbuffer())
             self._file.flush()
         except OSError as error:
             self._disable(error)
             return
-        self._entries[number] = (start, len(content), others)
+        self._entries[number] = (start, content.getbuffer().nbytes)
 
     def _disable(self, error: OSError) -> None:
         logger.warning(
@@ -88,24 +76,9 @@ class SpillFile:
         self._file = None
 
     def read(self, number: int, device: torch.device) -> Features:
-        """Return the features of a mini-batch.
-
-        Args:
-            number: Number of the mini-batch.
-            device: Device of the tensors.
-
-        Returns:
-            dict: The features as they were added.
-        """
-        start, length, others = self._entries[number]
+        """Features of a mini-batch as they were added, on a device."""
+        start, length = self._entries[number]
         assert self._file is not None
         self._file.seek(start)
-        features: dict[str, Any] = dict(others)
-        for name, tensor in sorted(load(self._file.read(length)).items()):  # parts of a list in their order
-            whole, is_part, _ = name.partition("/")
-            moved = tensor.to(device)
-            if is_part:
-                features.setdefault(whole, []).append(moved)
-            else:
-                features[name] = moved
+        features: Features = torch.load(io.BytesIO(self._file.read(length)), map_location=device, weights_only=True)
         return features

@@ -26,9 +26,6 @@ class SetEpochCallback(TrainerCallback):
     """Sets the epoch of the batch sampler.
 
     In a resumed run on several processes the sampler is wrapped so deep that the trainer does not reach it.
-
-    Args:
-        batches: The batch sampler.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -60,17 +57,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write_error(what: str, folder: Path, intact: str, error: BaseException) -> OSError:
-    """Error for a model that could not be written: the cause, and what to do.
-
-    Args:
-        what: What could not be written.
-        folder: The folder to write to.
-        intact: What the run goes on from when it is started again.
-        error: The cause.
-
-    Returns:
-        The error to raise.
-    """
+    """Error for a model that could not be written: the cause, what the run goes on from (``intact``), what to do."""
     free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
     return OSError(
         f"{what} could not be written to {folder} ({free:.1f} GiB are free there): {error}. {intact} is intact: make "

@@ -76,11 +76,7 @@ class VisionCache:
     def fill(self, model: BaseModel, feed: Feed, costs: np.ndarray, pixels: np.ndarray) -> None:
         """Compute the visual tokens that are missing, each process its share.
 
-        Args:
-            model: The model.
-            feed: Decodes and processes items.
-            costs: Tokens of each item, of shape (items,).
-            pixels: Pixels of each item's decoded image, of shape (items,).
+        ``costs`` and ``pixels`` are the tokens of each item and the pixels of its decoded image, of shape (items,).
 
         Raises:
             BadImageError: If an image cannot be decoded.
@@ -123,14 +119,7 @@ class VisionCache:
         return item
 
     def preprocess(self, items: list[Item]) -> Features:
-        """Make the features that ``model.preprocess`` makes, with stored visual tokens instead of pixels.
-
-        Args:
-            items: Items, undecoded.
-
-        Returns:
-            dict: Input of the model.
-        """
+        """Make the features that ``model.preprocess`` makes, with stored visual tokens instead of pixels."""
         inputs: list[dict[str, Any]] = []
         self._images.stored = []
         for item in items:
@@ -172,7 +161,7 @@ class _StoredImages:
 
 
 def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = None) -> np.ndarray:
-    """Digest the images of a record folder. Files are read, not decoded.
+    """Digest the images of the items in use. Files are read, not decoded.
 
     Args:
         records: The record folder.
@@ -180,7 +169,7 @@ def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = N
         path: ``.npy`` file that keeps the keys for a resumed run. Defaults to None.
 
     Returns:
-        np.ndarray: Bytes of shape (items,); empty where an item has no image or is not in use.
+        Bytes of shape (items,); empty where an item has no image or is not in use.
     """
     if path is not None and path.is_file():
         return np.load(path, allow_pickle=False)
@@ -196,18 +185,9 @@ def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = N
 
 
 def max_cache_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray, costs: np.ndarray) -> int:
-    """Upper bound of the disk space of the visual tokens.
+    """Upper bound of the disk space of the visual tokens, in bytes.
 
     It counts the texts of items with an image too, and an image once for each item.
-
-    Args:
-        model: The model.
-        records: The record folder.
-        positions: Positions of the items in use.
-        costs: Tokens of each item, of shape (items,).
-
-    Returns:
-        int: Bytes.
     """
     base = backbone(model)
     weight = base.get_input_embeddings().weight

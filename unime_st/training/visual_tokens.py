@@ -20,17 +20,10 @@ _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevisio
 
 
 def check_frozen(model: BaseModel) -> None:
-    """Check that the visual tokens of a model are the same in every step.
-
-    Args:
-        model: The model to train, with its adapter.
+    """Check that the visual tokens of a model, with its adapter, are the same in every step.
 
     Raises:
         ValueError: If the family is not supported, or a part outside the language model is trained or has dropout.
-
-    Example:
-        >>> from unime_st import UniME
-        >>> check_frozen(UniME("unime-tiny").requires_grad_(False))
     """
     base = backbone(model)
     family = base.config.model_type.removeprefix("unime_")
@@ -56,13 +49,9 @@ def check_frozen(model: BaseModel) -> None:
 def compute_visual_tokens(model: BaseModel, features: Features) -> list[Any]:
     """Run the vision tower and the projector.
 
-    Args:
-        model: The model.
-        features: Input of the model, with pixels.
-
     Returns:
-        list: For the input layer, and for each inner layer that visual tokens enter, a sequence over the images of
-        tensors ``(tokens, hidden)``.
+        For the input layer, and for each inner layer that visual tokens enter, a sequence over the images of tensors
+        ``(tokens, hidden)``.
     """
     base = backbone(model)
     accepted = signature(base.get_image_features).parameters
