@@ -62,15 +62,7 @@ class AfterImport:
 
 
 def run(name: str, action: Callable[[], object]) -> None:
-    """Run an action; warn if it fails.
-
-    Args:
-        name: Module that the action is about.
-        action: Function without arguments.
-
-    Example:
-        >>> run("mteb", lambda: None)
-    """
+    """Run an action that is about a module; warn if it fails."""
     try:
         action()
     except Exception as error:  # an error here must not break `import mteb` for other programs

@@ -1,7 +1,7 @@
 """Private and patched names of other libraries, all in this file, each with the version it was checked on.
 
-Functions below wrap or patch what sentence-transformers, transformers, mteb, peft and huggingface_hub do not promise to
-keep. :data:`PRIVATE_NAMES` lists every such name, those included that our classes override or call in place.
+Functions below wrap or patch what sentence-transformers, transformers, mteb, peft and huggingface_hub do not promise
+to keep. :data:`PRIVATE_NAMES` lists every such name, those included that our classes override or call in place.
 ``tests/test_compat.py`` fails when an installed version no longer has one of them. Cheap to import: the libraries are
 imported inside the functions.
 """
@@ -115,8 +115,8 @@ def patch_sentence_transformers(
     """Let every Sentence Transformers class resolve our aliases before it turns to the hub.
 
     Args:
-        resolve: Gets a model name, and whether the hub may not be asked; returns the folder of an alias, None for folders
-            and other names.
+        resolve: Gets a model name, and whether the hub may not be asked; returns the folder of an alias, None for
+            folders and other names.
         card_data: Gets the class, the folder and whether the hub may not be asked; returns the data of the model card,
             None for folders of others.
     """
@@ -165,10 +165,7 @@ def inference_device(model: Any, device: int | str | torch.device | None) -> tor
 def patch_auto_class(module: str, name: str, before_first_load: Callable[[], None]) -> None:
     """Run an action before the first ``from_pretrained`` of one of transformers' Auto classes.
 
-    Args:
-        module: Module of the class; not ``transformers``, which is still being imported when this runs.
-        name: The class.
-        before_first_load: The action.
+    ``module`` is the one of the class; not ``transformers``, which is still being imported when this runs.
     """
     auto_class: Any = getattr(importlib.import_module(module), name)
     original = auto_class.__dict__["from_pretrained"]
@@ -253,12 +250,7 @@ def patch_peft(folder_of: Callable[[str], Path | None], alias_of: Callable[[str]
 
 
 class OutputHook:
-    """Forward hook with which transformers records outputs, made picklable.
-
-    Args:
-        *args: Arguments of ``install_output_capuring_hook`` after the module.
-        **kwargs: The same by name.
-    """
+    """Forward hook with which transformers records outputs, made picklable."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from torch import nn
@@ -308,11 +300,7 @@ def patch_output_capturing() -> None:
 
 
 def image_token_counter(processor: object) -> Callable[[list[list[int]]], list[int]] | None:
-    """Function that gives the number of image tokens for sizes ``[height, width]``; None where transformers has none.
-
-    Args:
-        processor: Processor of a vision-language model.
-    """
+    """Function that counts the image tokens of sizes ``[height, width]``; None where transformers has none."""
     if (count := getattr(processor, "_get_num_multimodal_tokens", None)) is None:
         return None
     return lambda sizes: list(count(image_sizes=sizes)["num_image_tokens"])

@@ -14,28 +14,12 @@ import psutil
 
 
 def resident() -> int:
-    """Current resident memory of this process.
-
-    Returns:
-        int: Bytes.
-
-    Example:
-        >>> resident() > 1 << 20
-        True
-    """
+    """Current resident memory of this process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident() -> int:
-    """Peak resident memory of this process.
-
-    Returns:
-        int: Bytes.
-
-    Example:
-        >>> peak_resident() > 1 << 20
-        True
-    """
+    """Peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")  # ru_maxrss starts with that of the parent process
     if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
@@ -43,17 +27,10 @@ def peak_resident() -> int:
 
 
 def malloc_trim() -> bool:
-    """Return freed memory that the C library keeps to the system.
+    """Return freed memory that the C library keeps to the system; False on other C libraries than glibc.
 
-    Buffers of all sizes that are freed between small ones that stay leave holes in the heap of every thread, which glibc
-    keeps. A call takes milliseconds, and the next use of each page a page fault.
-
-    Returns:
-        bool: False on other C libraries than glibc, which have no such function.
-
-    Example:
-        >>> malloc_trim() == (_libc_malloc_trim() is not None)
-        True
+    Buffers of all sizes that are freed between small ones that stay leave holes in the heap of every thread, which
+    glibc keeps. A call takes milliseconds, and the next use of each page a page fault.
     """
     if (trim := _libc_malloc_trim()) is None:
         return False
@@ -69,10 +46,10 @@ def _libc_malloc_trim() -> Any:
 class HeapTrimmer:
     """Keeps resident memory flat over the mini-batches of a large batch, by calling :func:`malloc_trim` where it helps.
 
-    Decoded images, pixels and activations of all sizes are freed between small allocations that stay (embeddings, random
-    states). glibc's heap then grows by hundreds of MiB over a few hundred images, although the memory in use does not.
-    Trimming costs page faults afterwards. So it is done between the passes of a step only, and where more memory is kept
-    than one mini-batch leaves behind on a trimmed heap.
+    Decoded images, pixels and activations of all sizes are freed between small allocations that stay (embeddings,
+    random states). glibc's heap then grows by hundreds of MiB over a few hundred images, although the memory in use
+    does not. Trimming costs page faults afterwards. So it is done between the passes of a step only, and where more
+    memory is kept than one mini-batch leaves behind on a trimmed heap.
 
     Args:
         slack: Bytes that may be kept beyond those of one mini-batch. Defaults to 16 MiB.
@@ -96,14 +73,10 @@ class HeapTrimmer:
         self._at_begin, self._usual, self._last = resident(), 0, None
 
     def trim(self, kind: str, kept: int = 0) -> bool:
-        """Trim if needed. Call it before each mini-batch, when nothing of the last one is in use.
+        """Trim if needed, and return whether memory was returned. Call it before each mini-batch.
 
-        Args:
-            kind: Pass of the next mini-batch, such as "forward".
-            kept: Bytes kept on purpose since the step began. Defaults to 0.
-
-        Returns:
-            bool: Whether memory was returned.
+        Nothing of the last mini-batch may be in use. ``kind`` is the pass of the next one, such as "forward", and
+        ``kept`` the bytes kept on purpose since the step began.
         """
         last, self._last = self._last, kind
         if last is None:

@@ -33,12 +33,13 @@ class UniME(ShardedByLayer, SentenceTransformer):
     Args:
         model_name_or_path: Alias (``"unime-v2"``, ``"unime-tiny"``), folder, or hub name of a native model.
         image_size: Side in pixels of the square to which images are resized, ``"official"``, ``"training"`` or
-            ``"native"``. Only for folders with an image rule, as written by :command:`unime convert`. Defaults to None,
-            the setting of the folder.
+            ``"native"``. Only for folders with an image rule, as written by :command:`unime convert`. Defaults to
+            None, the setting of the folder.
         **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`.
 
     Raises:
-        ValueError: The folder is a vision-language checkpoint without ``modules.json``, or ``image_size`` is given for a
+        ValueError: The folder is a vision-language checkpoint without ``modules.json``, or ``image_size`` is given for
+        a
             model without an image rule.
 
     Example:
@@ -106,7 +107,8 @@ class UniME(ShardedByLayer, SentenceTransformer):
         """Compute embeddings, see :meth:`SentenceTransformer.encode`.
 
         Args:
-            inputs: One input, or a list, iterator, array or pandas Series of inputs: text, image (PIL, path, URL, array),
+            inputs: One input, or a list, iterator, array or pandas Series of inputs: text, image (PIL, path, URL,
+            array),
                 ``{"image": ..., "text": ...}``, chat, :class:`~unime_st.Item`. Parts that are None are ignored.
             *args: Passed on.
             **kwargs: Passed on. ``batch_size`` counts units of 256 tokens, so that batches contain fewer long and more

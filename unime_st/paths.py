@@ -20,15 +20,7 @@ class AliasError(OSError):
 
 
 def home() -> Path:
-    """Folder of converted models and caches.
-
-    Returns:
-        ``$UNIME_HOME`` when set, else ``unime`` in the user's cache directory.
-
-    Example:
-        >>> home().name != ""
-        True
-    """
+    """Folder of converted models and caches: ``$UNIME_HOME`` if set, else ``unime`` in the user's cache directory."""
     if named := os.environ.get("UNIME_HOME"):
         return Path(named).expanduser()
     if sys.platform == "darwin":
@@ -43,11 +35,10 @@ def home() -> Path:
 def check_alias(name: str) -> str:
     """Return ``name`` if it can serve as an alias.
 
-    Args:
-        name: Letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit.
-
     Raises:
-        AliasError: The name has other characters, so it could leave ``$UNIME_HOME/models``.
+        AliasError: It does not begin with a letter or digit, or has other characters than letters, digits, ``.``,
+        ``_``
+            and ``-``, so it could leave ``$UNIME_HOME/models``.
 
     Example:
         >>> check_alias("unime-v2-2b")
@@ -61,12 +52,6 @@ def check_alias(name: str) -> str:
 def local_folder(name: str) -> Path:
     """Folder that ``unime pull`` and ``unime convert --alias`` write for an alias, whether or not it exists.
 
-    Args:
-        name: An alias, see :func:`check_alias`.
-
-    Returns:
-        ``$UNIME_HOME/models/<name>``.
-
     Example:
         >>> local_folder("unime-v2").parts[-2:]
         ('models', 'unime-v2')
@@ -75,12 +60,7 @@ def local_folder(name: str) -> Path:
 
 
 def local_aliases() -> list[str]:
-    """Aliases of the folders in ``$UNIME_HOME/models``, sorted.
-
-    Example:
-        >>> isinstance(local_aliases(), list)
-        True
-    """
+    """Aliases of the folders in ``$UNIME_HOME/models``, sorted."""
     models = home() / "models"
     folders = [path for path in models.iterdir() if path.is_dir()] if models.is_dir() else []
     return sorted(path.name for path in folders if ALIAS_PATTERN.fullmatch(path.name))
@@ -88,9 +68,6 @@ def local_aliases() -> list[str]:
 
 def alias_of(folder: str | Path) -> str | None:
     """Alias that stands for a folder, the inverse of :func:`find_model`; None if there is none.
-
-    Args:
-        folder: Any path.
 
     Example:
         >>> alias_of(PACKAGED), alias_of("somewhere/else")
@@ -103,14 +80,11 @@ def alias_of(folder: str | Path) -> str | None:
 
 
 def find_model(name: str) -> Path | None:
-    """Find a model on this machine, without going to the hub.
-
-    Args:
-        name: Path of a folder, or an alias.
+    """Find a model by the path of its folder or an alias, without going to the hub.
 
     Returns:
-        The first that exists of: a directory of that name, ``$UNIME_HOME/models/<name>``, the model inside this package
-        (``unime-tiny``); None if there is none.
+        The first that exists of: a directory of that name, ``$UNIME_HOME/models/<name>``, the model inside this
+        package (``unime-tiny``); None if there is none.
 
     Raises:
         AliasError: The folder of an alias is damaged; the message says how to make it again.

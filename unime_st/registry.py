@@ -52,10 +52,7 @@ def known_aliases() -> list[str]:
 
 
 def is_alias(name: str) -> bool:
-    """Whether ``name`` is an alias: that of a folder in ``$UNIME_HOME/models``, or any that begins with ``unime-``.
-
-    Args:
-        name: What was given to ``SentenceTransformer`` or ``CrossEncoder``.
+    """Whether a name is an alias: that of a folder in ``$UNIME_HOME/models``, or any that begins with ``unime-``.
 
     Example:
         >>> is_alias("unime-v2"), is_alias("all-MiniLM-L6-v2"), is_alias("./unime-v2")
@@ -103,14 +100,7 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
 
 
 def resolve_alias(name: str, local_files_only: bool = False) -> str | None:
-    """Return the folder of an alias, None for other names.
-
-    Args:
-        name: What was given to ``SentenceTransformer`` or ``CrossEncoder``.
-        local_files_only: Never go to the hub.
-
-    Raises:
-        AliasError: As for :func:`resolve`.
+    """Folder of an alias, see :func:`resolve`; None for other names.
 
     Example:
         >>> resolve_alias("all-MiniLM-L6-v2") is None
@@ -126,9 +116,6 @@ def register() -> None:
 
     Called by ``import unime_st``; calling it again changes nothing. A library that is not loaded yet is patched at the
     end of its own import, so this neither imports torch nor costs time.
-
-    Example:
-        >>> register()
     """
     actions: dict[str, Callable[[], None]] = {
         "sentence_transformers": functools.partial(compat.patch_sentence_transformers, resolve_alias, _card_data),

@@ -86,9 +86,9 @@ def other_shape(folder: Path) -> None:
     [
         (
             cut,
-            r"model.safetensors has \d+ bytes where its header announces \d+: it is incomplete or damaged. Delete it",
+            r"model.safetensors is incomplete or damaged .*not fully covered.*Delete it and download it again",
         ),
-        (scramble, "model.safetensors is damaged .no safetensors header.*download it again"),
+        (scramble, "model.safetensors is incomplete or damaged .*header too large.*download it again"),
         (pointer, "git-lfs pointer"),
         (dangling, "links to .*gone, which is gone. Download or convert again"),
         (partial, "half-downloaded .model.safetensors.incomplete is there.. Let the download finish"),

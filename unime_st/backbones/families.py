@@ -45,13 +45,7 @@ class Family:
     native: bool = True
 
     def load(self, attribute: str) -> Any:
-        """Return one of our classes.
-
-        Args:
-            attribute: ``"config"``, ``"model"``, ``"processor"`` or ``"generator"``.
-
-        Raises:
-            ValueError: The family has no class of ours for that.
+        """Our class for ``"config"``, ``"model"``, ``"processor"`` or ``"generator"``; ValueError if there is none.
 
         Example:
             >>> FAMILIES["qwen2_vl"].load("config").__name__
@@ -63,14 +57,7 @@ class Family:
         return getattr(import_module(self.module), name)
 
     def read_config(self, folder: Path) -> Any:
-        """Read the configuration of a checkpoint of this family.
-
-        Args:
-            folder: The checkpoint; where transformers lacks the family, in the layout of its publisher.
-
-        Example:
-            >>> FAMILIES["phi3_v"].read_config(Path("Phi-3.5-vision-instruct"))      # doctest: +SKIP
-        """
+        """Configuration of a checkpoint; where transformers lacks the family, in the layout of its publisher."""
         from transformers import AutoConfig
 
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))

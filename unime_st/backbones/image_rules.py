@@ -23,9 +23,6 @@ def open_image(source: Any) -> Image.Image:
         source: PIL image, path, ``http(s)`` URL, data URI or base64 text; or an array or tensor of ``uint8`` with the
             channels (1, 3 or 4) last or first.
 
-    Returns:
-        The image as stored.
-
     Raises:
         BadImageError: It cannot be read or decoded; the message names it.
         TypeError: It has another type.
@@ -77,18 +74,10 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def prepare_image(source: Any, rule: ImageRule, side: int | None) -> Image.Image:
-    """Convert an image to RGB as the official code does.
+    """Convert an image, see :func:`open_image`, to RGB as the official code does.
 
-    Args:
-        source: See :func:`open_image`.
-        rule: Treatment of orientation and transparency.
-        side: Side in pixels of the square to squash to, None keeps the size.
-
-    Returns:
-        RGB image without EXIF data, so that no later step rotates it again.
-
-    Raises:
-        BadImageError: The image cannot be read.
+    ``side`` is that of the square to squash to, in pixels; None keeps the size. The result has no EXIF data, so that
+    no later step rotates it again.
 
     Example:
         >>> prepare_image(Image.new("P", (30, 20)), ImageRule(), 28).size

@@ -10,8 +10,8 @@ from torch import nn
 class PatchProjection(nn.Conv3d):
     """Convolution whose kernel covers one patch, computed as a matrix product: the same weights, the same result.
 
-    As a convolution it takes three times as long on a CPU. Torch also keeps a kernel for every number of patches that it
-    has met, so memory grows with the number of mini-batches and fragments.
+    As a convolution it takes three times as long on a CPU. Torch also keeps a kernel for every number of patches that
+    it has met, so memory grows with the number of mini-batches and fragments.
 
     Args:
         *args: As for :class:`torch.nn.Conv3d`.
@@ -34,9 +34,6 @@ class PatchProjection(nn.Conv3d):
 
 def replace_patch_projections(model: nn.Module) -> None:
     """Make the patch projections of a model :class:`PatchProjection`, in place; saved files stay the same.
-
-    Args:
-        model: Any model; convolutions of another kind are left alone.
 
     Example:
         >>> from torch import nn

@@ -101,36 +101,18 @@ class UniMEProcessorMixin:
         return prepare_image(images, self._rule, self._side)
 
     def count_placeholders(self, text: str) -> int:
-        """Number of image placeholders in a rendered text.
-
-        Example:
-            >>> processor.count_placeholders("<image>\\nWhat is this?")               # doctest: +SKIP
-            1
-        """
+        """Number of image placeholders in a rendered text."""
         return text.count(self.image_token)
 
     def image_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Boolean mask of the image tokens.
-
-        Example:
-            >>> int(processor.image_mask(features["input_ids"]).sum())               # doctest: +SKIP
-            576
-        """
+        """Boolean mask of the image tokens."""
         return input_ids == self.image_token_id
 
     def images_per_row(self, images: Any, texts: list[str]) -> list[list[Any]]:
-        """Return the images of every row, one for each placeholder in its text.
-
-        Args:
-            images: None, one list per row, or a flat list.
-            texts: Rendered prompts.
+        """Images of every row, one for each placeholder in its text, from None, one list per row, or a flat list.
 
         Raises:
             ValueError: Images and placeholders of a row do not match; the message names the row.
-
-        Example:
-            >>> processor.images_per_row(None, ["no image"])                       # doctest: +SKIP
-            [[]]
         """
         counts = [self.count_placeholders(text) for text in texts]
         if images is None:

@@ -29,8 +29,8 @@ class ShardedByLayer:
     def _no_split_modules(self) -> list[str]:
         """The layers of the language model that the backbone names.
 
-        Those of the vision tower stay with the rest, which is gathered in every forward pass. Devices without an image in
-        their mini-batch do not run the tower, so the others would wait for its layers.
+        Those of the vision tower stay with the rest, which is gathered in every forward pass. Devices without an image
+        in their mini-batch do not run the tower, so the others would wait for its layers.
         """
         backbone = self.transformers_model
         named = set(getattr(backbone, "_no_split_modules", None) or ())

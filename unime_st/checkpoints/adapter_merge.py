@@ -38,28 +38,17 @@ _UNSUPPORTED = (
 
 
 def write_merged(part: Path, source: Source, full: Source, config: PreTrainedConfig, recipe: Recipe) -> str:
-    """Merge an adapter into its base model and save the weights.
+    """Merge an adapter into its base model, ``full``, and save the weights beside the configuration in ``part``.
 
     peft does the arithmetic (LoRA, rsLoRA, DoRA, patterns of ranks and alphas). Only names are translated: released
     adapters were trained on models whose modules had other names in older versions of transformers. Tensors that
     replace parameters of the base (``modules_to_save``, biases) are copied.
 
-    Args:
-        part: Folder to save in; holds the configuration already.
-        source: The adapter.
-        full: The base model.
-        config: Configuration that the merged model loads with.
-        recipe: Says whether the language head is needed.
-
     Returns:
-        str: ``"merged"``, for the record.
+        ``"merged"``, for the record.
 
     Raises:
         CheckpointError: The adapter is of a kind that cannot be merged, is incomplete, or does not fit the base.
-
-    Example:
-        >>> write_merged(part, read_source("adapter"), read_source("base"), config, recipe)   # doctest: +SKIP
-        'merged'
     """
     settings = _settings(source)
     auto = AutoModelForMultimodalLM if recipe.task == "reranker" else AutoModel

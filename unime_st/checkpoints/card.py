@@ -33,15 +33,7 @@ def write_card(
 ) -> None:
     """Write ``README.md`` of a converted folder.
 
-    Args:
-        folder: The converted folder.
-        recipe: The recipe it was converted by.
-        alias: Its alias on this machine, if it has one.
-        record: Content of ``unime.json``.
-        processor: Its processor, for the image rule in force.
-
-    Example:
-        >>> write_card(folder, recipe, alias=None, record={}, processor=processor)  # doctest: +SKIP
+    ``record`` is the content of ``unime.json``; the processor has the image rule in force.
     """
     reranker = recipe.task == "reranker"
     lines = [
@@ -152,8 +144,8 @@ def card_data(
         local_files_only: Never go to the hub.
 
     Returns:
-        Data with base model, license and tag; None if the folder is not one that unime-st made, or the class is neither
-        an embedding model nor a reranker.
+        Data with base model, license and tag; None if unime-st did not make the folder, or the class is neither an
+        embedding model nor a reranker.
     """
     record, card = folder / CONVERSION_RECORD, folder / CARD
     try:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.util import batch_to_device
 
 from unime_st.checkpoints.source import CheckpointError, read_source
 from unime_st.recipes import Demo, Recipe
@@ -46,11 +47,7 @@ class Check:
 
 
 def sample_image(width: int = 200, height: int = 140) -> Image.Image:
-    """Return a test image with colors, edges and a gradient, the same on every machine.
-
-    Args:
-        width: In pixels.
-        height: In pixels.
+    """Test image with colors, edges and a gradient, the same on every machine.
 
     Example:
         >>> sample_image(40, 30).size
@@ -193,7 +190,7 @@ def positions(subject: Subject, recipe: Recipe | None) -> Check:
     backbone = getattr(backbone, "model", backbone)
     if not hasattr(backbone, "get_rope_index"):
         return Check("positions", recipe is None or recipe.positions == "native", "one per token")
-    features = _to_device(subject.model, subject.features([subject.row("x", sample_image())]))
+    features = batch_to_device(subject.features([subject.row("x", sample_image())]), subject.model.device)
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     found, _ = backbone.get_rope_index(**{name: features[name] for name in names if name in features})
     flat = bool((found == torch.arange(found.shape[-1], device=found.device)).all())
@@ -257,10 +254,6 @@ def _image_mask(subject: Subject, ids: torch.Tensor) -> torch.Tensor:
         mask: torch.Tensor = processor.image_mask(ids)
         return mask
     return ids == processor.image_token_id
-
-
-def _to_device(model: SentenceTransformer | CrossEncoder, features: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.to(model.device) if hasattr(value, "to") else value for key, value in features.items()}
 
 
 @contextmanager

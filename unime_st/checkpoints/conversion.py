@@ -117,22 +117,7 @@ def convert(
 
 
 def convert_to(target: Path, folder: str | Path, recipe: Recipe, options: Options, *, overwrite: bool) -> Path:
-    """Convert a checkpoint; for callers that hold the lock of the target, see :func:`unime_st.files.folder_lock`.
-
-    Args:
-        target: Folder to write.
-        folder: The checkpoint.
-        recipe: The recipe.
-        options: As for :func:`convert`.
-        overwrite: Replace an existing folder.
-
-    Returns:
-        Path: ``target``.
-
-    Raises:
-        CheckpointError: As for :func:`convert`.
-        FileExistsError: The target exists and ``overwrite`` is False.
-    """
+    """Convert a checkpoint; for callers that hold the lock of the target, see :func:`unime_st.files.folder_lock`."""
     backbones.register()
     source = read_source(folder)
     full = _full_source(source, options.base)

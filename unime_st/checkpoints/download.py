@@ -33,9 +33,9 @@ def pull(
 ) -> Path:
     """Download a released checkpoint at its pinned commit and convert it to ``$UNIME_HOME/models/<alias>``.
 
-    The download goes to the hub's own cache and continues where an earlier one stopped, in the middle of a file if need
-    be. The new folder links to the weights in that cache. Of several processes that ask at once, one downloads and the
-    others wait.
+    The download goes to the hub's own cache and continues where an earlier one stopped, in the middle of a file if
+    need be. The new folder links to the weights in that cache. Of several processes that ask at once, one downloads
+    and the others wait.
 
     Args:
         alias: Alias of a released model, e.g. ``"unime-v2"``.

@@ -27,12 +27,7 @@ _CE = "sentence_transformers.cross_encoder.modules"
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log messages and progress bars for what is checked and reported here.
-
-    Example:
-        >>> with quiet_transformers():
-        ...     pass
-    """
+    """Silence transformers' log messages and progress bars for what is checked and reported here."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -45,11 +40,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def link_file(source: Path, target: Path) -> str:
-    """Give a file a second name without copying it, if the file system can do so.
-
-    Args:
-        source: Existing file; a link is followed.
-        target: New name.
+    """Give a file, or the target of a link, a second name, without copying it if the file system can do so.
 
     Returns:
         ``"hard link"``, ``"symbolic link"`` or ``"copy"``, whichever was possible, in this order.
@@ -89,14 +80,8 @@ def write_modules(
         dimension: Width of the hidden states.
         processing_kwargs: Default options of the processor.
         yes_no_ids: Token ids of the two answers; for a reranker.
-        needs_unime_st: Whether the folder needs classes of this package; Sentence Transformers then says so where it is
-            missing.
-
-    Raises:
-        ValueError: A reranker comes without answer tokens.
-
-    Example:
-        >>> write_modules(folder, recipe, dimension=64, processing_kwargs={}, yes_no_ids=None, needs_unime_st=False)  # doctest: +SKIP
+        needs_unime_st: Whether the folder needs classes of this package; Sentence Transformers then says so where it
+            is missing.
     """
     reranker = recipe.task == "reranker"
     output = "logits" if reranker else "last_hidden_state"

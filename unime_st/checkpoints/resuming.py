@@ -23,13 +23,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def partial_bytes(repo: str) -> int:
-    """Bytes that earlier, unfinished downloads of a repository left.
-
-    Args:
-        repo: Name on the hub.
-
-    Returns:
-        Bytes that need not be fetched again.
+    """Bytes that earlier, unfinished downloads of a repository left, and that need not be fetched again.
 
     Example:
         >>> partial_bytes("nobody/nothing")
@@ -39,18 +33,10 @@ def partial_bytes(repo: str) -> int:
 
 
 def fetch_files(repo: str, commit: str, names: Iterable[str]) -> None:
-    """Download files into the hub's cache, each from where it stopped the last time.
-
-    Args:
-        repo: Name on the hub.
-        commit: Full commit hash.
-        names: Files to fetch; one that is complete costs one request.
+    """Download files of a commit into the hub's cache, each from where it stopped; a complete one costs one request.
 
     Raises:
         OSError: The disk is full, or what arrived is not what the hub announced.
-
-    Example:
-        >>> fetch_files("TianchengGu/UniME-V2-Qwen2VL-2B", commit, ["model.safetensors"])  # doctest: +SKIP
     """
     for name in names:
         url = hf_hub_url(repo, name, revision=commit)

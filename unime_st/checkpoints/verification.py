@@ -69,15 +69,7 @@ def run_checks(
 ) -> Iterator[Check]:
     """Check a model as :func:`verify` does, and yield every check as soon as it has finished.
 
-    Args:
-        alias_or_folder: As for :func:`verify`.
-        demo_image: As for :func:`verify`.
-        full: As for :func:`verify`.
-        quick: As for :func:`verify`.
-        device: As for :func:`verify`.
-
-    Yields:
-        Check: The checks, those without an image first. A check that raises has failed; the rest still run.
+    A check that raises has failed; the rest still run.
     """
     folder = find_model(alias_or_folder)
     if folder is None:
@@ -124,13 +116,7 @@ def _recipe_of(folder: Path, name: str) -> Recipe | None:
 
 @dataclass(frozen=True)
 class _Loader:
-    """Loads the model, or what it saved, always in the same way.
-
-    Args:
-        folder: The folder to check.
-        device: Where to run.
-        quick: Squash images to a small square.
-    """
+    """Loads the model, or what it saved, always in the same way."""
 
     folder: Path
     device: str | None
@@ -168,24 +154,8 @@ def _announce(subject: Subject, *, saved: bool) -> None:
         )
 
 
-def table(found: list[Check]) -> str:
-    """Return checks as a table for people.
-
-    Args:
-        found: The checks.
-
-    Example:
-        >>> print(table([Check("pooling", True, "lasttoken")]))
-        ok       pooling         lasttoken
-    """
-    return "\n".join(line(check) for check in found)
-
-
 def line(check: Check) -> str:
-    """Return one check as a line of :func:`table`.
-
-    Args:
-        check: The check.
+    """One check as a line of text.
 
     Example:
         >>> line(Check("save = load", None, "left out"))

@@ -40,16 +40,7 @@ _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
 @dataclass
 class Job:
-    """One input to encode.
-
-    Args:
-        row: Position in the stream.
-        value: The input.
-        num_tokens: Number of tokens after preprocessing.
-        pixels: Number of stored pixels of its images.
-        tokens: Token ids, if the input is a plain text.
-        error: Reason why there is no vector.
-    """
+    """One input to encode: its row in the stream, and what is known of it; ``tokens`` are those of a plain text."""
 
     row: int
     value: Any
@@ -148,11 +139,7 @@ class BatchRunner:
     def encode(self, jobs: list[Job]) -> list[torch.Tensor | None]:
         """Encode a batch, in halves if the device runs out of memory.
 
-        Args:
-            jobs: The batch.
-
-        Returns:
-            list[torch.Tensor | None]: A vector for each job, or None if ``job.error`` gives the reason.
+        Each job gets a vector, or None with the reason in ``job.error``.
         """
         counts = [max(job.num_tokens, 1) for job in jobs]
         tokens = len(jobs) * max(counts)

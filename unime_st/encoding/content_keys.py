@@ -21,18 +21,12 @@ _BLOCK = 1 << 20
 
 
 def content_key(value: object, *, name: str | None = None) -> Hashable:
-    """Return a key that is equal for two inputs only if their contents are equal.
+    """Key that is equal for two normalized inputs only if their contents are equal, and keeps no image in memory.
 
     Images are compared by their bytes or pixels, files by device, inode, size and times as well as by path. URLs are
     compared as strings, since the engine downloads each URL once. Whatever cannot be compared for certain, such as an
-    object of an unknown type, equals nothing else.
-
-    Args:
-        value: A normalized input, see :func:`~unime_st.encoding.model_inputs.normalize_input`.
-        name: Name of the part ("text", "image", ...) that the value belongs to. Defaults to None, a whole input.
-
-    Returns:
-        Hashable: A key that keeps no image in memory.
+    object of an unknown type, equals nothing else. ``name`` is the part ("text", "image", ...) that the value belongs
+    to.
 
     Raises:
         BadImageError: If the image of an :class:`~unime_st.Item` cannot be read.

@@ -97,9 +97,9 @@ def encode_items(
         reasons: Dictionary that is filled with the reason for every row without a vector. Defaults to None.
 
     Returns:
-        np.ndarray: float32 vectors of shape (num_items, dim) as the model computes them (unit length for UniME models).
-        With ``on_error="skip"``, a tuple of the vectors and a boolean mask of shape (num_items,), which is True for rows
-        with a vector.
+        np.ndarray: float32 vectors of shape (num_items, dim) as the model computes them (unit length for UniME
+        models). With ``on_error="skip"``, a tuple of the vectors and a boolean mask of shape (num_items,), which is
+        True for rows with a vector.
 
     Raises:
         BadImageError: If an image cannot be decoded and ``on_error`` is "raise"; the message names the item.
@@ -246,12 +246,7 @@ def encode_to_shards(
 
 
 def resolve_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
-    """Prompt that ``SentenceTransformer.encode`` would use: the given one, or the default prompt of the model.
-
-    Args:
-        model: The model.
-        prompt: The prompt of a call. "" is no prompt.
-    """
+    """Prompt that ``SentenceTransformer.encode`` would use: the given one ("" is none), or the model's default."""
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     return prompt or None

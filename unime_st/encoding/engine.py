@@ -56,8 +56,8 @@ class Engine:
 
     The stream is read in windows of :data:`WINDOW` inputs, and each distinct input is encoded once. Token counts are
     known before images are decoded, so that inputs of similar length are batched up to a token budget, the longest
-    first. Threads decode and preprocess the next batches while the device runs the current one, so that only the images
-    of a few batches are in memory.
+    first. Threads decode and preprocess the next batches while the device runs the current one, so that only the
+    images of a few batches are in memory.
 
     Args:
         runner: The model and how batches are run.
@@ -92,7 +92,7 @@ class Engine:
             window: Number of inputs per window. The first two windows have a sixteenth and a quarter of this size,
                 so that the model starts early. Defaults to None, windows of :data:`WINDOW` from the start.
             total: Length of the stream for the progress bar. Defaults to None, unknown.
-            progress: Show a progress bar. Defaults to False.
+            progress: Show a progress bar.
 
         Raises:
             TypeError: If ``inputs`` is a single input.
@@ -277,17 +277,9 @@ def encode_into(
     on_error: Literal["raise", "skip"],
     **options: Any,
 ) -> dict[int, str]:
-    """Encode a stream of inputs into a sink.
+    """Encode a stream of inputs into a sink, and return the reasons of the rows without a vector.
 
-    Args:
-        model: The embedding model.
-        inputs: Stream of inputs.
-        results: Receives the vectors.
-        on_error: See :class:`Engine`.
-        **options: ``window``, ``total`` and ``progress`` of :meth:`Engine.run`, and options of :class:`BatchRunner`.
-
-    Returns:
-        dict[int, str]: Reasons by row, for rows without a vector.
+    ``options`` are ``window``, ``total`` and ``progress`` of :meth:`Engine.run`, and those of :class:`BatchRunner`.
     """
     run_options = {name: options.pop(name) for name in ("window", "total", "progress") if name in options}
     engine = Engine(BatchRunner(model, **options), on_error=on_error)

@@ -8,8 +8,7 @@ import ipaddress
 import socket
 import threading
 from collections.abc import Callable
-from functools import partial
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import (
     HTTPHandler,
@@ -33,27 +32,15 @@ MAX_REDIRECTS = 5
 
 _SCHEMES = ("http://", "https://")
 _BLOCK = 1 << 16
-_Watch = Callable[[socket.socket], None]
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is an ``http`` or ``https`` URL.
-
-    Args:
-        text: The text.
-    """
+    """Whether a text is an ``http`` or ``https`` URL."""
     return text.startswith(_SCHEMES)
 
 
 def fetch_image(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
-    """Download an image.
-
-    Args:
-        url: ``http`` or ``https`` URL, as given by the caller; URLs that come from data are not to be fetched.
-        seconds: Time limit for the whole download in seconds. Defaults to :data:`FETCH_SECONDS`.
-
-    Returns:
-        PIL.Image.Image: The image, not yet decoded.
+    """Download an image with :func:`fetch_bytes`; it is not yet decoded.
 
     Raises:
         BadImageError: If the download fails, exceeds a limit, or is not an image.
@@ -136,7 +123,7 @@ class _Download:
                 raise TimeoutError("the download was aborted")
             redirects.check(opened)
 
-        return build_opener(_HttpHandler(watch), _HttpsHandler(watch), redirects)
+        return build_opener(_WatchedHandler(watch), redirects)
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -163,42 +150,25 @@ class _Redirects(HTTPRedirectHandler):
             raise OSError(f"redirected to the private address {opened.getpeername()[0]}")
 
 
-class _HttpConnection(http.client.HTTPConnection):
-    def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._watch = watch
+class _WatchedHandler(HTTPSHandler, HTTPHandler):
+    """Opens http and https URLs, and calls ``watch`` with the socket of every connection."""
 
-    def connect(self) -> None:
-        super().connect()
-        self._watch(self.sock)
-
-
-class _HttpsConnection(http.client.HTTPSConnection):
-    def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._watch = watch
-
-    def connect(self) -> None:
-        super().connect()
-        self._watch(self.sock)
-
-
-class _HttpHandler(HTTPHandler):
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, watch: Callable[[socket.socket], None]) -> None:
         super().__init__()
         self._watch = watch
 
     def http_open(self, req: Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_HttpConnection, watch=self._watch), req)
-
-
-class _HttpsHandler(HTTPSHandler):
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
+        return self.do_open(self._watched(http.client.HTTPConnection), req)
 
     def https_open(self, req: Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_HttpsConnection, watch=self._watch), req)
+        return self.do_open(self._watched(http.client.HTTPSConnection), req)
+
+    def _watched(self, kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+        def connect(connection: http.client.HTTPConnection) -> None:
+            kind.connect(connection)
+            self._watch(connection.sock)
+
+        return type(kind.__name__, (kind,), {"connect": connect})
 
 
 def _is_private(address: str) -> bool:

@@ -24,18 +24,13 @@ ImageSource = str | bytes | Image.Image | np.ndarray | torch.Tensor | ImageRef
 def load_image(source: ImageSource) -> str | Image.Image:
     """Load an image as far as its processor needs help.
 
-    Files in common formats are checked and passed on by path, as in Sentence Transformers. Animations (of which the
-    first frame counts), other formats and deep grayscale, which processors refuse or clip, are decoded here. URLs are
-    downloaded. Arrays become RGB images.
-
-    Args:
-        source: The image.
-
-    Returns:
-        str | PIL.Image.Image: A path or data URI to pass on, or an image.
+    Files in common formats are checked and passed on by path, and data URIs as they are, as in Sentence Transformers.
+    Animations (of which the first frame counts), other formats and deep grayscale, which processors refuse or clip,
+    are decoded here. URLs are downloaded. Arrays become RGB images.
 
     Raises:
-        BadImageError: If the image cannot be read, downloaded or decoded, or has too many pixels; the message names it.
+        BadImageError: If the image cannot be read, downloaded or decoded, or has too many pixels; the message names
+        it.
 
     Example:
         >>> import numpy as np
@@ -59,14 +54,7 @@ def load_image(source: ImageSource) -> str | Image.Image:
 
 
 def image_size(source: ImageSource) -> tuple[int, int] | None:
-    """Size of an image from its header, without decoding it.
-
-    Args:
-        source: The image.
-
-    Returns:
-        tuple[int, int] | None: (width, height); None if it cannot be opened or lies behind a URL.
-    """
+    """(width, height) from the header of an image; None if it cannot be opened or lies behind a URL."""
     if isinstance(source, Image.Image):
         return source.size
     if isinstance(source, (np.ndarray, torch.Tensor)):

@@ -17,17 +17,10 @@ from unime_st.encoding.vector_shards import MemorySink
 def encode_list(
     model: SentenceTransformer, inputs: list[Any], *, progress: bool = False, on_cpu: bool = True, **options: Any
 ) -> torch.Tensor:
-    """Encode a list of inputs.
+    """Encode a list of inputs to a tensor of shape (len(inputs), dim) in the dtype of the model.
 
-    Args:
-        model: The embedding model.
-        inputs: Items or any inputs of ``SentenceTransformer.encode``.
-        progress: Show a progress bar. Defaults to False.
-        on_cpu: Move vectors to the CPU as they are computed. Defaults to True.
-        **options: Options of :class:`~unime_st.encoding.batch_runner.BatchRunner`.
-
-    Returns:
-        torch.Tensor: Vectors of shape (len(inputs), dim) in the dtype of the model.
+    With ``on_cpu`` vectors move to the CPU as they are computed. ``options`` are those of
+    :class:`~unime_st.encoding.batch_runner.BatchRunner`.
     """
     results = MemorySink()
     options["output_device"] = "cpu" if on_cpu else None
@@ -37,14 +30,7 @@ def encode_list(
 
 
 def distinct_inputs(inputs: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """Remove duplicate inputs.
-
-    Args:
-        inputs: Items or any inputs of ``SentenceTransformer.encode``.
-
-    Returns:
-        tuple[list, list[int]]: The distinct inputs in order, and for every input its index among them.
-    """
+    """Distinct inputs in order, and for every input its index among them."""
     index: dict[Hashable, int] = {}
     distinct: list[Any] = []
     indices: list[int] = []

@@ -36,17 +36,11 @@ _PARTS = ("text", "image", "audio", "video")
 
 
 def normalize_input(value: Any) -> Any:
-    """Bring an input into the form that the engine works with.
+    """Bring an item, or any input of ``SentenceTransformer.encode``, into the form that the engine works with.
 
     Parts that are None (or NaN, as pandas stores a missing value) are removed: ``{"image": image, "text": None}`` is
     the image. Path objects become ``{"image": path}``, and the ``{"bytes", "path"}`` structs of the `datasets` library
     become image references.
-
-    Args:
-        value: An item, or any input of ``SentenceTransformer.encode``.
-
-    Returns:
-        Any: The input without absent parts.
 
     Raises:
         ValueError: If nothing is left of the input.
@@ -124,14 +118,7 @@ def _is_absent(value: object) -> bool:
 
 
 def texts_and_sizes(value: ModelInput) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the texts of an input and the sizes of its images, from their headers alone.
-
-    Args:
-        value: A normalized input: text, image (PIL, path, URL, data URI, array), ``{"image": ..., "text": ...}`` with
-            single values or lists, chat, or an :class:`~unime_st.Item`.
-
-    Returns:
-        tuple[list[str], list[tuple[int, int]]]: Texts, and (width, height) of every image that can be opened.
+    """Texts of a normalized input, and (width, height) of every image of it that can be opened, from its header.
 
     Example:
         >>> from PIL import Image
@@ -168,17 +155,7 @@ def _collect(value: Any, name: str | None, texts: list[str], sizes: list[tuple[i
 
 
 def load_input(value: ModelInput) -> Any:
-    """Load the images of an input, see :func:`~unime_st.encoding.input_images.load_image`.
-
-    Args:
-        value: A normalized input, as for :func:`texts_and_sizes`.
-
-    Returns:
-        Any: An input of ``SentenceTransformer.preprocess``.
-
-    Raises:
-        BadImageError: If an image cannot be read, downloaded or decoded.
-    """
+    """Load the images of a normalized input with :func:`~unime_st.encoding.input_images.load_image`."""
     return value.to_input() if isinstance(value, Item) else _load(value, None)
 
 
@@ -205,11 +182,7 @@ def _load(value: Any, name: str | None) -> Any:
 
 
 def image_paths(value: object) -> list[str]:
-    """Return the paths of the image files of an input.
-
-    Args:
-        value: A normalized input.
-    """
+    """Paths of the image files of a normalized input."""
     if isinstance(value, str):
         return [value] if is_image_url_or_path(value) and not is_url(value) and not value.startswith("data:") else []
     if not isinstance(value, Mapping):
@@ -221,14 +194,7 @@ def image_paths(value: object) -> list[str]:
 
 
 def unreadable_image(value: ModelInput) -> BadImageError | None:
-    """Find the image file that keeps an input from being processed.
-
-    Args:
-        value: A normalized input that a processor has refused.
-
-    Returns:
-        BadImageError | None: Names the first file that cannot be decoded; None if all can.
-    """
+    """Error that names the first image file of an input that cannot be decoded; None if all can."""
     for path in image_paths(value):
         try:
             ImageRef(path=path).open()
@@ -240,9 +206,6 @@ def unreadable_image(value: ModelInput) -> BadImageError | None:
 def looks_like_image_path(value: object) -> bool:
     """Whether an input is a text that ends like the name of an image file.
 
-    Args:
-        value: A normalized input.
-
     Example:
         >>> looks_like_image_path("photo.tif"), looks_like_image_path("a photo")
         (True, False)
@@ -251,29 +214,17 @@ def looks_like_image_path(value: object) -> bool:
 
 
 def is_media(text: str) -> bool:
-    """Whether Sentence Transformers treats a text as the path or URL of an image, video or audio.
-
-    Args:
-        text: The text.
-    """
+    """Whether Sentence Transformers treats a text as the path or URL of an image, video or audio."""
     return is_image_url_or_path(text) or is_video_url_or_path(text) or is_audio_url_or_path(text)
 
 
 def is_chat(value: object) -> bool:
-    """Whether an input is a chat: a message or a list of messages.
-
-    Args:
-        value: The input.
-    """
+    """Whether an input is a chat: a message or a list of messages."""
     return is_message_dict(value[0] if isinstance(value, (list, tuple)) and value else value)
 
 
 def is_single(inputs: object) -> bool:
-    """Whether an argument is a single input rather than a list or an iterator of inputs.
-
-    Args:
-        inputs: The argument.
-    """
+    """Whether an argument is a single input rather than a list or an iterator of inputs."""
     if isinstance(inputs, (np.ndarray, torch.Tensor)):
         return inputs.ndim in (0, 2, 3) and getattr(inputs.dtype, "kind", "f") not in "UO"
     return isinstance(inputs, (str, bytes, Mapping, Item, ImageRef, Image.Image, os.PathLike)) or not isinstance(
@@ -282,14 +233,7 @@ def is_single(inputs: object) -> bool:
 
 
 def raise_if_table(inputs: object) -> None:
-    """Raise an error for a table, whose column names would be taken for a list of texts.
-
-    Args:
-        inputs: The argument of ``encode``.
-
-    Raises:
-        TypeError: If it is a pandas DataFrame or an Arrow table.
-    """
+    """Raise a TypeError for a table of pandas or Arrow, whose column names would be taken for a list of texts."""
     if type(inputs).__name__ in ("DataFrame", "Table", "RecordBatch") and hasattr(inputs, "columns"):
         raise TypeError(
             f"expected inputs, got a {type(inputs).__name__}: pass one column of it, or its rows as dicts "
@@ -298,14 +242,7 @@ def raise_if_table(inputs: object) -> None:
 
 
 def raise_if_single(inputs: object) -> None:
-    """Raise an error for a single input or a table, whose letters or keys would be taken for a list of texts.
-
-    Args:
-        inputs: The argument that must be a list or an iterator.
-
-    Raises:
-        TypeError: If it is a text, bytes, a dict, an item, a path, an image or a table.
-    """
+    """Raise a TypeError for a single input or a table, whose letters or keys would be taken for a list of texts."""
     raise_if_table(inputs)
     if is_single(inputs):
         raise TypeError(

@@ -15,9 +15,6 @@ from transformers.utils.generic import is_flash_attention_requested
 def has_packed_attention(model: SentenceTransformer) -> bool:
     """Whether the language model uses flash attention, which needs neither padding nor a mask.
 
-    Args:
-        model: The embedding model.
-
     Example:
         >>> from unime_st import UniME
         >>> from unime_st.encoding.packed import has_packed_attention
@@ -35,17 +32,10 @@ def has_packed_attention(model: SentenceTransformer) -> bool:
 
 
 def without_padding(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a model with the same weights whose language model receives a batch as one packed row.
+    """Model with the same weights, whose language model receives a batch as one packed row.
 
     Sequence boundaries are marked by position ids that restart at zero, the convention of transformers: flash attention
     then processes the sequences separately, and sdpa (used in tests) masks them from one another.
-
-    Args:
-        model: Model of a :class:`~sentence_transformers.base.modules.Transformer` and a pooling module; it is not
-            modified.
-
-    Returns:
-        SentenceTransformer: Model of the same class that shares the weights.
 
     Example:
         >>> from unime_st import UniME

@@ -12,30 +12,16 @@ from sentence_transformers import SentenceTransformer
 
 
 def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a model with the same weights whose tokenizer is protected by a lock.
+    """Model with the same weights whose tokenizer is protected by a lock; the given one is not modified.
 
     A fast tokenizer stores truncation and padding as state that every call may change, so concurrent calls would
     interfere. Images, which dominate the cost, are still processed concurrently.
-
-    Args:
-        model: Any Sentence Transformers model; it is not modified.
-
-    Returns:
-        SentenceTransformer: Model of the same class that shares the weights.
     """
     return with_processor(model, _with_lock)
 
 
 def with_processor(model: SentenceTransformer, change: Callable[[Any], Any]) -> SentenceTransformer:
-    """Return a model with the same weights and another processor.
-
-    Args:
-        model: Any Sentence Transformers model; it is not modified.
-        change: Function from a shallow copy of the processor to its replacement.
-
-    Returns:
-        SentenceTransformer: Model of the same class that shares the weights.
-    """
+    """Model with the same weights and another processor, which ``change`` makes of a shallow copy of its own."""
     twin = copy.copy(model)
     twin.__dict__["_modules"] = modules = dict(model._modules)
     name = next(iter(modules))
@@ -74,15 +60,7 @@ def _locked_class(kind: type) -> type:
 
 
 def on_devices(model: SentenceTransformer, devices: list[torch.device]) -> list[SentenceTransformer]:
-    """Replicate a model on several devices.
-
-    Args:
-        model: The model; it is moved to the first device.
-        devices: Target devices.
-
-    Returns:
-        list[SentenceTransformer]: The model itself for the first device, copies for the others.
-    """
+    """Replicate a model on several devices: the model itself, moved to the first device, and copies on the others."""
     model.to(devices[0])
     found = [model]
     for device in devices[1:]:

@@ -82,14 +82,9 @@ class TextFastPath:
         return False
 
     def tokens(self, texts: list[str]) -> list[np.ndarray | None]:
-        """Tokenize texts in the frame of the template.
+        """Tokenize texts in the frame of the template, as int64 token ids.
 
-        Args:
-            texts: Plain texts.
-
-        Returns:
-            list[np.ndarray | None]: int64 token ids of every text, template included. None for texts that need the
-            processor because they would be truncated or contain a special token.
+        None stands for a text that needs the processor because it would be truncated or contains a special token.
         """
         assert self._frame is not None
         plain = [None if self._reserved.search(text) else self._frame.join([text]) for text in texts]
@@ -103,14 +98,7 @@ class TextFastPath:
         return [None if row is None or len(row) >= self._limit else row for row in rows]
 
     def features(self, rows: list[np.ndarray]) -> dict[str, Any]:
-        """Pad token ids to a batch of features.
-
-        Args:
-            rows: Token ids from :meth:`tokens`.
-
-        Returns:
-            dict: The features that ``model.preprocess`` computes for these texts.
-        """
+        """Pad token ids from :meth:`tokens` to the features that ``model.preprocess`` computes for these texts."""
         width = max(map(len, rows))
         ids = np.full((len(rows), width), self._tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -125,11 +113,7 @@ class TextFastPath:
 
 
 def plain_text(value: Any) -> str | None:
-    """Text of an input that consists of a text only, else None.
-
-    Args:
-        value: As for :func:`~unime_st.encoding.model_inputs.texts_and_sizes`.
-    """
+    """Text of a normalized input that consists of a text only, else None."""
     if isinstance(value, Item):
         return value.text if value.image is None else None
     if isinstance(value, dict) and value.keys() == {"text"} and isinstance(value["text"], str):

@@ -26,8 +26,8 @@ _MEASURED_STEP = 112
 class TokenCounter:
     """Counts the tokens of inputs after template and processor, from texts and image headers only.
 
-    Texts are counted by the tokenizer, images by the resize rule of the processor. For a processor without such a rule,
-    a blank image of about the same size is processed once.
+    Texts are counted by the tokenizer, images by the resize rule of the processor. For a processor without such a
+    rule, a blank image of about the same size is processed once.
 
     Args:
         model: Any Sentence Transformers model.
@@ -65,14 +65,7 @@ class TokenCounter:
         return self.tokens_and_pixels(inputs)[0]
 
     def tokens_and_pixels(self, inputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Count the tokens of inputs and the stored pixels of their images.
-
-        Args:
-            inputs: Items or any inputs of ``SentenceTransformer.encode``.
-
-        Returns:
-            tuple[np.ndarray, np.ndarray]: Tokens and pixels, int64 of shape (len(inputs),) each.
-        """
+        """Count the tokens of inputs and the stored pixels of their images, int64 of shape (len(inputs),) each."""
         texts: list[str] = []
         sizes: list[Size] = []
         owner_of_text, owner_of_size = [], []
@@ -92,14 +85,7 @@ class TokenCounter:
         return costs, pixels
 
     def image_tokens(self, sizes: Sequence[Size]) -> list[int]:
-        """Count the tokens of images.
-
-        Args:
-            sizes: (width, height) in pixels.
-
-        Returns:
-            list[int]: Number of tokens of each image.
-        """
+        """Count the tokens of images of these sizes, (width, height) in pixels."""
         sizes = [self._processed(size) for size in sizes]
         unknown = list({size for size in sizes if size not in self._images})
         if unknown:
@@ -167,11 +153,7 @@ def pack(costs: npt.ArrayLike, budget: int, *, tolerance: float = 0.8, least: in
 def pixel_budget(*devices: torch.device) -> int:
     """Maximum number of stored pixels of the images in a batch, which bounds the memory for decoded images.
 
-    Args:
-        *devices: Devices of the model.
-
-    Returns:
-        int: 8 million if all devices are CPUs, 64 million otherwise.
+    8 million if all devices are CPUs, 64 million otherwise.
     """
     return _CPU_PIXELS if all(device.type == "cpu" for device in devices) else _DEVICE_PIXELS
 

@@ -20,16 +20,11 @@ _KINDS = ("positive", "random", "hard")
 def calibration_groups(pools: Pools, queries: int = 200, *, seed: int = 0) -> tuple[list[Group], list[list[str]]]:
     """Draw queries, each with its positive, a random negative and its hardest candidate.
 
-    The hardest candidate counts as a negative although some of them are false negatives: a judge's figures on them are a
-    lower bound, and judges are compared on the same sample.
-
-    Args:
-        pools: Mined pools.
-        queries: Number of queries. Defaults to 200.
-        seed: Seed of the sample. Defaults to 0.
+    The hardest candidate counts as a negative although some of them are false negatives: a judge's figures on them are
+    a lower bound, and judges are compared on the same sample.
 
     Returns:
-        tuple: Groups, and per group the kind of each candidate: "positive", "random" or "hard".
+        Groups, and per group the kind of each candidate: "positive", "random" or "hard".
 
     Raises:
         ValueError: If there are fewer than two pools.
@@ -106,14 +101,7 @@ def _quality(logits: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """Compute the area under the ROC curve: the probability that a positive scores above a negative.
-
-    Args:
-        positives: Scores of positives.
-        negatives: Scores of negatives.
-
-    Returns:
-        float | None: In [0, 1]; ties count half. None where one of the two is empty.
+    """Area under the ROC curve: the probability that a positive scores above a negative; None where one is empty.
 
     Example:
         >>> import numpy as np
@@ -127,15 +115,9 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
 
 
 def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, bins: int = 10) -> float | None:
-    """Compute the expected calibration error (ECE): mean distance of P(Yes) from the fraction of matches in each bin.
+    """Expected calibration error (ECE): mean distance of P(Yes) from the fraction of matches in bins of equal width.
 
-    Args:
-        probability: P(Yes) of each pair.
-        truth: Whether each pair is a match.
-        bins: Number of bins of equal width. Defaults to 10.
-
-    Returns:
-        float | None: In [0, 1]; None without pairs.
+    None without pairs.
 
     Example:
         >>> import numpy as np
@@ -162,14 +144,7 @@ def _agreement(left: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Format the result of :func:`calibrate` as a table.
-
-    Args:
-        result: Result of :func:`calibrate`.
-
-    Returns:
-        str: A Markdown table, and the judge with the best AUC.
-    """
+    """Format the result of :func:`calibrate` as a Markdown table with the judge of the best AUC."""
     columns = ("auc_random", "auc_hard", "auc", "accuracy", "ece", "set_aside")
     lines = [json.dumps(result["sample"]), "| judge | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
     for name, row in result["judges"].items():

@@ -49,19 +49,7 @@ class CascadeJudge:
         return min((share for share in shares if share is not None), default=None)
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
-        """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`.
-
-        Args:
-            groups: Queries with their candidates.
-            errors: List that collects the pairs that cannot be judged; their score is NaN. Defaults to None: the first
-                such pair raises.
-
-        Returns:
-            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order.
-
-        Raises:
-            ValueError: If one of the judges cannot judge a pair and ``errors`` is None.
-        """
+        """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`."""
         scores = self.cheap.score(groups, errors=errors)
         # NaN, a pair that could not be judged, is in no band.
         inside = [np.flatnonzero((found >= self.band[0]) & (found <= self.band[1])) for found in scores]

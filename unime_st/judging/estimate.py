@@ -71,8 +71,8 @@ def estimate_judging(
         seed: Seed of the sample. Defaults to 0.
 
     Returns:
-        CostEstimate: The expected cost. Numbers of pairs and queries are exact, except that a candidate which occurs in
-        several rows of one query is counted in each.
+        CostEstimate: The expected cost. Numbers of pairs and queries are exact, except that a candidate which occurs
+        in several rows of one query is counted in each.
 
     Raises:
         ValueError: If the judge does not answer Yes or No, so that its scores would be worthless.

@@ -49,9 +49,9 @@ class HttpJudge:
 
     The score is the difference of the log-probabilities of Yes and No at the first answer position. It equals the
     difference of their logits as long as the server uses temperature 1, which is sent. Requests go out query by query,
-    so that the server's prefix cache computes the query once. Throttling (429), server errors (5xx), broken connections
-    and stalls are retried with growing pauses. A run of :func:`~unime_st.judging.judge_pools.judge_pools` that gives up
-    continues with the next unfinished shard.
+    so that the server's prefix cache computes the query once. Throttling (429), server errors (5xx), broken
+    connections and stalls are retried with growing pauses. A run of :func:`~unime_st.judging.judge_pools.judge_pools`
+    that gives up continues with the next unfinished shard.
 
     The client is Python's own. ``huggingface_hub.InferenceClient`` sends the same request, but refuses every server
     with ``HF_HUB_OFFLINE=1`` and sends the user's Hugging Face token to it where no key is given.
@@ -106,16 +106,10 @@ class HttpJudge:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
-        """Score every candidate of every group.
+        """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`.
 
-        Args:
-            groups: Queries with their candidates.
-            errors: List that collects the pairs that cannot be judged (an unreadable image, a request that the server
-                refuses as bad, an answer without Yes and No); their score is NaN. Defaults to None: the first such pair
-                raises.
-
-        Returns:
-            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order.
+        A pair cannot be judged if its image is unreadable, the server refuses the request as bad, or the answer is
+        without Yes and No.
 
         Raises:
             ServerError: If the server cannot be reached, refuses the caller, keeps failing, or answers no pair of the

@@ -57,7 +57,8 @@ class LocalJudge:
         show_progress_bar: Whether to show progress in pairs. Defaults to False.
 
     Attributes:
-        name, revision, prompt_hash: See :class:`~unime_st.judging.Judge`; the revision is the hub's commit or a hash of
+        name, revision, prompt_hash: See :class:`~unime_st.judging.Judge`; the revision is the hub's commit or a hash
+        of
             the weights.
         shortened: Number of texts truncated so far, counted per call and item.
         answer_share: Probability of Yes and No together at the answer position, mean over the pairs of the first call;
@@ -120,16 +121,9 @@ class LocalJudge:
         self.answer_share: float | None = None
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
-        """Score every candidate of every group; each distinct pair is judged once.
+        """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`; equal pairs count once.
 
-        Args:
-            groups: Queries with their candidates.
-            errors: List that collects the pairs that cannot be judged (an unreadable image, a prompt longer than the
-                model takes); their score is NaN. Defaults to None: the first such pair raises.
-
-        Returns:
-            list[np.ndarray]: Per group a float32 array of log-odds, one per candidate in order; empty for a group
-            without candidates.
+        A pair cannot be judged if its image is unreadable or its prompt longer than the model takes.
 
         Raises:
             BadImageError: If an image cannot be read and ``errors`` is None; the message names group and candidate.

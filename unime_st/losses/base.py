@@ -39,14 +39,7 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return ``value`` if it is a positive finite number.
-
-    Args:
-        name: Name of the option, for the message.
-        value: Its value.
-
-    Raises:
-        ValueError: If it is zero, negative, infinite or NaN.
+    """Return ``value`` if it is a positive finite number, else raise a ValueError with the name of the option.
 
     Example:
         >>> check_positive("temperature", 0.02)
@@ -175,22 +168,14 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         return self.mini_batch_size is not None or self.mini_batch_num_tokens is not None
 
     def record(self, name: str, values: Tensor) -> None:
-        """Add values to a statistic whose mean the trainer logs.
-
-        Args:
-            name: Name in the log.
-            values: Tensor of any shape.
-        """
+        """Add values, a tensor of any shape, to a statistic whose mean the trainer logs under this name."""
         values = values.detach().float()
         total, count = self._statistics.get(name, (0.0, 0))
         # Sums stay on the device: reading them here would synchronize it after every mini-batch.
         self._statistics[name] = (total + values.sum(), count + values.numel())
 
     def pop_statistics(self) -> dict[str, float]:
-        """Return the mean of each statistic since the last call, and reset them.
-
-        Returns:
-            dict[str, float]: Means by name.
+        """Return the mean of each statistic since the last call by its name, and reset them.
 
         Example:
             >>> import torch
@@ -209,27 +194,13 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
         """Arrange a checked batch for the computation in chunks of rows.
 
-        Args:
-            columns: Unit vectors of each input column, ``(rows, dim)``.
-            labels: The labels of the batch, or None.
-            shards: Distribution of the rows over the processes.
-
-        Returns:
-            RowwiseLoss: The tensors to differentiate, and the function from a chunk of them to its losses.
+        ``columns`` are the unit vectors of each input column, ``(rows, dim)``; ``shards`` is the distribution of the
+        rows over the processes.
         """
 
     @abstractmethod
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
-        """Check columns and labels.
-
-        Args:
-            num_columns: Number of input columns.
-            num_rows: Number of rows.
-            labels: The labels of the batch, or None.
-
-        Raises:
-            ValueError: If they are not what this loss takes.
-        """
+        """Raise a ValueError if the number of columns or the labels are not what this loss takes."""
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss. With caching, the backward pass embeds the mini-batches again.

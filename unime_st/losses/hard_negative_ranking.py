@@ -14,6 +14,8 @@ from unime_st.losses.citations import UNIME_CITATION
 
 
 class HardNegativeRankingLoss(CachedEmbeddingLoss):
+    citation = UNIME_CITATION
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -163,8 +165,3 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
             "num_negatives": self.num_negatives,
             **super().get_config_dict(),
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX entry of the UniME paper."""
-        return UNIME_CITATION

@@ -15,10 +15,8 @@ LIST_ANSWER_START = "Ans: ("
 def check_list_prompt(processor: Any, chat: Sequence[Any], **options: Any) -> None:
     """Check that a chat template has a listwise prompt, and would not silently render a list as a pair.
 
-    Args:
-        processor: Processor of a generative model.
-        chat: Messages of a query and two candidates, the second one with the text "second".
-        **options: Options of ``apply_chat_template``, for example ``chat_template``.
+    ``chat`` holds the messages of a query and two candidates, the second one with the text "second"; ``options`` are
+    those of ``apply_chat_template``.
 
     Raises:
         ValueError: If the template has no listwise prompt.
@@ -37,15 +35,10 @@ def check_list_prompt(processor: Any, chat: Sequence[Any], **options: Any) -> No
 
 
 def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
-    """Find the tokens that distinguish the answers "Ans: (1)", ..., "Ans: (count)".
+    """Tokens that distinguish the answers "Ans: (1)", ..., "Ans: (count)".
 
-    Args:
-        tokenizer: Tokenizer of a generative model.
-        count: Number of candidates.
-
-    Returns:
-        list[tuple[int, ...]]: For each number the fewest tokens after "Ans: (" that distinguish it from the others: one,
-        or two where the tokenizer splits numbers into digits and another number begins alike, as 1 and 10 do.
+    For each number they are the fewest tokens after "Ans: (" that distinguish it from the others: one, or two where
+    the tokenizer splits numbers into digits and another number begins alike, as 1 and 10 do.
 
     Raises:
         ValueError: If the tokenizer cannot write the numbers, or needs more than two tokens to distinguish them.
@@ -89,21 +82,7 @@ def _shortest(number: int, written: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def longest_list(tokenizer: Any, wanted: int) -> int:
-    """Largest number of candidates in one list whose numbers :func:`index_answers` can distinguish.
-
-    Args:
-        tokenizer: Tokenizer of a generative model.
-        wanted: Upper bound.
-
-    Returns:
-        int: At most ``wanted``; 0 where the tokenizer has no usable index tokens.
-
-    Example:
-        >>> from transformers import AutoTokenizer
-        >>> from unime_st.losses.list_answers import longest_list
-        >>> longest_list(AutoTokenizer.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"), 200)  # doctest: +SKIP
-        99
-    """
+    """Most candidates of a list, up to ``wanted``, whose numbers :func:`index_answers` can tell apart; 0 if none."""
     for count in (wanted, *(limit for limit in (99, 9) if limit < wanted)):
         try:
             index_answers(tokenizer, count)
@@ -114,14 +93,9 @@ def longest_list(tokenizer: Any, wanted: int) -> int:
 
 
 def second_positions(weights: Tensor, answers: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """Find the lists that may have an answer of two tokens.
+    """Rows of the lists that may have an answer of two tokens, and for each the first token of the answer.
 
-    Args:
-        weights: Probability of each position of each list to be the answer, ``(rows, positions)``.
-        answers: Result of :func:`index_answers`.
-
-    Returns:
-        tuple[list[int], list[int]]: Indices of the rows, and for each the first token of the answer.
+    ``weights`` (rows, positions) is the probability of each position of each list to be the answer.
 
     Example:
         >>> import torch
@@ -167,11 +141,7 @@ def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Seq
 
 
 def append_tokens(features: dict[str, Any], tokens: Sequence[int]) -> None:
-    """Append a token to each left-padded prompt, in place.
-
-    Args:
-        features: Features of the prompts, as made by the model's ``preprocess``.
-        tokens: One token per prompt.
+    """Append a token to each left-padded prompt of a batch of features, in place.
 
     Example:
         >>> import torch

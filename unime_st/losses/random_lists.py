@@ -11,13 +11,10 @@ from torch import Tensor
 
 
 def training_seed(device: torch.device) -> int:
-    """Draw the seed of a batch's lists in training.
+    """Seed of a batch's lists in training; all processes take that of the first.
 
     It is a number of torch's global generator, whose state the trainer keeps in its checkpoints: a resumed training
-    draws the lists of an uninterrupted one. All processes take the number of the first.
-
-    Args:
-        device: Device of the model, for the communication between processes.
+    draws the lists of an uninterrupted one.
     """
     seed = torch.randint(2**62, (1,))
     if dist.is_available() and dist.is_initialized():
@@ -27,13 +24,10 @@ def training_seed(device: torch.device) -> int:
 
 
 def evaluation_seed(queries: Sequence[object]) -> int:
-    """Derive the seed of a batch's lists in evaluation from the texts of its queries.
+    """Seed of a batch's lists in evaluation, from the texts of its queries (texts, dicts or items).
 
     Nothing is drawn from the global generator, so that evaluating does not change the training, and every evaluation
     has the same lists.
-
-    Args:
-        queries: Texts, images, dicts of them or items.
 
     Example:
         >>> evaluation_seed(["a", {"text": "b"}]) == evaluation_seed(["a", "b"]) != evaluation_seed(["c"])
@@ -78,16 +72,9 @@ def draw_lists(rows: int, count: int, shortest: int, seed: int) -> list[list[int
 
 
 def list_targets(lists: list[list[int]], count: int, scores: Tensor | None, temperature: float | None) -> Tensor:
-    """Probability of each position of each list to be the answer.
+    """Probability of each position of each list to be the answer, ``(rows, count)``, 0 behind the end of a list.
 
-    Args:
-        lists: Result of :func:`draw_lists`.
-        count: Candidates of a row.
-        scores: Judge scores, ``(rows, count)``, or None.
-        temperature: None: the positive is the answer. Otherwise ``softmax(scores / temperature)`` over the list.
-
-    Returns:
-        Tensor: ``(rows, count)``, 0 behind the end of a list.
+    With a temperature it is ``softmax(scores / temperature)`` over the list, without one the positive is the answer.
 
     Raises:
         ValueError: If a temperature is given without scores.

@@ -28,6 +28,8 @@ Prompts = dict[str, Any]
 
 
 class RerankerLoss(CachedLossMixin, nn.Module):
+    citation = UNIME_V2_CITATION
+
     mini_batch_size: int | None  # type: ignore[assignment]  # None where the cache is off
 
     def __init__(
@@ -50,9 +52,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             loss = mean_q (pairwise_weight * pair + listwise_weight * list)
 
         Each cross entropy is over the whole vocabulary at the token of the answer (two tokens where a number needs two
-        to differ from another, as 10 does in Qwen's tokenizers). k is uniform over all 1 + x positions. This follows the
-        paper, not the authors' code: there the position is biased, the last one never holds the positive, the loss also
-        averages over header and end tokens, and no text reaches the prompt.
+        to differ from another, as 10 does in Qwen's tokenizers). k is uniform over all 1 + x positions. This follows
+        the paper, not the authors' code: there the position is biased, the last one never holds the positive, the loss
+        also averages over header and end tokens, and no text reaches the prompt.
 
         Args:
             model: A ``CrossEncoder`` of ``[Transformer, LogitScore(yes, no)]`` whose chat template renders pairs and,
@@ -81,9 +83,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             2. For the list term a tokenizer that writes the numbers 1 to 1 + x in at most two tokens.
 
         In training the lists are drawn from torch's generator: ``torch.manual_seed`` and the trainer's seed determine
-        them, and a training resumed by the trainer draws the same ones. Several processes draw for the global batch, so
-        that training on several devices equals training on one. Evaluation (without gradients) uses the same lists every
-        time and leaves the generator alone.
+        them, and a training resumed by the trainer draws the same ones. Several processes draw for the global batch,
+        so that training on several devices equals training on one. Evaluation (without gradients) uses the same lists
+        every time and leaves the generator alone.
 
         Inputs:
             +------------------------------------------------+------------------------------------------------------+
@@ -94,9 +96,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             | (query, positive, negative_1, ..., negative_x) | [score(positive), score(negative_1), ...], 1 + x each|
             +------------------------------------------------+------------------------------------------------------+
 
-            Inputs are texts, images, dicts with "text" and / or "image" (a part that is None is absent) or objects with
-            a ``to_input()`` that returns such a dict, for example :class:`~unime_st.Item`. Scores may be probabilities
-            or log-odds: without ``target_temperature`` only the order of the negatives matters.
+            Inputs are texts, images, dicts with "text" and / or "image" (a part that is None is absent) or objects
+            with a ``to_input()`` that returns such a dict, for example :class:`~unime_st.Item`. Scores may be
+            probabilities or log-odds: without ``target_temperature`` only the order of the negatives matters.
 
         Relations:
             - :class:`~sentence_transformers.cross_encoder.losses.BinaryCrossEntropyLoss` on the same pairs compares
@@ -228,15 +230,9 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         return reps + [[self._logits(column, 0, len(column["queries"]))] for column in columns]
 
     def chat(self, query: object, candidates: Sequence[object], opened: dict[object, object]) -> list[dict[str, Any]]:
-        """Build one conversation: the query, then its candidates in order.
+        """Build the messages of one conversation: the query, then its candidates in order.
 
-        Args:
-            query: Text, image, dict of them or item.
-            candidates: One or more of the same.
-            opened: Cache of decoded items, extended in place.
-
-        Returns:
-            list: Messages for the model's ``preprocess``, with ``task="listwise"`` for several candidates.
+        ``opened`` is a cache of decoded items, extended in place. Several candidates go with ``task="listwise"``.
         """
         asked = _plain(query, opened)
         pairs = [self._to_messages((asked, _plain(candidate, opened))) for candidate in candidates]
@@ -276,18 +272,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
         random_states: list[RandContext] | None = None,
         ranges: list[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[Tensor, RandContext | None]]:
-        """Yield the logits at the answer for each mini-batch; called by the gradient cache.
-
-        Args:
-            sentence_feature: One column of prompts.
-            with_grad: Whether to keep the graph.
-            copy_random_state: Whether to save the random state, so that dropout can be replayed.
-            random_states: Saved states to replay.
-            ranges: Begin and end of each mini-batch.
-
-        Yields:
-            tuple: Logits ``(mini_batch, vocab)``, and the saved random state or None.
-        """
+        """Yield the logits at the answer of each mini-batch, and the saved random state, for the gradient cache."""
         anchor = next(self.model.parameters()).new_empty(0)  # tells the snapshot on which device the model runs
         for index, (begin, end) in enumerate(ranges or []):
             snapshot = RandContext(anchor) if copy_random_state else None
@@ -348,11 +333,6 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             "min_list_length": self.min_list_length,
             "target_temperature": self.target_temperature,
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX entry of the UniME-V2 paper."""
-        return UNIME_V2_CITATION
 
 
 def _plain(value: object, opened: dict[object, object]) -> object:

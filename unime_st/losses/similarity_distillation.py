@@ -17,6 +17,8 @@ Direction = Literal["teacher_student", "student_teacher"]
 
 
 class SimilarityDistillationLoss(CachedEmbeddingLoss):
+    citation = UNIME_CITATION
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -111,15 +113,7 @@ class SimilarityDistillationLoss(CachedEmbeddingLoss):
         self.mask_diagonal = mask_diagonal
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Embed the texts and compute the loss.
-
-        Args:
-            sentence_features: Features of the one text column.
-            labels: The teacher's embeddings, ``(batch, teacher_dim)``.
-
-        Returns:
-            Tensor: Scalar, the mean over the rows.
-        """
+        """Embed the texts and compute the loss; see the base class."""
         if self.embeds_in_mini_batches or not torch.is_grad_enabled():
             return super().forward(sentence_features, labels)
         # As a loss with gradient cache, which back-propagates inside calculate_loss, but with one forward pass.
@@ -186,8 +180,3 @@ class SimilarityDistillationLoss(CachedEmbeddingLoss):
             "mask_diagonal": self.mask_diagonal,
             **super().get_config_dict(),
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX entry of the UniME paper."""
-        return UNIME_CITATION

@@ -20,6 +20,8 @@ _SAME = 1e-5  # two embeddings whose cosine is this close to 1 are taken for the
 
 
 class SoftLabelDistillationLoss(CachedEmbeddingLoss):
+    citation = UNIME_V2_CITATION
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -183,11 +185,6 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             "in_batch_weight": self.in_batch_weight,
             **super().get_config_dict(),
         }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX entry of the UniME-V2 paper."""
-        return UNIME_V2_CITATION
 
 
 def _in_batch_similarities(query: Tensor, positive: Tensor, pool: Tensor, indices: Tensor, columns: int) -> Tensor:

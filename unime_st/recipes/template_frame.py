@@ -32,15 +32,7 @@ class TemplateFrame:
 
     @classmethod
     def find(cls, render: Callable[[Sequence[str]], str], slots: int = 1) -> TemplateFrame | None:
-        """Find the frame of a template.
-
-        Args:
-            render: Renders texts with the template engine.
-            slots: Number of texts, 1 or 2. Defaults to 1.
-
-        Returns:
-            TemplateFrame | None: None if the template does more to a text than the frame can express.
-        """
+        """Frame of a template that renders 1 or 2 texts (``slots``); None if it does more than a frame can express."""
         prompt = render(_MARKS[:slots])
         order = tuple(sorted(range(slots), key=lambda slot: prompt.find(_MARKS[slot])))
         pieces: list[str] = []
@@ -57,13 +49,6 @@ class TemplateFrame:
         return None
 
     def join(self, texts: Sequence[str]) -> str:
-        """Join the pieces and some texts.
-
-        Args:
-            texts: One text per slot.
-
-        Returns:
-            str: The prompt that the template engine would render.
-        """
+        """Join the pieces and one text per slot to the prompt that the template engine would render."""
         joined = [part for piece, slot in zip(self.pieces, self.order) for part in (piece, self.clean(texts[slot]))]
         return "".join([*joined, self.pieces[-1]])

@@ -11,15 +11,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 34  # margins of a chart, in its own 
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round values that cover a range, for an axis.
-
-    Args:
-        low: Lower end of the range.
-        high: Upper end.
-        count: About how many steps. Defaults to 4.
-
-    Returns:
-        list[float]: Rising values, the first not above ``low``, the last not below ``high``.
+    """About ``count`` round steps for an axis: the first not above ``low``, the last not below ``high``.
 
     Example:
         >>> from unime_st.report.charts import ticks
@@ -36,19 +28,9 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def line_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, width: int = 340, height: int = 190
 ) -> Html:
-    """Draw lines over a common x axis.
+    """Draw lines over a common x axis as an ``svg`` element, with points (x, y) by the name of their line.
 
-    Args:
-        lines: Points (x, y) by the name of their line, which a pointer resting on the line shows.
-        x_label: What x is.
-        width: Width in the chart's own units; it is scaled to the page. Defaults to 340.
-        height: Height in the same units. Defaults to 190.
-
-    Returns:
-        Html: An ``svg`` element.
-
-    Raises:
-        ValueError: If there is no point.
+    Width and height are in the chart's own units; it is scaled to the page. ValueError if there is no point.
     """
     points = [point for line in lines.values() for point in line]
     if not points:
@@ -76,22 +58,7 @@ def line_chart(
 def histogram(
     counts: Sequence[int], *, low: float, high: float, x_label: str, width: int = 340, height: int = 170
 ) -> Html:
-    """Draw counts of equally wide bins as shares of their sum.
-
-    Args:
-        counts: How many fell into each bin.
-        low: Lower edge of the first bin.
-        high: Upper edge of the last bin.
-        x_label: What was counted over.
-        width: Width in the chart's own units. Defaults to 340.
-        height: Height in the same units. Defaults to 170.
-
-    Returns:
-        Html: An ``svg`` element.
-
-    Raises:
-        ValueError: If nothing was counted.
-    """
+    """Draw counts of equal bins from ``low`` to ``high`` as shares of their sum; ValueError if nothing was counted."""
     total = sum(counts)
     if total == 0:
         raise ValueError("a histogram needs at least one count")
@@ -158,13 +125,7 @@ def bar_chart(
         groups: Name of each group and its bars: name, value, and what to compare it with (None for nothing).
         x_label: What the values are.
         high: Right end of the axis; None takes the largest value.
-        width: Width in the chart's own units. Defaults to 720.
-
-    Returns:
-        Html: An ``svg`` element.
-
-    Raises:
-        ValueError: If there is no bar.
+        width: Width in the chart's own units.
     """
     bars = [bar for _, found in groups for bar in found]
     if not bars:

@@ -48,14 +48,9 @@ class ChatEncoder:
         self.applies = self.tokenizer.independent_images
 
     def __call__(self, chats: Sequence[Chat], task: str | None = None) -> Features:
-        """Turn conversations into features.
+        """Turn conversations into features: left-padded token ids, the distinct images, and :data:`IMAGE_INDEX`.
 
-        Args:
-            chats: Messages with decoded images; the same image object is processed once.
-            task: Passed to the chat template.
-
-        Returns:
-            dict: Left-padded token ids, the distinct images, and :data:`IMAGE_INDEX`.
+        The same image object is processed once; ``task`` is passed to the chat template.
 
         Raises:
             ValueError: If a prompt has another number of placeholders than its conversation has images.
@@ -97,11 +92,7 @@ def _without_pixels(message: Message) -> str | list[dict[str, Any]]:
 
 
 def is_plain(chats: Sequence[Any]) -> bool:
-    """Return whether inputs are conversations that hold nothing but texts and decoded images.
-
-    Args:
-        chats: Lists of messages in the form of sentence-transformers, or other inputs.
-    """
+    """Whether inputs are conversations, lists of messages, that hold nothing but texts and decoded images."""
     messages = [message for chat in chats for message in (chat if isinstance(chat, list) else [None])]
     if not all(isinstance(message, dict) and isinstance(message.get("content"), (str, list)) for message in messages):
         return False
@@ -113,14 +104,9 @@ def is_plain(chats: Sequence[Any]) -> bool:
 
 
 def group_by_length(lengths: Sequence[int], overhead: int = _FORWARD_TOKENS) -> list[list[int]]:
-    """Split a batch into parts so that padding and the cost of more forward passes are minimal together.
+    """Split a batch into parts, shortest rows first, with the least sum of padding and ``overhead`` of each pass.
 
-    Args:
-        lengths: Length of each row in tokens.
-        overhead: Cost of one forward pass, in tokens.
-
-    Returns:
-        list[list[int]]: Rows of each part, shortest first.
+    Lengths and overhead are in tokens.
 
     Example:
         >>> from unime_st.reranking.chat_features import group_by_length
@@ -158,7 +144,7 @@ def run_in_parts(
         parts: Rows of each part, see :func:`group_by_length`.
 
     Returns:
-        dict: The features with ``causal_logits`` of shape (rows, 1, vocabulary) and ``scores`` in their own order.
+        The features with ``causal_logits`` of shape (rows, 1, vocabulary) and ``scores`` in their own order.
     """
     lengths = features["attention_mask"].sum(1)
     shown: list[list[int]] = [[] for _ in lengths]

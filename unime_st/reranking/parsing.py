@@ -35,9 +35,6 @@ def to_item(value: Any) -> Item:
         value: Item, text (also an empty one), Pillow image or dict of them. The image of a dict may also be a path,
             a URL (fetched here), encoded bytes, an array of 8-bit RGB, RGBA or gray pixels, or a list of one of these.
 
-    Returns:
-        Item: The same content.
-
     Raises:
         BadImageError: If an image in memory cannot be decoded or a URL not be fetched. Files are read when used.
         TypeError: If the value is of another type.
@@ -65,38 +62,21 @@ def to_item(value: Any) -> Item:
 class ParsedInputs(NamedTuple):
     """Inputs as items, and the errors of those that are none.
 
-    Args:
-        items: Per input its item, or None.
-        errors: Per input None, a :class:`BadImageError` for an image that cannot be read, or another error for an
-            input of an unsupported kind.
+    An error is a :class:`BadImageError` for an image that cannot be read, or another one for an unsupported input.
     """
 
     items: list[Item | None]
     errors: list[Exception | None]
 
     def raise_for_invalid(self, names: Sequence[str]) -> None:
-        """Raise the error of the first input of an unsupported kind; unreadable images are not.
-
-        Args:
-            names: Per input its name for the message.
-
-        Raises:
-            TypeError: If an input is of another type.
-            ValueError: If an input is empty.
-        """
+        """Raise the error of the first unsupported or empty input, with its name; unreadable images pass."""
         for name, error in zip(names, self.errors, strict=True):
             if error is not None and not isinstance(error, BadImageError):
                 raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name}: {error}")
 
 
 def parse_inputs(values: Sequence[Any]) -> ParsedInputs:
-    """Turn each input into an item, or the error that prevents it.
-
-    Args:
-        values: Inputs, see :func:`to_item`.
-
-    Returns:
-        ParsedInputs: Items and errors.
+    """Turn each input into an item, see :func:`to_item`, or the error that prevents it.
 
     Example:
         >>> from unime_st.reranking.parsing import parse_inputs
@@ -118,13 +98,7 @@ def parse_inputs(values: Sequence[Any]) -> ParsedInputs:
 
 
 def image_error(item: Item) -> BadImageError | None:
-    """Decode the image of an item and return the error that this raises.
-
-    Args:
-        item: The item.
-
-    Returns:
-        BadImageError | None: None if there is no image or it can be decoded.
+    """Decode the image of an item, if it has one, and return the error that this raises, if any.
 
     Example:
         >>> from unime_st import Item

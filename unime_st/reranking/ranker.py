@@ -73,22 +73,22 @@ class Ranker:
         batch_size: int = 32,
         names: Sequence[str] | None = None,
     ) -> PairScores:
-        """Score the documents of one query.
+        """Score the documents of one query; equal ones are scored once.
 
         Args:
             query: The query.
-            documents: Its documents; equal ones are scored once.
+            documents: Its documents.
             method: "pairwise", "listwise" or "hybrid" (a list of the ``window`` documents with the best pairwise
                 scores).
-            window: Maximum length of a list. Defaults to 10.
-            permutations: Orders in which each list is shown, see :meth:`listwise`. Defaults to 1.
-            batch_size: Prompts per forward pass. Defaults to 32.
+            window: Maximum length of a list.
+            permutations: Orders in which each list is shown, see :meth:`listwise`.
+            batch_size: Prompts per forward pass.
             names: Names of the documents in error messages. Defaults to "document 0", ...
 
         Returns:
-            PairScores: Scores, NaN where an image cannot be read, and the reasons. Pairwise scores are float32
-            log-odds; listwise scores are probabilities to be the best; hybrid scores are 1 + P(best of the list) for
-            the documents of the list and P(Yes) for the others.
+            Scores, NaN where an image cannot be read, and the reasons. Pairwise scores are float32 log-odds; listwise
+            scores are probabilities to be the best; hybrid scores are 1 + P(best of the list) for the documents of the
+            list and P(Yes) for the others.
 
         Raises:
             BadImageError: If the query's image cannot be read.
@@ -121,19 +121,7 @@ class Ranker:
     def pairwise(
         self, queries: Sequence[Query], batch_size: int = 32, *, show_progress_bar: bool = False
     ) -> list[PairScores]:
-        """Ask Yes or No about each document of each query; equal pairs are scored once.
-
-        Args:
-            queries: Queries with their documents.
-            batch_size: Prompts per forward pass. Defaults to 32.
-            show_progress_bar: Whether to show progress in pairs. Defaults to False.
-
-        Returns:
-            list[PairScores]: See :func:`~unime_st.scoring.pair_scorer.score_pairs`.
-
-        Raises:
-            FloatingPointError: If a logit is not finite.
-        """
+        """Ask Yes or No about each document of each query, see :func:`~unime_st.scoring.pair_scorer.score_pairs`."""
         return score_pairs(
             self.pairs, queries, batch_size=batch_size, description="Reranking", show_progress_bar=show_progress_bar
         )
@@ -146,18 +134,15 @@ class Ranker:
         batch_size: int = 32,
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Ask for the best of all documents in one list.
+        """Ask for the best of all documents in one list: float32 logits of shape (documents,).
 
         Args:
             query: The query.
             documents: Candidates in the order in which they are numbered.
             permutations: Orders in which the list is shown, each a shift of the given one; the log-probabilities are
-                averaged. Defaults to 1.
-            batch_size: Prompts per forward pass. Defaults to 32.
+                averaged.
+            batch_size: Prompts per forward pass.
             names: Names of the documents in error messages. Defaults to "document 0", ...
-
-        Returns:
-            np.ndarray: float32 logits of shape (documents,).
 
         Raises:
             BadImageError: If an image cannot be read.
@@ -225,14 +210,8 @@ def sort_by_score(
 ) -> Ranking:
     """Sort documents by their scores; those that could not be scored come last, with the reason under "error".
 
-    Args:
-        corpus_ids: Index of each document.
-        scores: Score of each document.
-        reasons: Per document why it could not be scored, else None.
-        name: Name of the documents in the log, with a place for the index, such as "document {}".
-
-    Returns:
-        list[dict]: ``{"corpus_id": int, "score": float}``, best first; equal scores keep the given order.
+    ``name`` is the name of a document in the log, with a place for its index, such as "document {}". Equal scores keep
+    the given order.
 
     Example:
         >>> import numpy as np

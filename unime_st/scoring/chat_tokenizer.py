@@ -56,14 +56,7 @@ class ChatTokenizer:
         self.counts_images = IMAGES_PER_PROMPT in tensors
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokenize rendered prompts.
-
-        Args:
-            prompts: Prompts with one placeholder per image.
-
-        Returns:
-            list[list[int]]: Token ids per prompt, without padding.
-        """
+        """Token ids of rendered prompts with one placeholder per image, without padding."""
         # As ProcessorMixin.apply_chat_template: a template that writes the first token itself must not get two.
         bos = self.tokenizer.bos_token
         special = not (bos is not None and prompts[0].startswith(bos))
@@ -72,14 +65,10 @@ class ChatTokenizer:
     def process_images(
         self, images: Sequence[Image.Image], per_prompt: int = 1
     ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-        """Run the processor on prompts that hold nothing but images.
-
-        Args:
-            images: Decoded images.
-            per_prompt: Images in each prompt. Defaults to 1.
+        """Run the processor on prompts that hold nothing but ``per_prompt`` decoded images each.
 
         Returns:
-            tuple: Token ids of each prompt, and the tensors of the image processor.
+            Token ids of each prompt, and the tensors of the image processor.
         """
         starts = range(0, len(images), per_prompt)
         out = self.processor(
@@ -97,15 +86,11 @@ class ChatTokenizer:
     def expand(self, token_ids: Sequence[int], images: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
         """Replace the placeholder of each image by the image's own tokens.
 
-        Args:
-            token_ids: Token ids of a prompt.
-            images: Token ids of each image, in the order of the placeholders.
-
         Returns:
-            tuple[list[int], list[int]]: The expanded token ids, and where the tokens of each image begin.
+            The expanded token ids, and where the tokens of each image begin.
 
         Raises:
-            ValueError: If the prompt has another number of placeholders.
+            ValueError: If the prompt has another number of placeholders than there are images.
         """
         self.check_placeholders(token_ids, len(images))
         expanded: list[int] = []
@@ -126,14 +111,9 @@ class ChatTokenizer:
             raise ValueError(f"the prompt has {found} image placeholders for {images} images")
 
     def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Pad expanded prompts on the left.
+        """Pad expanded prompts on the left: ``input_ids`` and ``attention_mask`` of shape (rows, longest).
 
-        Args:
-            rows: Token ids per prompt.
-
-        Returns:
-            dict: ``input_ids`` and ``attention_mask`` of shape (rows, longest), and ``mm_token_type_ids`` where the
-            processor makes them.
+        ``mm_token_type_ids`` are added where the processor makes them.
         """
         width = max(map(len, rows))
         input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
@@ -148,15 +128,7 @@ class ChatTokenizer:
 
 
 def check_length(transformer: Transformer, tokens: int) -> None:
-    """Raise an error for a prompt that would have to be cut.
-
-    Args:
-        transformer: Input module.
-        tokens: Length of the longest prompt in tokens.
-
-    Raises:
-        PromptTooLongError: If the model takes fewer.
-    """
+    """Raise a :class:`PromptTooLongError` if a prompt of so many tokens would have to be cut."""
     limit = transformer.max_seq_length
     if limit is not None and tokens > limit:
         raise PromptTooLongError(f"the prompt has {tokens} tokens, the model takes at most {limit}: shorten the text")

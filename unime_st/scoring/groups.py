@@ -76,16 +76,7 @@ class Judge(Protocol):
 
 
 def record_error(errors: list[PairError] | None, group: int, candidate: int, error: ValueError) -> None:
-    """Record why a pair has no score, or raise the reason with the pair's index.
-
-    Args:
-        errors: List to append to, or None to raise.
-        group: Index of the group.
-        candidate: Index of the candidate in its group.
-        error: The reason.
-
-    Raises:
-        ValueError: ``error`` itself with group and candidate in front, if ``errors`` is None.
+    """Record why a pair has no score, or with ``errors`` None raise the reason with the pair's index in front.
 
     Example:
         >>> errors = []

@@ -23,16 +23,15 @@ Answers = Sequence[tuple[int, ...]]
 
 
 def list_logits(logits: torch.Tensor, continued: torch.Tensor, answers: Answers) -> np.ndarray:
-    """Compute the scores of candidates from the logits behind a list.
+    """Scores of candidates from the logits behind a list, float32 of shape (candidates,).
+
+    Their softmax is the probability of each answer among all. Answers that begin with the same token, as 1 and 10 in
+    Qwen's tokenizers, share the probability of that token.
 
     Args:
         logits: Logits behind "Ans: (" of the first token of each answer, shape (candidates,).
         continued: Logits behind the first token of the second token of each answer that has two, same shape.
         answers: Result of :func:`~unime_st.losses.list_answers.index_answers`.
-
-    Returns:
-        np.ndarray: float32 of shape (candidates,). Their softmax is the probability of each answer among all. Answers
-        that begin with the same token, as 1 and 10 in Qwen's tokenizers, share the probability of that token.
 
     Example:
         >>> import torch
@@ -65,15 +64,7 @@ class ListScorer:
         self.scorer = scorer
 
     def __call__(self, query: Item, lists: Sequence[Sequence[Item]], batch_size: int = 32) -> list[np.ndarray]:
-        """Score the candidates of lists for one query.
-
-        Args:
-            query: The query.
-            lists: Candidates in the order in which they are numbered.
-            batch_size: Prompts per forward pass. Defaults to 32.
-
-        Returns:
-            list[np.ndarray]: Per list float32 logits, see :func:`list_logits`.
+        """Score the candidates of lists, in the order of their numbers, for one query; see :func:`list_logits`.
 
         Raises:
             BadImageError: If an image cannot be read.
@@ -165,15 +156,7 @@ class _ListPrompt(NamedTuple):
 
 
 def rotations(count: int, number: int) -> list[list[int]]:
-    """Return orders in which to show candidates: shifts by as even a step as possible.
-
-    Args:
-        count: Number of candidates.
-        number: Number of orders. At most ``count`` differ; with ``count`` orders every candidate stands once at every
-            position.
-
-    Returns:
-        list[list[int]]: Per order the candidate at each position; the first is the given order.
+    """Orders in which to show candidates: ``number`` shifts by as even a step as possible, at most ``count``.
 
     Example:
         >>> from unime_st.scoring.list_scorer import rotations

@@ -23,13 +23,7 @@ ImageTokens = tuple[int, int]
 
 
 def resolve_name(name: str | Path) -> str:
-    """Resolve an alias to a folder; folders and hub repositories are returned unchanged.
-
-    Args:
-        name: A folder, a hub repository ("owner/name") or an alias such as "unime-tiny".
-
-    Returns:
-        str: A name for ``from_pretrained``.
+    """Resolve an alias to a folder; folders and hub repositories ("owner/name") are returned unchanged.
 
     Raises:
         AliasError: If the alias is unknown on this machine; the message says which command makes it.
@@ -42,14 +36,7 @@ def resolve_name(name: str | Path) -> str:
 
 
 def is_cross_encoder(folder: str) -> bool:
-    """Return whether a folder was saved by :class:`~sentence_transformers.cross_encoder.CrossEncoder`.
-
-    Args:
-        folder: A folder or hub repository.
-
-    Returns:
-        bool: False for a bare checkpoint or an embedding model.
-    """
+    """Whether a folder or hub repository was saved by a ``CrossEncoder``."""
     path = load_file_path(folder, "config_sentence_transformers.json")
     if path is None:
         return False
@@ -58,24 +45,17 @@ def is_cross_encoder(folder: str) -> bool:
 
 
 def image_size_limits(processor: ProcessorMixin, image_tokens: ImageTokens | None) -> dict[str, int] | None:
-    """Convert limits in visual tokens to the pixel limits of an image processor.
+    """Convert limits in visual tokens to the limits in pixels of Qwen's image processors.
 
     Args:
         processor: Processor of the model.
         image_tokens: Minimum and maximum number of visual tokens per image, or None for the processor's own limits.
 
     Returns:
-        dict | None: ``{"shortest_edge": ..., "longest_edge": ...}`` in pixels as Qwen's image processors count them, or
-        None for no change.
+        ``{"shortest_edge": ..., "longest_edge": ...}``, or None for no change.
 
     Raises:
         ValueError: If the limits are out of range or this image processor does not resize by a number of tokens.
-
-    Example:
-        >>> from transformers import AutoProcessor
-        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
-        >>> image_size_limits(processor, (4, 300))  # doctest: +SKIP
-        {'shortest_edge': 3136, 'longest_edge': 235200}
     """
     if image_tokens is None:
         return None
@@ -104,13 +84,7 @@ def default_image_tokens(processor: ProcessorMixin, template: str | None) -> Ima
 
 
 def default_template(folder: str) -> str:
-    """Return the template of a bare checkpoint: "tiny" for ``unime-tiny``, which knows no other prompt, else "official".
-
-    Args:
-        folder: Folder or hub repository.
-
-    Returns:
-        str: Name for :func:`~unime_st.judging.load_template`.
+    """Template of a bare checkpoint: "tiny" for ``unime-tiny``, which knows no other prompt, else "official".
 
     Example:
         >>> from unime_st.scoring.loading import default_template, resolve_name
@@ -121,12 +95,7 @@ def default_template(folder: str) -> str:
 
 
 def use_pillow(transformer: Transformer, folder: str) -> None:
-    """Process images with Pillow, as the authors' code did; torchvision's pixels differ by 1/255.
-
-    Args:
-        transformer: Module whose processor is changed in place.
-        folder: Folder or hub repository of the processor.
-    """
+    """Process images with Pillow, as the authors' code did; torchvision's pixels differ by 1/255."""
     processor = transformer.processor
     # Processors from elsewhere, ours for the released checkpoints among them, choose their own backend.
     stock = isinstance(processor, ProcessorMixin) and type(processor).__module__.startswith("transformers.")
@@ -143,7 +112,7 @@ def set_prompt(
         transformer: First module of a ``CrossEncoder``, changed in place.
         template: Name or text of a chat template, see :func:`~unime_st.judging.load_template`.
         image_tokens: Minimum and maximum number of visual tokens per image; None for those of the template.
-        listwise: Whether the template must also render lists. Defaults to True.
+        listwise: Whether the template must also render lists.
 
     Raises:
         ValueError: If the template drops a part of its input.
@@ -275,15 +244,7 @@ def prepare_saved(
     *,
     listwise: bool = True,
 ) -> None:
-    """Set the image backend of a saved reranker and, where given, another template or other image limits.
-
-    Args:
-        model: The loaded model, changed in place.
-        folder: Its folder or hub repository.
-        template: Name or text of a template, or None to keep the saved one.
-        image_tokens: Minimum and maximum number of visual tokens per image, or None to keep the saved limits.
-        listwise: Whether the template must also render lists. Defaults to True.
-    """
+    """Set the image backend of a saved reranker and, where given, another template or other image limits, in place."""
     if not isinstance(model[0], Transformer):
         return
     use_pillow(model[0], folder)
@@ -293,13 +254,7 @@ def prepare_saved(
 
 
 def generative_parts(model: CrossEncoder) -> tuple[Transformer, list[int]]:
-    """Return the input module of a pairwise model and the token ids of its two answers.
-
-    Args:
-        model: Generative ``CrossEncoder``, ``[Transformer, LogitScore(yes, no)]``.
-
-    Returns:
-        tuple[Transformer, list[int]]: The module, and the ids of Yes and No.
+    """Input module of a generative ``CrossEncoder`` (``[Transformer, LogitScore]``), and the ids of Yes and No.
 
     Raises:
         ValueError: If the model is of another kind or has no chat template.

@@ -46,9 +46,6 @@ class PairScores(NamedTuple):
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients for a block, and restore the training mode of every module behind it.
 
-    Args:
-        model: The model to use in the block.
-
     Example:
         >>> layer = nn.Dropout().train()
         >>> with evaluation_mode(layer):
@@ -151,14 +148,9 @@ class PairScorer:
         return sum(weight.numel() for weight in self.engine.decoder.parameters()) - tables
 
     def count_tokens(self, queries: Sequence[Query]) -> tuple[int, int]:
-        """Count the tokens that pass the language model.
+        """Count the tokens that pass the language model: with shared prefixes, and with every pair computed by itself.
 
-        Args:
-            queries: Queries with their distinct candidates.
-
-        Returns:
-            tuple[int, int]: With shared prefixes, and with every pair computed by itself. (0, 0) where the model does
-            not allow sharing.
+        (0, 0) where the model does not allow sharing.
         """
         if self.obstacle is not None or self.prompts is None:
             return 0, 0
@@ -177,10 +169,10 @@ class PairScorer:
         Args:
             queries: Queries with their distinct candidates.
             batch_size: Pairs per forward pass. Defaults to that of the scorer.
-            with_total: Append the log-sum-exp of the logits of the whole vocabulary. Defaults to False.
+            with_total: Append the log-sum-exp of the logits of the whole vocabulary.
 
         Yields:
-            tuple: A pair, and float32 logits of shape (tokens,) or the reason why it cannot be scored.
+            A pair, and float32 logits of shape (tokens,) or the reason why it cannot be scored.
         """
         batch_size = batch_size or self.batch_size
         if self.obstacle is None:

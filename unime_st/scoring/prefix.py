@@ -124,11 +124,11 @@ class PrefixEngine:
         Args:
             groups: Prompts with common prefixes.
             token_ids: Tokens whose logits are computed.
-            batch_size: Prompts, or prefixes, per forward pass. Defaults to 32.
-            with_total: Append the log-sum-exp of the logits of the whole vocabulary. Defaults to False.
+            batch_size: Prompts, or prefixes, per forward pass.
+            with_total: Append the log-sum-exp of the logits of the whole vocabulary.
 
         Returns:
-            list[torch.Tensor]: Per group float32 of shape (suffixes, tokens), on the CPU.
+            Per group float32 of shape (suffixes, tokens), on the CPU.
         """
         found = [torch.empty(len(group.suffixes), len(token_ids) + with_total) for group in groups]
         whole: list[_Row] = []
@@ -215,13 +215,10 @@ class PrefixEngine:
 
 
 class _Row(NamedTuple):
-    """A prompt to run.
+    """A prompt to run, without its prefix where that is cached.
 
-    Args:
-        prompt: The prompt, without its prefix where that is cached.
-        group: Index of its group.
-        reads: Per answer to read its column and behind how many tokens of the prompt it stands.
-        prefix: Row of its prefix in the cache.
+    Each read is the column of an answer, and behind how many tokens of the prompt it stands. ``prefix`` is the row of
+    the prefix in the cache.
     """
 
     prompt: Prompt
@@ -249,13 +246,7 @@ class _Head:
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys and values of prefixes, which of them are not padding, and the position that follows each prefix.
-
-    Args:
-        cache: Keys and values.
-        mask: Boolean of shape (prefixes, longest); None before the first pass.
-        ends: The next position of each prefix; None before the first pass.
-    """
+    """Keys and values of prefixes, a mask of their tokens (prefixes, longest), and the next position of each."""
 
     cache: DynamicCache | None
     mask: torch.Tensor | None

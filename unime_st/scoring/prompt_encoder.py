@@ -26,8 +26,8 @@ class PairRenderer:
 
     A template mostly puts texts between fixed pieces. They are found once for every kind of pair
     (:class:`~unime_st.recipes.template_frame.TemplateFrame`); prompts are then joined without the template engine,
-    which would take longer than a small model. The first candidate of every query still goes through the engine: if the
-    two differ, everything goes through the engine from then on.
+    which would take longer than a small model. The first candidate of every query still goes through the engine: if
+    the two differ, everything goes through the engine from then on.
 
     Args:
         processor: Chat template processor.
@@ -46,14 +46,7 @@ class PairRenderer:
         self._frames: dict[tuple[bool, ...], TemplateFrame | None] = {}
 
     def __call__(self, pairs: Sequence[Pair]) -> list[str]:
-        """Render pairs.
-
-        Args:
-            pairs: Queries with a candidate each.
-
-        Returns:
-            list[str]: Prompts with one placeholder per image.
-        """
+        """Render queries with a candidate each: prompts with one placeholder per image."""
         if not self.fixed:
             return self._render([conversation(query, [candidate], decode=False) for query, candidate in pairs])
         prompts = [self._join(pair) for pair in pairs]
@@ -125,12 +118,9 @@ class PromptEncoder:
     ) -> tuple[list[tuple[PromptGroup, list[Pair]]], list[tuple[Pair, ValueError]]]:
         """Encode the prompts of queries with their candidates.
 
-        Args:
-            queries: Queries with their candidates.
-
         Returns:
-            tuple: Groups of prompts with a common prefix, each with the pair of every prompt; and the pairs that cannot
-            be scored, with the reason.
+            Groups of prompts with a common prefix, each with the pair of every prompt; and the pairs that cannot be
+            scored, with the reason.
         """
         pairs = [(query, candidate) for query, candidates in queries for candidate in candidates]
         owners = [number for number, (_, candidates) in enumerate(queries) for _ in candidates]
@@ -159,30 +149,18 @@ class PromptEncoder:
         return self.images.keys([item.image for item in ordered if item.image is not None])
 
     def check(self, row: list[int], images: Sequence[ImageFeatures], *, continuation: int = 0) -> None:
-        """Raise an error for a prompt that cannot be scored.
-
-        Args:
-            row: Token ids with one placeholder per image.
-            images: The images.
-            continuation: Number of tokens that will follow the prompt. Defaults to 0.
+        """Raise an error for a prompt, one placeholder per image, that cannot be scored.
 
         Raises:
-            PromptTooLongError: If the expanded prompt is longer than the model takes.
-            ValueError: If the prompt has another number of placeholders.
+            PromptTooLongError: If it is longer than the model takes, with ``continuation`` tokens that will follow it.
+            ValueError: If the prompt has another number of placeholders than images.
         """
         self.tokenizer.check_placeholders(row, len(images))
         expanded = len(row) + sum(len(image.token_ids) - 1 for image in images)
         check_length(self.transformer, expanded + continuation)
 
     def group(self, members: Sequence[tuple[list[int], list[ImageFeatures]]]) -> PromptGroup:
-        """Cut prompts where they begin to differ: in their tokens or in the image of a placeholder.
-
-        Args:
-            members: Per prompt its token ids with one placeholder per image, and its images.
-
-        Returns:
-            PromptGroup: The common prefix and the rest of each prompt.
-        """
+        """Cut prompts (token ids and images) where their tokens or images begin to differ."""
         rows = [row for row, _ in members]
         # The first and the last in order share the least.
         low, high = min(rows), max(rows)
@@ -210,14 +188,7 @@ class PromptEncoder:
 
 
 def readable_images(images: Sequence[ImageFeatures | BadImageError]) -> list[ImageFeatures]:
-    """Return the images of a prompt, or raise the reason why one cannot be read.
-
-    Args:
-        images: Results of :meth:`~unime_st.scoring.visual_token_cache.VisualTokenCache.encode_images`.
-
-    Raises:
-        BadImageError: If one of them cannot be read.
-    """
+    """Return the images of a prompt, or raise the :class:`BadImageError` of one that cannot be read."""
     for image in images:
         if isinstance(image, BadImageError):
             raise image
@@ -241,12 +212,6 @@ class WholePromptEncoder:
 
     def features(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Make the features of one forward pass.
-
-        Args:
-            pairs: Queries with a candidate each.
-
-        Returns:
-            dict: Input of the model.
 
         Raises:
             BadImageError: If an image cannot be decoded.

@@ -58,7 +58,8 @@ def load_template(name: str) -> str:
     """Return the text of a chat template.
 
     Args:
-        name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for ``unime-tiny``), or the text
+        name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for ``unime-tiny``), or the
+        text
             or file of a Jinja template that renders messages with the roles "query" and "document" and, with
             ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
 
@@ -88,13 +89,8 @@ def load_template(name: str) -> str:
 def template_for(template: str, model: str) -> str | None:
     """Template that an option of a stage names.
 
-    Args:
-        template: Name or text of a template, or ``auto``.
-        model: The model that it is for.
-
-    Returns:
-        For ``auto``: ``tiny`` for ``unime-tiny``, which knows no other prompts; else None, which stands for the template
-        of a saved reranker or ``official``.
+    ``auto`` is ``tiny`` for ``unime-tiny``, which knows no other prompts, else None: the template of a saved reranker
+    or ``official``.
 
     Example:
         >>> template_for("auto", "unime-tiny"), template_for("official", "unime-tiny")
@@ -128,7 +124,8 @@ def as_item(value: ItemLike) -> Item:
     """Turn an input into an :class:`~unime_st.data.Item`.
 
     Args:
-        value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", of which
+        value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", of
+        which
             one may be absent or None.
 
     Returns:
@@ -163,9 +160,6 @@ def message(role: str, text: str | None, image: Any = None) -> Message:
         text: Text, cleaned with :func:`clean_text`; None for an image alone.
         image: A decoded image, True for the placeholder of an image that is processed elsewhere, or None.
 
-    Returns:
-        dict: ``{"role": role, "content": [...]}``.
-
     Example:
         >>> from unime_st.scoring.prompts import message
         >>> message("query", "<|image_1|>\\nWhat is this?", image=True)
@@ -180,18 +174,9 @@ def message(role: str, text: str | None, image: Any = None) -> Message:
 
 
 def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True) -> list[Message]:
-    """Build the chat messages of a query with one candidate (pairwise) or several (listwise).
+    """Build the chat messages of a query with one candidate (pairwise) or several numbered ones (listwise).
 
-    Args:
-        query: The query.
-        documents: The candidates in the order in which they are numbered.
-        decode: Whether to decode the images; otherwise messages only hold placeholders. Defaults to True.
-
-    Returns:
-        list[dict]: One message per item, roles "query", "document", "document", ...
-
-    Raises:
-        BadImageError: If an image cannot be decoded.
+    Images are decoded, or with ``decode=False`` represented by placeholders.
 
     Example:
         >>> from unime_st.data import Item
@@ -237,14 +222,7 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> list[str]:
-    """Find the parts of the input that a chat template silently drops.
-
-    Args:
-        render: Turns messages into a prompt.
-        documents: Number of candidates of the sample. Defaults to 1.
-
-    Returns:
-        list[str]: For example ``["image of document 1"]``; empty for a template that carries everything.
+    """Parts of the input that a chat template silently drops, for a sample with some documents.
 
     Example:
         >>> from unime_st.scoring.prompts import lost_parts
@@ -264,22 +242,7 @@ def lost_parts(render: Callable[[list[Message]], str], documents: int = 1) -> li
 
 
 def query_comes_first(processor: ProcessorMixin, template: str) -> bool:
-    """Return whether a chat template shows the query before the candidate, as the official one does.
-
-    Args:
-        processor: Processor whose template engine is used.
-        template: Jinja source.
-
-    Returns:
-        bool: True if the prompts of a query's candidates have a common prefix with the query in it.
-
-    Example:
-        >>> from transformers import AutoProcessor
-        >>> from unime_st.scoring.prompts import load_template, query_comes_first
-        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
-        >>> query_comes_first(processor, load_template("official"))  # doctest: +SKIP
-        True
-    """
+    """Whether a chat template shows the query before the candidate, so that the prompts of a query share it."""
     sample = [message("query", "first0"), message("document", "second0")]
     prompt = str(processor.apply_chat_template(sample, chat_template=template, tokenize=False))
     return prompt.find("first0") < prompt.find("second0")
@@ -323,14 +286,7 @@ def check_template(processor: ProcessorMixin, template: str, *, listwise: bool =
 
 
 def prompt_hash(template: str, *options: Any) -> str:
-    """Compute the fingerprint of a prompt apart from its items.
-
-    Args:
-        template: Jinja source.
-        *options: Everything else that changes the scores, such as the image limits and the answer tokens.
-
-    Returns:
-        str: 16 hexadecimal digits.
+    """Fingerprint of a prompt apart from its items: template, and all else that changes the scores, as image limits.
 
     Example:
         >>> from unime_st.scoring.prompts import prompt_hash

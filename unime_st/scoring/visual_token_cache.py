@@ -71,26 +71,12 @@ class VisualTokenCache:
         self._held = 0
 
     def keys(self, images: Sequence[ImageRef]) -> list[ImageKey]:
-        """Make the keys of the images of one prompt.
-
-        Args:
-            images: Images in the order of the prompt.
-
-        Returns:
-            list[ImageKey]: One key per image.
-        """
+        """Keys of the images of one prompt, in its order."""
         together = len(images) if self.tokenizer.counts_images else 1
         return [ImageKey(image, _file_version(image), together) for image in images]
 
     def encode_images(self, keys: Iterable[ImageKey]) -> dict[ImageKey, ImageFeatures | BadImageError]:
-        """Compute the visual tokens of the images that are not in the cache.
-
-        Args:
-            keys: Images, see :meth:`keys`.
-
-        Returns:
-            dict: Per image its features, or the reason why it cannot be read.
-        """
+        """Visual tokens of images, computed unless cached, or the reason why an image cannot be read."""
         self._clear_if_trained()
         found: dict[ImageKey, ImageFeatures | BadImageError] = {}
         missing: list[tuple[ImageKey, Image.Image]] = []

@@ -69,14 +69,7 @@ def find_config(name: str, stage: str | None = None) -> Path:
 
 
 def read_config(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[Any, int]]:
-    """Read a configuration.
-
-    Args:
-        path: A YAML file of ``option: value`` lines.
-        options: The options it may set; former names are replaced, with a warning.
-
-    Returns:
-        Value and line of every option.
+    """Read a YAML file of ``option: value`` lines: value and line of every option.
 
     Raises:
         OptionError: If the file cannot be read, an option is unknown, or is given twice.

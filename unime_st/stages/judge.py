@@ -158,16 +158,7 @@ def _judges(args: JudgeArguments) -> list[Judge]:
 
 
 def part_of(shard: str) -> tuple[int, int]:
-    """Part that the option ``shard`` stands for.
-
-    Args:
-        shard: ``i/n`` with 0 <= i < n, or nothing for all.
-
-    Returns:
-        (i, n).
-
-    Raises:
-        OptionError: If it is something else.
+    """Part (i, n) that the option ``shard`` stands for: ``i/n`` with 0 <= i < n, or nothing for all.
 
     Example:
         >>> part_of("1/4"), part_of("")

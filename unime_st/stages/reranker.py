@@ -76,12 +76,7 @@ def train_reranker(args: RerankerArguments) -> Path:
 
 
 def stored_negatives(records: RecordSet, at_least: int) -> int:
-    """How many negatives every row has, or ``at_least`` where some have fewer.
-
-    Args:
-        records: Rows with negatives.
-        at_least: How many are wanted.
-    """
+    """How many negatives every row has, or ``at_least`` where some have fewer."""
     counts = [len(negatives or ()) for negatives in records.row_shards.column("negatives").to_pylist()]
     return max(min(counts, default=0), at_least)
 
@@ -89,16 +84,9 @@ def stored_negatives(records: RecordSet, at_least: int) -> int:
 def hardest_negatives(rows: Dataset, num_negatives: int) -> Dataset:
     """Keep the negatives with the highest scores of each row, in the order in which they are stored.
 
-    Args:
-        rows: Columns ``query, positive, negative_1, ...`` of item ids and, where judged, ``label``: the scores, the
-            positive's first.
-        num_negatives: How many to keep; the first ones where there are no scores.
-
-    Returns:
-        Dataset: The same columns, up to ``negative_<num_negatives>``.
-
-    References:
-        UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker": the top-x hard negatives by score.
+    ``rows`` have the columns ``query, positive, negative_1, ...`` of item ids and, where judged, ``label``: the scores,
+    the positive's first. Without scores the first negatives are kept. UniME-V2 (https://arxiv.org/abs/2510.13515),
+    "UniME-V2-Reranker": the top-x hard negatives by score.
 
     Example:
         >>> from datasets import Dataset

@@ -102,7 +102,7 @@ def merge_lora(model: BaseModel) -> None:
 
 
 def load_adapter_weights(model: BaseModel, checkpoint: str | Path) -> bool:
-    """Load the adapter that a checkpoint may hold into that of a model; the weights under it, quantized or not, stay."""
+    """Load the adapter that a checkpoint may hold into that of a model; the weights under it stay as they are."""
     path = Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return False

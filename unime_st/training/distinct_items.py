@@ -36,8 +36,8 @@ class ItemCollator(SentenceTransformerDataCollator):
         records: The record folder of the ids.
         mini_batches: Splits the distinct items into mini-batches.
         lazy: Collate positions only; the feed of :class:`DistinctItemsLoss` decodes each mini-batch when it is due, so
-            that memory does not grow with the batch. False (default) decodes in the collator, thus in the workers of the
-            data loader: for small batches that are embedded in one pass.
+            that memory does not grow with the batch. False (default) decodes in the collator, thus in the workers of
+            the data loader: for small batches that are embedded in one pass.
         open_item: Converts an item to an input of ``preprocess_fn``. Defaults to decoding it.
     """
 
@@ -82,9 +82,9 @@ class ItemCollator(SentenceTransformerDataCollator):
 class DistinctItemsLoss(CachedLossMixin, nn.Module):
     """Embeds the distinct items of a batch once and computes any embedding loss on its columns.
 
-    With a feed gradients are cached (https://huggingface.co/papers/2101.06983), and only a few mini-batches are decoded
-    at a time; without one each bucket is one forward pass. Value and gradient equal those of the inner loss on columns
-    that are embedded one by one.
+    With a feed gradients are cached (https://huggingface.co/papers/2101.06983), and only a few mini-batches are
+    decoded at a time; without one each bucket is one forward pass. Value and gradient equal those of the inner loss on
+    columns that are embedded one by one.
 
     Args:
         loss: A loss with ``calculate_loss(reps, labels, with_backward=...)``, as all cached losses have.

@@ -117,8 +117,8 @@ def _first_ranks(vectors: np.ndarray, queries: np.ndarray, positives: np.ndarray
 class RankingEvaluator(HeldOutEvaluator):
     """Ranking of every query's positive among the negatives of its row.
 
-    Rows without negatives get the positives of other rows of their dataset, drawn once. A negative that scores like the
-    positive stands before it.
+    Rows without negatives get the positives of other rows of their dataset, drawn once. A negative that scores like
+    the positive stands before it.
 
     Args:
         records: Held-out records, with or without negatives.

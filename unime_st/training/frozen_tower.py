@@ -26,7 +26,8 @@ class FrozenTowerCache:
         dtype: Dtype that training computes in.
 
     Attributes:
-        max_bytes: Memory for the features kept for the second pass: 16 MiB on a CPU, 1 GiB on another device. The others
+        max_bytes: Memory for the features kept for the second pass: 16 MiB on a CPU, 1 GiB on another device. The
+        others
             go to a temporary file, so that memory does not grow with the batch.
 
     Raises:

@@ -46,7 +46,7 @@ class SpillFile:
             self._file.truncate()
 
     def add(self, number: int, features: Features) -> None:
-        """Write a mini-batch of tensors and lists of tensors; on a full disk log a warning and keep none from then on."""
+        """Write a mini-batch of tensors and lists of tensors; on a full disk warn, and keep none from then on."""
         if self._full:
             return
         content = io.BytesIO()

@@ -17,8 +17,8 @@ _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 class UniMEPhi3VProcessor(UniMEProcessorMixin, ProcessorMixin):
     """Processor of Phi-3.5-Vision with the image rule of a recipe, see :class:`UniMEProcessorMixin`.
 
-    Every piece of text between two images is tokenized on its own, so it begins with the tokenizer's prefix. The model was
-    trained so.
+    Every piece of text between two images is tokenized on its own, so it begins with the tokenizer's prefix. The model
+    was trained so.
     """
 
     own_image_processor_class = UniMEPhi3VImageProcessor

@@ -112,18 +112,9 @@ def _wrong_label(scene: Scene, rng: random.Random) -> str:
 
 
 def contrastive_record(kind: str, scene: Scene, rng: random.Random) -> PairRecord:
-    """Sample a training pair about a scene, with one hard negative.
+    """Sample a training pair of a task of :data:`SCENE_TASKS` about a scene, with one negative.
 
-    Args:
-        kind: One of :data:`unime_st.data.scenes.SCENE_TASKS`.
-        scene: Scene of the query.
-        rng: Random generator for words and drawing.
-
-    Returns:
-        PairRecord: A record with exactly one negative, which is false for the query by the content of the scene.
-
-    Raises:
-        ValueError: If ``kind`` is unknown.
+    The negative is false for the query by the content of the scene. ``rng`` draws words and the image.
     """
     seen = scene_image(scene, rng)
 

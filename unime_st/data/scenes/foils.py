@@ -74,15 +74,9 @@ def _change(category: str, true: Description, rng: random.Random) -> Description
 
 
 def sample_foil(category: str, scene: Scene, rng: random.Random) -> tuple[Description, Description] | None:
-    """Sample a true description of a scene and a false one that differs by the edit of a category.
+    """Sample a true description of a scene of two or more objects, and a false one that differs by a category's edit.
 
-    Args:
-        category: One of :data:`FOIL_CATEGORIES`.
-        scene: A scene with at least two objects.
-        rng: Random generator.
-
-    Returns:
-        tuple[Description, Description] | None: True and false description, or None if this draw allows no such foil.
+    None if this draw allows no such foil.
     """
     relation = category in ("replace_rel", "swap_obj") or (
         category in ("replace_obj", "swap_att") and rng.random() < 0.5
