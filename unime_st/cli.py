@@ -12,6 +12,7 @@ from pathlib import Path
 from unime_st.declarations import docstring
 from unime_st.options import OptionError
 from unime_st.stages import STAGES
+from unime_st.stages.command import exit_status
 from unime_st.stages.command import main as run_stage
 from unime_st.stages.configs import configs, find_config
 
@@ -196,16 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=f"stage: {docstring(f'unime_st.stages.{name}').splitlines()[0]}")
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
-    try:
-        return COMMANDS[options.command].run(options)
-    except OptionError as error:
-        sys.stderr.write(f"unime {options.command}: {error}\n")
-        return 2
-    except (ValueError, OSError, ImportError) as error:
-        if options.verbose:
-            logging.getLogger(__name__).exception("%s", options.command)
-        sys.stderr.write(f"unime {options.command}: {error}\n")
-        return 1
+    command = COMMANDS[options.command]
+    return exit_status(lambda: command.run(options), f"unime {options.command}", verbose=options.verbose)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Dataclass fields read from source code, without importing it.
 
-The options of a training stage inherit transformers' ``TrainingArguments``, whose import takes many seconds. ``--help``
-and the check of a command line need the names, types, defaults and help of the fields only, and those stand in the
-source as literals.
+The options of a training stage inherit transformers' ``TrainingArguments``, whose import takes 15 seconds on a small
+machine. ``--help`` and the check of a command line need the names, types, defaults and help of the fields only, and
+those stand in the source as literals.
 """
 
 from __future__ import annotations
@@ -56,22 +56,12 @@ class _Module:
 
 @lru_cache(maxsize=64)
 def declared_fields(module: str, name: str, path: Path | None = None) -> dict[str, Declaration]:
-    """Read the fields of a dataclass and of the dataclasses that it inherits.
+    """Fields of a dataclass and of the dataclasses that it inherits, those of base classes first.
 
-    Args:
-        module: Importable name of the module.
-        name: Name of the class in it.
-        path: Source file, for a module that is not found by its name. Defaults to None.
-
-    Returns:
-        Declarations by field name, those of base classes first.
+    ``path`` is the source file of a module that is not found by its name.
 
     Raises:
         LookupError: If the module or the class is not found.
-
-    Example:
-        >>> declared_fields("unime_st.paths", "AliasError")
-        {}
     """
     parsed = _parsed(module, path or locate(module))
     if name not in parsed.classes:
@@ -87,15 +77,7 @@ def docstring(module: str, name: str | None = None) -> str:
 
 
 def locate(module: str) -> Path:
-    """Source file of a module, found without importing its package.
-
-    Raises:
-        LookupError: If there is none.
-
-    Example:
-        >>> locate("unime_st.paths").name
-        'paths.py'
-    """
+    """Source file of a module, found without importing its package; LookupError if there is none."""
     if module in sys.modules and (file := getattr(sys.modules[module], "__file__", None)):
         return Path(file)
     top, *parts = module.split(".")

@@ -13,10 +13,6 @@ from unime_st.options import Option, OptionError, options_of
 def current_names(values: Mapping[str, Any], options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
     """Replace former names of options by their present ones.
 
-    Args:
-        values: Values by name.
-        options: The options.
-
     Returns:
         Values by present name, and a sentence for each name that was replaced.
 

@@ -6,9 +6,9 @@ the constructor in Python are checked against that declaration before anything i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import inspect
 import json
 import math
 import numbers
@@ -162,11 +162,7 @@ class Option:
         return text + (" (or none)" if "None" in self.kinds else "")
 
     def convert(self, value: object, *, text: bool = False) -> Any:
-        """Bring a value into the declared type.
-
-        Args:
-            value: From YAML, the command line or Python.
-            text: It is a word of the command line, or a list of words.
+        """Bring a value from YAML, Python or, with ``text``, the words of a command line into the declared type.
 
         Raises:
             OptionError: If the value is not allowed.
@@ -273,49 +269,28 @@ def _number(value: object, kind: str) -> int | float | None:
     return int(float(value)) if float(value).is_integer() else None
 
 
-def read_options(module: str, name: str) -> dict[str, Option]:
+def read_options(module: str, name: str, path: Path | None = None) -> dict[str, Option]:
     """Options of a dataclass by name, read from its source: nothing is imported.
-
-    Args:
-        module: Name of the module.
-        name: Name of the class.
 
     Example:
         >>> read_options("unime_st.stages.mine", "MineArguments")["num_candidates"].default
         50
     """
-    return {key: Option.of(declared) for key, declared in declared_fields(module, name).items()}
+    return {key: Option.of(declared) for key, declared in declared_fields(module, name, path).items()}
 
 
 def options_of(kind: type[Any]) -> dict[str, Option]:
-    """Options of an imported dataclass by name; those of a class without source file are left out.
-
-    Args:
-        kind: The dataclass.
-    """
-    found: dict[str, Option] = {}
-    for base in reversed(kind.__mro__):
+    """Options of an imported dataclass by name; those of a class without source file are left out."""
+    for base in kind.__mro__:
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
-        if not dataclasses.is_dataclass(base) or file is None:
-            continue
-        try:
-            declared = declared_fields(base.__module__, base.__name__, Path(file))
-        except LookupError:
-            continue
-        own = inspect.get_annotations(base)
-        found |= {name: Option.of(entry) for name, entry in declared.items() if name in own}
-    return found
+        with contextlib.suppress(LookupError):
+            if dataclasses.is_dataclass(base) and file is not None:
+                return read_options(base.__module__, base.__name__, Path(file))
+    return {}
 
 
 def check_options(arguments: Any) -> None:
-    """Bring every option of a dataclass instance into its declared type, in place.
-
-    Args:
-        arguments: Instance of a dataclass whose fields :func:`option` declares.
-
-    Raises:
-        OptionError: If a value is not allowed.
-    """
+    """Bring every option of a dataclass instance into its declared type, in place; OptionError if one cannot be."""
     for name, declared in options_of(type(arguments)).items():
         value = getattr(arguments, name)
         if value != declared.default or isinstance(value, (bool, float)):
@@ -323,24 +298,12 @@ def check_options(arguments: Any) -> None:
 
 
 def require_options(arguments: Any) -> None:
-    """Refuse the options of a command whose paths are missing or lead nowhere, see :func:`check_required`.
-
-    Args:
-        arguments: Instance of a dataclass whose fields :func:`option` declares.
-    """
+    """Refuse the options of a command whose paths are missing or lead nowhere, see :func:`check_required`."""
     check_required(vars(arguments), options_of(type(arguments)))
 
 
 def check_required(values: Mapping[str, Any], options: Mapping[str, Option]) -> None:
-    """Refuse options whose paths are missing or lead nowhere.
-
-    Args:
-        values: Value of every option that is given.
-        options: The options.
-
-    Raises:
-        OptionError: In one line that says what to do.
-    """
+    """Refuse options whose paths are missing or lead nowhere, in an OptionError of one line that says what to do."""
     for name, declared in options.items():
         value = values.get(name, declared.default)
         advice = f" Make it with `{declared.made_by}`." if declared.made_by else ""

@@ -8,12 +8,11 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
 from unime_st.declarations import docstring
-from unime_st.files import FolderInUseError
 from unime_st.former_names import current_names
 from unime_st.options import Option, OptionError, check_required, options_of, read_options, unknown_option
 from unime_st.stages import STAGES
@@ -21,8 +20,6 @@ from unime_st.stages.configs import find_config, read_config
 
 logger = logging.getLogger(__name__)
 ArgumentsT = TypeVar("ArgumentsT")
-_ASKS = ("-h", "--help")
-_ASKS_ALL = "--help_all"
 
 
 def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -30,8 +27,7 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
 
     Args:
         stage: Name of the stage, see :data:`~unime_st.stages.STAGES`.
-        argv: Words of the command line; ``-v`` in front logs the traceback of an error. Defaults to None: those of the
-            process.
+        argv: Words of the command line; ``-v`` in front logs the traceback of an error. Defaults to the process's.
         program: How the command is called, for messages. Defaults to the script of the process.
 
     Returns:
@@ -43,38 +39,38 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
     words = words[1:] if verbose else words
     entry, module = STAGES[stage], f"unime_st.stages.{stage}"
     options = read_options(module, entry.options)
-    if any(word.replace("-", "_") in (*(ask.replace("-", "_") for ask in _ASKS), "__help_all") for word in words):
-        everything = any(word.replace("-", "_") == "__help_all" for word in words)
+    if asked := {"-h", "--help", "--help_all", "--help-all"}.intersection(words):
+        everything = bool(asked - {"-h", "--help"})
         sys.stdout.write(_help(program, docstring(module), options, example=entry.example, everything=everything))
         return 0
     set_up_logging()
-    try:
-        values = read_values(words, options, stage)
-        check_required(values, options)
-        arguments = getattr(import_module(module), entry.options)(**values)
-    except OptionError as error:
-        sys.stderr.write(f"{program}: {error}\n")
-        return 2
-    return _run(program, stage, arguments, verbose)
-
-
-def _run(program: str, stage: str, arguments: Any, verbose: bool) -> int:
     # As at Ctrl-C: what holds processes and temporary files gives them back.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def run() -> None:
+        values = read_values(words, options, stage)
+        check_required(values, options)
+        home = import_module(module)
+        getattr(home, entry.function)(getattr(home, entry.options)(**values))
+
+    return exit_status(run, program, verbose=verbose)
+
+
+def exit_status(action: Callable[[], int | None], program: str, *, verbose: bool = False) -> int:
+    """Run the action of a command; an error that the user can mend becomes a line on stderr and an exit status."""
     try:
-        getattr(import_module(f"unime_st.stages.{stage}"), STAGES[stage].function)(arguments)
+        return action() or 0
     except OptionError as error:
         sys.stderr.write(f"{program}: {error}\n")
         return 2
-    except (ValueError, OSError, ImportError, FolderInUseError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if verbose:
-            logger.exception("%s", stage)
+            logger.exception("%s", program)
         sys.stderr.write(f"{program}: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted; the same command goes on from here.\n")
         return 130
-    return 0
 
 
 def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] | None = None) -> ArgumentsT:
@@ -99,7 +95,7 @@ def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] |
     """
     words = list(sys.argv[1:] if argv is None else argv)
     options = options_of(kind)
-    if any(word in _ASKS for word in words):
+    if {"-h", "--help"}.intersection(words):
         sys.stdout.write(_help(f"python {sys.argv[0]}", description or "", options))
         raise SystemExit(0)
     try:
@@ -118,12 +114,9 @@ def set_up_logging() -> None:
 
 
 def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str | None = None) -> dict[str, Any]:
-    """Values of the options that a command line gives, each in its declared type.
+    """Values of the options that ``[CONFIG] [--option value ...]`` gives, each in its declared type.
 
-    Args:
-        words: ``[CONFIG] [--option value ...]``; the command line wins over the file.
-        options: The options.
-        stage: Stage whose configurations may be named. Defaults to None: the configuration is a path.
+    The command line wins over the file. Without a stage the configuration is a path.
 
     Raises:
         OptionError: If an option is unknown or has a wrong value; for a file the message names the line.
