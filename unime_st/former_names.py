@@ -10,7 +10,7 @@ from typing import Any
 from unime_st.options import Option, OptionError, options_of
 
 
-def current_names(values: Mapping[str, Any], options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
+def current_names(values: Mapping[str, object], options: Mapping[str, Option]) -> tuple[dict[str, object], list[str]]:
     """Replace former names of options by their present ones.
 
     Returns:
@@ -36,7 +36,7 @@ def current_names(values: Mapping[str, Any], options: Mapping[str, Option]) -> t
     return found, told
 
 
-def _switched(name: str, value: object, switches: Mapping[str, str]) -> dict[str, Any]:
+def _switched(name: str, value: object, switches: Mapping[str, str]) -> dict[str, object]:
     """Options that stand for the words of a former one, such as bf16 and fp16 for precision."""
     words = {key.partition("=")[2]: new for key, new in switches.items() if key.startswith(f"{name}=")}
     value = value[0] if isinstance(value, list) and len(value) == 1 else value

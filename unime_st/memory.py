@@ -6,9 +6,9 @@ import ctypes
 import re
 import resource
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -39,7 +39,7 @@ def malloc_trim() -> bool:
 
 
 @cache
-def _libc_malloc_trim() -> Any:
+def _libc_malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 

@@ -180,7 +180,7 @@ class Option:
             raise self._refused(value)
         return found
 
-    def _scalar(self, value: object, text: bool) -> Any:
+    def _scalar(self, value: object, text: bool) -> object:
         if value is None or ("None" in self.kinds and isinstance(value, str) and value.lower() in _NONE):
             if "None" in self.kinds:
                 return None
@@ -210,7 +210,7 @@ class Option:
             return value  # made by code, and checked by the library that declares it
         raise self._refused(value)
 
-    def _list(self, value: object, text: bool) -> Any:
+    def _list(self, value: object, text: bool) -> object:
         inner = tuple(kind[5:-1] for kind in self.kinds if kind.startswith("list"))
         entry = dataclasses.replace(self, kinds=inner)
         words = [str(part).lower() for part in value] if isinstance(value, (list, tuple)) else []
@@ -279,7 +279,7 @@ def read_options(module: str, name: str, path: Path | None = None) -> dict[str, 
     return {key: Option.of(declared) for key, declared in declared_fields(module, name, path).items()}
 
 
-def options_of(kind: type[Any]) -> dict[str, Option]:
+def options_of(kind: type) -> dict[str, Option]:
     """Options of an imported dataclass by name; those of a class without source file are left out."""
     for base in kind.__mro__:
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
@@ -289,7 +289,7 @@ def options_of(kind: type[Any]) -> dict[str, Option]:
     return {}
 
 
-def check_options(arguments: Any) -> None:
+def check_options(arguments: object) -> None:
     """Bring every option of a dataclass instance into its declared type, in place; OptionError if one cannot be."""
     for name, declared in options_of(type(arguments)).items():
         value = getattr(arguments, name)
@@ -297,12 +297,12 @@ def check_options(arguments: Any) -> None:
             setattr(arguments, name, declared.convert(value))
 
 
-def require_options(arguments: Any) -> None:
+def require_options(arguments: object) -> None:
     """Refuse the options of a command whose paths are missing or lead nowhere, see :func:`check_required`."""
     check_required(vars(arguments), options_of(type(arguments)))
 
 
-def check_required(values: Mapping[str, Any], options: Mapping[str, Option]) -> None:
+def check_required(values: Mapping[str, object], options: Mapping[str, Option]) -> None:
     """Refuse options whose paths are missing or lead nowhere, in an OptionError of one line that says what to do."""
     for name, declared in options.items():
         value = values.get(name, declared.default)

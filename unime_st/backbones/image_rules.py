@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from unime_st.data.images import BadImageError
 from unime_st.recipes.recipe import ImageRule
 
 
-def open_image(source: Any) -> Image.Image:
+def open_image(source: object) -> Image.Image:
     """Open an image without changing its mode, size or orientation.
 
     Args:
@@ -73,7 +72,7 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 
-def prepare_image(source: Any, rule: ImageRule, side: int | None) -> Image.Image:
+def prepare_image(source: object, rule: ImageRule, side: int | None) -> Image.Image:
     """Convert an image, see :func:`open_image`, to RGB as the official code does.
 
     ``side`` is that of the square to squash to, in pixels; None keeps the size. The result has no EXIF data, so that

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import (
+    BaseImageProcessor,
+    BaseVideoProcessor,
     LlavaNextConfig,
     LlavaNextModel,
     LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionModel,
     LlavaOnevisionProcessor,
+    PreTrainedTokenizerBase,
 )
 
 from unime_st.backbones.processing import UniMEProcessorMixin
 from unime_st.backbones.slow_dtype import WarnsOfSlowDtype
+from unime_st.recipes.recipe import RuleFields
 
 
 class UniMELlavaNextConfig(LlavaNextConfig):
@@ -35,14 +37,14 @@ class UniMELlavaNextProcessor(UniMEProcessorMixin, LlavaNextProcessor):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         patch_size: int | None = None,
         vision_feature_select_strategy: str | None = None,
         chat_template: str | None = None,
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
-        image_rule: dict[str, Any] | None = None,
+        image_rule: RuleFields | None = None,
         image_size: str | int | None = None,
         image_backend: str | None = None,
     ) -> None:
@@ -76,16 +78,16 @@ class UniMELlavaOnevisionProcessor(UniMEProcessorMixin, LlavaOnevisionProcessor)
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        video_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: BaseVideoProcessor | None = None,
         num_image_tokens: int | None = None,
         vision_feature_select_strategy: str | None = None,
         chat_template: str | None = None,
         image_token: str = "<image>",
         video_token: str = "<video>",
         vision_aspect_ratio: str = "anyres_max_9",
-        image_rule: dict[str, Any] | None = None,
+        image_rule: RuleFields | None = None,
         image_size: str | int | None = None,
         image_backend: str | None = None,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from transformers import AutoTokenizer, BatchFeature, TokenizersBackend
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
 from unime_st.backbones.image_rules import prepare_image
-from unime_st.recipes.recipe import ImageRule
+from unime_st.recipes.recipe import ImageRule, RuleFields
 
+Message = dict[str, Any]
+Chat = list[Message]
 _RULE_OPTIONS = ("image_rule", "image_size", "image_backend")
 
 
@@ -32,7 +35,7 @@ class UniMEProcessorMixin:
     own_image_processor_class: Any = None  # for families whose image processor transformers lacks
 
     def set_image_rule(
-        self, image_rule: dict[str, Any] | None, image_size: str | int | None, image_backend: str | None
+        self, image_rule: RuleFields | None, image_size: str | int | None, image_backend: str | None
     ) -> None:
         """Set how images are prepared.
 
@@ -61,7 +64,7 @@ class UniMEProcessorMixin:
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
-    ) -> list[Any]:
+    ) -> list[object]:
         """Load the parts, the image processor in the backend that the recipe asks for."""
         stored = processor_dict or {}
         rule = ImageRule(**(kwargs.get("image_rule") or stored.get("image_rule") or {}))
@@ -161,7 +164,7 @@ class UniMEProcessorMixin:
         return output
 
 
-def _unwrap(chat: Any) -> list[dict[str, Any]]:
+def _unwrap(chat: Sequence[Message]) -> Chat:
     """Unwrap chats that Sentence Transformers put into one more message, as it does in a batch with other inputs."""
     flat = []
     for message in chat:
@@ -172,7 +175,7 @@ def _unwrap(chat: Any) -> list[dict[str, Any]]:
     return flat
 
 
-def _without_absent_parts(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_absent_parts(chat: Chat) -> Chat:
     """Remove parts that are None, as rows of a struct column have them: ``{"image": image, "text": None}``."""
     for message in chat:
         if isinstance(message.get("content"), list):
@@ -205,12 +208,12 @@ def _restore_tails(
         features["input_ids"][row, index] = torch.tensor(tail)
 
 
-def _has_image(conversation: Any) -> bool:
+def _has_image(conversation: Chat) -> bool:
     contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
     return any(part.get("type") == "image" for content in contents for part in content)
 
 
-def _tail_tokens(processor: Any, conversation: Any, template_kwargs: dict[str, Any]) -> list[int]:
+def _tail_tokens(processor: Any, conversation: Chat, template_kwargs: dict[str, Any]) -> list[int]:
     """Tokens at the end of the rendered prompt that do not depend on the text: those that two renderings share."""
     renders = []
     for filler in ("0", "1 2 3 4"):
@@ -226,7 +229,7 @@ def _tail_tokens(processor: Any, conversation: Any, template_kwargs: dict[str, A
     return first[len(first) - same :] if same < min(len(first), len(second)) else []
 
 
-def _with_text(message: dict[str, Any], filler: str) -> dict[str, Any]:
+def _with_text(message: Message, filler: str) -> Message:
     if message["role"] == "system":
         return message
     if isinstance(message["content"], str):

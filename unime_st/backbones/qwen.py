@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    BaseImageProcessor,
+    BaseVideoProcessor,
+    PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
@@ -17,6 +20,7 @@ from transformers import (
 
 from unime_st.backbones.processing import UniMEProcessorMixin
 from unime_st.backbones.slow_dtype import WarnsOfSlowDtype
+from unime_st.recipes.recipe import RuleFields
 
 
 class UniMEQwen2VLConfig(Qwen2VLConfig):
@@ -79,11 +83,11 @@ class UniMEQwen2VLProcessor(UniMEProcessorMixin, Qwen2VLProcessor):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        video_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: BaseVideoProcessor | None = None,
         chat_template: str | None = None,
-        image_rule: dict[str, Any] | None = None,
+        image_rule: RuleFields | None = None,
         image_size: str | int | None = None,
         image_backend: str | None = None,
     ) -> None:
@@ -115,11 +119,11 @@ class UniMEQwen2_5_VLProcessor(UniMEProcessorMixin, Qwen2_5_VLProcessor):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        video_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: BaseVideoProcessor | None = None,
         chat_template: str | None = None,
-        image_rule: dict[str, Any] | None = None,
+        image_rule: RuleFields | None = None,
         image_size: str | int | None = None,
         image_backend: str | None = None,
     ) -> None:

@@ -29,7 +29,7 @@ _PAPERS = {
 
 
 def write_card(
-    folder: Path, recipe: Recipe, *, alias: str | None, record: Mapping[str, Any], processor: ProcessorMixin
+    folder: Path, recipe: Recipe, *, alias: str | None, record: Mapping[str, object], processor: ProcessorMixin
 ) -> None:
     """Write ``README.md`` of a converted folder.
 

@@ -19,9 +19,10 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import batch_to_device
 
 from unime_st.checkpoints.source import CheckpointError, read_source
+from unime_st.encoding.model_inputs import Features
 from unime_st.recipes import Demo, Recipe
 
-Row = Any
+Row = object
 """What ``encode`` or ``predict`` takes for one row."""
 
 _LONG = "A long caption that goes on and on about the image. " * 400
@@ -84,12 +85,12 @@ class Subject:
 
     def row(self, text: str | None, image: Image.Image | None) -> Row:
         """One row of input."""
-        item: dict[str, Any] = {"image": image} if image is not None else {}
+        item: dict[str, object] = {"image": image} if image is not None else {}
         if text is not None:
             item["text"] = text
         return (item, {"text": "a candidate"}) if self.reranker else item
 
-    def features(self, rows: list[Row]) -> dict[str, Any]:
+    def features(self, rows: list[Row]) -> Features:
         """Features of rows, as the model gets them."""
         return dict(self.model.preprocess(rows))
 

@@ -244,19 +244,19 @@ def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options
     return processor
 
 
-def _set_and_save(tokenizer: Any, name: str, value: Any) -> None:
+def _set_and_save(tokenizer: Any, name: str, value: object) -> None:
     """Set an attribute of a tokenizer and the argument of the same name, because only arguments are saved."""
     setattr(tokenizer, name, value)
     tokenizer.init_kwargs[name] = value
 
 
-def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor: Any) -> dict[str, Any]:
+def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor: Any) -> dict[str, object]:
     variables = dict(recipe.template_kwargs)
     if style is not None:
         if f"'{style}'" not in (processor.chat_template or ""):
             raise ValueError(f"The chat template of recipe {recipe.name!r} has no style {style!r}.")
         variables["style"] = style
-    kwargs: dict[str, Any] = {"chat_template": variables} if variables else {}
+    kwargs: dict[str, object] = {"chat_template": variables} if variables else {}
     if not ours or recipe.task == "reranker":
         # transformers' processors truncate the end of the prompt of long rows with images, where the embedding is read.
         # Ours restore it; theirs must not truncate at all. In a pair, a long query would push the candidate out, so

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import sentence_transformers
 import torch
@@ -68,7 +67,7 @@ def write_modules(
     recipe: Recipe,
     *,
     dimension: int,
-    processing_kwargs: dict[str, Any],
+    processing_kwargs: dict[str, object],
     yes_no_ids: tuple[int, int] | None,
     needs_unime_st: bool,
 ) -> None:
@@ -86,7 +85,7 @@ def write_modules(
     reranker = recipe.task == "reranker"
     output = "logits" if reranker else "last_hidden_state"
     method = {"method": "forward", "method_output_name": output}
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "transformer_task": "any-to-any" if reranker else "feature-extraction",
         "modality_config": {"text": method, "image": method, "message": {**method, "format": "structured"}},
         "module_output_name": "causal_logits" if reranker else "token_embeddings",
@@ -121,7 +120,7 @@ def write_modules(
         for index, kind in enumerate(types)
     ]
     write_json(folder / "modules.json", modules)
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "model_type": "CrossEncoder" if reranker else "SentenceTransformer",
         "__version__": {
             "sentence_transformers": sentence_transformers.__version__,

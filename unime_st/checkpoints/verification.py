@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def run_checks(
         yield from _attempt("demo score", lambda: checks.demo_score(subject, demo, demo_image))
 
 
-def _attempt(name: str, check: Any) -> Iterator[Check]:
+def _attempt(name: str, check: Callable[[], Check]) -> Iterator[Check]:
     try:
         with quiet_transformers():
             found: Check = check()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from unime_st.data.images import ImageRef, resolve_inside
 from unime_st.data.items import Item
 from unime_st.data.parquet_shards import split_zip_path
 
 
-def as_item(value: Any, root: Path) -> Item:
+def as_item(value: object, root: Path) -> Item:
     """Build an item from a value of a column of whole items.
 
     Args:
@@ -34,7 +33,7 @@ def as_item(value: Any, root: Path) -> Item:
     return Item(image=as_image(value, root))
 
 
-def as_image(value: Any, root: Path) -> ImageRef:
+def as_image(value: object, root: Path) -> ImageRef:
     """Build an image reference from a value of an image column.
 
     Args:
@@ -58,7 +57,7 @@ def as_image(value: Any, root: Path) -> ImageRef:
     raise ValueError(f"{value!r:.80} is not an image: expected bytes, a path or {{'bytes', 'path'}}")
 
 
-def as_text(value: Any, column: str) -> str:
+def as_text(value: object, column: str) -> str:
     """Convert a value of a text column to text; lists are joined by ", ".
 
     Args:
@@ -75,7 +74,7 @@ def as_text(value: Any, column: str) -> str:
     return str(value)
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a value of a column is empty: None, an empty text, bytes or list, or a struct of such values.
 
     Args:

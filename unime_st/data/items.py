@@ -132,7 +132,7 @@ class Item:
         text = "" if self._text is None else f"text={self._text!r}"
         return f"Item({', '.join(part for part in (text, image) if part)})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (Item.stored, (self._text, self._image, self._id)) if self._id else (Item, (self._text, self._image))
 
 

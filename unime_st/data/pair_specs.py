@@ -16,7 +16,7 @@ from typing import Any
 from unime_st.data.column_values import as_image, as_item, as_text, is_empty
 from unime_st.data.items import Item
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 DEFAULT_COLUMNS = frozenset(
     [f"{side}{part}" for side in ("query", "positive") for part in ("", "_text", "_image")]
     + ["negatives", "scores", "dataset"]
@@ -54,8 +54,8 @@ class JoinSpec:
     """
 
     on: str
-    query: Mapping[str, Any] = field(default_factory=dict)
-    positive: Mapping[str, Any] = field(default_factory=dict)
+    query: Mapping[str, object] = field(default_factory=dict)
+    positive: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PairSpec:
     join: JoinSpec | None = None
 
 
-def parse_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[PairSpec]:
+def parse_pairs(pairs: Sequence[Mapping[str, object]]) -> list[PairSpec]:
     """Parse pair specifications from their YAML form.
 
     Args:
@@ -176,7 +176,7 @@ def build_item(side: SideSpec, rows: Mapping[str, Row], own: str, root: Path) ->
     return Item(text, None if image is None else as_image(image, root))
 
 
-def matches(conditions: Mapping[str, Any], row: Row) -> bool:
+def matches(conditions: Mapping[str, object], row: Row) -> bool:
     """Whether a row meets the conditions of a join.
 
     Args:
@@ -208,7 +208,7 @@ def _default_side(side: str, columns: Collection[str]) -> SideSpec:
     return SideSpec(image=image, text=text)
 
 
-def _parse(kind: type, content: Any, where: str) -> Any:
+def _parse(kind: type, content: object, where: str) -> Any:
     known = [entry.name for entry in fields(kind)]
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: expected a mapping with {', '.join(known)}, found {content!r:.80}")
@@ -276,7 +276,7 @@ def _text(text: str, rows: Mapping[str, Row], own: str) -> str | None:
     return "".join(parts)
 
 
-def _value(row: Row, name: str) -> Any:
+def _value(row: Row, name: str) -> object:
     column = name.removesuffix("?")
     value = row.get(column)
     if not is_empty(value):

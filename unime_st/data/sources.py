@@ -92,14 +92,14 @@ def _is_similar(path: Path) -> bool:
     return path.suffix not in SUFFIXES and any(part.lower() in SUFFIXES for part in path.suffixes)
 
 
-def json_list(path: str | Path) -> Iterator[Any]:
+def json_list(path: str | Path) -> Iterator[object]:
     """Stream the elements of a JSON list from a file; memory is bounded by the largest element.
 
     Args:
         path: The file.
 
     Yields:
-        Any: Each element.
+        object: Each element.
 
     Raises:
         ValueError: If the file is not a JSON list; the message names the element where reading stopped.
@@ -129,7 +129,7 @@ class _ListReader:
         self.handle, self.buffer, self.position, self.ended = handle, "", 0, False
         self.decoder = json.JSONDecoder()
 
-    def elements(self) -> Iterator[Any]:
+    def elements(self) -> Iterator[object]:
         self._expect("[")
         if self._next() == "]":
             self._expect("]")
@@ -157,7 +157,7 @@ class _ListReader:
             raise json.JSONDecodeError(f"expected {character!r}", self.buffer, self.position)
         self.position += 1
 
-    def _element(self) -> Any:
+    def _element(self) -> object:
         self._next()
         while True:
             try:
@@ -228,7 +228,7 @@ def _read_csv(path: Path) -> Iterator[SourceRow]:
             raise ValueError(f"{path}, line {reader.line_num}: cannot be read as CSV ({error})") from error
 
 
-def _row(file: str, number: int, element: Any) -> SourceRow:
+def _row(file: str, number: int, element: object) -> SourceRow:
     if isinstance(element, dict):
         return SourceRow(file, number, element)
     return SourceRow(file, number, None, f"expected a JSON object, found {type(element).__name__}")

@@ -32,7 +32,7 @@ class Candidate:
         extra: Values of additional columns.
     """
 
-    where: dict[str, Any]
+    where: dict[str, object]
     record: PairRecord
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -51,7 +51,7 @@ class RejectedWriter:
         self.path, self.count, self.first = Path(folder) / name, 0, ""
         self._temporary = temporary_path(self.path)
 
-    def add(self, reason: str, **where: Any) -> None:
+    def add(self, reason: str, **where: object) -> None:
         """Record one rejected row.
 
         Args:
@@ -69,7 +69,7 @@ class RejectedWriter:
         self._handle = self._temporary.open("w", encoding="utf-8")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self._handle.close()
         if kind is not None or self.count == 0:
             self._temporary.unlink()
@@ -90,7 +90,7 @@ class ImageChecker:
     def __init__(self, workers: int, *, full: bool = True) -> None:
         self.full = full
         self._pool = ThreadPoolExecutor(max(1, workers))
-        self._sound: set[Any] = set()
+        self._sound: set[object] = set()
 
     def errors(self, items: Iterable[Item]) -> dict[int, str]:
         """Check the images of items.
@@ -121,7 +121,7 @@ class ImageChecker:
     def __enter__(self) -> ImageChecker:
         return self
 
-    def __exit__(self, *details: Any) -> None:
+    def __exit__(self, *details: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 

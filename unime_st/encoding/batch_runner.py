@@ -19,7 +19,7 @@ from sentence_transformers.util import truncate_embeddings
 
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
-from unime_st.encoding.model_inputs import load_input, unreadable_image
+from unime_st.encoding.model_inputs import Features, load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.token_counts import pack, pixel_budget
@@ -43,7 +43,7 @@ class Job:
     """One input to encode: its row in the stream, and what is known of it; ``tokens`` are those of a plain text."""
 
     row: int
-    value: Any
+    value: object
     num_tokens: int = 0
     pixels: int = 0
     tokens: np.ndarray | None = None
@@ -112,7 +112,7 @@ class BatchRunner:
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options
-        self.text_features: Callable[[list[np.ndarray]], dict[str, Any]] | None = None
+        self.text_features: Callable[[list[np.ndarray]], Features] | None = None
         copies = on_devices(model, devices) if len(devices) > 1 else [model]
         self.packed = has_packed_attention(model) if packed is None else packed
         if self.packed:
@@ -180,7 +180,7 @@ class BatchRunner:
             vectors[index] = vector
         return vectors
 
-    def _prepare(self, jobs: list[Job]) -> tuple[list[int], dict[str, Any]]:
+    def _prepare(self, jobs: list[Job]) -> tuple[list[int], Features]:
         """Indices of the jobs whose inputs can be read, and their features."""
         if self.text_features is not None and all(job.tokens is not None for job in jobs):
             rows = [job.tokens for job in jobs if job.tokens is not None]
@@ -214,11 +214,11 @@ class BatchRunner:
             self._features(inputs)  # each input alone is valid: raise the error of the whole batch
         return ([index for index, _ in kept], self._features([value for _, value in kept])) if kept else ([], {})
 
-    def _features(self, inputs: list[Any]) -> dict[str, Any]:
+    def _features(self, inputs: list[Any]) -> Features:
         return self.model.preprocess(inputs, **self.prompting)
 
     @torch.inference_mode()
-    def _run(self, model: SentenceTransformer, features: dict[str, Any], device: torch.device) -> torch.Tensor:
+    def _run(self, model: SentenceTransformer, features: Features, device: torch.device) -> torch.Tensor:
         moved = {name: _to_device(value, device) for name, value in features.items()}
         vectors = model(moved, **self.options)["sentence_embedding"]
         vectors = truncate_embeddings(vectors, self.truncate_dim)
@@ -229,7 +229,7 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _to_device(value: object, device: torch.device) -> object:
     if not isinstance(value, torch.Tensor):
         return value
     if device.type == "cuda":  # copies from pinned memory do not block queued kernels

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Engine:
 
     def run(
         self,
-        inputs: Iterable[Any],
+        inputs: Iterable[object],
         results: VectorSink,
         *,
         window: int | None = None,
@@ -124,7 +124,7 @@ class Engine:
                 for _, _, future in pending:
                     future.cancel()
 
-    def _windows(self, inputs: Iterator[Any], size: int | None) -> Iterator[_Window]:
+    def _windows(self, inputs: Iterator[object], size: int | None) -> Iterator[_Window]:
         sizes = repeat(WINDOW) if size is None else chain((max(1, size // 16), max(1, size // 4)), repeat(size))
         start = 0
         while block := list(islice(inputs, next(sizes))):
@@ -135,7 +135,7 @@ class Engine:
             yield window
             start += len(block)
 
-    def _add(self, window: _Window, row: int, value: Any) -> None:
+    def _add(self, window: _Window, row: int, value: object) -> None:
         """Register an input as a job, or as a duplicate of an earlier row."""
         try:
             value = normalize_input(value)
@@ -145,7 +145,7 @@ class Engine:
                 raise named_error(row, error) from error
             self.failed[row] = str(error)
             return
-        if not self._warned and looks_like_image_path(value) and not is_media(value):
+        if not self._warned and isinstance(value, str) and looks_like_image_path(value) and not is_media(value):
             self._warned = True
             logger.warning(
                 "item %d, %r, ends like an image file but is encoded as a text, because Sentence Transformers does not "
@@ -215,7 +215,7 @@ class Engine:
             job.num_tokens, job.pixels = count, num_pixels
 
     def _collect(
-        self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[Any]
+        self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[NoReturn]
     ) -> None:
         for job, vector in zip(batch, future.result()):
             job.value = None  # releases the encoded image before the window is finished
@@ -231,7 +231,7 @@ class Engine:
         window.open_batches -= 1
         bar.update(len(batch))
 
-    def _emit(self, windows: deque[_Window], results: VectorSink, bar: tqdm[Any]) -> None:
+    def _emit(self, windows: deque[_Window], results: VectorSink, bar: tqdm[NoReturn]) -> None:
         """Pass finished windows at the front of the queue on to the results."""
         while windows and windows[0].open_batches == 0:
             window = windows.popleft()
@@ -271,7 +271,7 @@ def _prefetch(windows: Iterator[_Window], *, on_failure: Callable[[], None]) -> 
 
 def encode_into(
     model: SentenceTransformer,
-    inputs: Iterable[Any],
+    inputs: Iterable[object],
     results: VectorSink,
     *,
     on_error: Literal["raise", "skip"],

@@ -15,7 +15,12 @@ from unime_st.encoding.vector_shards import MemorySink
 
 
 def encode_list(
-    model: SentenceTransformer, inputs: list[Any], *, progress: bool = False, on_cpu: bool = True, **options: Any
+    model: SentenceTransformer,
+    inputs: Sequence[object],
+    *,
+    progress: bool = False,
+    on_cpu: bool = True,
+    **options: Any,
 ) -> torch.Tensor:
     """Encode a list of inputs to a tensor of shape (len(inputs), dim) in the dtype of the model.
 
@@ -29,10 +34,10 @@ def encode_list(
     return torch.tensor([], device=model.device) if vectors is None else vectors
 
 
-def distinct_inputs(inputs: Sequence[Any]) -> tuple[list[Any], list[int]]:
+def distinct_inputs(inputs: Sequence[object]) -> tuple[list[object], list[int]]:
     """Distinct inputs in order, and for every input its index among them."""
     index: dict[Hashable, int] = {}
-    distinct: list[Any] = []
+    distinct: list[object] = []
     indices: list[int] = []
     for value in inputs:
         try:

@@ -92,7 +92,7 @@ def model_fingerprint(model: SentenceTransformer) -> str:
     return hashlib.sha256(f"{weights_fingerprint(model)} {content}".encode()).hexdigest()[:16]
 
 
-def _module_settings(module: torch.nn.Module) -> dict[str, Any]:
+def _module_settings(module: torch.nn.Module) -> dict[str, object]:
     backbone, processor = getattr(module, "model", None), getattr(module, "processor", None)
     tokenizer = getattr(processor, "tokenizer", getattr(module, "tokenizer", None))
     return {
@@ -107,17 +107,17 @@ def _module_settings(module: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _as_dict(part: object, method: str) -> Any:
+def _as_dict(part: object, method: str) -> object:
     return _without_volatile(getattr(part, method)()) if hasattr(part, method) else None
 
 
-def _without_volatile(content: Any) -> Any:
+def _without_volatile(content: object) -> object:
     if isinstance(content, dict):
         return {str(key): _without_volatile(value) for key, value in content.items() if key not in _VOLATILE}
     return [_without_volatile(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
-def _tokenizer_settings(tokenizer: Any) -> Any:
+def _tokenizer_settings(tokenizer: Any) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None if tokenizer is None else repr(tokenizer)

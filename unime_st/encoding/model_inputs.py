@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from unime_st.data.items import Item
 from unime_st.encoding.image_urls import is_url
 from unime_st.encoding.input_images import image_size, load_image
 
+Features = dict[str, Any]
+"""Input of a model's ``forward``: tensors by name, and what else its modules pass on."""
+
 ModelInput = SingleInput | Item
 """An input of ``UniME.encode``: whatever ``SentenceTransformer.encode`` accepts, or an :class:`~unime_st.Item`."""
 
@@ -35,7 +38,7 @@ _IMAGE_NAME = re.compile(
 _PARTS = ("text", "image", "audio", "video")
 
 
-def normalize_input(value: Any) -> Any:
+def normalize_input(value: object) -> Any:
     """Bring an item, or any input of ``SentenceTransformer.encode``, into the form that the engine works with.
 
     Parts that are None (or NaN, as pandas stores a missing value) are removed: ``{"image": image, "text": None}`` is
@@ -61,7 +64,11 @@ def normalize_input(value: Any) -> Any:
     if isinstance(value, ImageRef):
         return Item(image=value)
     if is_chat(value):
-        return _normalize_message(value) if isinstance(value, Mapping) else list(map(_normalize_message, value))
+        return (
+            _normalize_message(value)
+            if isinstance(value, Mapping)
+            else list(map(_normalize_message, cast(Iterable[object], value)))
+        )
     if isinstance(value, Mapping):
         return _normalize_parts(value)
     return value
@@ -94,7 +101,7 @@ def _struct_image(struct: Mapping[str, Any]) -> ImageRef | None:
     return None if _is_absent(struct.get("path")) else ImageRef(path=os.fspath(struct["path"]))
 
 
-def _normalize_message(message: Any) -> Any:
+def _normalize_message(message: object) -> object:
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), (list, tuple)):
         return message
     parts = []
@@ -117,7 +124,7 @@ def _is_absent(value: object) -> bool:
     )
 
 
-def texts_and_sizes(value: ModelInput) -> tuple[list[str], list[tuple[int, int]]]:
+def texts_and_sizes(value: object) -> tuple[list[str], list[tuple[int, int]]]:
     """Texts of a normalized input, and (width, height) of every image of it that can be opened, from its header.
 
     Example:
@@ -132,7 +139,7 @@ def texts_and_sizes(value: ModelInput) -> tuple[list[str], list[tuple[int, int]]
     return texts, sizes
 
 
-def _collect(value: Any, name: str | None, texts: list[str], sizes: list[tuple[int, int]]) -> None:
+def _collect(value: object, name: str | None, texts: list[str], sizes: list[tuple[int, int]]) -> None:
     if isinstance(value, str):
         if name != "image" and not (name is None and is_image_url_or_path(value)):
             texts.append(value)
@@ -154,12 +161,12 @@ def _collect(value: Any, name: str | None, texts: list[str], sizes: list[tuple[i
         sizes += [] if size is None else [size]
 
 
-def load_input(value: ModelInput) -> Any:
+def load_input(value: object) -> Any:
     """Load the images of a normalized input with :func:`~unime_st.encoding.input_images.load_image`."""
     return value.to_input() if isinstance(value, Item) else _load(value, None)
 
 
-def _load(value: Any, name: str | None) -> Any:
+def _load(value: object, name: str | None) -> Any:
     if isinstance(value, str):
         return load_image(value) if name == "image" or (name is None and is_image_url_or_path(value)) else value
     if isinstance(value, Mapping):
@@ -193,7 +200,7 @@ def image_paths(value: object) -> list[str]:
     return found + (image_paths(value["content"]) if isinstance(value.get("content"), (list, tuple)) else [])
 
 
-def unreadable_image(value: ModelInput) -> BadImageError | None:
+def unreadable_image(value: object) -> BadImageError | None:
     """Error that names the first image file of an input that cannot be decoded; None if all can."""
     for path in image_paths(value):
         try:

@@ -11,6 +11,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers.utils.generic import is_flash_attention_requested
 
+from unime_st.encoding.model_inputs import Features
+
 
 def has_packed_attention(model: SentenceTransformer) -> bool:
     """Whether the language model uses flash attention, which needs neither padding nor a mask.
@@ -51,7 +53,7 @@ def without_padding(model: SentenceTransformer) -> SentenceTransformer:
 
 
 class _PackedRows(Transformer):
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def forward(self, features: Features, **kwargs: Any) -> Features:
         mask = features["attention_mask"].bool()
         lengths = mask.sum(dim=1)
         packed = {
@@ -65,7 +67,7 @@ class _PackedRows(Transformer):
         found["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         return found
 
-    def _positions(self, features: dict[str, Any]) -> torch.Tensor:
+    def _positions(self, features: Features) -> torch.Tensor:
         """Position ids of shape (batch, length), or (4, batch, length) for multimodal rotary embeddings."""
         counted = (features["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
         backbone: Any = self.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.data.items import Item
-from unime_st.encoding.model_inputs import is_media
+from unime_st.encoding.model_inputs import Features, is_media
 from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
 
 
@@ -58,7 +58,7 @@ class TextFastPath:
         self._frame = TemplateFrame.find(render)
         return self._frame is not None
 
-    def _same_as(self, model: SentenceTransformer, prompt: str | None, options: dict[str, Any]) -> bool:
+    def _same_as(self, model: SentenceTransformer, prompt: str | None, options: Mapping[str, object]) -> bool:
         """Whether the features of a batch equal those of the model."""
         limit = model.max_seq_length
         self._limit = int(min(limit if limit else 10**9, 10**9))
@@ -97,7 +97,7 @@ class TextFastPath:
         rows = [None if text is None else np.asarray(next(found), dtype=np.int64) for text in plain]
         return [None if row is None or len(row) >= self._limit else row for row in rows]
 
-    def features(self, rows: list[np.ndarray]) -> dict[str, Any]:
+    def features(self, rows: list[np.ndarray]) -> Features:
         """Pad token ids from :meth:`tokens` to the features that ``model.preprocess`` computes for these texts."""
         width = max(map(len, rows))
         ids = np.full((len(rows), width), self._tokenizer.pad_token_id, dtype=np.int64)
@@ -106,13 +106,13 @@ class TextFastPath:
             index = slice(width - len(row), None) if self._tokenizer.padding_side == "left" else slice(len(row))
             ids[number, index] = row
             mask[number, index] = 1
-        features: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        features: Features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         for name in self._names:
             features[name] = self._modality if name == "modality" else torch.zeros(ids.shape, dtype=torch.long)
         return features
 
 
-def plain_text(value: Any) -> str | None:
+def plain_text(value: object) -> str | None:
     """Text of a normalized input that consists of a text only, else None."""
     if isinstance(value, Item):
         return value.text if value.image is None else None
@@ -121,7 +121,7 @@ def plain_text(value: Any) -> str | None:
     return value if isinstance(value, str) and not is_media(value) else None
 
 
-def _simple(model: SentenceTransformer, options: dict[str, Any]) -> bool:
+def _simple(model: SentenceTransformer, options: Mapping[str, object]) -> bool:
     """Whether texts go through a chat template, and no option changes their truncation."""
     first: Any = model[0]
     if not isinstance(first, Transformer) or "message" not in first.modality_config or set(options) - {"task"}:

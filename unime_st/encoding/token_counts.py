@@ -52,7 +52,7 @@ class TokenCounter:
         # From the attention mask rather than the width, because some processors pad to a multiple.
         self._fixed = int(probe["attention_mask"].sum()) - len(self._tokens(["0"])[0])
 
-    def __call__(self, inputs: Sequence[Any]) -> np.ndarray:
+    def __call__(self, inputs: Sequence[object]) -> np.ndarray:
         """Count the tokens of inputs.
 
         Args:
@@ -64,7 +64,7 @@ class TokenCounter:
         """
         return self.tokens_and_pixels(inputs)[0]
 
-    def tokens_and_pixels(self, inputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_and_pixels(self, inputs: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
         """Count the tokens of inputs and the stored pixels of their images, int64 of shape (len(inputs),) each."""
         texts: list[str] = []
         sizes: list[Size] = []

@@ -86,7 +86,7 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
     return result
 
 
-def _quality(logits: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
+def _quality(logits: np.ndarray, kinds: np.ndarray) -> dict[str, float | int | None]:
     judged = np.isfinite(logits)
     logits, kinds = logits[judged], kinds[judged]
     positive = kinds == "positive"

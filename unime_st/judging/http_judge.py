@@ -177,7 +177,7 @@ class HttpJudge:
             {"type": "text", "text": "Candidate:"},
             *_parts(candidate),
         ]
-        request: dict[str, Any] = {"model": self.name, "messages": [{"role": "user", "content": content}]}
+        request: dict[str, object] = {"model": self.name, "messages": [{"role": "user", "content": content}]}
         request |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": _TOP}
         return json.dumps(request).encode()
 
@@ -239,9 +239,9 @@ class HttpJudge:
         return yes - no
 
 
-def _parts(item: Item) -> list[dict[str, Any]]:
+def _parts(item: Item) -> list[dict[str, object]]:
     """Return the content of a message, image before text."""
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, object]] = []
     if item.image is not None:
         image = item.image.open()  # an unreadable image is an error of the pair, not of the server
         data = item.image.read()

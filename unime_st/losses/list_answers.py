@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 LIST_ANSWER_START = "Ans: ("
 """End of a listwise prompt; the number of the best candidate follows."""
 
 
-def check_list_prompt(processor: Any, chat: Sequence[Any], **options: Any) -> None:
+def check_list_prompt(processor: Any, chat: Sequence[Mapping[str, object]], **options: str) -> None:
     """Check that a chat template has a listwise prompt, and would not silently render a list as a pair.
 
     ``chat`` holds the messages of a query and two candidates, the second one with the text "second"; ``options`` are
@@ -22,7 +23,7 @@ def check_list_prompt(processor: Any, chat: Sequence[Any], **options: Any) -> No
         ValueError: If the template has no listwise prompt.
     """
 
-    def render(**task: Any) -> str:
+    def render(**task: str) -> str:
         return str(processor.apply_chat_template(chat, tokenize=False, **options, **task))
 
     prompt = render(task="listwise")
@@ -34,7 +35,7 @@ def check_list_prompt(processor: Any, chat: Sequence[Any], **options: Any) -> No
         )
 
 
-def index_answers(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
+def index_answers(tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[int, ...]]:
     """Tokens that distinguish the answers "Ans: (1)", ..., "Ans: (count)".
 
     For each number they are the fewest tokens after "Ans: (" that distinguish it from the others: one, or two where
@@ -81,7 +82,7 @@ def _shortest(number: int, written: list[tuple[int, ...]]) -> tuple[int, ...]:
     return own
 
 
-def longest_list(tokenizer: Any, wanted: int) -> int:
+def longest_list(tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
     """Most candidates of a list, up to ``wanted``, whose numbers :func:`index_answers` can tell apart; 0 if none."""
     for count in (wanted, *(limit for limit in (99, 9) if limit < wanted)):
         try:

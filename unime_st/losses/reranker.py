@@ -229,7 +229,7 @@ class RerankerLoss(CachedLossMixin, nn.Module):
             reps = [[half] for half in pairs.chunk(2)]
         return reps + [[self._logits(column, 0, len(column["queries"]))] for column in columns]
 
-    def chat(self, query: object, candidates: Sequence[object], opened: dict[object, object]) -> list[dict[str, Any]]:
+    def chat(self, query: object, candidates: Sequence[object], opened: dict[object, object]) -> list[Prompts]:
         """Build the messages of one conversation: the query, then its candidates in order.
 
         ``opened`` is a cache of decoded items, extended in place. Several candidates go with ``task="listwise"``.

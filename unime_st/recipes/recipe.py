@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+RuleFields = dict[str, Any]
+"""Fields of an :class:`ImageRule`, as a processor configuration holds them."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from unime_st.encoding.model_inputs import Features
 from unime_st.scoring.chat_tokenizer import GRID, PIXELS, ChatTokenizer
 from unime_st.scoring.prompts import Message
 
@@ -20,7 +21,6 @@ IMAGE_INDEX = "image_index"
 """Feature of shape (placeholders, 2): the row of each image placeholder, and the index of its distinct image."""
 
 Chat = list[Message]
-Features = dict[str, Any]
 _ROW_FEATURES = ("input_ids", "attention_mask", "mm_token_type_ids")
 _FORWARD_TOKENS = 96
 """Cost of one more forward pass, in padded tokens of a small model on a CPU; on larger machines it is lower."""
@@ -81,17 +81,17 @@ class ChatEncoder:
         }
 
 
-def _parts(message: Message) -> list[dict[str, Any]]:
+def _parts(message: Message) -> list[Message]:
     return [] if isinstance(message["content"], str) else message["content"]
 
 
-def _without_pixels(message: Message) -> str | list[dict[str, Any]]:
+def _without_pixels(message: Message) -> str | list[Message]:
     if isinstance(message["content"], str):
         return message["content"]
     return [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
 
 
-def is_plain(chats: Sequence[Any]) -> bool:
+def is_plain(chats: Sequence[object]) -> TypeGuard[Sequence[Chat]]:
     """Whether inputs are conversations, lists of messages, that hold nothing but texts and decoded images."""
     messages = [message for chat in chats for message in (chat if isinstance(chat, list) else [None])]
     if not all(isinstance(message, dict) and isinstance(message.get("content"), (str, list)) for message in messages):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -75,7 +75,7 @@ class ParsedInputs(NamedTuple):
                 raise (ValueError if isinstance(error, ValueError) else TypeError)(f"{name}: {error}")
 
 
-def parse_inputs(values: Sequence[Any]) -> ParsedInputs:
+def parse_inputs(values: Sequence[object]) -> ParsedInputs:
     """Turn each input into an item, see :func:`to_item`, or the error that prevents it.
 
     Example:
@@ -114,12 +114,12 @@ def image_error(item: Item) -> BadImageError | None:
     return None
 
 
-def is_pair(row: Any) -> bool:
+def is_pair(row: object) -> TypeGuard[Sequence[object]]:
     """Tell a pair of inputs from a chat, which is a list of dicts with roles."""
     return isinstance(row, (tuple, list)) and not (row and isinstance(row[0], dict) and "role" in row[0])
 
 
-def plain_input(value: Any, opened: dict[Any, Any]) -> Any:
+def plain_input(value: object, opened: dict[object, Any]) -> Any:
     """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white, each once."""
     if isinstance(value, Item):
         if value.image is not None and value.image not in opened:
@@ -141,7 +141,7 @@ def plain_input(value: Any, opened: dict[Any, Any]) -> Any:
     return value
 
 
-def _image(value: Any) -> Any:
+def _image(value: object) -> object:
     """Turn the image of a dict into what an item takes."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value

@@ -14,6 +14,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 
 from unime_st.data import BadImageError
+from unime_st.encoding.model_inputs import Features
 from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
 from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse_inputs, plain_input, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
@@ -75,7 +76,7 @@ class UniMEReranker(CrossEncoder):
         **kwargs: Any,
     ) -> None:
         self._listwise_template: str | None = None
-        self._encoder: tuple[Any, ChatEncoder] | None = None
+        self._encoder: tuple[object, ChatEncoder] | None = None
         self._ranker: Ranker | None = None
         if model_name_or_path is None:
             super().__init__(**kwargs)
@@ -89,7 +90,7 @@ class UniMEReranker(CrossEncoder):
         modules = generative_modules(folder, template=template, image_tokens=image_tokens, **own)
         super().__init__(modules=modules, num_labels=1, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the engine and its images out of copies and pickles; they are made again when needed."""
         return {**self.__dict__, "_encoder": None, "_ranker": None}
 
@@ -97,7 +98,7 @@ class UniMEReranker(CrossEncoder):
     def _transformer(self) -> Transformer:
         return cast(Transformer, self[0])
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def preprocess(self, inputs: Sequence[object], prompt: str | None = None, **kwargs: Any) -> Features:
         """Turn pairs, or conversations, into features of the model, see :meth:`CrossEncoder.preprocess`.
 
         Args:
@@ -116,7 +117,7 @@ class UniMEReranker(CrossEncoder):
             >>> reranker.preprocess([("a red square", "a blue circle")])["input_ids"].shape[0]  # doctest: +SKIP
             1
         """
-        opened: dict[Any, Any] = {}
+        opened: dict[object, Any] = {}
         rows = [tuple(plain_input(side, opened) for side in row) if is_pair(row) else row for row in inputs]
         if prompt is None and not kwargs.keys() - {"task"}:
             to_messages = self._transformer.input_formatter.pair_to_messages
@@ -141,7 +142,7 @@ class UniMEReranker(CrossEncoder):
             self._encoder = state, ChatEncoder(transformer)
         return self._encoder[1]
 
-    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def forward(self, input: Features, **kwargs: Any) -> Features:
         """Run prompts; those of similar length pass together, and each distinct image passes the vision tower once.
 
         Args:
@@ -166,8 +167,8 @@ class UniMEReranker(CrossEncoder):
         )
 
     def preprocess_lists(
-        self, queries: Sequence[Any], documents: Sequence[Sequence[Any]], *, share: bool = True
-    ) -> dict[str, Any]:
+        self, queries: Sequence[object], documents: Sequence[Sequence[object]], *, share: bool = True
+    ) -> Features:
         """Turn queries, each with its own candidates, into features of listwise prompts.
 
         Args:
@@ -188,7 +189,7 @@ class UniMEReranker(CrossEncoder):
         """
         self.check_lists()
         to_messages = self._transformer.input_formatter.pair_to_messages
-        chats, opened = [], dict[Any, Any]()
+        chats, opened = [], dict[object, Any]()
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
             if not len(candidates):
                 raise ValueError(f"query {row} has no candidates to rank")
@@ -223,7 +224,7 @@ class UniMEReranker(CrossEncoder):
             self._ranker = Ranker(self)
         return self._ranker
 
-    def listwise_scores(self, query: Any, documents: Sequence[Any], *, permutations: int = 1) -> np.ndarray:
+    def listwise_scores(self, query: object, documents: Sequence[object], *, permutations: int = 1) -> np.ndarray:
         """Score all candidates of a query in one list.
 
         The prompt ends with ``Ans: (``; the scores are the logits of the tokens 1, 2, ..., n at that position, so
@@ -258,8 +259,8 @@ class UniMEReranker(CrossEncoder):
 
     def rank(  # type: ignore[override]
         self,
-        query: Any,
-        documents: Sequence[Any],
+        query: object,
+        documents: Sequence[object],
         top_k: int | None = None,
         return_documents: bool = False,
         *,
@@ -370,7 +371,7 @@ class UniMEReranker(CrossEncoder):
             reasons[index] = reason
         return PairScores(scores, reasons)
 
-    def _rank_whole_pairs(self, given: list[Any], parsed: ParsedInputs, options: dict[str, Any]) -> PairScores:
+    def _rank_whole_pairs(self, given: list[object], parsed: ParsedInputs, options: dict[str, Any]) -> PairScores:
         """Score each pair by itself, as sentence-transformers does; what cannot be read is left out."""
         reasons = [
             error if isinstance(error, BadImageError) else None if item is None else image_error(item)

@@ -42,7 +42,7 @@ class ChatTokenizer:
         (True, 2)
     """
 
-    def __init__(self, transformer: Transformer, image_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, transformer: Transformer, image_options: Mapping[str, object] | None = None) -> None:
         self.transformer = transformer
         self.processor: Any = transformer.processor
         self.tokenizer: Any = transformer.tokenizer

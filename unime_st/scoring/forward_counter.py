@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -74,14 +73,14 @@ class ForwardCounter(ForwardCount):
         while self._handles:
             self._handles.pop().remove()
 
-    def _language(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _language(self, module: nn.Module, arguments: tuple[object, ...], options: dict[str, object]) -> None:
         embedded = options.get("inputs_embeds")
         given = embedded if embedded is not None else options.get("input_ids", arguments[0] if arguments else None)
         if isinstance(given, Tensor):
             self.forwards += 1
             self.tokens += given.shape[0] * given.shape[1]
 
-    def _vision(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _vision(self, module: nn.Module, arguments: tuple[object, ...], options: dict[str, object]) -> None:
         given = arguments[0] if arguments else next((v for v in options.values() if isinstance(v, Tensor)), None)
         if isinstance(given, Tensor):
             self.patches += given.shape[0]

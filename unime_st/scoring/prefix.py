@@ -193,7 +193,7 @@ class PrefixEngine:
         visual = ((ids == self.image_token_id) & mask).to(device)
         embeddings = self.decoder.get_input_embeddings()(ids.to(device))
         images = [image for prompt in prompts for image in prompt.images]
-        extra: dict[str, Any] = {}
+        extra: dict[str, object] = {}
         if images:
             tokens = torch.cat([image.embeddings for image in images]).to(device, embeddings.dtype)
             embeddings = embeddings.masked_scatter(visual[..., None], tokens)

@@ -10,6 +10,7 @@ from typing import Any
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.data import BadImageError, Item
+from unime_st.encoding.model_inputs import Features
 from unime_st.recipes.template_frame import TemplateFrame
 from unime_st.scoring.chat_tokenizer import ChatTokenizer, check_length
 from unime_st.scoring.prefix import ImageFeatures, Prompt, PromptGroup
@@ -210,7 +211,7 @@ class WholePromptEncoder:
         self.image_options = image_options
         self.query_first = query_comes_first(transformer.processor, template)
 
-    def features(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def features(self, pairs: Sequence[Pair]) -> Features:
         """Make the features of one forward pass.
 
         Raises:

@@ -165,7 +165,7 @@ def message(role: str, text: str | None, image: Any = None) -> Message:
         >>> message("query", "<|image_1|>\\nWhat is this?", image=True)
         {'role': 'query', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}
     """
-    content: list[dict[str, Any]] = []
+    content: list[Message] = []
     if image is not None:
         content.append({"type": "image"} if image is True else {"type": "image", "image": image})
     if text is not None:
@@ -285,7 +285,7 @@ def check_template(processor: ProcessorMixin, template: str, *, listwise: bool =
         check_list_prompt(processor, sample, chat_template=template)
 
 
-def prompt_hash(template: str, *options: Any) -> str:
+def prompt_hash(template: str, *options: object) -> str:
     """Fingerprint of a prompt apart from its items: template, and all else that changes the scores, as image limits.
 
     Example:

@@ -62,7 +62,7 @@ class VisualTokenCache:
         if tokenizer.image_ids[0] not in added or tokenizer.image_ids[-1] not in added:
             raise TypeError("its processor surrounds images with text, which belongs to the text next to it")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_cache": OrderedDict(), "_held": 0}
 
     def clear(self) -> None:

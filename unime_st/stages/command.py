@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from unime_st.declarations import docstring
 from unime_st.former_names import current_names
@@ -113,7 +113,7 @@ def set_up_logging() -> None:
         logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
 
 
-def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str | None = None) -> dict[str, Any]:
+def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str | None = None) -> dict[str, object]:
     """Values of the options that ``[CONFIG] [--option value ...]`` gives, each in its declared type.
 
     The command line wins over the file. Without a stage the configuration is a path.
@@ -121,7 +121,7 @@ def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str 
     Raises:
         OptionError: If an option is unknown or has a wrong value; for a file the message names the line.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     words = list(words)
     if words and not words[0].startswith("-"):
         path = find_config(words.pop(0), stage)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -68,7 +67,7 @@ def find_config(name: str, stage: str | None = None) -> Path:
     return FOLDER / f"{found[0]}.yaml"
 
 
-def read_config(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[Any, int]]:
+def read_config(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[object, int]]:
     """Read a YAML file of ``option: value`` lines: value and line of every option.
 
     Raises:
@@ -87,7 +86,7 @@ def read_config(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[An
     return {name: (value, lines.get(name, 1)) for name, value in values.items()}
 
 
-def _mapping(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _mapping(path: Path) -> tuple[dict[str, object], dict[str, int]]:
     """Content of a YAML file, and the line of each key."""
     try:
         text = path.read_text(encoding="utf-8-sig")

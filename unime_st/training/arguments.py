@@ -219,7 +219,7 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
                     f"report_to: {name} is not installed. Install its package, or choose another tracker."
                 )
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> dict[str, object]:
         """Options that decide the result; a folder that was made with other ones is not continued."""
         stock = {entry.name: _stock_default(entry) for entry in fields(BaseTrainingArguments)}
         declared = options_of(type(self))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
@@ -57,7 +58,7 @@ class RowBatches(DefaultBatchSampler):
         batch_size: int,
         drop_last: bool,
         valid_label_columns: list[str] | None = None,
-        generator: Any = None,
+        generator: torch.Generator | None = None,
         seed: int = 0,
         *,
         world_size: int = 1,

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
+from unime_st.encoding.model_inputs import Features
 from unime_st.memory import HeapTrimmer
-from unime_st.training.feed import Features, Feed
+from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.mini_batches import MiniBatches
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.base.model import BaseModel
 
 from unime_st.data.records import RecordSet
 from unime_st.encoding import encode_items
@@ -37,7 +38,7 @@ class HeldOutEvaluator(BaseEvaluator):
         raise NotImplementedError
 
     def __call__(
-        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+        self, model: BaseModel, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """Evaluate a model: ``hit@1`` and ``mrr@10``, means over the queries."""
         ranks = self.ranks(model)
@@ -49,7 +50,7 @@ class HeldOutEvaluator(BaseEvaluator):
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
 
-    def get_config_dict(self) -> dict[str, Any]:
+    def get_config_dict(self) -> dict[str, int]:
         """Configuration for the model card."""
         return {"queries": len(self.records), "cutoff": _CUTOFF}
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
+from unime_st.encoding.model_inputs import Features
 
-Features = dict[str, Any]
 _PREFETCH = 2  # mini-batches that each worker keeps ready
 
 

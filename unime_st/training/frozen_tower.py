@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sentence_transformers.base.model import BaseModel
 
-from unime_st.training.feed import Features
+from unime_st.encoding.model_inputs import Features
 from unime_st.training.spill import SpillFile
 from unime_st.training.visual_tokens import (
     VISUAL_TOKENS,

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from unime_st.files import content_digest, write_json
 
@@ -54,6 +53,6 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _signature(path: Path) -> dict[str, Any]:
+def _signature(path: Path) -> dict[str, int | str]:
     size = path.stat().st_size
     return {"bytes": size, **({"digest": content_digest(path)} if size <= _DIGESTED else {})}

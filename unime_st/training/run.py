@@ -19,6 +19,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.data.data_collator import DataCollator
 
 from unime_st.data.manifest import MANIFEST, begin_stage, finish_stage, is_complete
 from unime_st.data.records import RecordSet
@@ -70,7 +71,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         self._lock = ExitStack()
         self._repository = ""
         self._options: dict[str, Any] = {}
-        self._facts: dict[str, Any] | None = None
+        self._facts: dict[str, object] | None = None
 
     def __enter__(self: StageT) -> StageT:
         require_options(self.args)
@@ -95,7 +96,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             if error is None and self._facts is not None:
                 self._finish(self._facts)
 
-    def _finish(self, facts: dict[str, Any]) -> None:
+    def _finish(self, facts: dict[str, object]) -> None:
         """Write manifest and card, and say how the model is loaded."""
         if partial_state().is_main_process:
             finish_stage(self.output, facts)
@@ -151,7 +152,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         model: ModelT,
         rows: Dataset,
         loss: nn.Module,
-        collator: Any,
+        collator: DataCollator,
         plan: TrainingEstimate,
         *,
         rows_per_pass: int | None = None,
@@ -198,7 +199,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         model: ModelT,
         rows: Dataset,
         loss: nn.Module,
-        collator: Any,
+        collator: DataCollator,
         rows_per_pass: int | None,
         reporting: dict[str, Any],
     ) -> Any:
@@ -264,24 +265,24 @@ class LossCurve(TrainerCallback):
         self.path = path
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Write the curve up to the checkpoint."""
         if state.is_world_process_zero:
             self._write("w", state.log_history)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Make every checkpoint a point of the curve."""
         control.should_log |= control.should_save
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the newest point."""
         if state.is_world_process_zero:
             self._write("a", state.log_history[-1:])
 
-    def _write(self, mode: str, entries: list[dict[str, Any]]) -> None:
+    def _write(self, mode: str, entries: list[dict[str, float]]) -> None:
         with self.path.open(mode, encoding="utf-8") as file:
             file.writelines(
                 json.dumps(entry) + "\n"

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from accelerate.utils import send_to_device
 
-from unime_st.training.feed import Features
+from unime_st.encoding.model_inputs import Features
 
 logger = logging.getLogger(__name__)
 

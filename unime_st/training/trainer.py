@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from unime_st.encoding.model_inputs import Features
 from unime_st.training.adapters import load_adapter_weights
+from unime_st.training.batches import RowBatches
 from unime_st.training.distinct_items import COLUMNS
 from unime_st.training.resume import seal_checkpoint
 
@@ -28,10 +30,12 @@ class SetEpochCallback(TrainerCallback):
     In a resumed run on several processes the sampler is wrapped so deep that the trainer does not reach it.
     """
 
-    def __init__(self, batches: Any) -> None:
+    def __init__(self, batches: RowBatches) -> None:
         self.batches = batches
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Set the epoch that begins."""
         self.batches.set_epoch(int(state.epoch or 0))
 
@@ -39,7 +43,9 @@ class SetEpochCallback(TrainerCallback):
 class ReduceUnusedGradientsCallback(TrainerCallback):
     """Under FSDP2, counts gradients that a device does not have as zero: a mini-batch may have no image."""
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Set it for a sharded model."""
         model = kwargs["model"]
         if not hasattr(model, "set_requires_gradient_sync"):  # not sharded
@@ -84,7 +90,7 @@ class ReportingTrainer(BaseTrainer):
     def __init__(
         self,
         *args: Any,
-        make_batches: Callable[..., Any] | None = None,
+        make_batches: Callable[..., RowBatches] | None = None,
         rows_per_step: int = 0,
         flops_per_token: float = 0.0,
         peak_matmul_flops: float = 0.0,
@@ -157,7 +163,7 @@ class ReportingTrainer(BaseTrainer):
         self._shares = self._shares_of(samples) if self._mean_over_rows else []
         return samples, items
 
-    def _shares_of(self, samples: list[dict[str, Any]]) -> list[float]:
+    def _shares_of(self, samples: list[Features]) -> list[float]:
         """Rows of a batch over the mean rows of a batch, where a step is all batches of all processes."""
         rows = [sample[f"bucket0_{COLUMNS}"].shape[1] for sample in samples]
         total = torch.tensor([sum(rows), len(rows)], device=self.args.device)

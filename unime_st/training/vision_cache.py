@@ -18,10 +18,11 @@ from transformers import BatchFeature
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import pixel_budget, weights_fingerprint
+from unime_st.encoding.model_inputs import Features
 from unime_st.encoding.replicas import with_processor
 from unime_st.files import atomic_write, digest, write_json
 from unime_st.training.feature_store import FeatureStore
-from unime_st.training.feed import Features, Feed
+from unime_st.training.feed import Feed
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.processes import partial_state
 from unime_st.training.visual_tokens import (
@@ -120,7 +121,7 @@ class VisionCache:
 
     def preprocess(self, items: list[Item]) -> Features:
         """Make the features that ``model.preprocess`` makes, with stored visual tokens instead of pixels."""
-        inputs: list[dict[str, Any]] = []
+        inputs: list[dict[str, object]] = []
         self._images.stored = []
         for item in items:
             inputs.append({} if item.image is None else {"image": _PLACEHOLDER})
@@ -153,7 +154,7 @@ class _StoredImages:
             raise AttributeError(name)
         return getattr(self._processor, name)
 
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: object, **kwargs: object) -> BatchFeature:
         first = self.stored[0]
         found = {name: torch.cat([one[name] for one in self.stored]) for name in _IMAGE_FEATURES if name in first}
         side = first["crop"].tolist() if "crop" in first else [1, 1]

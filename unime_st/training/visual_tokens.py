@@ -11,7 +11,7 @@ import torch
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
-from unime_st.training.feed import Features
+from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
 """Feature with the visual tokens of a mini-batch: those of the input layer, then those that enter inner layers."""
@@ -70,7 +70,7 @@ def inject_visual_tokens(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any,
     return {**features, "mm_encoder_outputs": {"image": image}}, *args[1:]
 
 
-def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast context of the training; none where it computes in float32."""
     return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext()
 

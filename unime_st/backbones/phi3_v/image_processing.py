@@ -97,7 +97,7 @@ class UniMEPhi3VImageProcessor(BaseImageProcessor):
         crops[: 1 + len(parts)] = torch.cat([whole, parts])
         return crops, (values.shape[1], values.shape[2])
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: object) -> BatchFeature:
         """Process images.
 
         Args:

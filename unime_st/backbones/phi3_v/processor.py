@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from unime_st.backbones.phi3_v.image_processing import UniMEPhi3VImageProcessor
 from unime_st.backbones.processing import UniMEProcessorMixin
+from unime_st.recipes.recipe import RuleFields
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 
@@ -25,10 +26,10 @@ class UniMEPhi3VProcessor(UniMEProcessorMixin, ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
-        image_rule: dict[str, Any] | None = None,
+        image_rule: RuleFields | None = None,
         image_size: str | int | None = None,
         image_backend: str | None = None,
     ) -> None:
