@@ -23,11 +23,15 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class _Miss:
-    """A query whose first document is wrong; `gap` is how far the right one is behind."""
+    """A query whose first document is wrong; `gap` is how far the right one is behind.
+
+    A document that was found has an item, a name in the predictions (empty for a caption), a score, and whether it is
+    right.
+    """
 
     query: Item
     right: Item
-    found: list[tuple[Item, float, bool]]
+    found: list[tuple[Item, str, float, bool]]
     gap: float
 
 
@@ -59,7 +63,7 @@ def _misses(task: str, predictions: Mapping[str, Any]) -> tuple[list[_Miss], int
     made: Any = mteb.get_task(task)
     subsets = [name for name in made.hf_subsets if name in predictions]
     if not subsets:
-        raise ValueError("the predictions were made on other data than those at hand")
+        raise ValueError("the predictions were made on other data than those at hand, or by another protocol")
     misses, total = [], 0
     for subset in subsets:
         for split, rows in predictions[subset].items():
@@ -82,7 +86,7 @@ def _wrong_documents(data: RetrievalData, ranked: Mapping[str, Mapping[str, floa
         if not order or order[0] in right:
             continue
         behind = max((scores[name] for name in right if name in scores), default=min(scores.values()))
-        found = [(data.corpus[name], scores[name], name in right) for name in order[:_SHOWN]]
+        found = [(data.corpus[name], name, scores[name], name in right) for name in order[:_SHOWN]]
         grades = (data.grades or {}).get(query, {})
         best = max(right, key=lambda name: (grades.get(name, 1), scores.get(name, -math.inf)))
         yield _Miss(data.queries[query], data.corpus[best], found, scores[order[0]] - behind)
@@ -97,17 +101,19 @@ def _wrong_captions(
         if caption > foil:
             continue
         pair = pairs[int(row)]
-        found = [(Item(text=pair.foil), foil, False), (Item(text=pair.caption), caption, True)]
+        found = [(Item(text=pair.foil), "", foil, False), (Item(text=pair.caption), "", caption, True)]
         yield _Miss(pair.image, Item(text=pair.caption), found, foil - caption)
 
 
 def _card(miss: _Miss) -> Html:
     left = [element("h4", "Query"), show_item(miss.query, style="plain")]
-    if not any(right for _, _, right in miss.found):
+    if not any(right for *_, right in miss.found):
         left += [element("h4", "Right answer", style="margin-top:.7rem"), show_item(miss.right, style="plain")]
     documents = []
-    for index, (item, score, right) in enumerate(miss.found, 1):
-        lines = [element("div", f"{index}. score {score:.3f}", class_="facts")]
+    for index, (item, name, score, right) in enumerate(miss.found, 1):
+        lines = [
+            element("div", " ".join([f"{index}.", *([name] if name else []), f"score {score:.3f}"]), class_="facts")
+        ]
         lines += [element("b", "✓ right", class_="good")] if right else []
         documents.append((item, lines, "good" if right else "bad" if index == 1 else ""))
     ranked = element("div", element("h4", "What came first"), show_items(documents))

@@ -32,12 +32,19 @@ def golden_data(golden_v2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return golden_v2
 
 
-def test_embeddings_rankings_and_scores(golden_data: Path, golden_model: SentenceTransformer) -> None:
+def test_embeddings_rankings_and_scores(golden_data: Path, golden_model: SentenceTransformer, tmp_path: Path) -> None:
+    """Rankings are equal to the last page; no ranking of the golden sets has a tie."""
     loader = wrap(golden_model, "unime/golden")
     for task in _tasks(golden_data):
         official = json.loads((golden_data / "results" / task.key / "result.json").read_text())
         vectors = [np.load(golden_data / "results" / task.key / f"{side}.npy") for side in ("queries", "candidates")]
-        found = mteb.evaluate(loader, task, cache=None).task_results[0].scores["test"][0]
+        result = mteb.evaluate(loader, task, cache=None, prediction_folder=tmp_path / task.key)
+        found = result.task_results[0].scores["test"][0]
+        (saved,) = (tmp_path / task.key).rglob("*_predictions.json")
+        rankings = json.loads(saved.read_text())[task.hf_subsets[0]]["test"]
+        assert len(rankings) == len(official["queries"])
+        for ranked, query in zip(rankings.values(), official["queries"]):
+            assert sorted(ranked, key=ranked.get, reverse=True) == list(map(str, query["ranking_names"]))[:10]
         task.load_data()
         split = task.dataset[task.hf_subsets[0]]["test"]
         for side, expected in zip(("queries", "corpus"), vectors):
@@ -105,7 +112,9 @@ def test_the_aggregate(
 def test_missing_tasks_are_named(kept_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tasks of a run are checked before the first one is encoded."""
     monkeypatch.delenv("MMEB_ALLOW_MISSING")
-    with pytest.raises(MMEBDataError, match=r"(?s)58 tasks.*MMEB_ALLOW_MISSING=1.*ViDoRe_tabfquad is missing"):
+    with pytest.raises(
+        MMEBDataError, match=r"(?s)58 MMEB-V2 tasks cannot.*MMEB_ALLOW_MISSING=1.*ViDoRe_tabfquad is missing"
+    ):
         mmeb_v2_tasks()[-1].load_data()
 
 
