@@ -29,8 +29,9 @@ def set_digest(root: Path, row: VisDocSet) -> str:
         files = {f"{name} {file.name}": file for name, found in tables.items() for file in found}
         pages = folder.page_folder(row)
         files |= {name: pages / name for name in sorted(os.listdir(pages))} if pages else {}
-        if not tables or not pages:
-            files |= {archive.name: archive for archive in folder.archives()}
+        archives = folder.archives() if not tables or not pages else []
     except MMEBDataError:
         return "missing"  # said aloud when the data are needed
-    return digest(files_digest(files), length=12) if files else "missing"
+    # Each archive for itself: several sets share it, and it is read once.
+    parts = [files_digest(files), *(files_digest({archive.name: archive}) for archive in archives)]
+    return digest(*parts, length=12) if files or archives else "missing"

@@ -28,6 +28,8 @@ MEDIA_REVISION = "e7bbfeb69a70dfe32ff36da3d6d8dbe31fc36af1"
 ANNOTATIONS_DATASET = "ziyjiang/MMEB_Test_Instruct"
 TABLES = ("queries", "corpus", "qrels")
 _PAGE_ARCHIVES = ("visdoc-tasks.data.tar.gz", "visdoc-tasks.images.tar.gz")
+_PAGES_IN_PARTS = "visdoc-tasks.tar.gz"
+"""The archive of images once more, which the hub also has in parts ``-00``, ``-01``, ``-02``."""
 _IMAGE_ARCHIVE = "mmeb_v1.tar.gz"
 
 
@@ -91,7 +93,7 @@ class DataFolder:
 
     def archives(self) -> list[Path]:
         """List the archives and archive parts of visual documents that are there."""
-        return [part for name in _PAGE_ARCHIVES for part in self._parts(name)]
+        return [part for name in self._page_archives() for part in self._parts(name)]
 
     def unpacked_images(self) -> Path | None:
         """Folder that the archive of the image tasks unpacks to; None when there is no archive."""
@@ -110,10 +112,13 @@ class DataFolder:
             yield from (base / name for name in names)
 
     def _archive_bases(self) -> Iterator[Path]:
-        for name in _PAGE_ARCHIVES if self.unpack else ():
+        for name in self._page_archives() if self.unpack else ():
             if parts := self._parts(name):
                 folder = _unpacked(parts)
                 yield from (folder, folder / "visdoc-tasks")
+
+    def _page_archives(self) -> Sequence[str]:
+        return _PAGE_ARCHIVES if self._parts(_PAGE_ARCHIVES[1]) else (_PAGE_ARCHIVES[0], _PAGES_IN_PARTS)
 
     def _parts(self, name: str) -> list[Path]:
         for folder in ("visdoc-tasks", "image-tasks", "visdoc_tasks", "image_tasks", ""):

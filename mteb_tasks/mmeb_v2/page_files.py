@@ -125,6 +125,8 @@ def official_bytes(content: bytes, *, as_jpeg: bool) -> bytes:
             return content
         # The hub's reader turns images by their EXIF orientation before the official code saves them.
         upright = ImageOps.exif_transpose(image) if turned else image
+        if as_jpeg and upright.mode not in ("RGB", "L", "CMYK", "1"):
+            upright = upright.convert("RGB")  # JPEG has no such mode; the official code fails on these pages
         buffer = io.BytesIO()
         upright.save(buffer, "JPEG" if as_jpeg else "PNG")
         return buffer.getvalue()

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,9 +17,10 @@ from PIL import Image
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.__main__ import main
 from mteb_tasks.mmeb_v2.data_folder import DataFolder, archive_parts, dataset_tables
-from mteb_tasks.mmeb_v2.page_files import page_files
+from mteb_tasks.mmeb_v2.page_files import official_bytes, page_files
 from mteb_tasks.mmeb_v2.preflight import check_set, options_without_blank, read_set
 from mteb_tasks.mmeb_v2.visdoc_sets import VISDOC_SETS, visdoc_set
+from mteb_tasks.mmeb_v2.visdoc_tasks import VISDOC_TASKS
 
 HL, CHART = visdoc_set("ViDoRe_esg_reports_human_labeled_v2"), visdoc_set("VisRAG_ChartQA")
 
@@ -91,8 +93,36 @@ def test_archives(mini: Path, tmp_path: Path) -> None:
     with pytest.raises(MMEBDataError, match=r"images.tar.gz-01 is missing"):
         archive_parts(hub / "visdoc-tasks.images.tar.gz")
     (hub / "visdoc-tasks.images.tar.gz-02").unlink()
+    first = (hub / "visdoc-tasks.images.tar.gz-00").rename(hub / "visdoc-tasks.tar.gz-00")  # the hub's other name
+    (hub / "visdoc-tasks.tar.gz-01").write_bytes(whole[len(first.read_bytes()) :])
+    assert {file.name for file in page_files(read_set(folder, HL), folder)} == {file.name for file in files}
+    (hub / "visdoc-tasks.tar.gz-01").unlink()
+    first.rename(hub / "visdoc-tasks.images.tar.gz-00")
     with pytest.raises(MMEBDataError, match=r"is a part after visdoc-tasks.images.tar.gz-00 missing"):
         DataFolder(hub.parent).page_folder(HL)
+
+
+def test_the_hub_s_cache(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `$MMEB_V2_DIR` a set is read from the hub's cache at mteb's revision, which stands in the metadata."""
+    monkeypatch.delenv("MMEB_V2_DIR", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (task,) = (task() for task in VISDOC_TASKS if task.row is HL)
+    with pytest.raises(MMEBDataError, match=r"esg_reports_human_labeled_v2 cannot be fetched .* set MMEB_V2_DIR"):
+        task.load_data()
+    commit = HL.source["revision"]
+    cached = tmp_path / "hub" / f"datasets--{HL.source['path'].replace('/', '--')}" / "snapshots" / commit
+    shutil.copytree(mini / "annotations" / HL.hub, cached)
+    task.load_data()
+    assert task.hf_subsets == ["vlm2vec"] and task.metadata.dataset["revision"] == commit
+    assert len(task.dataset["vlm2vec"]["test"]["corpus"]) == 9
+
+
+def test_pages_in_a_mode_that_jpeg_lacks() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (40, 20), (200, 0, 0, 90)).save(buffer, "PNG")
+    with Image.open(io.BytesIO(official_bytes(buffer.getvalue(), as_jpeg=True))) as page:
+        assert page.format == "JPEG" and page.mode == "RGB"
 
 
 def test_hub_layouts(mini: Path, tmp_path: Path) -> None:
