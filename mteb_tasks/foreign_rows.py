@@ -32,7 +32,8 @@ def prompt_of(model: SentenceTransformer, metadata: TaskMetadata, side: PromptTy
         side: Query or document; None for tasks without sides.
 
     Returns:
-        The prompt of the task, its type or the side, else the default prompt of the model; None if there is none.
+        The prompt of the task, its type or the side, else the default prompt of the model; None if there is none, ""
+        where an empty one is declared, which keeps the default prompt away.
 
     Example:
         >>> import mteb
@@ -48,7 +49,7 @@ def prompt_of(model: SentenceTransformer, metadata: TaskMetadata, side: PromptTy
     if name is None:
         names = _PROMPT_NAMES[side] if side is not None else ()
         name = next((name for name in names if name in prompts), model.default_prompt_name)
-    return None if name is None else prompts.get(name) or None
+    return None if name is None else prompts.get(name)
 
 
 def iter_rows(batches: DataLoader[BatchedInput]) -> Iterator[list[Item]]:

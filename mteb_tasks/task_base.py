@@ -113,7 +113,7 @@ def with_images(model: MTEBModels, metadata: TaskMetadata) -> MTEBModels:
     if model not in _LOADERS:
         from mteb_tasks.loader import UniMELoader
 
-        loader = UniMELoader(str(meta.name), meta.revision, model=inner)
+        loader = UniMELoader("unime/local", meta.revision, model=inner)  # mteb's own name may lack an organization
         loader.mteb_model_meta = meta.model_copy(update={"modalities": ["text", "image"]})
         _LOADERS[model] = loader
     return _LOADERS[model]

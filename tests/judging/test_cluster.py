@@ -95,5 +95,5 @@ def test_ray_deals_out_everything_itself(records: RecordSet, tmp_path: Path) -> 
     pools = run_mine(MineArguments(data=str(records.folder), output=str(tmp_path / "pools"), max_similarity="none"))
     with pytest.raises(ValueError, match="leave out shard"):
         run_judge(JudgeArguments(data=str(pools), output=str(tmp_path / "rows"), engine="ray", shard="0/2"))
-    with pytest.raises(ValueError, match="engine must be local or ray"):
+    with pytest.raises(ValueError, match="engine: expected one of local, ray, found spark"):
         MineArguments(engine="spark")

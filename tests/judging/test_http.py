@@ -132,7 +132,8 @@ def test_options_that_make_no_sense():
 def test_options_that_a_server_cannot_be_told_are_refused(option: str, value: object, tmp_path: Path):
     records = RecordSet.write(tmp_path / "records", [PairRecord(Item("a"), Item("b"))], {})
     pools = mine(records, tiny_embedder(), tmp_path / "pools")
-    arguments = JudgeArguments(data=str(pools.folder), url="http://127.0.0.1:1/v1", scores=str(tmp_path / "scores"))
+    folders = {"output": str(tmp_path / "rows"), "scores": str(tmp_path / "scores")}
+    arguments = JudgeArguments(data=str(pools.folder), url="http://127.0.0.1:1/v1", **folders)
     setattr(arguments, option, value)
     with pytest.raises(ValueError, match=f"^{option} {value} has no effect.*leave out {option}"):
         run_judge(arguments)
