@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mteb_tasks.in_process import evaluate
     from mteb_tasks.loader import UniMELoader, wrap
     from mteb_tasks.records_task import RecordsRetrieval
+    from mteb_tasks.report.result_frame import results
     from mteb_tasks.two_stage import TwoStage
 
 _HOMES = {
@@ -20,10 +21,11 @@ _HOMES = {
     "wrap": "loader",
     "RecordsRetrieval": "records_task",
     "evaluate": "in_process",
+    "results": "report.result_frame",
     "TwoStage": "two_stage",
 }
 
-__all__ = ["RecordsRetrieval", "TwoStage", "UniMELoader", "evaluate", "register", "wrap"]
+__all__ = ["RecordsRetrieval", "TwoStage", "UniMELoader", "evaluate", "register", "results", "wrap"]
 
 
 def register() -> None:

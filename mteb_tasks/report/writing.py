@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mteb_tasks.report.failures import gallery
 from mteb_tasks.report.published_section import published_markdown, published_section
+from mteb_tasks.report.result_frame import score_frame, to_csv
 from mteb_tasks.report.result_reader import ModelResults, read_results
 from mteb_tasks.scores import CAPTION_METRICS, Row
 from unime_st.files import atomic_write
 from unime_st.report.charts import bar_chart
 from unime_st.report.html import Content, Html, element, join, page, table
 
-_COLUMNS = ("model", "revision", "setting", "name", "kind", "score", "published", "difference", "data", "mteb")
 _WITHOUT_PREDICTIONS = (
     "No predictions were found for it. `mteb run` keeps them in predictions/ beside results/ for the tasks of this "
     "package; a task that was not run again because its result was there leaves none "
@@ -71,7 +69,7 @@ def write_report(
     contents = {
         "report.html": page(title, *body),
         "report.md": _markdown(models, names, title),
-        "report.csv": _csv(models),
+        "report.csv": to_csv(score_frame(models)),
     }
     for name, content in contents.items():
         with atomic_write(target / name) as temporary:
@@ -228,22 +226,3 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
 
 def _escape(text: str) -> str:
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
-
-
-def _csv(models: Sequence[ModelResults]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for model in models:
-        for row in model.rows:
-            task = next((name for name in model.versions if row.name == name or row.name.startswith(f"{name} ")), "")
-            data, mteb = model.versions.get(task, ("", ""))
-            beside = ["", ""] if row.published is None else [f"{row.published:.1f}", f"{row.difference:.1f}"]
-            kind = "mean" if row.is_mean else "task"
-            head = [model.name, model.revision, model.setting, row.name, kind, f"{row.score:.4f}"]
-            writer.writerow([*head, *beside, data, mteb])
-        for task, metrics in model.captions.items():
-            for name, value in metrics.items():
-                head = [model.name, model.revision, model.setting, f"{task} {name}", "metric", f"{value:.4f}"]
-                writer.writerow([*head, "", "", *model.versions[task]])
-    return buffer.getvalue()

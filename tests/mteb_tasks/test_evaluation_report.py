@@ -11,6 +11,7 @@ import mteb
 import pytest
 from mteb.results import TaskResult
 
+import mteb_tasks
 from mteb_tasks import wrap
 from mteb_tasks.mmeb.subsets import SUBSETS
 from mteb_tasks.mmeb.tasks import MMEB, mmeb_tasks
@@ -146,6 +147,15 @@ def test_splits_of_other_tasks_do_not_take_each_other_s_place(tmp_path):
     write_report([tmp_path], tmp_path / "out")
     shown = {row["name"]: row["score"] for row in _table(tmp_path / "out" / "report.csv")}
     assert shown == {"Another default (dev)": "50.0000", "Another default (test)": "75.0000"}
+
+
+def test_results_are_a_data_frame(tmp_path):
+    _result(tmp_path, "MMEB-GQA", {"test": [{"hf_subset": "default", "languages": ["eng-Latn"], "main_score": 0.5}]})
+    _result(tmp_path, "=cmd()", {"test": [{"hf_subset": "default", "languages": ["eng-Latn"], "main_score": 0.25}]})
+    frame = mteb_tasks.results(tmp_path)
+    assert list(frame["name"]) == ["MMEB-GQA", "=cmd()"] and list(frame["score"]) == [50.0, 25.0]
+    write_report([tmp_path], tmp_path / "out")
+    assert [row["name"] for row in _table(tmp_path / "out" / "report.csv")] == ["MMEB-GQA", "'=cmd()"]
 
 
 def test_strange_names_do_not_break_the_tables(tmp_path):
