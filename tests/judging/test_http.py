@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from unime_st.stages import JudgeArguments, run_judge
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., tuple[str, BaseProcess]]
 
 
@@ -133,10 +135,8 @@ def test_options_that_a_server_cannot_be_told_are_refused(option: str, value: ob
     records = RecordSet.write(tmp_path / "records", [PairRecord(Item("a"), Item("b"))], {})
     pools = mine(records, tiny_embedder(), tmp_path / "pools")
     folders = {"output": str(tmp_path / "rows"), "scores": str(tmp_path / "scores")}
-    arguments = JudgeArguments(data=str(pools.folder), url="http://127.0.0.1:1/v1", **folders)
-    setattr(arguments, option, value)
     with pytest.raises(ValueError, match=f"^{option} {value} has no effect.*leave out {option}"):
-        run_judge(arguments)
+        run_judge(JudgeArguments(data=str(pools.folder), url="http://127.0.0.1:1/v1", **folders, **{option: value}))
     assert not (tmp_path / "scores").exists()
 
 
@@ -202,21 +202,17 @@ def test_an_answer_that_is_not_listed_is_as_likely_as_the_last_listed():
 
 def test_an_interrupted_judge_does_not_wait_for_a_stalled_server(start: Start):
     address, _ = start(faults=("stall",), every=1)
-    context = get_context("fork")
-    asked = context.Event()
-
-    class Watched(HttpJudge):
-        def _request(self, *pair: Item) -> bytes:
-            asked.set()
-            return super()._request(*pair)
-
-    def work() -> None:
-        Watched(address, "m", timeout=600).score([Group("a", ["b"] * 4)])
-
-    process = context.Process(target=work)
-    process.start()
-    assert asked.wait(60) and process.pid is not None
-    time.sleep(0.2)  # until the request is under way
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)  # less than the time-out of the request and the stall of the server
-    assert process.exitcode == 1
+    code = (
+        "from unime_st.judging import Group, HttpJudge\n"
+        "class Watched(HttpJudge):\n"
+        "    def _request(self, *pair):\n"
+        "        print('asked', flush=True)\n"
+        "        return super()._request(*pair)\n"
+        f"Watched({address!r}, 'm', timeout=600).score([Group('a', ['b'] * 4)])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stdout.readline() == "asked\n"
+        time.sleep(0.2)  # until the request is under way
+        process.send_signal(signal.SIGINT)
+        # Less than the time-out of the request and the stall of the server.
+        assert process.wait(60) == -signal.SIGINT
