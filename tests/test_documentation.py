@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from unime_st import cli
 from unime_st.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,6 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(page, line, found["language"], found["code"], found["needs"])
 
 
-TOOLS = ("pull", "convert", "verify", "configs", "report")
 ALL = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [block for block in ALL if block.language in ("bash", "console")]
 
@@ -117,7 +117,7 @@ def test_python_blocks_run(page: Path, folder: Path, capsys: pytest.CaptureFixtu
 def known_options(program: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Help text of a subcommand of `unime`."""
     with suppress(SystemExit):
-        main([program, "--help" if program in TOOLS else "--help_all"])
+        main([program, "--help" if program in cli.COMMANDS else "--help_all"])
     return capsys.readouterr().out
 
 

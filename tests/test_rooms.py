@@ -25,7 +25,7 @@ ROOMS = (
     ("training",),
     ("stages",),
     ("report",),
-    ("cli",),
+    ("cli", "search_commands"),
     ("__init__", "__main__"),
 )
 """From the ground floor up; every name is a file or a folder of ``unime_st``."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unime_st import search_commands
 from unime_st.declarations import docstring
 from unime_st.options import OptionError
 from unime_st.stages import STAGES
@@ -162,8 +163,15 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("convert a local checkpoint to a Sentence Transformers folder", _convert_arguments, _convert),
     "verify": Command("check a model against its recipe", _verify_arguments, _verify),
     "configs": Command("list the configurations of the stages, or show one", _configs_arguments, _configs),
+    "index": Command(
+        "build a search index of images or texts", search_commands.index_arguments, search_commands.index
+    ),
+    "search": Command("search an index by text or image", search_commands.search_arguments, search_commands.search),
     "report": Command("tabulate mteb results beside the published scores", _report_arguments, _report),
 }
+
+_STAGE_OF = {"import": "import_data"}
+"""Subcommands that are not called as the file of their stage, because Python does not allow it as the name of a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = words[:1] if words[:1] in (["-v"], ["--verbose"]) else []
-    if (stage := next(iter(words[len(verbose) :]), "")) in STAGES:
-        return run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {stage}")
+    name = next(iter(words[len(verbose) :]), "")
+    if (stage := _STAGE_OF.get(name, name)) in STAGES:
+        return run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {name}")
     parser = argparse.ArgumentParser(
         prog="unime",
         description="UniME models for sentence-transformers and mteb.",
@@ -193,8 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         command.arguments(sub)
-    for name in STAGES:  # for the help; their words are read by run_stage
-        commands.add_parser(name, help=f"stage: {docstring(f'unime_st.stages.{name}').splitlines()[0]}")
+    for stage in STAGES:  # for the help; their words are read by run_stage
+        title = docstring(f"unime_st.stages.{stage}").splitlines()[0]
+        commands.add_parser("import" if stage == _STAGE_OF["import"] else stage, help=f"stage: {title}")
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     command = COMMANDS[options.command]

@@ -37,11 +37,15 @@ def _light(words: list[list[str]], status: int, folder: Path) -> subprocess.Comp
 
 
 def test_help_imports_nothing_heavy_and_lists_every_stage(tmp_path: Path) -> None:
-    done = _light([["--help"], ["configs"], *([stage, "--help"] for stage in STAGES)], 0, tmp_path)
+    done = _light(
+        [["--help"], ["configs"], ["import", "--help"], *([stage, "--help"] for stage in STAGES)], 0, tmp_path
+    )
     assert done.returncode == 0, done.stderr
+    assert "usage: unime import [CONFIG]" in done.stdout and "example: unime import own --source" in done.stdout
     for stage in STAGES:
         assert f"usage: unime {stage} [CONFIG]" in done.stdout and f"example: unime {stage} " in done.stdout
-        assert f"\n    {stage}" in done.stdout.partition("Stages take")[0]
+        shown = "import " if stage == "import_data" else stage
+        assert f"\n    {shown}" in done.stdout.partition("Stages take")[0]
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

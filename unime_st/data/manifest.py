@@ -22,6 +22,7 @@ PLAN = "stage.json"
 SHARD_DIGESTS = "shards.sha256"
 """Digests of the shards of a stage that has not finished, one ``digest  name`` a line."""
 
+_DATA = (".parquet", ".npy", ".faiss")
 _WHOLE_FILE = 1 << 28
 _SAMPLE = 1 << 20
 
@@ -97,7 +98,7 @@ def open_stage(folder: str | Path) -> dict[str, Any]:
 
 
 def _data_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix in (".parquet", ".npy") and path.is_file())
+    return sorted(path.name for path in folder.iterdir() if path.suffix in _DATA and path.is_file())
 
 
 def record_shard(folder: Path, file: Path, name: str) -> None:
@@ -134,8 +135,8 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
 
     Args:
         folder: The stage's folder; everything else in it must already be written.
-        manifest: JSON-serializable facts about the stage. "schema_version", and "files", the digests of shards and
-            arrays, are added.
+        manifest: JSON-serializable facts about the stage. "schema_version", and "files", the digests of shards,
+            arrays and indices, are added.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

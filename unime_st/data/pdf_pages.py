@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,16 +105,18 @@ def import_pdf_pages(
     pages: list[PdfPage] = []
     with RecordWriter(output, extra=_EXTRA) as writer, RejectedWriter(output) as rejected:
         asked = None if queries is None else _queries(queries, rejected)
-        for file, page, text, item in _pages(source, documents, dpi, limit, rejected):
-            pages.append(PdfPage(file, page, writer.items.add(item)))
-            texts = [text] if asked is None else [query.text for query in asked.pop((file, page), [])]
+        for page, text, item in render_pages(source, documents, dpi, limit, rejected.add):
+            writer.items.add(item)
+            pages.append(page)
+            where = {"file": page.file, "page": page.page}
+            texts = [text] if asked is None else [query.text for query in asked.pop((page.file, page.page), [])]
             for found in filter(None, texts):
-                writer.add(PairRecord(Item(found), item, dataset="pdf"), file=file, page=page)
+                writer.add(PairRecord(Item(found), item, dataset="pdf"), **where)
             if asked is None and not text:
-                rejected.add("the page has no text: pair it with a query (--queries)", file=file, page=page)
-        for (file, page), left in (asked or {}).items():
+                rejected.add("the page has no text: pair it with a query (--queries)", **where)
+        for (file, number), left in (asked or {}).items():
             for query in left:
-                rejected.add(f"there is no page {page} of {file!r}", source=query.source, row=query.row)
+                rejected.add(f"there is no page {number} of {file!r}", source=query.source, row=query.row)
     raise_if_empty(writer, rejected, source)
     with atomic_write(output / PAGES_FILE) as temporary:
         lines = (json.dumps({"file": page.file, "page": page.page, "item": page.item}) for page in pages)
@@ -155,10 +157,16 @@ def read_pages(folder: str | Path) -> list[PdfPage]:
     return [PdfPage(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _pages(
-    source: Path, documents: list[Path], dpi: int, limit: int | None, rejected: RejectedWriter
-) -> Iterator[tuple[str, int, str, Item]]:
-    """File, page number, text and image of every page."""
+def render_pages(
+    source: Path, documents: list[Path], dpi: int, limit: int | None, reject: Callable[..., None]
+) -> Iterator[tuple[PdfPage, str, Item]]:
+    """Page, first words and image of every page of PDF files in a folder, or of the only file.
+
+    ``reject`` is called with a reason, ``file`` and ``page`` for each file or page that cannot be read.
+
+    Raises:
+        ImportError: If pypdfium2 is not installed.
+    """
     try:
         import pypdfium2
     except ImportError as error:
@@ -169,7 +177,13 @@ def _pages(
         try:
             document = pypdfium2.PdfDocument(path)
         except (pypdfium2.PdfiumError, OSError) as error:
-            rejected.add(f"the PDF cannot be read ({error})", file=file)
+            encrypted = "password" in str(error).lower()
+            reject(
+                "the PDF is encrypted; save a copy without a password"
+                if encrypted
+                else f"the PDF cannot be read ({error})",
+                file=file,
+            )
             continue
         try:
             for number in range(1, len(document) + 1):
@@ -178,10 +192,10 @@ def _pages(
                 try:
                     text, item = _render(document, number - 1, dpi)
                 except (pypdfium2.PdfiumError, ValueError) as error:
-                    rejected.add(f"the page cannot be rendered ({error})", file=file, page=number)
+                    reject(f"the page cannot be rendered ({error})", file=file, page=number)
                     continue
                 bar.update()
-                yield file, number, text, item
+                yield PdfPage(file, number, item.id), text, item
         finally:
             document.close()
 

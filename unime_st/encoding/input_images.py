@@ -44,13 +44,17 @@ def load_image(source: ImageSource) -> str | Image.Image:
         return padded_to_aspect(source.open())
     if isinstance(source, bytes):
         return padded_to_aspect(ImageRef(data=source).open())
-    if isinstance(source, np.ndarray):
-        return image_from_array(source)
-    if isinstance(source, torch.Tensor):
-        plain = source.detach().cpu()
-        array = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
-        return image_from_array(array, channels_first=True)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return image_of_array(source)
     return fetch_image(source) if is_url(source) else _load_file(source)
+
+
+def image_of_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """Convert a numpy or torch array to an RGB image; tensors have their channels first if the shape fits both."""
+    if isinstance(array, np.ndarray):
+        return image_from_array(array)
+    plain = array.detach().cpu()
+    return image_from_array((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(), channels_first=True)
 
 
 def image_size(source: ImageSource) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from sentence_transformers.base.modality_types import SingleInput
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.encoding.image_urls import is_url
-from unime_st.encoding.input_images import image_size, load_image
+from unime_st.encoding.input_images import image_of_array, image_size, load_image
 
 Features = dict[str, Any]
 """Input of a model's ``forward``: tensors by name, and what else its modules pass on."""
@@ -122,6 +122,36 @@ def _is_absent(value: object) -> bool:
     return (
         value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
     )
+
+
+def as_item(value: ModelInput) -> Item:
+    """Convert an input with at most one text and one image to an item, without decoding its image.
+
+    A text that is the path of an existing image is the image.
+
+    Raises:
+        ValueError: If the input has other or several parts, or neither a text nor an image; for URLs, which are not
+            stored.
+    """
+    value = normalize_input(value)
+    if isinstance(value, Item):
+        return value
+    parts: Mapping[str, Any]
+    if isinstance(value, str):
+        parts = {"image" if is_image_url_or_path(value) else "text": value}
+    else:
+        parts = value if isinstance(value, Mapping) and not is_chat(value) else {"image": value}
+    single = {
+        name: part[0] if isinstance(part, (list, tuple)) and len(part) == 1 else part for name, part in parts.items()
+    }
+    text, image = single.pop("text", None), single.pop("image", None)
+    if single or isinstance(image, (list, tuple)) or not (text is None or isinstance(text, str)):
+        raise ValueError(f"expected one text, one image or both, got {value!r:.100}")
+    if isinstance(image, str) and (is_url(image) or image.startswith("data:")):
+        raise ValueError(f"image {image:.100}: download or decode it first; an index stores files and bytes")
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = image_of_array(image)
+    return Item(text, image)
 
 
 def texts_and_sizes(value: object) -> tuple[list[str], list[tuple[int, int]]]:

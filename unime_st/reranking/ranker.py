@@ -206,7 +206,7 @@ class Ranker:
 
 
 def sort_by_score(
-    corpus_ids: Sequence[int], scores: np.ndarray, reasons: Sequence[ValueError | None], name: str
+    corpus_ids: Sequence[int] | Sequence[str], scores: np.ndarray, reasons: Sequence[ValueError | None], name: str
 ) -> Ranking:
     """Sort documents by their scores; those that could not be scored come last, with the reason under "error".
 
@@ -221,7 +221,7 @@ def sort_by_score(
     """
     ranking: Ranking = []
     for index in sorted(range(len(scores)), key=lambda index: (reasons[index] is not None, -scores[index])):
-        entry: dict[str, Any] = {"corpus_id": int(corpus_ids[index]), "score": float(scores[index])}
+        entry: dict[str, Any] = {"corpus_id": corpus_ids[index], "score": float(scores[index])}
         if reasons[index] is not None:
             logger.warning("%s is ranked last: %s", name.format(corpus_ids[index]), reasons[index])
             entry["error"] = str(reasons[index])

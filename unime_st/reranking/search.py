@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -15,9 +16,10 @@ from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import encode_items
-from unime_st.reranking.parsing import parse_inputs
+from unime_st.reranking.parsing import parse_inputs, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
 from unime_st.reranking.unime_reranker import UniMEReranker
+from unime_st.retrieval import Index
 from unime_st.retrieval import top_k as nearest
 from unime_st.scoring.forward_counter import ForwardCounter
 from unime_st.scoring.groups import Group, Judge, PairError
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def search(
     queries: Sequence[ItemLike],
-    corpus: Sequence[ItemLike],
+    corpus: Sequence[ItemLike] | Index,
     embedder: SentenceTransformer,
     reranker: CrossEncoder | Judge,
     top_k: int = 10,
@@ -48,8 +50,9 @@ def search(
     Args:
         queries: Items, texts, images or dicts of them; as in :meth:`UniMEReranker.rank`, a str that names an existing
             image file is opened.
-        corpus: Documents to search, of the same kinds.
-        embedder: Any embedding model that takes the inputs.
+        corpus: Documents to search, of the same kinds; or an :class:`~unime_st.retrieval.Index` of them, whose vectors
+            are used: only the queries are embedded.
+        embedder: Any embedding model that takes the inputs; for an index, that of the index.
         reranker: A :class:`~unime_st.UniMEReranker` or other generative ``CrossEncoder``, or a judge.
         top_k: Number of documents to retrieve and rerank per query. Defaults to 10, as in the paper.
         method: "pairwise" scores each of the retrieved documents, for all queries together; "listwise" and "hybrid"
@@ -59,13 +62,13 @@ def search(
 
     Returns:
         list[list[dict]]: Per query, best first, ``{"corpus_id": int, "score": float, "similarity": float}``: the index
-        in ``corpus``, the reranker's score (pairwise the probability of Yes) and the cosine similarity.
+        in ``corpus`` (for an index the id), the reranker's score (pairwise the probability of Yes) and the cosine similarity.
 
     Raises:
         BadImageError: If a query's image cannot be read.
         TypeError: If an input is of an unsupported type.
-        ValueError: If ``top_k`` or ``batch_size`` is below 1, a text is empty, or ``method`` needs lists and the
-            reranker cannot rank them.
+        ValueError: If ``top_k`` or ``batch_size`` is below 1, a text is empty, the index is one of another model, or
+            ``method`` needs lists and the reranker cannot rank them.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker", inference.
@@ -81,29 +84,77 @@ def search(
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    items, readable, vectors, embedded = _embed(queries, corpus, embedder, batch_size, show_progress_bar)
-    rows = len(queries) + np.flatnonzero(embedded[len(queries) :])
-    if not len(queries) or not len(rows):
+    if isinstance(corpus, Index):
+        corpus.check_model(embedder)
+        found = _indexed(queries, corpus, top_k, batch_size)
+    else:
+        found = _nearest(queries, corpus, embedder, top_k, batch_size, show_progress_bar)
+    if not found or not found[0].names:
         return [[] for _ in queries]
-    similarities, found = nearest(vectors[: len(queries)], vectors[rows], min(top_k, len(rows)))
-    groups = [(items[row], [items[rows[index]] for index in own]) for row, own in enumerate(found)]
-    corpus_ids = readable[rows[found]] - len(queries)
+    groups = [(own.query, own.documents) for own in found]
     rerank = second_stage(
         reranker, method, window=max(top_k, 2), batch_size=batch_size, show_progress_bar=show_progress_bar
     )
     model = reranker if isinstance(reranker, CrossEncoder) else getattr(reranker, "model", None)
     with ForwardCounter(model) if isinstance(model, CrossEncoder) else nullcontext() as count:
-        scored = rerank(groups, [[f"corpus[{index}]" for index in own] for own in corpus_ids])
+        labels = [[f"corpus[{name}]" for name in own.names] for own in found]
+        scored = rerank(groups, labels)
     if count is not None:
         logger.info("reranked %d queries %s; per query %s", len(groups), method, count.per_query(len(groups)))
     rankings = []
     if method == "pairwise":
         scored = [_probabilities(own) for own in scored]
-    for own, similarity, (scores, reasons) in zip(corpus_ids, similarities, scored, strict=True):
-        by_id = dict(zip(own.tolist(), similarity.tolist(), strict=True))
-        ranking = sort_by_score(own.tolist(), scores, reasons, "corpus[{}]")
-        rankings.append([{**entry, "similarity": by_id[entry["corpus_id"]]} for entry in ranking])
+    for own, (scores, reasons) in zip(found, scored, strict=True):
+        by_name = dict(zip(own.names, own.similarities, strict=True))
+        ranking = sort_by_score(own.names, scores, reasons, "corpus[{}]")
+        rankings.append([{**entry, "similarity": by_name[entry["corpus_id"]]} for entry in ranking])
     return rankings
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A query and its nearest documents, the nearest first, by index or id."""
+
+    query: Item
+    documents: list[Item]
+    names: list[int] | list[str]
+    similarities: list[float]
+
+
+def _nearest(
+    queries: Sequence[ItemLike],
+    corpus: Sequence[ItemLike],
+    embedder: SentenceTransformer,
+    k: int,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> list[_Found]:
+    items, readable, vectors, embedded = _embed(queries, corpus, embedder, batch_size, show_progress_bar)
+    rows = len(queries) + np.flatnonzero(embedded[len(queries) :])
+    if not len(queries) or not len(rows):
+        return []
+    similarities, found = nearest(vectors[: len(queries)], vectors[rows], min(k, len(rows)))
+    corpus_ids = readable[rows[found]] - len(queries)
+    return [
+        _Found(items[row], [items[rows[index]] for index in own], corpus_ids[row].tolist(), similarities[row].tolist())
+        for row, own in enumerate(found)
+    ]
+
+
+def _indexed(queries: Sequence[ItemLike], index: Index, k: int, batch_size: int) -> list[_Found]:
+    items = [to_item(query) for query in queries]
+    for row, item in enumerate(items):
+        _check_text(item, f"queries[{row}]")
+    hits = index.search(items, min(k, max(1, len(index))), batch_size=batch_size)
+    return [
+        _Found(item, [hit.item for hit in own], [hit.id for hit in own], [hit.similarity for hit in own])
+        for item, own in zip(items, hits, strict=True)
+    ]
+
+
+def _check_text(item: Item, name: str) -> None:
+    if item.image is None and not (item.text or "").strip():
+        raise ValueError(f"{name}: an empty text cannot be embedded")
 
 
 def _embed(
@@ -128,8 +179,8 @@ def _embed(
     parsed = parse_inputs([*queries, *corpus])
     parsed.raise_for_invalid(names)
     for name, item in zip(names, parsed.items, strict=True):
-        if item is not None and item.image is None and not (item.text or "").strip():
-            raise ValueError(f"{name}: an empty text cannot be embedded")
+        if item is not None:
+            _check_text(item, name)
     readable = np.array([index for index, item in enumerate(parsed.items) if item is not None], dtype=np.int64)
     items = [item for item in parsed.items if item is not None]
     failed: dict[int, str] = {}

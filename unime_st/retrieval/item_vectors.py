@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,7 +38,12 @@ class ChunkEncoder(Protocol):
 
 
 def encode_chunk(
-    records: ItemFolder, model: SentenceTransformer, chunk: tuple[int, int], *, batch_size: int = 64
+    records: ItemFolder,
+    model: SentenceTransformer,
+    chunk: tuple[int, int],
+    *,
+    prompt: str | None = None,
+    batch_size: int = 64,
 ) -> np.ndarray:
     """Encode a chunk of the items of a folder.
 
@@ -46,6 +51,7 @@ def encode_chunk(
         records: Folder of the items.
         model: The embedding model.
         chunk: Positions (start, stop) of the items in stored order.
+        prompt: As for :func:`~unime_st.encoding.encode_items`. Defaults to None, the default prompt of the model.
         batch_size: As for :func:`~unime_st.encoding.encode_items`. Defaults to 64.
 
     Returns:
@@ -56,7 +62,12 @@ def encode_chunk(
     """
     items = [records.items.at(position) for position in range(*chunk)]
     found, readable = encode_items(
-        model, items, batch_size=batch_size, normalize_embeddings=needs_normalization(model), on_error="skip"
+        model,
+        items,
+        batch_size=batch_size,
+        prompt=prompt,
+        normalize_embeddings=needs_normalization(model),
+        on_error="skip",
     )
     with np.errstate(over="ignore"):  # overflow is checked below
         vectors = np.asarray(found).astype(np.float16)
@@ -64,6 +75,26 @@ def encode_chunk(
     if len(broken):
         raise ValueError(f"the model computes a vector that is not finite in float16 for {items[broken[0]]!r:.200}")
     return vectors
+
+
+def chunk_encoder(
+    records: ItemFolder, model: SentenceTransformer, *, prompt: str | None = None, batch_size: int = 64
+) -> ChunkEncoder:
+    """Make an encoder of chunks that runs in this process, see :func:`encode_chunk`.
+
+    Args:
+        records: Folder of the items.
+        model: The embedding model.
+        prompt: As for :func:`encode_chunk`.
+        batch_size: As for :func:`encode_chunk`.
+    """
+
+    def encode(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+        return (
+            (chunk[0], encode_chunk(records, model, chunk, prompt=prompt, batch_size=batch_size)) for chunk in chunks
+        )
+
+    return encode
 
 
 def needs_normalization(model: SentenceTransformer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, model_fingerprint
 from unime_st.encoding.encode import resolve_prompt
 from unime_st.files import locks_folder
-from unime_st.retrieval.item_vectors import ChunkEncoder, encode_chunk, encode_once, needs_normalization
+from unime_st.retrieval.item_vectors import ChunkEncoder, chunk_encoder, encode_once, needs_normalization
 from unime_st.retrieval.top_k import paired_similarity, top_k
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def mine(
         embed: Encoder of the items that uses the same model, see :class:`unime_st.stages.ray_engine.Cluster`. Defaults to
             None, this process.
         vectors: Folder of the vectors (2 x dim bytes per item). Runs on the same records and model that share this
-            folder encode only once. Defaults to None, ``vectors`` in the output folder.
+            folder encode only once, :meth:`Index.build <unime_st.retrieval.Index.build>` included. Defaults to None, ``vectors`` in the output folder.
         overwrite: Replace an output made with other options, and vectors of other records or another model. Defaults
             to False.
 
@@ -178,13 +178,10 @@ def mine(
     if not begin_stage(output, "mine", inputs=[records.folder], options=options, overwrite=overwrite):
         return Pools(output)
     link_items(records.folder, output)
-    folder, dim = records, int(model.get_embedding_dimension() or 0)
-
-    def encode_here(chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
-        return ((chunk[0], encode_chunk(folder, model, chunk, batch_size=batch_size)) for chunk in chunks)
-
+    dim = int(model.get_embedding_dimension() or 0)
     identity = {"model": options["model"], "prompt": options["prompt"], "dim": dim}
-    found = encode_once(records, identity, vectors or output / "vectors", embed or encode_here, overwrite=overwrite)
+    embed = embed or chunk_encoder(records, model, batch_size=batch_size)
+    found = encode_once(records, identity, vectors or output / "vectors", embed, overwrite=overwrite)
     pairs = _MinedPairs(records, found, num_candidates)
     margin = 0.0 if max_similarity == "positive" else np.inf if max_similarity is None else float(max_similarity)
     sizes = {name: _search(pairs, members, found, margin, device) for name, members in pairs.by_pool(pool)}

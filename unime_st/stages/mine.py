@@ -22,7 +22,7 @@ class MineArguments(EngineArguments):
         "Folder of pair records.",
         required=True,
         path="stage",
-        made_by="unime import_data --source FILE --output FOLDER",
+        made_by="unime import --source FILE --output FOLDER",
     )
     model: str = option("unime-tiny", "Embedding model that retrieves: alias, folder or hub name.")
     output: str = option("", "Folder for the candidate pools.", required=True)

@@ -68,7 +68,7 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
         "Folder of records.",
         required=True,
         path="stage",
-        made_by="unime import_data --source FILE --output FOLDER",
+        made_by="unime import --source FILE --output FOLDER",
     )
     output: str = option("", "Folder for the trained model; a finished one is kept.", required=True)
     overwrite: bool = option(False, "Overwrite the output folder.")
@@ -125,7 +125,7 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
     report_to: str | list[str] = option("none", "Experiment trackers, such as tensorboard or wandb; all; none.")
     eval_data: str | None = option(
         None, "Folder of held-out records: hit@1 and MRR while training.", path="stage",
-        made_by="unime import_data --source FILE --output FOLDER",
+        made_by="unime import --source FILE --output FOLDER",
     )  # fmt: skip
     eval_strategy: IntervalStrategy | str = option(
         "no", "When eval_data is evaluated; with eval_data the default is steps."
