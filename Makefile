@@ -21,7 +21,7 @@ lint: .venv/.installed
 
 # The documentation site in build/site; works offline. A broken link, anchor or reference is an error.
 docs: .venv/.installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One worker per core. `make test-fast` leaves out the tests marked slow or distributed; `make test` runs everything and
 # prints the coverage.

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-_SCORES: dict[str, dict[str, dict[str, float]]] = json.loads(
-    Path(__file__).with_name("published.json").read_text(encoding="utf-8")
-)
+PUBLISHED: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+"""The whole file: scores, models with commands, data with revisions, ablations, and values measured elsewhere."""
+
+_SCORES: dict[str, dict[str, dict[str, float]]] = PUBLISHED
 
 MMEB = _SCORES["mmeb"]
 """Means over MMEB, by the names of `mteb_tasks.mmeb.tasks.mean_scores`."""

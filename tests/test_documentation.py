@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from PIL import Image
 
 from unime_st import cli
 from unime_st.cli import main
+from unime_st.data.scenes import write_example_images
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,6 +71,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if (ROOT / name).is_dir():
             (tmp_path / name).symlink_to(ROOT / name)
     Image.new("RGB", (64, 48), "red").save(tmp_path / "photo.jpg")
+    write_example_images(tmp_path / "images")
     (tmp_path / "captions.txt").write_text("a red ring\na blue star\n")
     things = [
         f"{color} {shape} number {n}" for color in ("red", "green") for shape in ("ring", "star") for n in range(18)
@@ -92,7 +95,7 @@ def commands(block: Block) -> list[str]:
 def test_every_block_is_known() -> None:
     """No block escapes this test by its language or by a comment that nothing reads."""
     for block in ALL:
-        assert block.language in ("python", "bash", "console", "text", "yaml", "json", "bibtex", "mermaid"), block
+        assert block.language in ("python", "bash", "console", "text", "yaml", "json", "bibtex"), block
         assert block.needs is None or set(re.split(", ?", block.needs)) <= set(NEEDS), block
     for page in PAGES:
         marked = len(re.findall("<!-- needs:", page.read_text(encoding="utf-8")))
@@ -101,15 +104,18 @@ def test_every_block_is_known() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each line `print(...)  # value` prints that value."""
+    """Each line `print(...)  # value` prints that value; a text block after a Python block is its whole output."""
     names: dict[str, object] = {"__name__": "__main__"}
+    end, printed = 0, []
     for block in blocks(page):
+        if block.language == "text" and block.line == end + 3:
+            assert block.code.splitlines() == printed, block
         if block.language != "python":
             continue
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
         if block.needs is None:
             exec(code, names)
-            printed = capsys.readouterr().out.splitlines()
+            end, printed = block.line + block.code.count("\n"), capsys.readouterr().out.splitlines()
             for value in _PRINTED.findall(block.code):
                 assert value in printed, f"{block}: expected {value!r} among {printed}"
 
@@ -146,3 +152,23 @@ def test_commands_run(block: Block, folder: Path) -> None:
             ["bash", "-euc", command], env={**os.environ, "PATH": search}, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    """Each heading of docs/troubleshooting.md is a part of a message of this package."""
+    source = "".join(path.read_text() for name in ("unime_st", "mteb_tasks") for path in (ROOT / name).rglob("*.py"))
+    headings = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    transformers = {"model type ... not recognized"}
+    assert len(headings) >= 20
+    assert [heading for heading in headings if heading not in source and heading not in transformers] == []
+
+
+def test_links_of_the_readme_are_absolute_and_exist() -> None:
+    """They also work on a package index. Those into the project name files of this checkout."""
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    assert [link for link in links if not link.startswith("https://")] == []
+    raw = project.replace("https://github.com", "https://raw.githubusercontent.com")
+    ours = [re.sub(rf"^({project}/blob|{raw})/main/", "", link) for link in links if "unime-st/unime-st" in link]
+    assert [link for link in ours if not (ROOT / link).is_file()] == []
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200

@@ -39,8 +39,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
 
     Raises:
         ValueError: The folder is a vision-language checkpoint without ``modules.json``, or ``image_size`` is given for
-        a
-            model without an image rule.
+            a model without an image rule.
 
     Example:
         >>> from unime_st import UniME
@@ -108,8 +107,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
 
         Args:
             inputs: One input, or a list, iterator, array or pandas Series of inputs: text, image (PIL, path, URL,
-            array),
-                ``{"image": ..., "text": ...}``, chat, :class:`~unime_st.Item`. Parts that are None are ignored.
+                array), ``{"image": ..., "text": ...}``, chat, :class:`~unime_st.Item`. Parts that are None are ignored.
             *args: Passed on.
             **kwargs: Passed on. ``batch_size`` counts units of 256 tokens, so that batches contain fewer long and more
                 short inputs. With ``truncate_dim``, ``normalize_embeddings`` defaults to True.

@@ -58,8 +58,7 @@ class LocalJudge:
 
     Attributes:
         name, revision, prompt_hash: See :class:`~unime_st.judging.Judge`; the revision is the hub's commit or a hash
-        of
-            the weights.
+            of the weights.
         shortened: Number of texts truncated so far, counted per call and item.
         answer_share: Probability of Yes and No together at the answer position, mean over the pairs of the first call;
             None before. Below 1 % the ratio of the two is not an answer, which is logged as a warning.

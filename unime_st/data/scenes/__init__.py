@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unime_st.data.scenes.example_images import write_example_images
 from unime_st.data.scenes.scene_pairs import (
     FOIL_CATEGORIES,
     SCENE_TASKS,
@@ -20,4 +21,5 @@ __all__ = [
     "foils",
     "retrieval_data",
     "training_records",
+    "write_example_images",
 ]
