@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -90,6 +91,24 @@ def parquet_files(root: Path, subset: str) -> list[Path]:
         if found:
             return found
     return []
+
+
+def check_shards(files: Sequence[Path]) -> None:
+    """Check that no shard of a table is missing, as far as names like ``test-00000-of-00002.parquet`` tell.
+
+    Args:
+        files: Shards of one table.
+
+    Raises:
+        MMEBDataError: Names the first missing shard.
+    """
+    present = {file.name for file in files}
+    for file in files:
+        if found := re.fullmatch(r"(.*-)\d{5}-of-(\d{5})\.parquet", file.name):
+            for number in range(int(found[2])):
+                name = f"{found[1]}{number:05d}-of-{found[2]}.parquet"
+                if name not in present:
+                    raise MMEBDataError(f"{file.with_name(name)} is missing: download this part of the table")
 
 
 class ImageFolders:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mteb_tasks.local_data import image_fault
-from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
+from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, check_shards, parquet_files
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, Subset
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
@@ -64,6 +64,7 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     files = parquet_files(root, subset.name)
     if not files:
         raise MMEBDataError(f"subset {subset.name} is missing: no {subset.name}/test*.parquet in {root}")
+    check_shards(files)
     parts = [read_table(file) for file in files]
     shards = [(file, part.num_rows) for file, part in zip(files, parts)]
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb.location import MMEBDataError, check_shards
 from mteb_tasks.mmeb_v2.visdoc_sets import VisDocSet
 
 _QUERY_ID, _PAGE_ID, _TEXT = ("query-id", "_id", "id"), ("corpus-id", "_id", "id"), ("query", "text")
@@ -104,6 +104,7 @@ def read_page_tables(row: VisDocSet, tables: dict[str, list[Path]]) -> PageTable
 
 def _read(files: Sequence[Path], wanted: Sequence[Sequence[str]]) -> tuple[pa.Table, list[tuple[Path, int]]]:
     """Columns of a table, each under one of its names, and the rows of each file."""
+    check_shards(files)
     parts = []
     for file in files:
         try:

@@ -186,6 +186,12 @@ FAULTS = {
         lambda root: (root / "annotations" / HL.hub / "qrels" / "test.parquet").write_bytes(b"PAR1"),
         r"qrels.test.parquet cannot be read",
     ),
+    "missing shard": (
+        lambda root: (root / "annotations" / HL.hub / "corpus" / "test.parquet").rename(
+            root / "annotations" / HL.hub / "corpus" / "test-00000-of-00002.parquet"
+        ),
+        r"corpus.test-00001-of-00002.parquet is missing: download this part",
+    ),
     "missing set": (lambda root: shutil.rmtree(root / "annotations" / HL.hub), "is missing: there is no"),
 }
 
