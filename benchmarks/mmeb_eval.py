@@ -86,7 +86,7 @@ def write_data(folder: Path, options: argparse.Namespace) -> int:
     chosen = [SUBSETS[index * len(SUBSETS) // options.subsets] for index in range(options.subsets)]
     sizes = {"queries": options.queries, "candidates": options.candidates, "documents": options.documents}
     write_synthetic_mmeb(folder, subsets=chosen, side=options.side, duplicates=False, shared=True, **sizes)
-    items = set()
+    items: set[tuple[str, object]] = set()
     for subset in chosen:
         found = read_subset(folder, subset)
         items.update(zip(found.query_texts, found.query_images))

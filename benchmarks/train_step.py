@@ -80,7 +80,10 @@ def stock_step(model: SentenceTransformer, pairs: list[PairRecord], mini_batch_s
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
 
     def step() -> float:
-        rows = [{"query": pair.query.text, "positive": pair.positive.image.open()} for pair in pairs]
+        rows = [
+            {"query": pair.query.text, "positive": pair.positive.image and pair.positive.image.open()}
+            for pair in pairs
+        ]
         batch = {
             name: value.to(model.device) if hasattr(value, "to") else value for name, value in collate(rows).items()
         }
@@ -162,7 +165,7 @@ def speed(options: argparse.Namespace, work: Path) -> None:
     model, records = load(work / "st"), RecordSet.load(work / "records")
     tokens = int(item_costs(records, model)[0].sum())
     flops = flops_per_token(model, cached=True, recomputed=False) * tokens
-    rate = peak_matmul_flops(model.device, model.dtype)
+    rate = peak_matmul_flops(model.device, model.dtype or torch.float32)
     result |= {"settings": {**settings(options), "batch_size": options.batch_size}, "loss": losses}
     result["examples_per_second"] = {k: round(options.batch_size / s, 3) for k, s in result["median"].items()}
     result["mfu"] = {side: round(flops / seconds / rate, 4) for side, seconds in result["median"].items()}

@@ -32,7 +32,7 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
         pixels: Maximum number of pixels of a processed image. Defaults to 336 x 336.
         device: Device on which weights are drawn; bfloat16 on CUDA. Defaults to "cpu".
     """
-    tiny = SentenceTransformer("unime-tiny", device="cpu")
+    tiny: Any = SentenceTransformer("unime-tiny", device="cpu")
     processor, config = tiny.processor, tiny.config
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": pixels}
     row = SIZES[size]
@@ -56,7 +56,7 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     torch.manual_seed(0)
     with torch.device(device):
-        made = Qwen2VLModel(
+        made: Any = Qwen2VLModel(
             Qwen2VLConfig(text_config=text, vision_config=vision, **{name: getattr(config, name) for name in names})
         )
     made.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder / "backbone")
@@ -75,17 +75,17 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
         size: Key of :data:`SIZES`.
         device: Device on which weights are drawn; bfloat16 on CUDA.
     """
-    tiny = UniMEReranker("unime-tiny", template="tiny", device="cpu")[0]
+    tiny: Any = UniMEReranker("unime-tiny", template="tiny", device="cpu")[0]
     processor, vision_config = tiny.processor, tiny.model.config.vision_config
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 400 * 400}
     tokenizer, row = processor.tokenizer, SIZES[size]
     heads = row.get("heads", row["hidden"] // 64)
     inner, part = row.get("inner", row["hidden"] * 8 // 3), row["hidden"] // heads // 8
-    text = {"vocab_size": len(tokenizer), "hidden_size": row["hidden"], "intermediate_size": inner}
+    text: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": row["hidden"], "intermediate_size": inner}
     text |= {"num_hidden_layers": row["layers"], "num_attention_heads": heads, "num_key_value_heads": 2}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [part, part, 2 * part], "rope_theta": 1e6}}
     text |= {"bos_token_id": None, "eos_token_id": None}
-    vision = {"depth": row["depth"], "hidden_size": row["vision"], "out_hidden_size": row["hidden"]}
+    vision: dict[str, Any] = {"depth": row["depth"], "hidden_size": row["vision"], "out_hidden_size": row["hidden"]}
     vision |= {"num_heads": row["vision"] // (64 if row["vision"] % 80 else 80)}
     shape = ("patch_size", "spatial_merge_size", "temporal_patch_size", "in_channels")
     vision |= {name: getattr(vision_config, name) for name in shape}
@@ -97,10 +97,11 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **dict(zip(keys, ids, strict=True)))
+    tokens: dict[str, Any] = dict(zip(keys, ids, strict=True))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
     model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 from unime_st.paths import home
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _BLOCK = 1 << 20
 _KEPT_BYTES = 1 << 20
 """Digests of larger files are kept from process to process."""

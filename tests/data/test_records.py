@@ -7,6 +7,7 @@ import multiprocessing
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def _read_all(records: RecordSet, queue: multiprocessing.Queue) -> None:
 def test_record_sets_travel_to_workers(tmp_path: Path, method: str):
     records = RecordSet.write(tmp_path, pairs(5), {})
     _ = records[0]
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
     worker = context.Process(target=_read_all, args=(records, queue))
     worker.start()

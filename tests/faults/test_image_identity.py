@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from unime_st import UniME
 from unime_st.encoding.content_keys import content_key
@@ -23,7 +24,7 @@ def drawing(color: str = "red", size: int = 56) -> Image.Image:
     return Image.new("RGB", (size, size), color)
 
 
-def replaced(path: Path, kind: str) -> Iterator[Image.Image]:
+def replaced(path: Path, kind: str) -> Iterator[ImageFile]:
     """One path whose file is replaced, as a screenshot loop does; each image holds its own file."""
     for color in COLORS:
         drawing(color).save(path.with_suffix(".new"), kind)

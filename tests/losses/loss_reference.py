@@ -18,11 +18,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def softmax(values: list[Tensor], temperature: float) -> list[Tensor]:
     exponentials = [torch.exp(value / temperature) for value in values]
-    return [value / sum(exponentials) for value in exponentials]
+    return [value / torch.stack(exponentials).sum() for value in exponentials]
 
 
 def kl(p: list[Tensor], q: list[Tensor]) -> Tensor:
-    return sum(a * torch.log(a / b) for a, b in zip(p, q))
+    return torch.stack([a * torch.log(a / b) for a, b in zip(p, q)]).sum()
 
 
 def similarity_distillation(
@@ -34,7 +34,7 @@ def similarity_distillation(
         student = softmax([cosine(texts[i], texts[j]) for j in others], temperature)
         teacher = softmax([cosine(teachers[i], teachers[j]) for j in others], temperature)
         rows.append(kl(teacher, student) if direction == "teacher_student" else kl(student, teacher))
-    return sum(rows) / len(rows)
+    return torch.stack(rows).mean()
 
 
 def hard_negative_ranking(columns: list[Tensor], temperature: float, margin: float, num_negatives: int) -> Tensor:
@@ -52,7 +52,7 @@ def hard_negative_ranking(columns: list[Tensor], temperature: float, margin: flo
             continue
         chosen = [left[n % len(left)] for n in range(num_negatives)]
         rows.append(-torch.log(softmax([positive, *chosen], temperature)[0]))
-    return sum(rows) / len(rows)
+    return torch.stack(rows).mean()
 
 
 def soft_label_distillation(
@@ -82,7 +82,7 @@ def soft_label_distillation(
             pool = softmax([cosine(query, other) for other in [own, *others]], temperature)
             row = row - in_batch_weight * torch.log(pool[0])
         rows.append(row)
-    return sum(rows) / len(rows)
+    return torch.stack(rows).mean()
 
 
 def random_rows(seed: int, *shape: int) -> Tensor:

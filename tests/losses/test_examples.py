@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,6 @@ def test_the_example_of_the_docstring_trains(name: str, tmp_path: Path, monkeypa
     # A teacher that needs no download; any embedding model can be one.
     code = textwrap.dedent(block[1]).replace("sentence-transformers/all-MiniLM-L6-v2", "unime-tiny")
     monkeypatch.chdir(tmp_path)  # the trainer makes a folder for its checkpoints
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(code, name, "exec"), names)
     assert names["trainer"].state.global_step == 3

@@ -214,7 +214,9 @@ def test_damaged_files_are_named_before_anything_is_encoded(home, monkeypatch, f
     (name,) = [
         name for name in ("sugarcrepe", "Urban", "ShareGPT4V", "Flickr", "COCO") if name.lower() in file.lower()
     ]
-    (task,) = [task for task in (*CAPTION_TASKS[::2], SugarCrepeByCategory) if name.lower() in task.__name__.lower()]
+    (task,) = [
+        task for task in (*CAPTION_TASKS[::2], SugarCrepeByCategory) if name.lower() in task.metadata.name.lower()
+    ]
     task().load_data()
     if file.startswith("coco"):
         table = pq.read_table(home / file)

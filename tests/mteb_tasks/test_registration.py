@@ -7,6 +7,7 @@ import sys
 
 import mteb
 import pytest
+from mteb.abstasks import AbsTask
 
 import mteb_tasks
 from mteb_tasks.captions import CAPTION_TASKS
@@ -16,7 +17,15 @@ from mteb_tasks.scenes import SCENES_TASKS, ScenesVQA
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 from unime_st.compat import add_mteb_task
 
-TASKS = [*SCENES_TASKS, *CAPTION_TASKS, SugarCrepeByCategory, *MMEB_V2_TASKS, MMEBV2, *MMEB_TASKS, MMEB]
+TASKS: list[type[AbsTask]] = [
+    *SCENES_TASKS,
+    *CAPTION_TASKS,
+    SugarCrepeByCategory,
+    *MMEB_V2_TASKS,
+    MMEBV2,
+    *MMEB_TASKS,
+    MMEB,
+]
 
 
 def test_register_twice_and_find_every_task_by_name(caplog):

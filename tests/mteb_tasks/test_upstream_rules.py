@@ -59,7 +59,7 @@ def test_metadata_are_filled_and_valid(task):
 
 
 @pytest.mark.parametrize(
-    "citation", sorted({task.metadata.bibtex_citation for task in TASKS} | {make_benchmark().citation})
+    "citation", sorted({str(task.metadata.bibtex_citation) for task in TASKS} | {str(make_benchmark().citation)})
 )
 def test_citations_are_formatted_as_bibtexparser_writes_them(citation):
     lines = citation.strip().splitlines()

@@ -68,7 +68,8 @@ def test_golden_listwise_logits(golden: Path):
     model = UniMEReranker(golden / "checkpoints" / data["checkpoint"], device="cpu")
     for row, answer in zip(data["lists"], data["single"], strict=True):
         query = golden_input(golden, row["qry_text"], row["qry_image"], row["image_resolution"])
-        documents = [golden_input(golden, *candidate, row["image_resolution"]) for candidate in row["candidates"]]
+        size = row["image_resolution"]
+        documents = [golden_input(golden, text, image, size) for text, image in row["candidates"]]
         features = model.preprocess_lists([query], [documents])
         assert features["input_ids"][0].tolist() == answer["token_ids"] + data["forced_prefix_ids"], row["id"]
         expected = answer["forced_prefix_logits_digits_0_to_9"]

@@ -39,6 +39,7 @@ def test_packed_judgements_attend_to_the_prefix_only(task: str) -> None:
     with torch.no_grad():
         packed = model(**batch).logits
     for row, example in enumerate(examples[:2]):
+        assert isinstance(example, Example)
         answered = (labels[row] != -100).nonzero()[:, 0].tolist()[::2]  # the word; its end follows
         assert len(answered) == len(example.turns)
         for position, single in zip(answered, _alone(example)):

@@ -17,8 +17,14 @@ from unime_st.options import OptionError
 from unime_st.stages import InBatchArguments, train_in_batch
 
 
+class HubServer(ThreadingHTTPServer):
+    committed: dict[str, bytes]
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of a hub as an upload needs; keeps what is committed."""
+
+    server: HubServer
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -53,7 +59,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     """What is committed to the hub that the client talks to."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = HubServer(("127.0.0.1", 0), Hub)
     server.committed = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")

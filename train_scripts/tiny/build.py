@@ -99,8 +99,8 @@ def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """Processor of Qwen2-VL that resizes every image to about 84 x 84 pixels, keeping its aspect ratio."""
     template = (resources.files("unime_st.recipes") / "templates" / "tiny_embedding.jinja").read_text()
-    sizes = {"min_pixels": SIDE * SIDE, "max_pixels": SIDE * SIDE}
-    grid = {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2}
+    sizes: dict[str, Any] = {"min_pixels": SIDE * SIDE, "max_pixels": SIDE * SIDE}
+    grid: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes, **grid),
         tokenizer=tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mteb
 import numpy as np
@@ -139,7 +140,7 @@ def test_profiles(kept_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_foreign_models_get_instruction_and_text_apart(kept_data: Path) -> None:
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
 
     class Foreign:
         mteb_model_meta = mteb.get_model_meta("mteb/baseline-random-encoder")
