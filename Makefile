@@ -25,6 +25,8 @@ docs: .venv/.installed
 
 # One worker per core. `make test-fast` leaves out the tests marked slow or distributed; `make test` runs everything and
 # prints the coverage.
+# The workers share the cores: more threads would only wait for each other.
+test test-fast: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: lint docs
