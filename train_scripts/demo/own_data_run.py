@@ -10,8 +10,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from train_scripts.demo.jobs import Job, alone, side_by_side
 from train_scripts.demo.settings import OwnDataArguments
-from train_scripts.demo.side_by_side import Job, alone, side_by_side
 from unime_st.files import read_json, write_json
 from unime_st.training import LOG
 

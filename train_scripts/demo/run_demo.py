@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from train_scripts.demo.jobs import Job, alone
 from train_scripts.demo.results import MODELS, REPORT, render_table
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import RERANKED, DemoArguments
-from train_scripts.demo.side_by_side import Job, alone
 from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
 from unime_st.training import LOG
@@ -45,7 +45,7 @@ def _evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) ->
 
 
 def _report(output: Path) -> None:
-    from train_scripts.demo.demo_report import write_demo_report
+    from train_scripts.demo.report import write_demo_report
 
     write_demo_report(output)
 

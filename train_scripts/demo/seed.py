@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from train_scripts.demo.jobs import Job, side_by_side
 from train_scripts.demo.settings import PURPOSE, DemoArguments
-from train_scripts.demo.side_by_side import Job, side_by_side
 from unime_st.files import read_json, write_json
 
 logger = logging.getLogger(__name__)

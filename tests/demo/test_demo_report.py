@@ -17,7 +17,7 @@ from tiny_embedder import tiny_embedder
 
 from mteb_tasks.in_process import evaluate
 from mteb_tasks.scenes import ScenesVQA
-from train_scripts.demo.demo_report import MODELS, DemoResults, render_table, write_demo_report
+from train_scripts.demo.report import MODELS, DemoResults, render_table, write_demo_report
 from train_scripts.demo.results import COLUMNS, TASKS
 from unime_st.data import ImageRef, Item, RecordSet, read_manifest
 from unime_st.data.scenes import FOIL_CATEGORIES, retrieval_data, training_records
