@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mteb.abstasks import AbsTask
 from noisy_encoder import Noisy
 from PIL import Image
 
@@ -214,9 +215,8 @@ def test_damaged_files_are_named_before_anything_is_encoded(home, monkeypatch, f
     (name,) = [
         name for name in ("sugarcrepe", "Urban", "ShareGPT4V", "Flickr", "COCO") if name.lower() in file.lower()
     ]
-    (task,) = [
-        task for task in (*CAPTION_TASKS[::2], SugarCrepeByCategory) if name.lower() in task.metadata.name.lower()
-    ]
+    kinds: list[type[AbsTask]] = [*CAPTION_TASKS[::2], SugarCrepeByCategory]
+    (task,) = [task for task in kinds if name.lower() in task.metadata.name.lower()]
     task().load_data()
     if file.startswith("coco"):
         table = pq.read_table(home / file)

@@ -92,7 +92,7 @@ def test_a_perfect_foreign_model_scores_one():
 def test_a_constant_model_is_not_rewarded():
     constant = Planted(lambda batch: np.ones((_rows(batch), 4)))
     found = mteb.evaluate(constant, [ScenesShortT2IRetrieval(size=40), ScenesGrounding(size=40)], cache=None)
-    assert all(result.get_score() <= 0.15 for result in found)
+    assert all(result.get_score() <= 0.15 for result in found.task_results)
     foils = mteb.evaluate(constant, [ScenesCompositional(size=6)], cache=None)[0]
     assert foils.get_score() == 0.0
 

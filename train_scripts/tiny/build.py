@@ -7,6 +7,7 @@ import string
 import unicodedata
 from collections.abc import Iterator
 from importlib import resources
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

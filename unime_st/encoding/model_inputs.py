@@ -151,7 +151,7 @@ def as_item(value: ModelInput) -> Item:
         raise ValueError(f"image {image:.100}: download or decode it first; an index stores files and bytes")
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = image_of_array(image)
-    return Item(text, image)
+    return Item(text, cast("Any", image))  # Item checks the type
 
 
 def texts_and_sizes(value: object) -> tuple[list[str], list[tuple[int, int]]]:
