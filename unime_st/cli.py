@@ -42,6 +42,7 @@ def _image_size(parser: argparse.ArgumentParser) -> None:
 
 
 def _pull_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: unime pull unime-v2-2b"
     parser.add_argument("alias", help="released model, e.g. unime-v2")
     parser.add_argument("--revision", help="commit, tag or branch (default: the pinned commit)")
     _image_size(parser)
@@ -69,6 +70,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     from unime_st.recipes import RECIPES
 
     names = ", ".join(name for name in RECIPES if name != TINY)
+    parser.epilog = "example: unime convert downloads/UniME-V2-2B --recipe unime-v2-2b"
     parser.add_argument("folder", help="local checkpoint: whole model, or LoRA/DoRA adapter")
     parser.add_argument("--recipe", required=True, metavar="NAME", help=f"recipe, one of: {names}")
     target = parser.add_mutually_exclusive_group()
@@ -97,6 +99,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: unime verify unime-tiny --quick"
     parser.add_argument("model", metavar="ALIAS_OR_FOLDER", help="model to check, e.g. unime-v2-2b")
     parser.add_argument(
         "--demo-image", metavar="FILE", help="image of the authors' demo; its published score is checked"
@@ -120,7 +123,26 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: unime merge runs/a runs/b --weights 0.7 0.3 --output runs/merged"
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="alias or folder of a model or adapter, two or more"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="weights, sum 1 (default: equal)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from unime_st.training.model_merge import merge_models
+
+    folder = merge_models(options.models, options.output, weights=options.weights, overwrite=options.overwrite)
+    _print_usage(folder, str(folder))
+    return 0
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: unime report results/ --output report"
     parser.add_argument("folders", nargs="+", metavar="RESULTS_DIR", help="--output-folder of `mteb run`, or below it")
     parser.add_argument("-o", "--output", default="report", metavar="DIR", help="folder to write (default: report)")
     parser.add_argument(
@@ -142,6 +164,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _configs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: unime configs show soft_labels/tiny"
     parser.add_argument("action", nargs="?", choices=("list", "show"), default="list", help="default: list")
     parser.add_argument("name", nargs="?", help="configuration to show, e.g. soft_labels/qwen2-vl-2b")
 
@@ -167,6 +190,7 @@ COMMANDS: dict[str, Command] = {
         "build a search index of images or texts", search_commands.index_arguments, search_commands.index
     ),
     "search": Command("search an index by text or image", search_commands.search_arguments, search_commands.search),
+    "merge": Command("average the weights of models", _merge_arguments, _merge),
     "report": Command("tabulate mteb results beside the published scores", _report_arguments, _report),
 }
 

@@ -311,6 +311,11 @@ def forget_adapter(model: Any) -> None:
     model._hf_peft_config_loaded = False
 
 
+def forget_adapter_names(model: Any) -> None:
+    """Let a transformers model that was loaded from the folder of an adapter save its weights under its own names."""
+    model._weight_conversions = None
+
+
 def hub_commit(config: object) -> str | None:
     """Commit of the hub repository that a transformers configuration was loaded from, None for a local folder."""
     return getattr(config, "_commit_hash", None)

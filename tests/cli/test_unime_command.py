@@ -73,4 +73,5 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    assert COMMANDS[name].help in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert COMMANDS[name].help in shown and f"example: unime {name} " in shown

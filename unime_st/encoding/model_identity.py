@@ -83,13 +83,17 @@ def model_fingerprint(model: SentenceTransformer) -> str:
         >>> model_fingerprint(model) == before
         False
     """
-    settings = {
+    content = json.dumps(model_settings(model), sort_keys=True, default=repr)
+    return hashlib.sha256(f"{weights_fingerprint(model)} {content}".encode()).hexdigest()[:16]
+
+
+def model_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """Everything besides weights, prompt and truncation that determines what a model computes, by name."""
+    return {
         "modules": [_module_settings(module) for module in model.children()],
-        "max_seq_length": model.max_seq_length,
+        "max_seq_length": getattr(model, "max_seq_length", None),
         "adapters": _adapters(model),
     }
-    content = json.dumps(settings, sort_keys=True, default=repr)
-    return hashlib.sha256(f"{weights_fingerprint(model)} {content}".encode()).hexdigest()[:16]
 
 
 def _module_settings(module: torch.nn.Module) -> dict[str, object]:

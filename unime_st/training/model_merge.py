@@ -1,0 +1,162 @@
+"""Model merging: weighted average of the weights of fine-tuned models ("model soup")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.model import BaseModel
+
+from unime_st.checkpoints.native_folder import CONVERSION_RECORD
+from unime_st.compat import forget_adapter_names
+from unime_st.encoding.model_identity import model_settings, weights_fingerprint
+from unime_st.files import atomic_folder, content_digest, folder_lock, read_json, write_json
+from unime_st.registry import resolve
+from unime_st.training.adapters import merge_lora
+
+_IGNORED = frozenset(["dtype", "architectures"])
+"""Entries of configurations that models to merge may differ in."""
+_TOLERANCE = 1e-6
+
+
+def merge_models(
+    models: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Average the weights of models that were fine-tuned from the same base.
+
+    The average is computed in float32 and saved in the data type of the first model, which also gives the prompts and
+    the processor. Adapters are merged into their base first, so that they are averaged in weight space. Memory holds two
+    models in float32.
+
+    Args:
+        models: Aliases or folders of at least two models, all embedding models or all rerankers. A folder may hold an
+            adapter; then all adapters must have the same base.
+        output: Output folder.
+        weights: Weight of each model; they sum to 1. Defaults to None, equal weights.
+        overwrite: Replace the output folder. Defaults to False.
+
+    Returns:
+        Path: The output folder. ``unime.json`` records the models and their weights.
+
+    Raises:
+        ValueError: If there are fewer than two models, the weights do not sum to 1, or the models differ in their base,
+            architecture, tokenizer, template or image rule.
+        FileExistsError: If the output folder exists and ``overwrite`` is False.
+
+    References:
+        Model soups (https://arxiv.org/abs/2203.05482).
+
+    Example:
+        >>> from unime_st.training.model_merge import merge_models
+        >>> merge_models(["unime-tiny", "unime-tiny"], "merged", weights=[0.25, 0.75]).name
+        'merged'
+    """
+    shares = _check_weights(models, weights)
+    output, folders = Path(output), [resolve(str(model)) for model in models]
+    with folder_lock(output, wait=False), atomic_folder(output, overwrite=overwrite) as part:
+        _check_bases(folders)
+        merged, dtype = _load(folders[0])
+        total = dict(_weights(merged))
+        fingerprints = [weights_fingerprint(merged)]
+        with torch.no_grad():
+            for tensor in total.values():
+                tensor.mul_(shares[0])
+            for folder, share in zip(folders[1:], shares[1:], strict=True):
+                other, _ = _load(folder)
+                fingerprints.append(weights_fingerprint(other))
+                _check_alike(merged, other, folders[0], folder)
+                for name, tensor in _weights(other):
+                    total[name].add_(tensor, alpha=share)
+        merged.to(dtype).save_pretrained(str(part))
+        record = folders[0] / CONVERSION_RECORD
+        parts = [
+            {"model": str(model), "weight": share, "fingerprint": found}
+            for model, share, found in zip(models, shares, fingerprints, strict=True)
+        ]
+        write_json(part / CONVERSION_RECORD, {**(read_json(record) if record.is_file() else {}), "merged": parts})
+    return output
+
+
+def _check_weights(models: Sequence[str | Path], weights: Sequence[float] | None) -> list[float]:
+    if len(models) < 2:
+        raise ValueError(f"expected at least 2 models to merge, got {len(models)}")
+    if weights is None:
+        return [1 / len(models)] * len(models)
+    if len(weights) != len(models):
+        raise ValueError(f"expected one weight for each of the {len(models)} models, got {len(weights)}")
+    if not abs(math.fsum(weights) - 1) <= _TOLERANCE:  # NaN included
+        raise ValueError(f"the weights must sum to 1, got {' + '.join(map(str, weights))} = {math.fsum(weights):.6g}")
+    return list(weights)
+
+
+def _load(folder: Path) -> tuple[BaseModel, torch.dtype]:
+    """A model in float32 on the CPU with its adapter merged, and the data type of its weights."""
+    kind = read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    model = (CrossEncoder if kind == "CrossEncoder" else SentenceTransformer)(str(folder), device="cpu")
+    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+        raise ValueError(f"{folder}: its weights are quantized; merge unquantized models")
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    model.float()
+    if _is_adapter(folder):
+        merge_lora(model)
+        forget_adapter_names(model.transformers_model)
+    return model, dtype
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _weights(model: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Saved tensors of floating point, shared ones once."""
+    saved = model.state_dict().keys()
+    named = chain(model.named_parameters(), model.named_buffers())
+    return ((name, tensor) for name, tensor in named if name in saved and tensor.is_floating_point())
+
+
+def _check_bases(folders: Sequence[Path]) -> None:
+    """Compare the bases of adapters by the digests of their weights."""
+    bases: dict[str, Path] = {}
+    for folder in folders:
+        if not _is_adapter(folder):
+            continue
+        name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+        base = resolve(name)
+        files = sorted(base.glob("*.safetensors"))
+        found = " ".join(content_digest(file) for file in files)
+        if bases and found not in bases:
+            (first,) = bases.values()
+            raise ValueError(f"the adapters {first} and {folder} have different bases (the latter {name}): no average")
+        bases.setdefault(found, folder)
+
+
+def _check_alike(first: BaseModel, other: BaseModel, first_folder: Path, folder: Path) -> None:
+    """Raise ValueError if two models differ in more than the values of their weights."""
+    mine, theirs = (
+        {**dict(_flat(model_settings(model)["modules"])), **{name: [*t.shape] for name, t in _weights(model)}}
+        for model in (first, other)
+    )
+    for name in dict.fromkeys((*mine, *theirs)):
+        if mine.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{first_folder} and {folder} cannot be merged: {name} is {mine.get(name)!r:.80} in the first and "
+                f"{theirs.get(name)!r:.80} in the second"
+            )
+
+
+def _flat(content: object, name: str = "modules") -> Iterator[tuple[str, object]]:
+    """Entries of nested settings by their dotted names."""
+    if not isinstance(content, (Mapping, list, tuple)):
+        yield name, content
+        return
+    for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+        if key not in _IGNORED:
+            yield from _flat(value, f"{name}.{key}")
