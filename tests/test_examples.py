@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from benchmarks.synthetic_mmeb import write_synthetic_mmeb
 from mteb_tasks.mmeb.subsets import subset_named
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+Run = Callable[..., str]
 FRAMEWORKS = ("langchain_search.py", "llamaindex_search.py", "haystack_search.py")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a script as a user would, in an empty folder, and returns what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
@@ -44,7 +46,7 @@ def test_all_are_short_and_listed() -> None:
         assert not any(cell.get("outputs") for cell in cells), f"{path}: clear the outputs"
 
 
-def test_short_vectors(run) -> None:
+def test_short_vectors(run: Run) -> None:
     printed = run("short_vectors.py", "--size", "60")
     recalls = dict(re.findall(r"^(\S.*\S) +\d+ bytes +recall@10 ([\d.]+)$", printed, re.M))
     assert float(recalls["float32, 128 dimensions"]) == 1
@@ -53,13 +55,13 @@ def test_short_vectors(run) -> None:
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_frameworks(run, name: str) -> None:
+def test_frameworks(run: Run, name: str) -> None:
     """With the framework the nearest image is the right one; without it the vectors are there."""
     printed = run(name)
     assert "blue-triangle" in printed.splitlines()[0] or "36 vectors of 128 dimensions" in printed
 
 
-def test_evaluate_mmeb(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_mmeb(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subsets = ("OK-VQA", "MSCOCO_t2i")
     folder = write_synthetic_mmeb(tmp_path / "mmeb", subsets=map(subset_named, subsets))
     monkeypatch.setenv("MMEB_EVAL_DIR", str(folder))
@@ -69,7 +71,7 @@ def test_evaluate_mmeb(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_judge_server(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_server(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "judging"))
     from chat_server import Model, serve
 
@@ -88,7 +90,7 @@ def test_judge_server(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_mine_judge_train(run) -> None:
+def test_mine_judge_train(run: Run) -> None:
     printed = run("mine_judge_train.py", "--rows", "150", "--steps", "4")
     assert len(re.findall(r"hit@1 0\.\d+, mean of \d tasks$", printed, re.M)) == 3
 
@@ -104,7 +106,7 @@ def test_notebooks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         output.get("text", "")
         for cell in notebook.cells
         for output in cell.get("outputs", ())
-        if output.name == "stdout"
+        if output.get("name") == "stdout"
     )
     if name == "finetune_csv.ipynb":
         before, after = (float(value) for value in re.findall(r"hit@1 of all ([\d.]+)", printed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -49,3 +50,18 @@ def test_commands_and_plugins_are_declared(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(f"unime_st-{unime_st.__version__}.dist-info/entry_points.txt").decode()
     for line in ("unime = unime_st.cli:main", "unime-mteb = mteb_tasks.cli:main", "unime = mteb_tasks:register"):
         assert line in text.splitlines()
+
+
+def test_the_source_distribution_has_docs_and_examples(tmp_path: Path) -> None:
+    """Everything that its README, tests and `make docs` need."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        inside = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    left_out = {name for name in tracked if name and name not in inside}
+    assert left_out <= {".ci/run", ".pre-commit-config.yaml"}, left_out
+    assert {"docs/index.md", "examples/README.md", "mkdocs.yml", "constraints-lowest.txt"} <= inside
