@@ -186,6 +186,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("convert a local checkpoint to a Sentence Transformers folder", _convert_arguments, _convert),
     "verify": Command("check a model against its recipe", _verify_arguments, _verify),
     "configs": Command("list the configurations of the stages, or show one", _configs_arguments, _configs),
+    "encode": Command("encode images or texts to vectors", search_commands.encode_arguments, search_commands.encode),
     "index": Command(
         "build a search index of images or texts", search_commands.index_arguments, search_commands.index
     ),

@@ -1,4 +1,4 @@
-"""Subcommands `unime index` and `unime search`: build a search index of images or texts, and query it."""
+"""Subcommands `unime encode`, `unime index` and `unime search`: vectors of images or texts, an index, and its queries."""
 
 from __future__ import annotations
 
@@ -17,15 +17,65 @@ if TYPE_CHECKING:
     from unime_st.retrieval import Hit
 
 
+_SOURCE = (
+    "folder of images and PDF files, searched recursively; table (.jsonl, .json, .csv, .parquet, datasets folder); or "
+    "record folder"
+)
+
+
+def encode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `unime encode`."""
+    parser.epilog = "example: unime encode photos/ --model unime-tiny --output vectors"
+    parser.add_argument("source", help=_SOURCE)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the vectors (.npy) and ids.json")
+    parser.add_argument("--prompt", help="instruction of the items (default: the default prompt of the model)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="data type of the vectors (default: float32)",
+    )
+    _encoding_arguments(parser)
+
+
+def encode(options: argparse.Namespace) -> int:
+    """Encode items to shards on disk."""
+    _at_least_one(options, "truncate_dim", "batch_size")
+    from unime_st.data.manifest import fingerprint_inputs
+    from unime_st.encoding import encode_to_shards
+    from unime_st.files import write_json
+    from unime_st.model import UniME
+
+    names = [name for name, _ in _items(options.source, options)]  # a wrong source is found before the model is loaded
+    if not names:
+        raise ValueError(f"{options.source}: nothing in it can be read, so there is nothing to encode")
+    chosen = {name: getattr(options, name) for name in ("dtype", "prompt", "truncate_dim", "batch_size", "overwrite")}
+    vectors = encode_to_shards(
+        UniME(options.model, device=options.device),
+        (item for _, item in _items(options.source, options)),
+        options.output,
+        on_error="skip",
+        source=f"{fingerprint_inputs(options.source)} {options.text_column}, {options.image_column}",
+        **chosen,
+    )
+    write_json(Path(options.output) / "ids.json", names)
+    sys.stdout.write(f"{len(vectors)} vectors of dimension {vectors.dim} in {options.output}\n")
+    return 0
+
+
+def _encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="unime-tiny", help="embedding model (default: unime-tiny)")
+    parser.add_argument("--truncate-dim", type=int, metavar="N", help="leading dimensions to keep (default: all)")
+    _column_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="in units of 256 tokens (default: 64)")
+    parser.add_argument("--device", help="device of the model, e.g. cpu or cuda (default: cuda if available)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
 def index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `unime index`."""
     parser.epilog = "example: unime index photos/ --model unime-tiny --output photos.index"
-    parser.add_argument(
-        "source",
-        help="folder of images and PDF files, searched recursively; table (.jsonl, .json, .csv, .parquet, datasets "
-        "folder); or record folder",
-    )
-    parser.add_argument("--model", default="unime-tiny", help="embedding model (default: unime-tiny)")
+    parser.add_argument("source", help=_SOURCE)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the index")
     parser.add_argument(
         "--kind",
@@ -36,13 +86,9 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", help='instruction of the items (default: the model\'s prompt "document")')
     parser.add_argument("--query-prompt", help='instruction of queries (default: the model\'s prompt "query")')
-    parser.add_argument("--truncate-dim", type=int, metavar="N", help="leading dimensions to keep (default: all)")
     parser.add_argument("--vectors", metavar="DIR", help="vectors that `unime mine` keeps of the same records")
     parser.add_argument("--embed-images", action="store_true", help="copy image files into the index")
-    _column_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="in units of 256 tokens (default: 64)")
-    parser.add_argument("--device", help="device of the model, e.g. cpu or cuda (default: cuda if available)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
+    _encoding_arguments(parser)
 
 
 def _column_arguments(parser: argparse.ArgumentParser) -> None:

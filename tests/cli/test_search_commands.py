@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
 from unime_st import Item, UniME
 from unime_st.cli import main
 from unime_st.data import PairRecord, RecordSet
+from unime_st.encoding import VectorShards
 from unime_st.retrieval import mine
 from unime_st.retrieval.index_sources import Columns, read_items
 
@@ -143,10 +145,36 @@ def test_records_with_the_vectors_of_mining(sources: Path, capsys: pytest.Captur
     assert "prompt: None there, 'x' now" in capsys.readouterr().err
 
 
+def test_encode(sources: Path, capsys: pytest.CaptureFixture[str]):
+    words = [
+        "encode",
+        "photos",
+        "--output",
+        "vectors",
+        "--dtype",
+        "float16",
+        "--truncate-dim",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    assert main(words) == 0 and main(words) == 0
+    assert capsys.readouterr().out == "2 vectors of dimension 16 in vectors\n" * 2
+    assert json.loads(Path("vectors/ids.json").read_text()) == ["blue.jpg", "deep/red.png"]
+    expected = UniME("unime-tiny", device="cpu", truncate_dim=16).encode([{"image": "photos/blue.jpg"}])
+    assert np.abs(VectorShards("vectors")[:1] - expected).max() < 1e-3
+    Image.new("RGB", (60, 60), "green").save("photos/blue.jpg")
+    assert main(words) == 1
+    assert "vectors was made from other inputs or options (source: " in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
         (["index", "absent", "--output", "out"], 1, "absent: no such file or folder"),
+        (["encode", "empty", "--output", "out"], 1, "empty: contains no image, no PDF file and no table"),
+        (["encode", "locked", "--output", "out"], 1, "locked: nothing in it can be read"),
         (["index", "empty", "--output", "out"], 1, "empty: contains no image, no PDF file and no table"),
         (["index", "unreadable", "--output", "out"], 1, "no item could be encoded, so there is nothing to index"),
         (["index", "locked", "--output", "out"], 1, "locked: nothing in it can be read"),

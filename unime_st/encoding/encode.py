@@ -181,6 +181,7 @@ def encode_to_shards(
     device: Device = None,
     prompt: str | None = None,
     truncate_dim: int | None = None,
+    source: str | None = None,
     show_progress_bar: bool = True,
 ) -> VectorShards:
     """Encode a stream of any length to shards on disk. An interrupted call resumes when called with the same stream.
@@ -200,6 +201,7 @@ def encode_to_shards(
         device: As for :func:`encode_items`.
         prompt: As for :func:`encode_items`.
         truncate_dim: As for :func:`encode_items`.
+        source: Identity of the stream, such as a digest; a folder begun with another one is refused. Defaults to None.
         show_progress_bar: Show a progress bar over items. Defaults to True.
 
     Returns:
@@ -225,6 +227,7 @@ def encode_to_shards(
     dim = _width(model, truncate_dim)
     prompt = resolve_prompt(model, prompt)
     options = {"model": model_fingerprint(model), "dtype": dtype, "prompt": prompt, "dim": dim}
+    options |= {} if source is None else {"source": source}
     if not begin_stage(folder, "encode", inputs=[], options=options, overwrite=overwrite):
         return VectorShards(folder)
     shards = ShardSink(folder, dim, np.dtype(dtype))
