@@ -17,6 +17,7 @@ from unime_st.data.manifest import is_complete, write_manifest
 from unime_st.data.parquet_shards import ItemWriter, ShardWriter
 from unime_st.data.records import RecordSet
 from unime_st.encoding import encode_items, model_fingerprint
+from unime_st.encoding.model_identity import model_state
 from unime_st.encoding.model_inputs import ModelInput, as_item
 from unime_st.files import atomic_folder, folder_lock
 from unime_st.retrieval.faiss_engine import (
@@ -104,6 +105,7 @@ class Index:
         self._engine, self._ids, self._items, self._image_root = engine, ids, items, image_root
         self._removed: set[int] = set()
         self._gpu: Any = None
+        self._checked: object = None
         self._mapped = False
 
     @classmethod
@@ -165,11 +167,8 @@ class Index:
         check_kind(kind)
         if folder is not None and Path(folder).exists() and not overwrite:
             raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True (--overwrite)")
-        normalized, fingerprint, declared = (
-            needs_normalization(model),
-            model_fingerprint(model),
-            declared_prompts(model),
-        )
+        normalized, fingerprint = needs_normalization(model), model_fingerprint(model)
+        declared = declared_prompts(model)
         document = declared[0] if prompt is None else prompt or None
         query = declared[1] if query_prompt is None else query_prompt or None
         dims = model.truncate_dim if truncate_dim is None else truncate_dim
@@ -368,7 +367,10 @@ class Index:
 
     def check_model(self, model: SentenceTransformer) -> None:
         """Raise ValueError if the weights, settings or prompts of a model are not those of this index."""
-        self.settings.check_model(model)
+        state = (model_state(model), declared_prompts(model))
+        if state != self._checked:  # all weights are read once, not at every search
+            self.settings.check_model(model)
+            self._checked = state
 
     def _encode(self, items: list[Item], prompt: str | None, batch_size: int) -> np.ndarray:
         vectors = encode_items(
