@@ -23,7 +23,6 @@ from unime_st.paths import home
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_BLOCK = 1 << 20
 _KEPT_BYTES = 1 << 20
 """Digests of larger files are kept from process to process."""
 _CLOCK_NS = 2_000_000_000
@@ -35,26 +34,15 @@ class FolderInUseError(OSError):
 
 
 def temporary_path(path: Path) -> Path:
-    """Name to write a file under before it is complete: beside ``path``, with the process id, ending in ``.tmp``.
-
-    Args:
-        path: The final name.
-
-    Example:
-        >>> temporary_path(Path("a.json")).name == f"a.json.{os.getpid()}.tmp"
-        True
-    """
+    """Name to write a file under before it is complete: beside ``path``, with the process id, ending in ``.tmp``."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def commit_file(temporary: Path, final: Path, *, sync: bool = True) -> None:
-    """Rename a finished temporary file to its final name.
+    """Rename a finished, closed temporary file to its final name in the same folder; an existing file is replaced.
 
-    Args:
-        temporary: A closed file in the same folder as ``final``.
-        final: The name under which readers look for it; an existing file is replaced.
-        sync: Force the bytes to disk first, so that a power failure cannot leave a file that is complete by name only.
-            False for caches that are cheap to make again.
+    With ``sync`` the bytes are forced to disk first, so that a power failure cannot leave a file that is complete by
+    name only. Caches that are cheap to make again do without.
     """
     if sync:
         with temporary.open("rb") as handle:
@@ -66,12 +54,8 @@ def commit_file(temporary: Path, final: Path, *, sync: bool = True) -> None:
 def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Write a file that readers see complete or not at all, whatever happens to the process.
 
-    Args:
-        path: The file to make or replace; its folder must exist.
-        sync: As for :func:`commit_file`.
-
-    Yields:
-        Path: The temporary file to write; it gets its name when the block ends without an error, else it is removed.
+    The block writes the temporary file that it is given. The file gets its name when the block ends without an error,
+    else it is removed. ``sync`` is that of :func:`commit_file`.
 
     Example:
         >>> import tempfile
@@ -92,14 +76,7 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Make a folder that readers see complete or not at all, whatever happens to the process.
-
-    Args:
-        target: The folder to make.
-        overwrite: Replace an existing folder. Defaults to False.
-
-    Yields:
-        Path: A temporary folder beside it; it gets its name when the block ends without an error, else it is removed.
+    """Make a folder that readers see complete or not at all, as :func:`atomic_write` makes a file.
 
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is False.
@@ -134,9 +111,7 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 def folder_lock(folder: str | Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a folder that several processes may write to; the system gives the lock back if its holder dies.
 
-    Args:
-        folder: The folder; the lock's file lies beside it, ``.<folder>.lock``, as long as it is held.
-        wait: Wait for the other process. With False, raise at once. Defaults to True.
+    The lock's file lies beside the folder, ``.<folder>.lock``, as long as it is held.
 
     Raises:
         FolderInUseError: Another process holds the folder and ``wait`` is False.
@@ -204,12 +179,8 @@ def _holder(file: Path) -> str:
     return "another process"
 
 
-def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file atomically, with a final newline.
-
-    Args:
-        path: The file to make or replace; missing folders are made.
-        content: JSON-serializable; NaN and infinity are refused because JSON has none.
+def write_json(path: str | Path, content: Mapping[str, object] | Sequence[object]) -> None:
+    """Write a JSON file atomically, with a final newline; missing folders are made, NaN and infinity refused.
 
     Example:
         >>> import tempfile
@@ -226,18 +197,7 @@ def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> 
 
 
 def read_json(path: str | Path, *, remedy: str = "remove the folder and run the stage again") -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-        remedy: What the user should do if it is damaged; ends the error message.
-
-    Returns:
-        dict: Its content.
-
-    Raises:
-        ValueError: The file cannot be read, or holds something else than a JSON object.
-    """
+    """Read a JSON object; a ValueError names a file that cannot be read or holds something else, and the remedy."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -248,11 +208,7 @@ def read_json(path: str | Path, *, remedy: str = "remove the folder and run the 
 
 
 def digest(*parts: str | bytes, length: int = 32) -> str:
-    """SHA-256 of some text and bytes, one after the other.
-
-    Args:
-        *parts: Bytes, or text (encoded as UTF-8). Boundaries between parts do not count.
-        length: Hexadecimal digits to return, up to 64. Defaults to 32.
+    """SHA-256 of some text (as UTF-8) and bytes, one after the other, as up to 64 hexadecimal digits.
 
     Example:
         >>> digest("abc", b"d", length=8) == digest("abcd", length=8)
@@ -267,13 +223,6 @@ def digest(*parts: str | bytes, length: int = 32) -> str:
 def content_digest(path: str | Path, *, length: int = 32) -> str:
     """SHA-256 of what a file holds, or of the relative names and contents of all files in a folder.
 
-    Args:
-        path: File or folder.
-        length: Hexadecimal digits to return, up to 64. Defaults to 32.
-
-    Raises:
-        FileNotFoundError: There is neither.
-
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -285,11 +234,8 @@ def content_digest(path: str | Path, *, length: int = 32) -> str:
     if path.is_dir():
         files = sorted(entry for entry in path.rglob("*") if entry.is_file())
         return digest(*(f"{file.relative_to(path)} {content_digest(file)}\n" for file in files), length=length)
-    state = hashlib.sha256()
-    with path.open("rb", buffering=0) as handle:  # hashlib.file_digest needs Python 3.11
-        while block := handle.read(_BLOCK):
-            state.update(block)
-    return state.hexdigest()[:length]
+    with path.open("rb", buffering=0) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:length]
 
 
 def file_digests(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
@@ -338,11 +284,7 @@ def file_digests(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def make_once(target: str | Path, fill: Callable[[Path], None]) -> Path:
-    """Return a folder of a cache, making it if it is not there yet.
-
-    Args:
-        target: The folder; several processes may ask for it at once, one makes it.
-        fill: Writes the content into the empty folder that it is given.
+    """Return a folder of a cache; the first of several processes that ask for it makes it with ``fill``.
 
     Example:
         >>> import tempfile
@@ -362,10 +304,6 @@ def make_once(target: str | Path, fill: Callable[[Path], None]) -> Path:
 
 def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack a zip archive; members that would leave the folder are written inside it.
-
-    Args:
-        archive: The archive.
-        folder: Where its members go.
 
     Raises:
         ValueError: The archive is damaged, encrypted or compressed by an unknown method.

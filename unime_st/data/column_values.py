@@ -11,14 +11,7 @@ from unime_st.data.parquet_shards import split_zip_path
 
 
 def as_item(value: object, root: Path) -> Item:
-    """Build an item from a value of a column of whole items.
-
-    Args:
-        value: A text; an image (see :func:`as_image`, except paths); or {"text": ..., "image": ...}.
-        root: Folder that image paths are relative to.
-
-    Returns:
-        Item: The item.
+    """Item of a value of a column of whole items: a text, an image (except paths), or {"text": ..., "image": ...}.
 
     Raises:
         ValueError: If the value has another type or is empty.
@@ -34,15 +27,12 @@ def as_item(value: object, root: Path) -> Item:
 
 
 def as_image(value: object, root: Path) -> ImageRef:
-    """Build an image reference from a value of an image column.
+    """Reference to the undecoded image of a value of an image column.
 
     Args:
         value: Encoded bytes, a path relative to ``root`` (or ``zip://member::archive``), or the {"bytes", "path"}
             struct of a `datasets` Image column.
         root: Folder that contains the images.
-
-    Returns:
-        ImageRef: Reference to the undecoded image.
 
     Raises:
         ValueError: If the value has another type, or the path lies outside ``root``.
@@ -58,15 +48,7 @@ def as_image(value: object, root: Path) -> ImageRef:
 
 
 def as_text(value: object, column: str) -> str:
-    """Convert a value of a text column to text; lists are joined by ", ".
-
-    Args:
-        value: Text, number or list.
-        column: Name of the column, for the message.
-
-    Raises:
-        ValueError: If the value is a struct or bytes.
-    """
+    """Text of a value of a text column; lists are joined by ", ", and a struct or bytes are a ValueError."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     if isinstance(value, (Mapping, bytes)):
@@ -75,11 +57,7 @@ def as_text(value: object, column: str) -> str:
 
 
 def is_empty(value: object) -> bool:
-    """Whether a value of a column is empty: None, an empty text, bytes or list, or a struct of such values.
-
-    Args:
-        value: Any value.
-    """
+    """Whether a value of a column is empty: None, an empty text, bytes or list, or a struct of such values."""
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     return value is None or value in ("", b"", [])

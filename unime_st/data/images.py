@@ -7,6 +7,8 @@ import os
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -133,22 +135,29 @@ class ImageRef:
                     f"image {self.label}: {width} x {height} is more than {max_pixels} pixels; "
                     "resize it or raise max_pixels"
                 )
-            try:
+            with decoding(self.label):
                 return to_rgb(image)
-            except MemoryError:
-                raise
-            except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
-                raise BadImageError(f"image {self.label}: cannot be decoded ({error})") from error
+
+
+@contextmanager
+def decoding(label: str, action: str = "decoded") -> Iterator[None]:
+    """Turn whatever a decoder raises in the block into a :class:`BadImageError` that names the image."""
+    try:
+        yield
+    except (MemoryError, BadImageError):
+        raise
+    except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
+        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise BadImageError(f"image {label}: cannot be {action} ({reason})") from error
+
+
+def label_of(image: Image.Image) -> str:
+    """Short name of a Pillow image for messages: its file, or mode and size."""
+    return getattr(image, "filename", "") or f"<{image.mode}, {image.width} x {image.height}>"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image of any mode to upright, opaque, 8-bit RGB.
-
-    Args:
-        image: Image in any Pillow mode.
-
-    Returns:
-        PIL.Image.Image: Image in mode RGB. Transparent pixels are composited on white, as in a browser.
+    """Convert a Pillow image of any mode to upright, opaque, 8-bit RGB; transparent pixels are composited on white.
 
     Example:
         >>> from PIL import Image
@@ -168,14 +177,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image:
-    """Pad an image with white margins until its aspect ratio is within the limit of the image processors.
-
-    Args:
-        image: RGB image.
-        limit: Maximum ratio of the longer to the shorter side. Defaults to :data:`MAX_ASPECT`.
-
-    Returns:
-        PIL.Image.Image: The padded image, or the image itself if it is within the limit.
+    """Pad an RGB image with white margins until its aspect ratio is within the limit of the image processors.
 
     Example:
         >>> from PIL import Image
@@ -193,14 +195,7 @@ def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode a Pillow image losslessly as an RGB PNG, converted by :func:`to_rgb`.
-
-    Args:
-        image: Image in any Pillow mode.
-
-    Returns:
-        bytes: PNG file. Equal pixels give equal bytes.
-    """
+    """Encode a Pillow image losslessly as an RGB PNG, converted by :func:`to_rgb`; equal pixels give equal bytes."""
     buffer = io.BytesIO()
     # Lowest compression: the bytes stay in memory or in one shard, so encoding time dominates.
     to_rgb(image).save(buffer, "PNG", compress_level=1)
@@ -208,14 +203,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def resolve_inside(root: str | Path, name: str) -> Path:
-    """Resolve a path that comes from data, and require that it lies inside ``root``.
-
-    Args:
-        root: Folder that the data may refer to.
-        name: Path relative to ``root``, or an absolute path inside it.
-
-    Returns:
-        Path: Absolute path with symbolic links resolved. The file may be missing.
+    """Resolve a path that comes from data, and require that it lies inside ``root``; the file may be missing.
 
     Raises:
         BadImageError: If the path leaves ``root`` through ``..``, an absolute path or a symbolic link.
@@ -273,13 +261,8 @@ def _read_member(path: str, member: str) -> bytes:
 
 
 def _open_header(source: str | io.BytesIO, label: str) -> Image.Image:
-    try:
+    with decoding(label, "opened"):
         return Image.open(source)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
-        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise BadImageError(f"image {label}: cannot be opened ({reason})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

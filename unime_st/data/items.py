@@ -55,16 +55,7 @@ class Item:
 
     @classmethod
     def stored(cls, text: str | None, image: ImageRef | None, item_id: str) -> Item:
-        """Restore an item with a known id, without reading its image.
-
-        Args:
-            text: As for the constructor.
-            image: Reference to the encoded image.
-            item_id: The :attr:`id` that was computed when the item was stored.
-
-        Returns:
-            Item: The restored item.
-        """
+        """Restore an item with the :attr:`id` that was computed when it was stored, without reading its image."""
         item = cls(text, image)
         item._id = item_id
         return item

@@ -55,18 +55,10 @@ def to_scores(logits: npt.ArrayLike, *, divisor: float = 1.0) -> np.ndarray:
 
 
 def check_scores(scores: object, count: int, indices: Sequence[int] | None = None) -> list[float]:
-    """Validate a list of scores that was read from a file.
-
-    Args:
-        scores: The value found in the file.
-        count: Expected number of entries.
-        indices: Entries to validate and return; the others are ignored. Defaults to None, all entries.
-
-    Returns:
-        list[float]: The scores at ``indices``.
+    """Validate a list of ``count`` scores that was read from a file, and return those at ``indices``, or all.
 
     Raises:
-        ValueError: If the value is not a list of ``count`` entries, or one of the scores is not a number in [0, 1].
+        ValueError: If the value is not such a list, or one of these scores is not a number in [0, 1].
     """
     if not isinstance(scores, (list, tuple)) or len(scores) != count:
         raise ValueError(f"expected {count} scores, found {scores!r:.80}")

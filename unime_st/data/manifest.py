@@ -32,14 +32,7 @@ class StageConflictError(ValueError):
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a stage has finished in ``folder``.
-
-    Args:
-        folder: Any path.
-
-    Returns:
-        bool: True when the folder has a manifest, which is written last.
-    """
+    """Whether a stage has finished in ``folder``: its manifest is there, which is written last."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -72,12 +65,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def open_stage(folder: str | Path) -> dict[str, Any]:
     """Read the manifest of a finished stage and compare its files with their digests.
 
-    Args:
-        folder: The stage's folder.
-
-    Returns:
-        dict: The manifest.
-
     Raises:
         FileNotFoundError: If the stage has not finished.
         ValueError: If a file is missing, damaged, replaced or of another origin; the message names it.
@@ -102,23 +89,13 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def record_shard(folder: Path, file: Path, name: str) -> None:
-    """Write down the digest of a shard before it gets its name, so that a resumed stage knows whether it is whole.
-
-    Args:
-        folder: Folder of a stage that has not finished.
-        file: The complete file.
-        name: Name that it will have.
-    """
+    """Write down the digest of a complete file before it gets its name, so that a resumed stage can check it."""
     with (folder / SHARD_DIGESTS).open("a", encoding="utf-8") as lines:
         lines.write(f"{content_digest(file)}  {name}\n")
 
 
 def is_whole_shard(path: Path) -> bool:
-    """Whether a shard of an unfinished stage is there and as it was written; a damaged one is removed.
-
-    Args:
-        path: The shard.
-    """
+    """Whether a shard of an unfinished stage is there and as it was written; a damaged one is removed."""
     if not path.is_file():
         return False
     record = path.parent / SHARD_DIGESTS
@@ -148,16 +125,10 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def fingerprint_inputs(*inputs: str | Path) -> str:
-    """Digest of the content that a stage reads.
+    """Digest of the content that a stage reads, 32 hexadecimal digits.
 
     A stage folder is identified by its manifest, a file by its bytes, any other folder by the files in it. Files above
     256 MiB are identified by size, modification time, first and last MiB, so that a start does not cost a full read.
-
-    Args:
-        *inputs: Files or folders.
-
-    Returns:
-        str: 32 hexadecimal digits.
 
     Raises:
         FileNotFoundError: If an input does not exist.
@@ -234,12 +205,7 @@ def begin_stage(
 
 
 def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest of a stage that :func:`begin_stage` opened.
-
-    Args:
-        folder: The stage's folder.
-        facts: Results of the stage: counts, statistics, names of models.
-    """
+    """Write the manifest of a stage that :func:`begin_stage` opened: its plan, counts, statistics, names of models."""
     plan = read_json(Path(folder) / PLAN)
     for leftover in Path(folder).glob("*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
@@ -247,14 +213,10 @@ def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
 
 
 def link_items(source: Path, target: Path) -> None:
-    """Copy the item shards of a stage folder to another one, by hard links where possible.
+    """Copy the item shards of a finished stage folder to another one, by hard links where possible.
 
     Committed shards never change, so a hard link is a safe copy that takes no space. On another file system the files
-    are copied.
-
-    Args:
-        source: Finished stage folder.
-        target: Folder of the new stage. Existing item shards are replaced.
+    are copied. Existing item shards are replaced.
     """
     for path in sorted(source.glob("items-*.parquet")):
         with atomic_write(target / path.name, sync=False) as temporary:

@@ -82,13 +82,7 @@ class PairSpec:
 
 
 def parse_pairs(pairs: Sequence[Mapping[str, object]]) -> list[PairSpec]:
-    """Parse pair specifications from their YAML form.
-
-    Args:
-        pairs: Mappings with the fields of :class:`PairSpec`, :class:`SideSpec` and :class:`JoinSpec`.
-
-    Returns:
-        list[PairSpec]: The specifications.
+    """Parse mappings with the fields of :class:`PairSpec`, :class:`SideSpec` and :class:`JoinSpec` (from YAML).
 
     Raises:
         ValueError: If a key is unknown or missing; the message lists the known keys.
@@ -104,12 +98,8 @@ def parse_pairs(pairs: Sequence[Mapping[str, object]]) -> list[PairSpec]:
 def default_pairs(columns: Collection[str]) -> list[PairSpec]:
     """Derive the specification from the usual column names.
 
-    Args:
-        columns: Names of the columns. Either query and positive (each a text, an image or both), or some of
-            query_text, query_image, positive_text, positive_image; optional: negatives, scores, dataset.
-
-    Returns:
-        list[PairSpec]: One specification.
+    They are query and positive (each a text, an image or both), or some of query_text, query_image, positive_text,
+    positive_image; optional are negatives, scores, dataset.
 
     Raises:
         ValueError: If there is no column for the query or for the positive, or more than one choice.
@@ -128,12 +118,7 @@ def default_pairs(columns: Collection[str]) -> list[PairSpec]:
 def resolve_columns(spec: PairSpec, columns: Collection[str]) -> PairSpec:
     """Check a specification against the columns of the table.
 
-    Args:
-        spec: A specification.
-        columns: Names of the columns.
-
-    Returns:
-        PairSpec: The same specification, in which a text that equals a column name with spaces became a template.
+    A text that equals a column name with spaces becomes a template.
 
     Raises:
         ValueError: If a column is missing; the message lists the existing columns.
@@ -154,16 +139,7 @@ def resolve_columns(spec: PairSpec, columns: Collection[str]) -> PairSpec:
 
 
 def build_item(side: SideSpec, rows: Mapping[str, Row], own: str, root: Path) -> Item:
-    """Build one side of a pair.
-
-    Args:
-        side: Specification of the side.
-        rows: Rows by role, "query" and "positive". Without a join both are the same row.
-        own: Role of this side.
-        root: Folder that image paths are relative to.
-
-    Returns:
-        Item: The item.
+    """Build the side of a pair with the role ``own``, from the rows by role (without a join both are the same row).
 
     Raises:
         ValueError: If a value is missing or of the wrong type, or the item would be empty.
@@ -177,12 +153,7 @@ def build_item(side: SideSpec, rows: Mapping[str, Row], own: str, root: Path) ->
 
 
 def matches(conditions: Mapping[str, object], row: Row) -> bool:
-    """Whether a row meets the conditions of a join.
-
-    Args:
-        conditions: Required values by column; "*" matches any non-empty value.
-        row: The row.
-    """
+    """Whether a row meets the conditions of a join: required values by column; "*" matches any non-empty value."""
     return all(
         not is_empty(row.get(name))
         if wanted == "*"

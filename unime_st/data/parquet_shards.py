@@ -161,11 +161,7 @@ class ShardReader:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row as Python values.
-
-        Args:
-            index: Position, 0 <= index < len(self).
-        """
+        """Return one row, 0 <= index < len(self), as Python values."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder}")
         group = int(np.searchsorted(self._ends, index, side="right"))
@@ -178,19 +174,11 @@ class ShardReader:
             yield from file.read_row_group(number, use_threads=False).to_pylist()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return a whole column.
-
-        Args:
-            name: Name of a top-level column.
-        """
+        """Return a whole top-level column."""
         return self.table([name]).column(name)
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the whole table, or some of its columns.
-
-        Args:
-            columns: Names of top-level columns. Defaults to None, all.
-        """
+        """Return the whole table, or some of its top-level columns."""
         return pa.concat_tables([file.read(columns=columns, use_threads=False) for file in self._files])
 
     def _group(self, group: int) -> dict[str, pa.Array]:
@@ -224,17 +212,7 @@ class ItemWriter:
         self._seen: set[bytes] = set()
 
     def add(self, item: Item) -> str:
-        """Store an item unless it was stored before.
-
-        Args:
-            item: The item.
-
-        Returns:
-            str: Id of the item.
-
-        Raises:
-            BadImageError: If its image cannot be read.
-        """
+        """Store an item unless it was stored before, and return its id; BadImageError if its image cannot be read."""
         key = bytes.fromhex(item.id)
         if key not in self._seen:
             image = None if item.image is None else self._image(item.image)
@@ -277,14 +255,7 @@ class ItemReader:
         return list(self._ids)
 
     def position(self, item_id: str) -> int:
-        """Return the position of an item in stored order.
-
-        Args:
-            item_id: Id of the item.
-
-        Raises:
-            KeyError: If there is no such item.
-        """
+        """Return the position of an item in stored order; KeyError if there is no such item."""
         key = item_id.encode("ascii", "replace")
         index = int(np.searchsorted(self._keys, np.bytes_(key)))
         if index == len(self._keys) or self._keys[index] != key:
@@ -292,17 +263,7 @@ class ItemReader:
         return int(self._order[index])
 
     def positions(self, item_ids: Sequence[str]) -> np.ndarray:
-        """Return the positions of items in stored order.
-
-        Args:
-            item_ids: Ids of the items.
-
-        Returns:
-            np.ndarray: int64 of shape (len(item_ids),).
-
-        Raises:
-            KeyError: If there is no such item.
-        """
+        """Return the positions of items in stored order, int64; KeyError if there is no such item."""
         wanted = np.array([item_id.encode("ascii", "replace") for item_id in item_ids], dtype="S32")
         indices = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         missing = np.flatnonzero(self._keys[indices] != wanted)
@@ -311,18 +272,11 @@ class ItemReader:
         return self._order[indices].astype(np.int64)
 
     def at(self, position: int) -> Item:
-        """Return the item at a position.
-
-        Args:
-            position: Position in stored order, 0 <= position < len(self).
-        """
+        """Return the item at a position in stored order."""
         return self._build(self._shards.row(position))
 
     def item(self, item_id: str) -> Item:
         """Return the item with an id.
-
-        Args:
-            item_id: Id of the item.
 
         Raises:
             KeyError: If there is no such item.
@@ -346,11 +300,7 @@ class ItemReader:
 
 
 def split_zip_path(path: str) -> tuple[str | None, str]:
-    """Split ``zip://member::archive`` into (member, archive); any other path gives (None, path).
-
-    Args:
-        path: A stored path.
-    """
+    """Split ``zip://member::archive`` into (member, archive); any other path gives (None, path)."""
     if path.startswith(_ZIP) and "::" in path:
         member, archive = path[len(_ZIP) :].split("::", 1)
         return member, archive

@@ -126,14 +126,7 @@ def import_pdf_pages(
 
 
 def pdf_files(source: Path) -> list[Path]:
-    """List PDF files in order of their paths.
-
-    Args:
-        source: A PDF file, or a folder that is searched with all folders below it.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """A PDF file, or those in a folder and below it in order of their paths; FileNotFoundError if there is none."""
     if source.is_file():
         return [source]
     found = sorted(file for file in source.rglob("*") if file.suffix.lower() == ".pdf" and file.is_file())
@@ -145,11 +138,7 @@ def pdf_files(source: Path) -> list[Path]:
 def read_pages(folder: str | Path) -> list[PdfPage]:
     """Read which pages a folder made by :func:`import_pdf_pages` holds.
 
-    Args:
-        folder: The record folder.
-
-    Returns:
-        list[PdfPage]: All pages, also those without a query, in order of file and page; empty for other record folders.
+    They come in order of file and page, also those without a query; other record folders have none.
     """
     file = Path(folder) / PAGES_FILE
     if not file.is_file():

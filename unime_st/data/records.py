@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 from tqdm.auto import tqdm
@@ -17,6 +17,7 @@ from unime_st.data.manifest import is_complete, open_stage, write_manifest
 from unime_st.data.parquet_shards import ItemReader, ItemWriter, ShardReader, ShardWriter
 
 logger = logging.getLogger(__name__)
+RowT = TypeVar("RowT")
 
 ROW_SCHEMA = pa.schema(
     [
@@ -73,7 +74,7 @@ class PairRecord:
             )
 
 
-class ItemFolder:
+class ItemFolder(Generic[RowT]):
     """A finished stage folder: the distinct items, rows that reference items by id, and a manifest.
 
     Rows are read on access and images stay undecoded, so a folder may be larger than memory. Instances can be pickled
@@ -117,24 +118,26 @@ class ItemFolder:
         return self.items.ids
 
     def item(self, item_id: str) -> Item:
-        """Return the item with an id.
-
-        Args:
-            item_id: Id of the item.
-
-        Raises:
-            KeyError: If there is no such item.
-        """
+        """Return the item with an id; KeyError if there is no such item."""
         return self.items.item(item_id)
 
     def __len__(self) -> int:
         return len(self.row_shards)
 
+    def __getitem__(self, index: int) -> RowT:
+        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
+
+    def __iter__(self) -> Iterator[RowT]:
+        return map(self._build, self.row_shards.rows())
+
+    def _build(self, row: dict[str, Any]) -> RowT:
+        raise NotImplementedError
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder,)
 
 
-class RecordSet(ItemFolder):
+class RecordSet(ItemFolder[PairRecord]):
     """A folder of pair records, as a sequence of :class:`PairRecord`.
 
     Args:
@@ -162,17 +165,7 @@ class RecordSet(ItemFolder):
 
     @classmethod
     def load(cls, folder: str | Path) -> RecordSet:
-        """Open a folder of finished records.
-
-        Args:
-            folder: The folder.
-
-        Returns:
-            RecordSet: Its records.
-
-        Raises:
-            FileNotFoundError: If the folder is not a finished stage.
-        """
+        """Open a folder of finished records."""
         return cls(folder)
 
     @classmethod
@@ -206,13 +199,7 @@ class RecordSet(ItemFolder):
         writer.finish(manifest)
         return cls(folder)
 
-    def __getitem__(self, index: int) -> PairRecord:
-        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
-
-    def __iter__(self) -> Iterator[PairRecord]:
-        return (self._build(row) for row in self.row_shards.rows())
-
-    def _build(self, row: Mapping[str, Any]) -> PairRecord:
+    def _build(self, row: dict[str, Any]) -> PairRecord:
         return PairRecord(
             query=self.item(row["query"]),
             positive=self.item(row["positive"]),
@@ -252,11 +239,7 @@ class RecordWriter:
         self.rows = ShardWriter(self.folder, "rows", pa.schema([*ROW_SCHEMA, *extra]))
 
     def add(self, record: PairRecord, **extra: Any) -> None:
-        """Append one record.
-
-        Args:
-            record: The record.
-            **extra: Values of the additional columns.
+        """Append one record, with the values of the additional columns.
 
         Raises:
             BadImageError: If one of its images cannot be read. The row is not appended then.
@@ -277,11 +260,7 @@ class RecordWriter:
         )
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, which marks the folder as finished.
-
-        Args:
-            manifest: Facts to store with the records; counts and the image root are added.
-        """
+        """Write the manifest, which marks the folder as finished; counts and the image root are added to the facts."""
         write_manifest(self.folder, {**manifest, **self.counts})
 
     @property

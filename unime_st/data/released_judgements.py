@@ -196,16 +196,13 @@ def _pair(values: Mapping[str, Any], text: str, image: str) -> tuple[str, str]:
 
 
 def released_item(text: str, path: str, root: Path, read_images: bool) -> Item:
-    """Create an item from a text and an image path of MMEB-train or a released file.
+    """Item of a text and an image path of MMEB-train or a released file.
 
     Args:
         text: Text; a leading image placeholder is removed.
         path: Image path relative to ``root``; empty for no image.
         root: Folder that contains the images.
         read_images: Identify the image by its content. False identifies it by its path, without reading it.
-
-    Returns:
-        Item: The item.
 
     Raises:
         ValueError: If there is neither a text nor an image, or the path lies outside ``root``.

@@ -22,13 +22,9 @@ _LONGEST_CELL = 1 << 28
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row of a source.
+    """One row of a source: its file, position in it from 0 (in JSON Lines the line), and values by column.
 
-    Args:
-        file: Name of the file.
-        number: Position in the file, from 0; in JSON Lines the line number, from 0.
-        values: Values by column, or None if the row cannot be read.
-        error: Reason why the row cannot be read.
+    ``values`` are None, with the reason in ``error``, if the row cannot be read.
     """
 
     file: str
@@ -56,13 +52,7 @@ def read_rows(source: str | Path) -> Iterator[SourceRow]:
 
 
 def source_files(source: str | Path) -> list[Path]:
-    """List the files that :func:`read_rows` reads.
-
-    Args:
-        source: As for :func:`read_rows`.
-
-    Returns:
-        list[Path]: Data files in order, or the folder of a saved dataset. Other files, such as images, are left out.
+    """Data files that :func:`read_rows` reads, in order, or the folder of a saved dataset.
 
     Raises:
         FileNotFoundError: If the source does not exist or contains no data file.
@@ -94,12 +84,6 @@ def _is_similar(path: Path) -> bool:
 
 def json_list(path: str | Path) -> Iterator[object]:
     """Stream the elements of a JSON list from a file; memory is bounded by the largest element.
-
-    Args:
-        path: The file.
-
-    Yields:
-        object: Each element.
 
     Raises:
         ValueError: If the file is not a JSON list; the message names the element where reading stopped.

@@ -52,12 +52,7 @@ class RejectedWriter:
         self._temporary = temporary_path(self.path)
 
     def add(self, reason: str, **where: object) -> None:
-        """Record one rejected row.
-
-        Args:
-            reason: Why it was rejected.
-            **where: Which row it is: file, row, dataset, ids.
-        """
+        """Record why one row was rejected, and which it is: file, row, dataset, ids."""
         entry = json.dumps({**where, "reason": reason}, ensure_ascii=False, default=str)
         # Broken data may hold lone surrogates, which UTF-8 cannot encode.
         self._handle.write(entry.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
@@ -93,14 +88,7 @@ class ImageChecker:
         self._sound: set[object] = set()
 
     def errors(self, items: Iterable[Item]) -> dict[int, str]:
-        """Check the images of items.
-
-        Args:
-            items: Items, with or without images.
-
-        Returns:
-            dict[int, str]: Maps ``id(item)`` to the reason, for items whose image is unreadable.
-        """
+        """Reasons by ``id(item)``, for items whose image is unreadable."""
         with_images = [item for item in items if item.image is not None]
         reasons = self._pool.map(self._reason, with_images)
         return {id(item): reason for item, reason in zip(with_images, reasons) if reason is not None}
@@ -128,14 +116,7 @@ class ImageChecker:
 def write_checked(
     candidates: Iterator[Candidate], writer: RecordWriter, rejected: RejectedWriter, checker: ImageChecker | None
 ) -> None:
-    """Write the records whose images can be read, and reject the others.
-
-    Args:
-        candidates: Stream of records.
-        writer: Receives the accepted records.
-        rejected: Receives the others with their reasons.
-        checker: Checks the images. None accepts them unchecked.
-    """
+    """Write the records whose images can be read, and reject the others; without a checker all are written."""
     while batch := list(islice(candidates, _BATCH)):
         reasons = {} if checker is None else checker.errors(item for entry in batch for item in _items(entry.record))
         for entry in batch:
@@ -147,16 +128,7 @@ def write_checked(
 
 
 def raise_if_empty(writer: RecordWriter, rejected: RejectedWriter, source: Path) -> None:
-    """Raise an error if an import produced no record.
-
-    Args:
-        writer: Writer of the accepted records.
-        rejected: Writer of the rejected rows.
-        source: Path that was imported, for the message.
-
-    Raises:
-        ValueError: If no record was written.
-    """
+    """Raise a ValueError if an import produced no record."""
     if writer.rows.rows:
         return
     if rejected.count:

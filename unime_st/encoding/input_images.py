@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from unime_st.data.image_arrays import image_from_array
-from unime_st.data.images import MAX_PIXELS, BadImageError, ImageRef, padded_to_aspect, to_rgb
+from unime_st.data.images import MAX_PIXELS, BadImageError, ImageRef, decoding, label_of, padded_to_aspect, to_rgb
 from unime_st.encoding.image_urls import fetch_image, is_url
 
 _PASSED_ON = ("JPEG", "PNG", "WEBP", "GIF")
@@ -86,14 +86,9 @@ def _array_size(shape: tuple[int, ...], channels_first: bool) -> tuple[int, int]
 
 def _load_pillow(image: Image.Image) -> Image.Image:
     """Decode a Pillow image; 16-bit and floating-point grayscale is scaled, where processors would clip it."""
-    try:
+    with decoding(label_of(image)):
         image.load()
         return to_rgb(image) if image.mode.startswith("I") or image.mode == "F" else image
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
-        label = getattr(image, "filename", "") or f"<{image.mode}, {image.width} x {image.height}>"
-        raise BadImageError(f"image {label}: cannot be decoded ({error})") from error
 
 
 def _load_file(source: str) -> str | Image.Image:
@@ -105,12 +100,8 @@ def _load_file(source: str) -> str | Image.Image:
         deep = image.mode.startswith("I") or image.mode == "F"
         if image.format in _PASSED_ON and not deep and not getattr(image, "is_animated", False):
             return source
-        try:
+        with decoding(label):
             return to_rgb(image) if deep else image.copy()
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
-            raise BadImageError(f"image {label}: cannot be decoded ({error})") from error
 
 
 def _open(source: str) -> Image.Image:
@@ -124,14 +115,8 @@ def _open(source: str) -> Image.Image:
     elif not os.path.isfile(source):  # also a pipe, which would block
         reason = "is not a regular file" if os.path.exists(source) else "no such file"
         raise BadImageError(f"image {label}: cannot be read ({reason})")
-    try:
+    with decoding(label, "opened"):
         return Image.open(content if source.startswith("data:") else source)
-    except MemoryError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(f"image {label}: cannot be opened (not an image in a known format)") from error
-    except Exception as error:
-        raise BadImageError(f"image {label}: cannot be opened ({error})") from error
 
 
 def _label(source: str) -> str:

@@ -122,29 +122,13 @@ def judge_part(
 
 
 def part_lock(output: str | Path, part: tuple[int, int] = (0, 1)) -> AbstractContextManager[None]:
-    """Lock of a part of a folder of scores, see :func:`unime_st.files.folder_lock`; other parts may be judged meanwhile.
-
-    Args:
-        output: Folder of the scores.
-        part: As for :func:`judge_part`. Defaults to all shards.
-    """
+    """Lock of a part of a folder of scores; other parts may be judged meanwhile."""
     output = Path(output)
     return folder_lock(output.with_name(f"{output.name}.part-{part[0]}-of-{part[1]}"), wait=False)
 
 
 class JudgeWork:
-    """The shards of a folder of scores, to be judged one by one by any process.
-
-    Args:
-        pools: Mined pools, or their folder.
-        judge: The judge.
-        output: Folder to write.
-        shard_size: Rows per shard. Defaults to 256.
-        overwrite: Overwrite an output made with another judge or other options. Defaults to False.
-
-    Raises:
-        StageConflictError: If the output was begun with another judge, prompt or input and ``overwrite`` is False.
-    """
+    """Shards of a folder of scores, to be judged one by one by any process; arguments as for :func:`judge_pools`."""
 
     def __init__(
         self,

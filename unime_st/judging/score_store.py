@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ class JudgedPool(Pool):
     logits: list[float]
 
 
-class Scores(ItemFolder):
+class Scores(ItemFolder[JudgedPool]):
     """Result of :func:`~unime_st.judging.judge_pools.judge_pools`, a sequence of :class:`JudgedPool`.
 
     Args:
@@ -58,12 +58,6 @@ class Scores(ItemFolder):
 
     content = "judge scores"
     row_columns = tuple(SCORE_SCHEMA.names)
-
-    def __getitem__(self, index: int) -> JudgedPool:
-        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
-
-    def __iter__(self) -> Iterator[JudgedPool]:
-        return (self._build(row) for row in self.row_shards.rows())
 
     def _build(self, row: dict[str, Any]) -> JudgedPool:
         query, positive = self.item(row["query"]), self.item(row["positive"])
@@ -94,13 +88,7 @@ class ScoreShards:
         self.folder, self.identity, self.count = folder, identity, count
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Return which of some shards are still to do.
-
-        Args:
-            numbers: Numbers of the shards to check.
-
-        Returns:
-            list[int]: In order.
+        """Which of some shards are still to do, in order.
 
         Raises:
             StageConflictError: If an existing shard holds scores of another judge.
@@ -127,13 +115,8 @@ class ScoreShards:
     ) -> None:
         """Write a shard, unless another process has already written it.
 
-        One process writes at a time, so that none removes what another has just written.
-
-        Args:
-            number: Number of the shard.
-            rows: Rows of the pools.
-            logits: Log-odds by ids of query and candidate.
-            failed: Reasons of the pairs without log-odds, by the same ids.
+        One process writes at a time, so that none removes what another has just written. ``rows`` are those of the
+        pools; ``logits`` and ``failed``, the reasons of pairs without log-odds, go by ids of query and candidate.
         """
         schema = SCORE_SCHEMA.with_metadata({"judge": json.dumps(self.identity)})
         with folder_lock(self.folder), ExitStack() as files:
@@ -153,17 +136,7 @@ class ScoreShards:
                     shard.add(_judged(row, logits))
 
     def finish(self, facts: dict[str, Any]) -> bool:
-        """Write the manifest if all shards exist; one of several processes does it.
-
-        Args:
-            facts: Entries of the manifest besides the counts.
-
-        Returns:
-            bool: Whether the folder is finished.
-
-        Raises:
-            StageConflictError: If a shard holds scores of another judge.
-        """
+        """Write the manifest, with these facts and the counts, if all shards exist; one of several processes does."""
         with folder_lock(self.folder):
             if not is_complete(self.folder):
                 if missing := self.missing(range(self.count)):

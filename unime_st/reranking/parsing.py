@@ -12,7 +12,7 @@ from PIL import Image
 from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data import BadImageError, ImageRef, Item
-from unime_st.data.images import padded_to_aspect, to_rgb
+from unime_st.data.images import decoding, label_of, padded_to_aspect, to_rgb
 from unime_st.encoding.image_urls import fetch_bytes
 from unime_st.scoring.prompts import as_item
 
@@ -176,11 +176,6 @@ def _pixels(image: Image.Image) -> bytes:
     The EXIF orientation of an RGB image is dropped, as ``predict`` and the authors' code take its pixels.
     """
     buffer = io.BytesIO()
-    try:
+    with decoding(label_of(image)):  # an image that was only opened is decoded here
         (image if image.mode == "RGB" else to_rgb(image)).save(buffer, "PPM")
-    except MemoryError:
-        raise
-    except Exception as error:  # an image that was only opened is decoded here, and decoders raise nearly any type
-        name = getattr(image, "filename", "") or f"<{image.mode}, {image.width} x {image.height}>"
-        raise BadImageError(f"image {name}: cannot be decoded ({error})") from error
     return buffer.getvalue()

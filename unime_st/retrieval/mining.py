@@ -64,7 +64,7 @@ class Pool:
     similarities: list[float]
 
 
-class Pools(ItemFolder):
+class Pools(ItemFolder[Pool]):
     """Mined candidate pools, as a sequence of :class:`Pool`.
 
     Args:
@@ -76,12 +76,6 @@ class Pools(ItemFolder):
 
     content = "candidate pools"
     row_columns = tuple(POOL_SCHEMA.names)
-
-    def __getitem__(self, index: int) -> Pool:
-        return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
-
-    def __iter__(self) -> Iterator[Pool]:
-        return (self._build(row) for row in self.row_shards.rows())
 
     def _build(self, row: dict[str, Any]) -> Pool:
         query, positive, *candidates = map(self.item, (row["query"], row["positive"], *row["candidates"]))
