@@ -17,6 +17,7 @@ from tiny_embedder import tiny_embedder
 
 from mteb_tasks.in_process import evaluate
 from mteb_tasks.scenes import ScenesVQA
+from train_scripts.demo.charts import histogram, line_chart
 from train_scripts.demo.report import MODELS, DemoResults, render_table, write_demo_report
 from train_scripts.demo.results import COLUMNS, TASKS
 from unime_st.data import ImageRef, Item, RecordSet, read_manifest
@@ -24,7 +25,7 @@ from unime_st.data.scenes import FOIL_CATEGORIES, retrieval_data, training_recor
 from unime_st.judging import Group
 from unime_st.judging.judge_pools import judge_pools
 from unime_st.judging.select_rows import select_rows
-from unime_st.report.charts import histogram, line_chart, ticks
+from unime_st.report.charts import ticks
 from unime_st.report.html import element, embed_image, show_item
 from unime_st.retrieval import mine
 

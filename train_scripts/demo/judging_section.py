@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from train_scripts.demo.charts import histogram
 from unime_st.data.logits import to_scores
 from unime_st.data.manifest import is_complete, read_manifest
 from unime_st.data.records import RecordSet
 from unime_st.judging.score_store import JudgedPool, Scores
-from unime_st.report.charts import histogram
 from unime_st.report.html import Content, Html, element, facts, join, show_item, show_items
 
 _SHOWN_FILTERED, _SHOWN = 3, 8  # candidates per card

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from train_scripts.demo.charts import dot_chart, line_chart
 from train_scripts.demo.judging_section import judged_gallery, selection_statistics
 from train_scripts.demo.results import COLUMNS, CONTROLS, MEAN, MODELS, REPORT, DemoResults, Summary, render_table
 from train_scripts.demo.retrieval_section import compare, gallery, outcome_table
 from unime_st.files import atomic_write, read_json
-from unime_st.report.charts import dot_chart, line_chart
 from unime_st.report.html import Content, Html, element, facts, join, page, table
 
 __all__ = ["MODELS", "DemoResults", "render_table", "write_demo_report"]
