@@ -43,12 +43,6 @@ class UniMEProcessorMixin:
             image_rule: Fields of :class:`~unime_st.recipes.ImageRule`; None is the default rule.
             image_size: ``"official"``, ``"training"``, ``"native"`` or the side of a square in pixels.
             image_backend: ``"pil"`` or ``"torchvision"``; None takes the backend of the rule.
-
-        Raises:
-            ValueError: A value is not supported.
-
-        Example:
-            >>> processor.set_image_rule({"official": 1344}, "native", "pil")        # doctest: +SKIP
         """
         rule = ImageRule(**(image_rule or {}))
         self._rule, self._side = rule, rule.side(image_size)

@@ -34,13 +34,7 @@ _SMALL_SIDE = 112
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome of one check.
-
-    Args:
-        name: What was checked.
-        passed: True, False, or None when it was not run.
-        detail: What was seen, or why it was not run.
-    """
+    """Outcome of one check: its name, whether it passed (None: not run), and what was seen or why it was not run."""
 
     name: str
     passed: bool | None
@@ -63,12 +57,7 @@ def sample_image(width: int = 200, height: int = 140) -> Image.Image:
 
 
 class Subject:
-    """A loaded model with one way of asking for features and outputs, whether it embeds or reranks.
-
-    Args:
-        model: A ``SentenceTransformer`` or ``CrossEncoder``.
-        reranker: Which of the two it is.
-    """
+    """A loaded model with one way of asking for features and outputs, whether it embeds or reranks."""
 
     def __init__(self, model: SentenceTransformer | CrossEncoder, reranker: bool) -> None:
         self.model: Any = model

@@ -24,13 +24,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parsed record whose images have not been checked yet.
-
-    Args:
-        where: Origin of the record for messages: file, row, dataset.
-        record: The record.
-        extra: Values of additional columns.
-    """
+    """A parsed record whose images have not been checked, its origin (file, row, dataset) and additional columns."""
 
     where: dict[str, object]
     record: PairRecord
@@ -38,13 +32,7 @@ class Candidate:
 
 
 class RejectedWriter:
-    """Context manager that writes rejected rows to ``rejected.jsonl``; the file appears when the block ends cleanly.
-
-    Args:
-        folder: Stage folder.
-        name: File name. Defaults to ``rejected.jsonl``.
-        log_count: Log the number of rejected rows at the end. Defaults to True.
-    """
+    """Context manager that writes rejected rows to ``rejected.jsonl``; the file appears when the block ends cleanly."""
 
     def __init__(self, folder: Path, name: str = REJECTED, *, log_count: bool = True) -> None:
         self.log_count = log_count
@@ -75,12 +63,7 @@ class RejectedWriter:
 
 
 class ImageChecker:
-    """Checks in threads whether the images of items can be read; each distinct image is checked once.
-
-    Args:
-        workers: Number of threads.
-        full: Decode the pixels. False checks the header only. Defaults to True.
-    """
+    """Checks in threads whether the images of items can be read, each distinct one once, by decoding or by its header."""
 
     def __init__(self, workers: int, *, full: bool = True) -> None:
         self.full = full

@@ -59,21 +59,18 @@ class BatchRunner:
 
     Args:
         model: The embedding model.
-        batch_size: Size of a batch in units of :data:`TOKENS_PER_ROW` tokens. Defaults to 32.
+        batch_size: Size of a batch in units of :data:`TOKENS_PER_ROW` tokens.
         token_budget: Maximum number of tokens of a batch, padding included. Defaults to None, derived from
             ``batch_size`` and at most 1024 on a CPU.
         workers: Number of threads. Defaults to None: the number of cores that torch may use, at most eight; on a CPU
             at most four, plus one.
         device: Device, or several with one copy of the model each. Defaults to None, the model's device.
-        prompt: Instruction that is added to every input. Defaults to None.
+        prompt: Instruction that is added to every input.
         truncate_dim: Number of leading dimensions to keep. Defaults to None, all.
-        normalize_embeddings: Scale vectors to unit length. Defaults to False.
-        output_device: Device of the vectors. None leaves them on the model's device. Defaults to "cpu".
+        normalize_embeddings: Scale vectors to unit length.
+        output_device: Device of the vectors. None leaves them on the model's device.
         packed: Encode a batch as one row without padding. Defaults to None, if the model uses flash attention.
         **options: Passed on to ``preprocess`` and ``forward`` of the model.
-
-    Raises:
-        ValueError: If a number is below one, or the list of devices is empty.
     """
 
     def __init__(

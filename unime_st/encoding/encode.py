@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence, Sized
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -23,39 +23,33 @@ from unime_st.files import locks_folder
 Device = str | torch.device | Sequence[str | torch.device] | None
 
 
+class _Options(TypedDict, total=False):
+    """Options of :func:`encode_items` beside ``on_error``, which decides what it returns."""
+
+    batch_size: int
+    token_budget: int | None
+    workers: int | None
+    device: Device
+    prompt: str | None
+    truncate_dim: int | None
+    normalize_embeddings: bool
+    show_progress_bar: bool
+    reasons: dict[int, str] | None
+
+
 @overload
 def encode_items(
     model: SentenceTransformer,
     items: Iterable[ModelInput],
     *,
-    batch_size: int = ...,
-    token_budget: int | None = ...,
-    workers: int | None = ...,
-    device: Device = ...,
-    prompt: str | None = ...,
-    truncate_dim: int | None = ...,
-    normalize_embeddings: bool = ...,
-    show_progress_bar: bool = ...,
     on_error: Literal["raise"] = ...,
-    reasons: dict[int, str] | None = ...,
+    **options: Unpack[_Options],
 ) -> np.ndarray: ...
 
 
 @overload
 def encode_items(
-    model: SentenceTransformer,
-    items: Iterable[ModelInput],
-    *,
-    batch_size: int = ...,
-    token_budget: int | None = ...,
-    workers: int | None = ...,
-    device: Device = ...,
-    prompt: str | None = ...,
-    truncate_dim: int | None = ...,
-    normalize_embeddings: bool = ...,
-    show_progress_bar: bool = ...,
-    on_error: Literal["skip"],
-    reasons: dict[int, str] | None = ...,
+    model: SentenceTransformer, items: Iterable[ModelInput], *, on_error: Literal["skip"], **options: Unpack[_Options]
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
@@ -146,15 +140,14 @@ def encode_stream(
 ) -> None:
     """Encode a stream of items and pass the vectors on window by window.
 
+    Arguments that are not listed are those of :func:`encode_items`.
+
     Args:
-        model: As for :func:`encode_items`.
+        model: The model.
         items: Sequence or iterator, read in another thread one window ahead of the model.
         results: Receives the vectors of each window in stream order.
         window: Number of items that are held in memory and batched by length.
-        batch_size: As for :func:`encode_items`.
-        prompt: As for :func:`encode_items`.
         total: Length of the stream for the progress bar. Defaults to None, unknown.
-        show_progress_bar: Show a progress bar over items. Defaults to False.
 
     Raises:
         BadImageError: If an image cannot be decoded; the message names the item.
@@ -187,22 +180,16 @@ def encode_to_shards(
     """Encode a stream of any length to shards on disk. An interrupted call resumes when called with the same stream.
 
     Memory holds a few batches, one window of 4096 items and about 200 bytes per distinct item to detect duplicates.
+    Arguments that are not listed are those of :func:`encode_items`.
 
     Args:
-        model: As for :func:`encode_items`.
+        model: The model.
         items: Sequence or iterator of items.
         folder: Output folder for ``vectors-00000.npy``, ... and ``rejected.jsonl``, which lists items without a vector.
         dtype: Data type of the files. Defaults to "float32".
         on_error: As for :func:`encode_items`; rows without a vector are NaN.
         overwrite: Replace the vectors of another call. Defaults to False.
-        batch_size: As for :func:`encode_items`.
-        token_budget: As for :func:`encode_items`.
-        workers: As for :func:`encode_items`.
-        device: As for :func:`encode_items`.
-        prompt: As for :func:`encode_items`.
-        truncate_dim: As for :func:`encode_items`.
         source: Identity of the stream, such as a digest; a folder begun with another one is refused. Defaults to None.
-        show_progress_bar: Show a progress bar over items. Defaults to True.
 
     Returns:
         VectorShards: The vectors on disk. A finished folder of the same model is returned as it is; the stream itself

@@ -57,12 +57,8 @@ class Engine:
     The stream is read in windows of :data:`WINDOW` inputs, and each distinct input is encoded once. Token counts are
     known before images are decoded, so that inputs of similar length are batched up to a token budget, the longest
     first. Threads decode and preprocess the next batches while the device runs the current one, so that only the
-    images of a few batches are in memory.
-
-    Args:
-        runner: The model and how batches are run.
-        on_error: "raise" stops at the first input that cannot be read, "skip" continues without it. Defaults to
-            "raise".
+    images of a few batches are in memory. ``on_error`` "raise" stops at the first input that cannot be read, "skip"
+    continues.
     """
 
     def __init__(self, runner: BatchRunner, *, on_error: Literal["raise", "skip"] = "raise") -> None:

@@ -54,15 +54,9 @@ def fetch_image(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
 def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
     """Download an encoded image.
 
-    The URL may name any server. A redirect may lead from a public server to another one, but not to an address of the
-    local machine or network.
-
-    Args:
-        url: ``http`` or ``https`` URL, as given by the caller; URLs that come from data are not to be fetched.
-        seconds: Time limit for the whole download in seconds. Defaults to :data:`FETCH_SECONDS`.
-
-    Returns:
-        bytes: Content of the file.
+    The URL may name any server, but must be given by the caller: URLs that come from data are not to be fetched. A
+    redirect may lead from a public server to another one, but not to an address of the local machine or network.
+    ``seconds`` limits the whole download.
 
     Raises:
         BadImageError: If the download fails, takes longer than ``seconds``, is redirected too often or to a private

@@ -22,11 +22,6 @@ class TextFastPath:
     Most chat templates put a text between a fixed head and tail. Probe texts show whether this template does, with the
     same tokens; if not, :attr:`usable` is False.
 
-    Args:
-        model: The embedding model.
-        prompt: Instruction that is added to every text. Defaults to None.
-        **options: Further options of ``model.preprocess``.
-
     Example:
         >>> from unime_st import UniME
         >>> from unime_st.encoding.text_fast_path import TextFastPath

@@ -62,13 +62,7 @@ class MemorySink:
 
 
 class ShardSink:
-    """Sink that writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... after existing shards.
-
-    Args:
-        folder: Output folder, created if absent.
-        dim: Dimension of the vectors.
-        dtype: Data type of the files. Defaults to float32.
-    """
+    """Sink that writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... after existing shards."""
 
     def __init__(self, folder: Path, dim: int, dtype: Any = np.float32) -> None:
         self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)

@@ -66,15 +66,10 @@ class Scores(ItemFolder[JudgedPool]):
 
 
 class ScoreShards:
-    """The shards of an unfinished folder of scores.
+    """The ``count`` shards of an unfinished folder of scores.
 
-    A shard is written completely or not at all. It names the judge, its revision and its prompt in the file's metadata,
-    so that scores of two judges are never mixed.
-
-    Args:
-        folder: Folder of the scores.
-        identity: Name, revision and prompt hash of the judge.
-        count: Number of shards of the finished folder.
+    A shard is written completely or not at all. It names the judge, its revision and its prompt in the file's
+    metadata, so that scores of two judges are never mixed.
 
     Example:
         >>> import tempfile

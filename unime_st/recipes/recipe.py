@@ -39,13 +39,10 @@ class ImageRule:
     backend: Literal["pil", "torchvision"] = "pil"
 
     def side(self, size: str | int | None) -> int | None:
-        """Translate a user's ``--image-size`` into the side of the square, or None for the native size.
+        """Side in pixels of the square that a user's ``--image-size`` asks for, None for the native size.
 
         Args:
             size: ``"official"``, ``"training"``, ``"native"``, or a number of pixels; None means official.
-
-        Returns:
-            The side in pixels, None for native.
 
         Raises:
             ValueError: The value is none of these.

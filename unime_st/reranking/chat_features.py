@@ -30,16 +30,8 @@ class ChatEncoder:
     """Renders and tokenizes conversations, and processes each distinct image of a batch once.
 
     The token ids equal those of :meth:`sentence_transformers.base.modules.Transformer.preprocess`; images are not
-    repeated but referred to by :data:`IMAGE_INDEX`.
-
-    Args:
-        transformer: Input module with a chat template.
-
-    Attributes:
-        applies: Whether images of this model family are independent of each other, as those of Qwen-VL.
-
-    Example:
-        See :meth:`unime_st.UniMEReranker.preprocess`, which uses it.
+    repeated but referred to by :data:`IMAGE_INDEX`. ``applies`` says whether images of this model family are
+    independent of each other, as those of Qwen-VL.
     """
 
     def __init__(self, transformer: Transformer) -> None:

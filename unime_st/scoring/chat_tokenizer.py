@@ -23,10 +23,6 @@ class ChatTokenizer:
     The token ids equal those of :meth:`sentence_transformers.base.modules.Transformer.preprocess`: a prompt is
     tokenized with one placeholder per image, which :meth:`expand` replaces by the image's own tokens.
 
-    Args:
-        transformer: Input module with a chat template processor.
-        image_options: Options of the image processor. Defaults to those of the module.
-
     Attributes:
         independent_images: Whether an image gives the same tensors whatever else is in the batch, and images are
             joined by concatenation, as with the processors of Qwen-VL.

@@ -11,12 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass
 class ForwardCount:
-    """Work of a model.
-
-    Args:
-        forwards: Forward passes of the language model.
-        tokens: Tokens that passed the language model, padding included.
-        patches: Image patches that passed the vision tower.
+    """Work of a model: passes and tokens (padding included) of the language model, patches of the vision tower.
 
     Example:
         >>> from unime_st.scoring.forward_counter import ForwardCount

@@ -49,14 +49,8 @@ def list_logits(logits: torch.Tensor, continued: torch.Tensor, answers: Answers)
 class ListScorer:
     """Scores all candidates of a list from the logits behind one prompt.
 
-    It shares what the pair scorer shares: each image passes the vision tower once, the query the language model once.
-
-    Args:
-        transformer: Input module with a chat template that knows lists.
-        scorer: Pair scorer of the same module; where it cannot share (``scorer.obstacle``), lists do not, either.
-
-    Example:
-        See :meth:`unime_st.UniMEReranker.listwise_scores`, which uses it.
+    It shares what the pair scorer of the same module shares: each image passes the vision tower once, the query the
+    language model once. Where that cannot share (``scorer.obstacle``), lists do not, either.
     """
 
     def __init__(self, transformer: Transformer, scorer: PairScorer) -> None:

@@ -142,30 +142,21 @@ def generative_modules(
     processor_kwargs: dict[str, Any] | None = None,
     config_kwargs: dict[str, Any] | None = None,
 ) -> list[nn.Module]:
-    """Build the modules of a ``CrossEncoder`` from a bare generative vision-language checkpoint.
+    """Build the modules ``[Transformer, LogitScore(Yes, No)]`` from a bare generative vision-language checkpoint.
 
     Args:
         folder: Folder or hub repository in the layout of transformers, for example of UniME-V2-reranker-Qwen25VL-7B.
         template: See :func:`~unime_st.judging.load_template`. Defaults to :func:`default_template`.
-        image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those of the template: 4 to 300 for
-            "official", else the processor's own.
-        listwise: Whether the template must also render lists, as a reranker needs. Defaults to True.
+        image_tokens: Minimum and maximum number of visual tokens per image. Defaults to those of the template: 4 to
+            300 for "official", else the processor's own.
+        listwise: Whether the template must also render lists, as a reranker needs.
         model_kwargs: Passed to the model's ``from_pretrained``, for example ``{"dtype": "bfloat16"}``.
         processor_kwargs: Passed to the processor's ``from_pretrained``.
         config_kwargs: Passed to the config's ``from_pretrained``.
 
-    Returns:
-        list[nn.Module]: ``[Transformer(any-to-any), LogitScore(Yes, No)]``.
-
     Raises:
         ValueError: If the checkpoint has no language-model head, the tokenizer no single tokens "Yes" and "No", or the
             template drops a part of its input.
-
-    Example:
-        >>> from sentence_transformers import CrossEncoder
-        >>> from unime_st.scoring.loading import generative_modules
-        >>> modules = generative_modules("Qwen/Qwen2.5-VL-7B-Instruct")  # doctest: +SKIP
-        >>> CrossEncoder(modules=modules, num_labels=1).save_pretrained("judge")  # doctest: +SKIP
     """
     template = template or default_template(folder)
     try:
@@ -208,17 +199,9 @@ def load_cross_encoder(
 ) -> CrossEncoder:
     """Load a saved reranker, or any generative vision-language checkpoint, as a judge of pairs.
 
-    Args:
-        name: Folder, hub repository or alias.
-        template: See :func:`generative_modules`; a saved reranker keeps its own unless one is named here.
-        image_tokens: See :func:`generative_modules`.
-        **kwargs: Passed to :class:`~sentence_transformers.cross_encoder.CrossEncoder`, such as ``device``.
-
-    Returns:
-        CrossEncoder: With one score per pair, the log-odds of Yes against No.
-
-    Raises:
-        ValueError: See :func:`generative_modules`.
+    ``template`` and ``image_tokens`` are those of :func:`generative_modules`; a saved reranker keeps its own unless
+    they are given. ``kwargs`` go to ``CrossEncoder``. The model has one score per pair, the log-odds of Yes against
+    No.
 
     Example:
         >>> from unime_st.scoring.loading import load_cross_encoder

@@ -31,12 +31,7 @@ _PROBE_TOKENS = 256
 
 
 class PairScores(NamedTuple):
-    """Scores of the candidates of one query.
-
-    Args:
-        scores: float32 of shape (candidates,), NaN where there is a reason.
-        reasons: Per candidate the reason why it has no score, else None.
-    """
+    """Scores of the candidates of one query, NaN where there is a reason why a candidate has none."""
 
     scores: np.ndarray
     reasons: list[ValueError | None]
@@ -78,16 +73,13 @@ class PairScorer:
         template: Jinja source of the chat template.
         token_ids: Tokens whose logits are computed.
         image_options: Options of the image processor. Defaults to those of the module.
-        batch_size: Pairs per forward pass. Defaults to 32.
-        cache_bytes: Upper bound of the memory for visual tokens, in bytes. Defaults to 256 MiB.
+        batch_size: Pairs per forward pass.
+        cache_bytes: Upper bound of the memory for visual tokens, in bytes.
 
     Attributes:
         prompts, engine: Prompt encoder and shared-prefix engine; the list scorer uses them, too. None where the model
             does not allow sharing.
         obstacle: Reason why prompts do not share their prefix, None if they do.
-
-    Raises:
-        ValueError: If ``batch_size`` is below 1.
 
     Example:
         >>> from unime_st import Item, UniMEReranker
@@ -262,25 +254,20 @@ def score_pairs(
     description: str = "Scoring",
     show_progress_bar: bool = False,
 ) -> list[PairScores]:
-    """Compute the log-odds of Yes against No for the candidates of queries; each distinct pair is scored once.
+    """Log-odds of Yes against No for the candidates of queries; each distinct pair is scored once.
 
     Args:
         scorer: Scorer of the two answers, Yes first.
         queries: Queries with their candidates, which may repeat.
         batch_size: Pairs per forward pass. Defaults to that of the scorer.
-        raise_errors: Raise the reason of the first pair that cannot be scored instead of returning it. Defaults to
-            False.
+        raise_errors: Raise the reason of the first pair that cannot be scored, with group and candidate in the message,
+            instead of returning it.
         answer_shares: List that collects the probability of Yes and No together among the whole vocabulary, one number
             per distinct pair. Defaults to None: it is not computed.
-        description: Label of the progress bar. Defaults to "Scoring".
-        show_progress_bar: Whether to show progress in pairs. Defaults to False.
-
-    Returns:
-        list[PairScores]: Per query float32 log-odds, NaN where a pair cannot be scored, and the reasons.
+        description: Label of the progress bar.
+        show_progress_bar: Whether to show progress in pairs.
 
     Raises:
-        BadImageError: If an image cannot be read and ``raise_errors`` is True; the message names group and candidate.
-        PromptTooLongError: If a prompt is longer than the model takes and ``raise_errors`` is True.
         FloatingPointError: If a logit is not finite.
 
     Example:

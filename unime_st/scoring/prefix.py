@@ -37,13 +37,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt or a part of one: token ids and the images among them.
-
-    Args:
-        token_ids: Token ids with images expanded.
-        images: The images in order.
-        starts: Indices in ``token_ids`` at which the tokens of each image begin.
-    """
+    """A prompt or a part of one: token ids with images expanded, the images, and where the tokens of each begin."""
 
     token_ids: list[int]
     images: list[ImageFeatures] = field(default_factory=list)
@@ -59,12 +53,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Prompts with a common prefix.
-
-    Args:
-        prefix: Shared by all prompts; may be empty.
-        suffixes: The rest of each prompt, at least one token; the answer is read behind the last one.
-    """
+    """Prompts with a common prefix, which may be empty, and the rest of each, at least one token."""
 
     prefix: Prompt
     suffixes: list[Prompt]
@@ -83,14 +72,8 @@ class PrefixEngine:
 
     The prefix is computed once per group. Every prompt continues from its keys and values, at the positions that it
     would have alone. Visual tokens are given, so no image passes the vision tower here. Only the last position passes
-    the language-model head, and only its rows for the requested tokens, in float32.
-
-    Args:
-        model: Generative vision-language model of transformers.
-        image_token_id: Placeholder token that visual tokens replace.
-
-    Raises:
-        TypeError: If the model has no linear language-model head.
+    the language-model head, and only its rows for the requested tokens, in float32. A TypeError tells of a model
+    without a linear language-model head.
 
     Example:
         >>> from unime_st.judging import LocalJudge

@@ -28,14 +28,7 @@ class PairRenderer:
     A template mostly puts texts between fixed pieces. They are found once for every kind of pair
     (:class:`~unime_st.recipes.template_frame.TemplateFrame`); prompts are then joined without the template engine,
     which would take longer than a small model. The first candidate of every query still goes through the engine: if
-    the two differ, everything goes through the engine from then on.
-
-    Args:
-        processor: Chat template processor.
-        template: Jinja source of the chat template.
-
-    Attributes:
-        fixed: Whether the pieces have been right so far.
+    the two differ, everything goes through the engine from then on, and ``fixed`` is False.
     """
 
     def __init__(self, processor: Any, template: str) -> None:
@@ -88,21 +81,11 @@ class PairRenderer:
 class PromptEncoder:
     """Renders and tokenizes prompts and finds how far they begin alike.
 
-    Args:
-        transformer: Input module with a chat template processor.
-        template: Jinja source of the chat template.
-        image_options: Options of the image processor.
-        cache_bytes: Upper bound of the memory for visual tokens, in bytes.
-
     Attributes:
         render: Renders pairs.
         tokenizer: Tokenizes rendered prompts.
-        images: Computes the visual tokens of images.
+        images: Computes the visual tokens of images; a TypeError tells of a model that does not allow it.
         query_first: Whether the template shows the query before the candidate.
-
-    Raises:
-        TypeError: If images cannot be processed apart from their prompts, see
-            :class:`~unime_st.scoring.visual_token_cache.VisualTokenCache`.
     """
 
     def __init__(
@@ -197,13 +180,7 @@ def readable_images(images: Sequence[ImageFeatures | BadImageError]) -> list[Ima
 
 
 class WholePromptEncoder:
-    """Features of whole prompts for the model's own forward, without sharing.
-
-    Args:
-        transformer: Input module with a chat template processor.
-        template: Jinja source of the chat template.
-        image_options: Options of the image processor.
-    """
+    """Features of whole prompts for the model's own forward, without sharing."""
 
     def __init__(self, transformer: Transformer, template: str, image_options: dict[str, Any]) -> None:
         self.transformer = transformer

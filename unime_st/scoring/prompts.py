@@ -258,12 +258,6 @@ def check_template(processor: ProcessorMixin, template: str, *, listwise: bool =
 
     Raises:
         ValueError: If a part of the input does not reach the prompt, or a list is rendered like a pair.
-
-    Example:
-        >>> from transformers import AutoProcessor
-        >>> from unime_st.judging import check_template, load_template
-        >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
-        >>> check_template(processor, load_template("official"), listwise=True)  # doctest: +SKIP
     """
     options = {"task": "listwise"} if listwise else {}
 

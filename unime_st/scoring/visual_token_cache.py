@@ -36,15 +36,9 @@ class ImageKey(NamedTuple):
 
 
 class VisualTokenCache:
-    """Computes the visual tokens of images and keeps them until the weights change or memory runs out.
+    """Computes the visual tokens of images and keeps them, up to ``cache_bytes``, until the weights change.
 
-    Args:
-        transformer: Input module whose processor and model are used.
-        tokenizer: Tokenizer of the same module.
-        cache_bytes: Upper bound of the memory for visual tokens, in bytes.
-
-    Raises:
-        TypeError: If the model cannot be given visual tokens that were computed before.
+    A TypeError tells of a model that cannot be given visual tokens that were computed before.
     """
 
     def __init__(self, transformer: Transformer, tokenizer: ChatTokenizer, cache_bytes: int) -> None:

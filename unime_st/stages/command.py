@@ -76,16 +76,8 @@ def exit_status(action: Callable[[], int | None], program: str, *, verbose: bool
 def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] | None = None) -> ArgumentsT:
     """Fill a dataclass of options from ``[CONFIG.yaml] [--option value ...]``; the command line wins over the file.
 
-    Args:
-        kind: Dataclass with the options.
-        description: Text of ``--help``.
-        argv: Words of the command line. Defaults to None: those of the process.
-
-    Returns:
-        A filled instance of ``kind``.
-
-    Raises:
-        SystemExit: After ``--help``; with a message and status 2, if an option is unknown or has a wrong value.
+    ``--help`` prints the description and the options, and exits; an unknown option or a wrong value exits with status
+    2.
 
     Example:
         >>> from unime_st.stages.command import parse

@@ -20,13 +20,7 @@ _CUTOFF = 10
 
 
 class HeldOutEvaluator(BaseEvaluator):
-    """Evaluator over held-out pair records, for the stock trainers' ``evaluator``.
-
-    Args:
-        records: The records.
-        batch_size: Items, or pairs, of a forward pass. Defaults to 64.
-        name: Prefix of the metrics. Defaults to "".
-    """
+    """Evaluator over held-out pair records, for the stock trainers' ``evaluator``."""
 
     def __init__(self, records: RecordSet, *, batch_size: int = 64, name: str = "") -> None:
         super().__init__()
@@ -60,11 +54,6 @@ class RetrievalEvaluator(HeldOutEvaluator):
 
     Every distinct item is embedded once. Other positives of a query count as found, too, and the query itself is not a
     candidate. Rows with an image that cannot be read are left out, with a warning.
-
-    Args:
-        records: Held-out pair records.
-        batch_size: Items of a forward pass. Defaults to 64.
-        name: Prefix of the metrics. Defaults to "".
 
     Example:
         >>> import tempfile
@@ -116,16 +105,10 @@ def _first_ranks(vectors: np.ndarray, queries: np.ndarray, positives: np.ndarray
 
 
 class RankingEvaluator(HeldOutEvaluator):
-    """Ranking of every query's positive among the negatives of its row.
+    """Ranking of every query's positive among the negatives of its row, at most ``num_negatives``: lists of ten.
 
     Rows without negatives get the positives of other rows of their dataset, drawn once. A negative that scores like
     the positive stands before it.
-
-    Args:
-        records: Held-out records, with or without negatives.
-        batch_size: Pairs of a forward pass. Defaults to 64.
-        name: Prefix of the metrics. Defaults to "".
-        num_negatives: Negatives of a row at most. Defaults to 9: lists of ten.
     """
 
     def __init__(self, records: RecordSet, *, batch_size: int = 64, name: str = "", num_negatives: int = 9) -> None:

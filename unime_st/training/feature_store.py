@@ -22,13 +22,7 @@ class FeatureStore:
     """Append-only store of a few tensors for each key.
 
     A shard appears complete or not at all, and is never changed: writers need no lock, and a killed one loses its last
-    shard only.
-
-    Args:
-        folder: Folder of the shards; created if it does not exist.
-
-    Raises:
-        ValueError: If a shard is damaged.
+    shard only. A damaged shard is a ValueError.
 
     Example:
         >>> import tempfile

@@ -19,19 +19,12 @@ from unime_st.training.visual_tokens import (
 class FrozenTowerCache:
     """Visual tokens of one training step with gradient caching, for its second pass over the mini-batches.
 
-    A frozen vision tower then runs once a step, and every image is decoded once.
-
-    Args:
-        model: The model to train, with its adapter.
-        dtype: Dtype that training computes in.
+    A frozen vision tower then runs once a step, and every image is decoded once; a ValueError tells of one that is not
+    frozen, see :func:`~unime_st.training.visual_tokens.check_frozen`.
 
     Attributes:
         max_bytes: Memory for the features kept for the second pass: 16 MiB on a CPU, 1 GiB on another device. The
-        others
-            go to a temporary file, so that memory does not grow with the batch.
-
-    Raises:
-        ValueError: See :func:`~unime_st.training.visual_tokens.check_frozen`.
+            others go to a temporary file, so that memory does not grow with the batch.
 
     Example:
         >>> import torch

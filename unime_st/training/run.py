@@ -1,4 +1,4 @@
-"""Training run of a stage: opens the output folder, resumes, trains with the stock trainer, saves, writes the manifest."""
+"""Training run of a stage: opens the output folder, resumes, trains with the stock trainer, saves, writes a manifest."""
 
 from __future__ import annotations
 
@@ -45,10 +45,6 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
 
     A context manager. Entering opens the output folder and the records; leaving without an error writes the manifest
     and the model card, and says how to load the model. Subclasses say what is loaded and trained.
-
-    Args:
-        name: Name of the stage, for the manifest.
-        args: Its options.
 
     Attributes:
         output: Folder of the trained model: native, with ``log.jsonl`` (loss curve) and ``manifest.json``.

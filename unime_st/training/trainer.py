@@ -81,9 +81,9 @@ class ReportingTrainer(BaseTrainer):
         make_batches: Makes the batch sampler. Defaults to None: as the trainer's options say.
         rows_per_step: Rows of an optimizer step, on all devices.
         flops_per_token: Floating-point operations per token.
-        peak_matmul_flops: Floating-point operations per second of a matrix product on this device; 0 leaves MFU out.
+        peak_matmul_flops: Floating-point operations per second of a matrix product here; 0 leaves MFU out.
         mean_over_rows: The loss of a step is the mean over its rows, so forward passes are weighted by their rows, on
-            all processes. Defaults to False: all passes have the same weight, as in the stock trainer.
+            all processes; else all passes have the same weight, as in the stock trainer.
         **kwargs: Keyword arguments of the trainer.
     """
 

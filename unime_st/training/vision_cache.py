@@ -1,4 +1,4 @@
-"""Vision cache: visual tokens of a frozen vision tower, computed once per image and kept on disk over steps and runs."""
+"""Vision cache: visual tokens of a frozen vision tower, computed once per image and kept on disk for other runs."""
 
 from __future__ import annotations
 
@@ -43,15 +43,9 @@ _PLACEHOLDER = Image.new("RGB", (1, 1))
 class VisionCache:
     """Visual tokens of all images of a record folder: training needs no decoding, no pixels and no vision tower.
 
-    Args:
-        model: The model to train, with its adapter.
-        records: The record folder.
-        keys: Result of :func:`image_keys`.
-        folder: Folder of the cache. Models, datasets and runs may share it: each vision tower has a subfolder.
-        dtype: Dtype that training computes in.
-
-    Raises:
-        ValueError: See :func:`~unime_st.training.visual_tokens.check_frozen`.
+    ``keys`` are those of :func:`image_keys`. Models, datasets and runs may share ``folder``: each vision tower has a
+    subfolder. A ValueError tells of one that is not frozen, see
+    :func:`~unime_st.training.visual_tokens.check_frozen`.
     """
 
     def __init__(

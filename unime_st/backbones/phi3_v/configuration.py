@@ -54,17 +54,8 @@ class UniMEPhi3VConfig(Phi3Config):
     def from_published(cls, folder: str | Path) -> UniMEPhi3VConfig:
         """Read the ``config.json`` of a published Phi-3.5-Vision checkpoint, whose model type transformers lacks.
 
-        Args:
-            folder: The checkpoint.
-
-        Returns:
-            The configuration under our model type.
-
         Raises:
             ValueError: The configuration is of a variant without published weights.
-
-        Example:
-            >>> UniMEPhi3VConfig.from_published("Phi-3.5-vision-instruct")           # doctest: +SKIP
         """
         content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         layer, tower = content.get("embd_layer") or {}, content.get("img_processor") or {}

@@ -98,18 +98,7 @@ class UniMEPhi3VModel(Phi3Model):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the model.
-
-        Args:
-            input_ids: ``(batch, length)``, negative where an image token belongs.
-            attention_mask: ``(batch, length)``, 0 at padding.
-            pixel_values: See :class:`Phi3VImageEmbedding`.
-            image_sizes: See :class:`Phi3VImageEmbedding`.
-            inputs_embeds: Given instead of ``input_ids``.
-            **kwargs: As for :class:`transformers.Phi3Model`.
-
-        Returns:
-            ``last_hidden_state`` after the final norm, and what else was asked for.
+        """Run the model on ``input_ids`` (batch, length), negative where an image token belongs, or ``inputs_embeds``.
 
         Raises:
             ValueError: The number of image tokens is not what the images need.

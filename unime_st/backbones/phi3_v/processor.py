@@ -45,15 +45,7 @@ class UniMEPhi3VProcessor(UniMEProcessorMixin, ProcessorMixin):
         return input_ids < 0
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Process a batch.
-
-        Args:
-            images: Images, one list per row.
-            text: Rendered prompts with ``<|image_1|>``, ``<|image_2|>``, ... where images belong.
-            **kwargs: Options in transformers' manner (``text_kwargs``, ``common_kwargs``).
-
-        Returns:
-            ``input_ids``, ``attention_mask`` and, with images, ``pixel_values`` and ``image_sizes``.
+        """Process a batch of rendered prompts with ``<|image_1|>``, ``<|image_2|>``, ... and images, one list per row.
 
         Raises:
             ValueError: Placeholders and images do not match, or truncation would cut image tokens.
