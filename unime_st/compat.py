@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from mteb.benchmarks.benchmark import Benchmark
     from mteb.models import ModelMeta
     from mteb.results import ModelResult
+    from sentence_transformers.base.model import BaseModel
     from torch import nn
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ def patch_max_seq_length() -> None:
 
     stock: Any = Transformer.max_seq_length
 
-    def set_max_seq_length(self: Any, value: int | None) -> None:
+    def set_max_seq_length(self: Transformer, value: int | None) -> None:
         if (getattr(self, "processing_kwargs", None) or {}).get("text", {}).get("truncation") is False:
             logger.warning("max_seq_length has no effect: this model never truncates, see docs/checkpoints.md")
         stock.fset(self, value)
@@ -153,7 +155,7 @@ def patch_max_seq_length() -> None:
     setattr(Transformer, "max_seq_length", property(stock.fget, set_max_seq_length))  # noqa: B010
 
 
-def inference_device(model: Any, device: int | str | torch.device | None) -> torch.device:
+def inference_device(model: BaseModel, device: int | str | torch.device | None) -> torch.device:
     """Device that ``encode(device=device)`` of a Sentence Transformers model runs on."""
     found: torch.device = model._resolve_inference_device(device)
     return found
@@ -263,11 +265,11 @@ class OutputHook:
         getattr(install, "__wrapped__", install)(probe, *args, **kwargs)
         (self._hook,) = probe._forward_hooks.values()
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: object, output: object) -> Any:
         """Record the output of a module; see :meth:`torch.nn.Module.register_forward_hook`."""
         return self._hook(module, args, output)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Pickle the arguments; the hook itself is made again."""
         return functools.partial(OutputHook, **self._kwargs), self._args
 
@@ -306,7 +308,7 @@ def image_token_counter(processor: object) -> Callable[[list[list[int]]], list[i
     return lambda sizes: list(count(image_sizes=sizes)["num_image_tokens"])
 
 
-def forget_adapter(model: Any) -> None:
+def forget_adapter(model: PreTrainedModel) -> None:
     """Tell a transformers model whose adapter layers were merged that it has no adapter, so that it saves all weights."""
     model._hf_peft_config_loaded = False
 

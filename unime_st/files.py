@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 
 from unime_st.paths import home
 
+Json = dict[str, Any]
+"""A JSON object."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 _KEPT_BYTES = 1 << 20
@@ -196,7 +199,7 @@ def write_json(path: str | Path, content: Mapping[str, object] | Sequence[object
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, *, remedy: str = "remove the folder and run the stage again") -> dict[str, Any]:
+def read_json(path: str | Path, *, remedy: str = "remove the folder and run the stage again") -> Json:
     """Read a JSON object; a ValueError names a file that cannot be read or holds something else, and the remedy."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -262,7 +265,7 @@ def file_digests(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
     """
     folder = Path(folder).resolve()
     record = home() / "digests" / f"{digest(str(folder))}.json"
-    kept: dict[str, Any] = {}
+    kept: Json = {}
     with suppress(ValueError):
         kept = read_json(record)
     found, fresh = {}, {}

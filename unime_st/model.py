@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
-from unime_st.encoding.model_inputs import is_single, load_input, normalize_input, raise_if_table
+from unime_st.encoding.model_inputs import Features, is_single, load_input, normalize_input, raise_if_table
 
 
 class UniME(ShardedByLayer, SentenceTransformer):
@@ -79,7 +79,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
             )
         return super()._load_default_modules(model_name_or_path, *args, **kwargs)
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def preprocess(self, inputs: Sequence[object], prompt: str | None = None, **kwargs: Any) -> Features:
         """Preprocess inputs into model features, see :meth:`SentenceTransformer.preprocess`.
 
         Args:
@@ -130,7 +130,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
 
     def _inference(
         self,
-        inputs: list[Any],
+        inputs: list[object],
         *,
         output_value: str | None = "sentence_embedding",
         save_to_cpu: bool = True,
@@ -148,7 +148,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
             )
         return encode_list(self, inputs, progress=show_progress_bar, on_cpu=save_to_cpu, **kwargs)
 
-    def _multi_process(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    def _multi_process(self, inputs: Sequence[object], *args: Any, **kwargs: Any) -> Any:
         distinct, indices = distinct_inputs(inputs)
         found = super()._multi_process(distinct, *args, **kwargs)
         return found[indices] if isinstance(found, Tensor) else [found[index] for index in indices]

@@ -105,7 +105,7 @@ class UniMEProcessorMixin:
         """Boolean mask of the image tokens."""
         return input_ids == self.image_token_id
 
-    def images_per_row(self, images: Any, texts: list[str]) -> list[list[Any]]:
+    def images_per_row(self, images: Any, texts: list[str]) -> list[list[object]]:
         """Images of every row, one for each placeholder in its text, from None, one list per row, or a flat list.
 
         Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedConfig
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from unime_st import backbones
 from unime_st._version import __version__
@@ -244,7 +244,7 @@ def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options
     return processor
 
 
-def _set_and_save(tokenizer: Any, name: str, value: object) -> None:
+def _set_and_save(tokenizer: PreTrainedTokenizerBase, name: str, value: object) -> None:
     """Set an attribute of a tokenizer and the argument of the same name, because only arguments are saved."""
     setattr(tokenizer, name, value)
     tokenizer.init_kwargs[name] = value
@@ -265,7 +265,7 @@ def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor:
     return kwargs
 
 
-def _answer_ids(tokenizer: Any, recipe: Recipe) -> tuple[int, int]:
+def _answer_ids(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[int, int]:
     ids = []
     for word in recipe.yes_no:
         tokens = tokenizer(word, add_special_tokens=False)["input_ids"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from unime_st.backbones.families import FAMILIES, Family
-from unime_st.files import read_json
+from unime_st.files import Json, read_json
 from unime_st.paths import TINY
 from unime_st.recipes import RECIPES, Recipe
 
@@ -39,10 +38,10 @@ class Source:
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: Json
     weights: tuple[Path, ...]
     tensors: dict[str, tuple[int, ...]] = field(repr=False)
-    adapter: dict[str, Any] | None = None
+    adapter: Json | None = None
 
     @property
     def model_type(self) -> str:
@@ -79,7 +78,7 @@ def read_source(folder: str | Path) -> Source:
     return Source(folder, config, weights, tensors, adapter)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Json:
     try:
         return read_json(path, remedy="download it again")
     except ValueError as error:

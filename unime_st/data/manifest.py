@@ -9,9 +9,8 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from unime_st.files import atomic_write, content_digest, file_digests, read_json, write_json
+from unime_st.files import Json, atomic_write, content_digest, file_digests, read_json, write_json
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -36,7 +35,7 @@ def is_complete(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> Json:
     """Read the manifest of a finished stage.
 
     Args:
@@ -62,7 +61,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def open_stage(folder: str | Path) -> dict[str, Any]:
+def open_stage(folder: str | Path) -> Json:
     """Read the manifest of a finished stage and compare its files with their digests.
 
     Raises:
@@ -107,7 +106,7 @@ def is_whole_shard(path: Path) -> bool:
     return False
 
 
-def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(folder: str | Path, manifest: Mapping[str, object]) -> None:
     """Declare a stage finished: write its manifest in one step.
 
     Args:
@@ -153,7 +152,7 @@ def begin_stage(
     stage: str,
     *,
     inputs: Iterable[str | Path],
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     overwrite: bool = False,
 ) -> bool:
     """Open a folder for a stage, or recognize that its work is already done.
@@ -204,7 +203,7 @@ def begin_stage(
     return True
 
 
-def finish_stage(folder: str | Path, facts: Mapping[str, Any]) -> None:
+def finish_stage(folder: str | Path, facts: Mapping[str, object]) -> None:
     """Write the manifest of a stage that :func:`begin_stage` opened: its plan, counts, statistics, names of models."""
     plan = read_json(Path(folder) / PLAN)
     for leftover in Path(folder).glob("*.tmp"):  # of a process that was killed while writing
@@ -227,18 +226,18 @@ def link_items(source: Path, target: Path) -> None:
                 shutil.copyfile(path, temporary)
 
 
-def _plain(content: Any) -> Any:
+def _plain(content: Json) -> Json:
     # What JSON gives back: tuples become lists, so that plans compare equal after a restart.
     return json.loads(json.dumps(content, default=str))
 
 
-def _existing_plan(folder: Path) -> dict[str, Any] | None:
+def _existing_plan(folder: Path) -> Json | None:
     if is_complete(folder):
         return read_manifest(folder)
     return read_json(folder / PLAN) if (folder / PLAN).is_file() else None
 
 
-def _require_same(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+def _require_same(folder: Path, found: Json, plan: Json) -> None:
     before, now = found.get("options", {}), plan["options"]
     differences = [
         f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
@@ -271,7 +270,7 @@ def _clear(folder: Path) -> None:
             entry.unlink()
 
 
-def _digest_file(digest: Any, path: Path) -> None:
+def _digest_file(digest: hashlib._Hash, path: Path) -> None:
     stat = path.stat()
     digest.update(stat.st_size.to_bytes(8, "big"))
     with path.open("rb") as handle:

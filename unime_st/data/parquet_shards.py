@@ -28,6 +28,9 @@ ITEM_SCHEMA = pa.schema(
 """One row per distinct item. ``image.path`` is relative to the "image_root" of the manifest. An entry of a zip archive
 is stored as ``zip://member::archive``, as in `datasets`."""
 
+Row = dict[str, Any]
+"""Row of a table: values by column."""
+
 _GROUP_ROWS = 1024
 _GROUP_BYTES = 4 << 20
 _SHARD_BYTES = 512 << 20
@@ -60,11 +63,11 @@ class ShardWriter:
         self.folder, self.stem, self.schema = Path(folder), stem, schema
         self.shard, self.group_rows, self.rows = first_shard, group_rows, 0
         self.resumable = resumable
-        self._buffer: list[dict[str, Any]] = []
+        self._buffer: list[Row] = []
         self._buffered = self._written = 0
         self._file: pq.ParquetWriter | None = None
 
-    def add(self, row: dict[str, Any], size: int = 0) -> None:
+    def add(self, row: Row, size: int = 0) -> None:
         """Append one row; ``size`` is the number of bytes of its large values."""
         self._buffer.append(row)
         self._buffered += size
@@ -160,7 +163,7 @@ class ShardReader:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> Row:
         """Return one row, 0 <= index < len(self), as Python values."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder}")
@@ -168,7 +171,7 @@ class ShardReader:
         start = int(self._ends[group - 1]) if group else 0
         return {name: column[index - start].as_py() for name, column in self._group(group).items()}
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Row]:
         """Iterate over all rows in order, one row group at a time."""
         for file, number in self._groups:
             yield from file.read_row_group(number, use_threads=False).to_pylist()
@@ -220,7 +223,7 @@ class ItemWriter:
             self._seen.add(key)
         return item.id
 
-    def _image(self, image: ImageRef) -> dict[str, Any]:
+    def _image(self, image: ImageRef) -> Row:
         if self.root is not None and image.path is not None:
             path = Path(image.path).resolve()
             if path.is_relative_to(self.root):
@@ -287,10 +290,10 @@ class ItemReader:
     def __iter__(self) -> Iterator[Item]:
         return (self._build(row) for row in self._shards.rows())
 
-    def _build(self, row: Mapping[str, Any]) -> Item:
+    def _build(self, row: Row) -> Item:
         return Item.stored(row["text"], self._reference(row["image"]), row["id"])
 
-    def _reference(self, image: Mapping[str, Any] | None) -> ImageRef | None:
+    def _reference(self, image: Row | None) -> ImageRef | None:
         if image is None:
             return None
         if image["bytes"] is not None:
@@ -330,5 +333,5 @@ def _nbytes(columns: Mapping[str, pa.Array]) -> int:
     return sum(column.nbytes for column in columns.values())
 
 
-def _size(text: str | None, image: Mapping[str, Any] | None) -> int:
+def _size(text: str | None, image: Row | None) -> int:
     return len(text or "") + len((image or {}).get("bytes") or b"")

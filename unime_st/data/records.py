@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 from tqdm.auto import tqdm
 
 from unime_st.data.items import Item
 from unime_st.data.manifest import is_complete, open_stage, write_manifest
-from unime_st.data.parquet_shards import ItemReader, ItemWriter, ShardReader, ShardWriter
+from unime_st.data.parquet_shards import ItemReader, ItemWriter, Row, ShardReader, ShardWriter
 
 logger = logging.getLogger(__name__)
 RowT = TypeVar("RowT")
@@ -98,7 +98,7 @@ class ItemFolder(Generic[RowT]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest: dict[str, Any] = open_stage(folder)
+        self.manifest = open_stage(folder)
         self.items = ItemReader(self.folder, self.manifest.get("image_root"))
         self.row_shards = ShardReader(self.folder, "rows")
         if missing := {*self.row_columns} - {*self.row_shards.names}:
@@ -130,10 +130,10 @@ class ItemFolder(Generic[RowT]):
     def __iter__(self) -> Iterator[RowT]:
         return map(self._build, self.row_shards.rows())
 
-    def _build(self, row: dict[str, Any]) -> RowT:
+    def _build(self, row: Row) -> RowT:
         raise NotImplementedError
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.folder,)
 
 
@@ -173,7 +173,7 @@ class RecordSet(ItemFolder[PairRecord]):
         cls,
         folder: str | Path,
         records: Iterable[PairRecord],
-        manifest: Mapping[str, Any],
+        manifest: Mapping[str, object],
         *,
         image_root: str | Path | None = None,
     ) -> RecordSet:
@@ -199,7 +199,7 @@ class RecordSet(ItemFolder[PairRecord]):
         writer.finish(manifest)
         return cls(folder)
 
-    def _build(self, row: dict[str, Any]) -> PairRecord:
+    def _build(self, row: Row) -> PairRecord:
         return PairRecord(
             query=self.item(row["query"]),
             positive=self.item(row["positive"]),
@@ -238,7 +238,7 @@ class RecordWriter:
         self.items = ItemWriter(self.folder, image_root)
         self.rows = ShardWriter(self.folder, "rows", pa.schema([*ROW_SCHEMA, *extra]))
 
-    def add(self, record: PairRecord, **extra: Any) -> None:
+    def add(self, record: PairRecord, **extra: object) -> None:
         """Append one record, with the values of the additional columns.
 
         Raises:
@@ -259,12 +259,12 @@ class RecordWriter:
             }
         )
 
-    def finish(self, manifest: Mapping[str, Any]) -> None:
+    def finish(self, manifest: Mapping[str, object]) -> None:
         """Write the manifest, which marks the folder as finished; counts and the image root are added to the facts."""
         write_manifest(self.folder, {**manifest, **self.counts})
 
     @property
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, object]:
         """Entries of every record manifest: number of items, number of rows and the image root."""
         root = None if self.items.root is None else str(self.items.root)
         return {"items": self.items.shards.rows, "rows": self.rows.rows, "image_root": root}
@@ -272,6 +272,6 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         for shards in (self.items.shards, self.rows):
             shards.close() if kind is None else shards.abort()

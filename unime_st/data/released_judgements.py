@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from PIL import Image
@@ -18,6 +17,7 @@ from unime_st.data.images import BadImageError, ImageRef, resolve_inside
 from unime_st.data.items import Item
 from unime_st.data.logits import check_scores, to_logits, to_scores
 from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.parquet_shards import Row
 from unime_st.data.records import PairRecord, RecordSet, RecordWriter
 from unime_st.data.sources import SourceRow, read_rows
 from unime_st.data.validation import Candidate, ImageChecker, RejectedWriter, raise_if_empty, write_checked
@@ -163,9 +163,7 @@ def _candidates(
         yield Candidate(where, record, extra)
 
 
-def _imported(
-    values: Mapping[str, Any], root: Path, divisor: float, read_images: bool
-) -> tuple[PairRecord, dict[str, Any]]:
+def _imported(values: Row, root: Path, divisor: float, read_images: bool) -> tuple[PairRecord, Row]:
     pairs = [_pair(values, "query_text", "query_image"), _pair(values, "pos_text", "pos_image")]
     negatives = values.get("hard_negatives")
     if not isinstance(negatives, list):
@@ -188,7 +186,7 @@ def _imported(
     return record, extra
 
 
-def _pair(values: Mapping[str, Any], text: str, image: str) -> tuple[str, str]:
+def _pair(values: Row, text: str, image: str) -> tuple[str, str]:
     for name in (text, image):
         if not isinstance(values.get(name), str):
             raise ValueError(f"{name} is {values.get(name)!r:.80}, expected a string")
@@ -223,11 +221,11 @@ def _dataset(paths: list[str]) -> str:
 
 def _exported(
     record: PairRecord,
-    row: Mapping[str, Any],
+    row: Row,
     divisor: float,
     root: str | None,
     image_folder: str | Path | None,
-) -> dict[str, Any]:
+) -> Row:
     if record.positive_logit is None:
         raise ValueError(f"a record of dataset {record.dataset!r} was not judged; only judged records can be exported")
     items = (record.query, record.positive, *record.negatives)

@@ -211,7 +211,7 @@ class BatchRunner:
             self._features(inputs)  # each input alone is valid: raise the error of the whole batch
         return ([index for index, _ in kept], self._features([value for _, value in kept])) if kept else ([], {})
 
-    def _features(self, inputs: list[Any]) -> Features:
+    def _features(self, inputs: list[object]) -> Features:
         return self.model.preprocess(inputs, **self.prompting)
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence, Sized
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -252,6 +252,6 @@ def _width(model: SentenceTransformer, truncate_dim: int | None) -> int:
         return model.get_embedding_dimension() or 0
 
 
-def _truncation(model: SentenceTransformer, truncate_dim: int | None) -> dict[str, Any]:
+def _truncation(model: SentenceTransformer, truncate_dim: int | None) -> dict[str, int | bool]:
     kept = model.truncate_dim if truncate_dim is None else truncate_dim
     return {} if kept is None else {"truncate_dim": kept, "normalize_embeddings": True}

@@ -74,7 +74,7 @@ def normalize_input(value: object) -> Any:
     return value
 
 
-def _normalize_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+def _normalize_parts(parts: Mapping[str, object]) -> dict[str, object]:
     found = {name: _normalize_part(name, part) for name, part in parts.items()}
     kept = {name: part for name, part in found.items() if not (name in _PARTS and _is_absent(part))}
     if not kept or (len(kept) < len(found) and not kept.keys() & set(_PARTS)):
@@ -82,7 +82,7 @@ def _normalize_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _normalize_part(name: str, part: Any) -> Any:
+def _normalize_part(name: str, part: object) -> object:
     if isinstance(part, (list, tuple)) and name in _PARTS:
         kept = [_normalize_part(name, entry) for entry in part if not _is_absent(entry)]
         return type(part)(kept) if kept else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from unime_st.data.manifest import is_complete, is_whole_shard, open_stage, record_shard
@@ -64,7 +65,7 @@ class MemorySink:
 class ShardSink:
     """Sink that writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... after existing shards."""
 
-    def __init__(self, folder: Path, dim: int, dtype: Any = np.float32) -> None:
+    def __init__(self, folder: Path, dim: int, dtype: npt.DTypeLike = np.float32) -> None:
         self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)
         folder.mkdir(parents=True, exist_ok=True)
         existing = takewhile(is_whole_shard, (shard_path(folder, number) for number in count()))

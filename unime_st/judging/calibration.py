@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from unime_st.data.logits import to_scores
+from unime_st.files import Json
 from unime_st.retrieval.mining import Pools
 from unime_st.scoring.groups import Group, Judge
 
@@ -49,7 +49,7 @@ def calibration_groups(pools: Pools, queries: int = 200, *, seed: int = 0) -> tu
     return groups, kinds
 
 
-def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed: int = 0) -> dict[str, Any]:
+def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed: int = 0) -> Json:
     """Measure judges on one sample.
 
     Args:
@@ -75,7 +75,7 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
     for number, judge in enumerate(judges):
         name = judge.name if judge.name not in scores else f"{judge.name} ({number + 1})"
         scores[name] = np.concatenate(judge.score(groups, errors=[]))
-    result: dict[str, Any] = {
+    result: Json = {
         "sample": {kind: int((kinds == kind).sum()) for kind in _KINDS},
         "judges": {name: _quality(found, kinds) for name, found in scores.items()},
     }
@@ -143,7 +143,7 @@ def _agreement(left: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def report(result: dict[str, Any]) -> str:
+def report(result: Json) -> str:
     """Format the result of :func:`calibrate` as a Markdown table with the judge of the best AUC."""
     columns = ("auc_random", "auc_hard", "auc", "accuracy", "ece", "set_aside")
     lines = [json.dumps(result["sample"]), "| judge | " + " | ".join(columns) + " |", "|---" * 7 + "|"]

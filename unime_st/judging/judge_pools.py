@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st.data.manifest import begin_stage, link_items
+from unime_st.data.parquet_shards import Row
 from unime_st.files import folder_lock
 from unime_st.judging.score_store import Scores, ScoreShards
 from unime_st.retrieval.mining import Pools
@@ -156,7 +157,7 @@ class JudgeWork:
         """Return which of some shards are still to do."""
         return self._shards.missing(mine)
 
-    def progress(self, mine: Sequence[int], pending: Sequence[int]) -> tqdm[Any]:
+    def progress(self, mine: Sequence[int], pending: Sequence[int]) -> tqdm[NoReturn]:
         """Log the work to do and return a progress bar over the rows of some shards."""
         logger.info(
             "judge: %d pairs of %d distinct items with %s; %d of %d shards to do here",
@@ -194,7 +195,7 @@ def _cut(queries: Sequence[str], shard_size: int) -> list[list[int]]:
     return shards or [[]]
 
 
-def _judge_shard(pools: Pools, judge: Judge, shards: ScoreShards, number: int, rows: list[dict[str, Any]]) -> None:
+def _judge_shard(pools: Pools, judge: Judge, shards: ScoreShards, number: int, rows: list[Row]) -> None:
     wanted: dict[str, dict[str, None]] = defaultdict(dict)  # distinct candidates by query, in order
     for row in rows:
         wanted[row["query"]].update(dict.fromkeys([row["positive"], *row["candidates"]]))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unime_st.data.manifest import StageConflictError, finish_stage, is_complete, is_whole_shard
-from unime_st.data.parquet_shards import ShardWriter
+from unime_st.data.parquet_shards import Row, ShardWriter
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.files import folder_lock
@@ -59,7 +58,7 @@ class Scores(ItemFolder[JudgedPool]):
     content = "judge scores"
     row_columns = tuple(SCORE_SCHEMA.names)
 
-    def _build(self, row: dict[str, Any]) -> JudgedPool:
+    def _build(self, row: Row) -> JudgedPool:
         query, positive = self.item(row["query"]), self.item(row["positive"])
         candidates = [self.item(item_id) for item_id in row["candidates"]]
         return JudgedPool(**{**row, "query": query, "positive": positive, "candidates": candidates})
@@ -104,7 +103,7 @@ class ScoreShards:
     def write(
         self,
         number: int,
-        rows: list[dict[str, Any]],
+        rows: list[Row],
         logits: dict[tuple[str, str], float],
         failed: dict[tuple[str, str], str],
     ) -> None:
@@ -130,7 +129,7 @@ class ScoreShards:
                 else:
                     shard.add(_judged(row, logits))
 
-    def finish(self, facts: dict[str, Any]) -> bool:
+    def finish(self, facts: Mapping[str, object]) -> bool:
         """Write the manifest, with these facts and the counts, if all shards exist; one of several processes does."""
         with folder_lock(self.folder):
             if not is_complete(self.folder):
@@ -145,7 +144,7 @@ class ScoreShards:
     def _path(self, number: int) -> Path:
         return self.folder / f"rows-{number:05d}.parquet"
 
-    def _gather(self) -> dict[str, Any]:
+    def _gather(self) -> dict[str, int]:
         """Join the rejected pairs of all shards, and count rows and pairs."""
         with RejectedWriter(self.folder) as rejected:
             for part in sorted(self.folder.glob("rejected-*.jsonl")):
@@ -168,7 +167,7 @@ def _judge_of(path: Path) -> dict[str, str] | None:
     return found
 
 
-def _judged(row: dict[str, Any], logits: dict[tuple[str, str], float]) -> dict[str, Any]:
+def _judged(row: Row, logits: dict[tuple[str, str], float]) -> Row:
     """Return a row with the scores of its pairs, without the candidates that have none."""
     query = row["query"]
     kept = [index for index, item in enumerate(row["candidates"]) if (query, item) in logits]

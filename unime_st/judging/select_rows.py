@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data.logits import CERTAIN_LOGIT, to_logits, to_scores
 from unime_st.data.manifest import begin_stage, finish_stage, link_items
-from unime_st.data.parquet_shards import ShardWriter
+from unime_st.data.parquet_shards import Row, ShardWriter
 from unime_st.data.records import ROW_SCHEMA, RecordSet
 from unime_st.data.validation import RejectedWriter
 from unime_st.files import locks_folder
@@ -108,12 +108,12 @@ def select_rows(
 
 
 def _select(
-    row: dict[str, Any],
+    row: Row,
     rule: dict[str, Any],
     divisor: float,
     generator: np.random.Generator,
     statistics: _Statistics,
-) -> dict[str, Any]:
+) -> Row:
     pool = to_scores(row["logits"], divisor=divisor)
     positive = float(to_scores(row["positive_logit"], divisor=divisor))
     chosen, chosen_scores = select_negatives(pool, positive, generator=generator, **rule)
@@ -162,7 +162,7 @@ class _Statistics:
         size = max(len(ranks), len(self.ranks))
         self.ranks = np.pad(self.ranks, (0, size - len(self.ranks))) + np.pad(ranks, (0, size - len(ranks)))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         histograms = {name: counts.tolist() for name, counts in self.histograms.items()}
         return {**self.counts, "score_histograms": histograms, "rank_histogram": self.ranks.tolist()}
 

@@ -52,7 +52,7 @@ class Ranker:
         self.lists = ListScorer(transformer, self.pairs)
 
     @staticmethod
-    def state_of(model: CrossEncoder) -> tuple[Any, ...]:
+    def state_of(model: CrossEncoder) -> tuple[object, ...]:
         """Return what a ranker depends on: template, image processor, its options and the weights' module."""
         transformer = cast(Transformer, model[0])
         return (

@@ -51,7 +51,7 @@ IMAGE_TOKENS = {"official": (4, 300)}
 _PLACEHOLDERS = ("<|image_1|>\n", "<|image_1|>", "<|image_pad|>\n", "<|image_pad|>", "<image>\n", "<image>")
 
 Message = dict[str, Any]
-ItemLike = Item | str | Image.Image | dict[str, Any]
+ItemLike = Item | str | Image.Image | Message
 
 
 def load_template(name: str) -> str:
@@ -152,7 +152,7 @@ def as_item(value: ItemLike) -> Item:
     raise TypeError(f"expected an Item, a str, a Pillow image or a dict with 'text' and / or 'image', got {kind}")
 
 
-def message(role: str, text: str | None, image: Any = None) -> Message:
+def message(role: str, text: str | None, image: object = None) -> Message:
     """Build one chat message, image before text.
 
     Args:

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
+from unime_st.data.parquet_shards import Row
 from unime_st.data.records import RecordSet
 from unime_st.judging import Judge
 from unime_st.judging.judge_pools import JudgeWork, part_lock
@@ -40,7 +41,7 @@ class _Embeds:
 
         self.model, self.records, self.batch_size = UniME(model), RecordSet.load(folder), batch_size
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> Row:
         (chunk,) = batch["work"].tolist()
         vectors = encode_chunk(self.records, self.model, tuple(chunk), batch_size=self.batch_size)
         return {"start": chunk[:1], "vectors": [vectors]}
@@ -52,7 +53,7 @@ class _Judges:
     def __init__(self, pools: str, make_judge: Callable[[], Judge], output: str, shard_size: int) -> None:
         self.work = JudgeWork(pools, make_judge(), output, shard_size=shard_size)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> Row:
         (number,) = batch["work"].tolist()
         for due in self.work.pending([number]):  # an actor that died may have written it already
             self.work.do(due)
@@ -154,7 +155,7 @@ class Cluster:
         assert scores is not None  # every shard was asked for
         return scores
 
-    def _over(self, work: Sequence[Any], actor: type, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _over(self, work: Sequence[object], actor: type, arguments: dict[str, object]) -> Iterator[Row]:
         """Results of the actors for each piece of work, as they come."""
         if not work:
             return
@@ -177,4 +178,4 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        yield from cast(Iterator[dict[str, Any]], results.iter_batches(batch_size=1, prefetch_batches=0))
+        yield from cast(Iterator[Row], results.iter_batches(batch_size=1, prefetch_batches=0))

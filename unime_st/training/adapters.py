@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from sentence_transformers.base.model import BaseModel
+from transformers import BitsAndBytesConfig
 
 from unime_st.compat import forget_adapter
 from unime_st.training.arguments import StageArguments
@@ -39,11 +40,9 @@ def load_options(args: StageArguments) -> dict[str, Any]:
     return {"model_kwargs": model_options, **({"device": "cpu"} if args.use_cpu else {})}
 
 
-def _quantization(args: StageArguments) -> Any:
+def _quantization(args: StageArguments) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("quantize needs bitsandbytes: pip install 'unime-st[qlora]'.")
-    from transformers import BitsAndBytesConfig
-
     if args.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     # The tower and the projector are a small part of the weights, and images suffer most from rounding them.

@@ -6,7 +6,6 @@ import os
 import warnings
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
-from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BaseTrainingArguments
@@ -264,5 +263,5 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
             raise OptionError("mini_batch_size and token_budget exclude each other: leave out one.")
 
 
-def _stock_default(entry: Field[Any]) -> Any:
+def _stock_default(entry: Field[object]) -> object:
     return entry.default_factory() if entry.default_factory is not MISSING else entry.default

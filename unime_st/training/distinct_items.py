@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unime_st.data.items import Item
+from unime_st.data.parquet_shards import Row
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_inputs import Features
 from unime_st.memory import HeapTrimmer
@@ -45,9 +46,9 @@ class ItemCollator(SentenceTransformerDataCollator):
     records: RecordSet | None = None
     mini_batches: MiniBatches = field(default_factory=lambda: MiniBatches(np.empty(0)))
     lazy: bool = False
-    open_item: Callable[[Item], Any] = Item.to_input
+    open_item: Callable[[Item], object] = Item.to_input
 
-    def __call__(self, features: list[dict[str, Any]]) -> Features:
+    def __call__(self, features: list[Row]) -> Features:
         """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
         assert self.records is not None
         names = [name for name in features[0] if name != "label"]
@@ -268,7 +269,7 @@ class RerankerItemCollator(CrossEncoderDataCollator):
 
     records: RecordSet | None = None
 
-    def __call__(self, features: list[dict[str, Any]]) -> Features:
+    def __call__(self, features: list[Row]) -> Features:
         """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
         assert self.records is not None
         find: Callable[[str], Item] = self.records.item

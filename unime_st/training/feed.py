@@ -23,7 +23,7 @@ class _Processed(Dataset):
     """Dataset of mini-batches: features by the positions of the items."""
 
     def __init__(
-        self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], open_item: Callable[[Item], Any]
+        self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], open_item: Callable[[Item], object]
     ) -> None:
         self.records, self.preprocess, self.open_item = records, preprocess, open_item
 
@@ -70,7 +70,7 @@ class Feed:
         records: ItemFolder,
         preprocess: Callable[[list[Any]], Features],
         workers: int = 0,
-        open_item: Callable[[Item], Any] = Item.to_input,
+        open_item: Callable[[Item], object] = Item.to_input,
     ) -> None:
         self._dataset = _Processed(records, preprocess, open_item)
         self._mini_batches: list[list[int]] = []

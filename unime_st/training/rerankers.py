@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from unime_st.data.records import RecordSet
 from unime_st.encoding import TokenCounter
+from unime_st.encoding.model_inputs import Features
 from unime_st.losses import RerankerLoss
 from unime_st.reranking.unime_reranker import UniMEReranker
 from unime_st.training.adapters import computation_dtype
@@ -40,7 +41,7 @@ class _InPairs:
     def __getitem__(self, index: int) -> Any:
         return self._model[index]
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None) -> dict[str, Any]:
+    def preprocess(self, inputs: Sequence[object], prompt: str | None = None) -> Features:
         return self._model.preprocess([(value, "0") for value in inputs], prompt=prompt)
 
 
@@ -106,7 +107,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
 
     def _measure(
         self,
-        model: Any,
+        model: UniMEReranker,
         loss: RerankerLoss,
         rows: Dataset,
         indices: np.ndarray,

@@ -198,7 +198,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         collator: DataCollator,
         rows_per_pass: int | None,
         reporting: dict[str, Any],
-    ) -> Any:
+    ) -> ReportingTrainer:
         args: Any = copy.copy(self.args)
         batch = args.per_device_train_batch_size
         if len(rows) < batch * args.world_size:
@@ -229,7 +229,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             **reporting,
         )
 
-    def _save(self, model: BaseModel, trainer: Any) -> None:
+    def _save(self, model: BaseModel, trainer: ReportingTrainer) -> None:
         args, weights = self.args, None
         if trainer.is_fsdp_enabled:  # all processes together
             weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unime_st.encoding.model_inputs import Features
@@ -139,7 +141,7 @@ class ReportingTrainer(BaseTrainer):
         if dist.is_initialized():
             dist.barrier()
 
-    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         """Load an adapter alone, whose base may be quantized; leave a sharded checkpoint to transformers."""
         if self.is_fsdp_enabled:
             Trainer._load_from_checkpoint(self, checkpoint_path, model)
@@ -153,7 +155,7 @@ class ReportingTrainer(BaseTrainer):
         card.set_best_model_step(int(best.rsplit("-", 1)[1]))
         self._load_from_checkpoint(best)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Features], Tensor | int | None]:
         """Fetch the batches of a step, and compute the weight of each."""
         state = self.state
         if state.global_step >= state.max_steps:  # killed after its last checkpoint: transformers would do a step more
@@ -177,7 +179,7 @@ class ReportingTrainer(BaseTrainer):
         loss: Any = super().compute_loss(*args, **kwargs)
         return loss * self._shares.pop(0) if self._shares else loss
 
-    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_sampler(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         """Make the batch sampler. It is not an option: options are stored with every checkpoint, and it holds columns."""
         if self._make_batches is not None:
             batches = self._make_batches(dataset, *args, **kwargs)

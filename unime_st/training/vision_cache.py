@@ -13,14 +13,14 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from tqdm.auto import tqdm
-from transformers import BatchFeature
+from transformers import BaseImageProcessor, BatchFeature
 
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import pixel_budget, weights_fingerprint
 from unime_st.encoding.model_inputs import Features
 from unime_st.encoding.replicas import with_processor
-from unime_st.files import atomic_write, digest, write_json
+from unime_st.files import Json, atomic_write, digest, write_json
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed
 from unime_st.training.mini_batches import MiniBatches
@@ -139,7 +139,7 @@ class VisionCache:
 class _StoredImages:
     """Stands in for an image processor: returns the grids or sizes that the processor made of stored images."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: BaseImageProcessor) -> None:
         self._processor = processor
         self.stored: list[dict[str, torch.Tensor]] = []
 
@@ -191,7 +191,7 @@ def max_cache_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray
     return tokens * layers * weight.shape[1] * weight.element_size()
 
 
-def _identity(model: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
+def _identity(model: BaseModel, dtype: torch.dtype) -> Json:
     """Everything that the visual tokens of an image depend on. The language model is left out: stages share a folder."""
     base, processor, first = backbone(model), model.processor, model[0]
     config = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ def check_frozen(model: BaseModel) -> None:
             raise ValueError(f"vision_cache needs a vision tower without dropout, but {name} has some: leave it out.")
 
 
-def compute_visual_tokens(model: BaseModel, features: Features) -> list[Any]:
+def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence[torch.Tensor]]:
     """Run the vision tower and the projector.
 
     Returns:
