@@ -48,12 +48,12 @@ def register() -> None:
             AutoImageProcessor.register(
                 config, image_processor_classes={"pil": images, "torchvision": images}, exist_ok=True
             )
-        renamed = {model: family.weights_like}
-        if family.generator is not None:
+        renamed = [model]
+        if family.generator:
             generator = family.load("generator")
             AutoModelForImageTextToText.register(config, generator, exist_ok=True)
             AutoModelForMultimodalLM.register(config, generator, exist_ok=True)
-            renamed[generator] = family.generator_weights_like
-        for cls, like in renamed.items():
-            if like is not None and (mapping := get_checkpoint_conversion_mapping(like)) is not None:
+            renamed.append(generator)
+        for cls in renamed:
+            if (mapping := get_checkpoint_conversion_mapping(cls.__name__.removeprefix("UniME"))) is not None:
                 register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)

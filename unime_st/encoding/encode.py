@@ -71,7 +71,7 @@ def encode_items(
     """Encode items. Equal items are encoded once, and images are decoded only for the current batches.
 
     Args:
-        model: Any Sentence Transformers model that supports the modalities of the items.
+        model: A Sentence Transformers model that supports the modalities of the items.
         items: Sequence or iterator of items, or of any inputs of ``SentenceTransformer.encode``.
         batch_size: Size of a forward pass in units of 256 tokens, so that batches contain more short items and fewer
             long ones. Defaults to 64. On a CPU a batch never exceeds 1024 tokens.

@@ -23,7 +23,7 @@ def weights_fingerprint(model: torch.nn.Module, leave_out: str | None = None) ->
     device, and limited by memory bandwidth: 16 GB take seconds.
 
     Args:
-        model: Any module.
+        model: A module.
         leave_out: Name of a submodule whose weights are ignored. Defaults to None.
 
     Returns:

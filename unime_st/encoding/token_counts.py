@@ -30,7 +30,7 @@ class TokenCounter:
     rule, a blank image of about the same size is processed once.
 
     Args:
-        model: Any Sentence Transformers model.
+        model: A Sentence Transformers model.
         prompt: Instruction that is added to every input. Defaults to None.
         **options: Further options of ``model.preprocess``.
 

@@ -52,11 +52,16 @@ class ImageRule:
             >>> rule.side("official"), rule.side("training"), rule.side("336"), rule.side("native")
             (1344, 672, 336, None)
         """
-        named = {None: self.official, "official": self.official, "training": self.training, "native": None}
+        named: dict[str | int | None, int | None] = {
+            None: self.official,
+            "official": self.official,
+            "training": self.training,
+            "native": None,
+        }
         if size in named:
-            return named[size]  # type: ignore[index]
-        if str(size).isdecimal() and int(size) > 0:  # type: ignore[arg-type]
-            return int(size)  # type: ignore[arg-type]
+            return named[size]
+        if str(size).isdecimal() and int(str(size)) > 0:
+            return int(str(size))
         raise ValueError(f"Image size {size!r}: use 'official', 'training', 'native', or a number of pixels above 0.")
 
 

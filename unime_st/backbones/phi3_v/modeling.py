@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, Phi3Model
+from transformers import AutoModel, CLIPVisionConfig, Phi3Model
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from unime_st.backbones.phi3_v.configuration import UniMEPhi3VConfig
@@ -26,11 +26,11 @@ class Phi3VImageEmbedding(nn.Module):
 
     def __init__(self, config: UniMEPhi3VConfig) -> None:
         super().__init__()
-        vision = config.vision_config
+        vision = cast(CLIPVisionConfig, config.vision_config)
         self.layer = config.vision_feature_layer
-        self.crop_size = vision.image_size  # type: ignore[union-attr]
+        self.crop_size = cast(int, vision.image_size)
         self.img_processor = AutoModel.from_config(vision)
-        width = 4 * vision.hidden_size  # type: ignore[union-attr]
+        width = 4 * vision.hidden_size
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, width))
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
         self.img_projection = nn.Sequential(
