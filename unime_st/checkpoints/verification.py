@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -126,7 +125,7 @@ class _Loader:
         """Load a folder for the checks."""
         settings = json.loads((self.folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
         reranker = settings.get("model_type") == "CrossEncoder"
-        kind: Any = CrossEncoder if reranker else SentenceTransformer
+        kind: type[CrossEncoder | SentenceTransformer] = CrossEncoder if reranker else SentenceTransformer
         model = kind(
             str(folder), device=self.device, model_kwargs={"dtype": "float32"} if self._in_float32() else None
         )

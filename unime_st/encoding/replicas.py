@@ -20,7 +20,7 @@ def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
     return with_processor(model, _with_lock)
 
 
-def with_processor(model: SentenceTransformer, change: Callable[[Any], Any]) -> SentenceTransformer:
+def with_processor(model: SentenceTransformer, change: Callable[[Any], object]) -> SentenceTransformer:
     """Model with the same weights and another processor, which ``change`` makes of a shallow copy of its own."""
     twin = copy.copy(model)
     twin.__dict__["_modules"] = modules = dict(model._modules)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from sentence_transformers import CrossEncoder
+from transformers import PreTrainedTokenizerBase
 
 from unime_st.compat import hub_commit
 from unime_st.data import Item
@@ -111,7 +112,7 @@ class LocalJudge:
         )
         self.name = name or Path(transformer.config.name_or_path or "model").name
         self.revision = hub_commit(transformer.config) or weights_fingerprint(self.model)
-        tokenizer: Any = transformer.tokenizer
+        tokenizer = cast(PreTrainedTokenizerBase, transformer.tokenizer)
         answers = tokenizer.convert_ids_to_tokens(answer_ids)
         cut = [] if max_text_tokens is None else [max_text_tokens]
         self.prompt_hash = prompt_hash(source, answers, sorted(options.items()), *cut)
@@ -156,7 +157,7 @@ class LocalJudge:
         limit, before = self.max_text_tokens, self.shortened
         if limit is None:
             return groups
-        tokenizer: Any = self.scorer.transformer.tokenizer
+        tokenizer = cast(PreTrainedTokenizerBase, self.scorer.transformer.tokenizer)
 
         def cut(item: Item) -> Item:
             if item.text is None or len(item.text.encode("utf-8", "replace")) < limit:  # a token has a byte at least

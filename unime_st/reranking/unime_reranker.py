@@ -117,7 +117,7 @@ class UniMEReranker(CrossEncoder):
             >>> reranker.preprocess([("a red square", "a blue circle")])["input_ids"].shape[0]  # doctest: +SKIP
             1
         """
-        opened: dict[object, Any] = {}
+        opened: dict[object, object] = {}
         rows = [tuple(plain_input(side, opened) for side in row) if is_pair(row) else row for row in inputs]
         if prompt is None and not kwargs.keys() - {"task"}:
             to_messages = self._transformer.input_formatter.pair_to_messages
@@ -189,7 +189,7 @@ class UniMEReranker(CrossEncoder):
         """
         self.check_lists()
         to_messages = self._transformer.input_formatter.pair_to_messages
-        chats, opened = [], dict[object, Any]()
+        chats, opened = [], dict[object, object]()
         for row, (query, candidates) in enumerate(zip(queries, documents, strict=True)):
             if not len(candidates):
                 raise ValueError(f"query {row} has no candidates to rank")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
+from transformers import PreTrainedTokenizerBase
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
 IMAGES_PER_PROMPT = "batch_num_images"
@@ -41,7 +42,7 @@ class ChatTokenizer:
     def __init__(self, transformer: Transformer, image_options: Mapping[str, object] | None = None) -> None:
         self.transformer = transformer
         self.processor: Any = transformer.processor
-        self.tokenizer: Any = transformer.tokenizer
+        self.tokenizer = cast(PreTrainedTokenizerBase, transformer.tokenizer)
         self.image_token_id: int = self.processor.image_token_id
         if image_options is None:
             image_options = transformer.processing_kwargs.get("image", {})

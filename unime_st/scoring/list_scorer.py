@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import batch_to_device
+from transformers import PreTrainedTokenizerBase
 
 from unime_st.data import Item
 from unime_st.losses.list_answers import append_tokens, index_answers
@@ -64,7 +65,7 @@ class ListScorer:
             BadImageError: If an image cannot be read.
             ValueError: If a prompt is longer than the model takes, or a list longer than the tokenizer can number.
         """
-        tokenizer: Any = self.transformer.tokenizer
+        tokenizer = cast(PreTrainedTokenizerBase, self.transformer.tokenizer)
         answers = [index_answers(tokenizer, len(documents)) for documents in lists]
         token_ids = sorted({token for listed in answers for answer in listed for token in answer})
         column = {token: index for index, token in enumerate(token_ids)}

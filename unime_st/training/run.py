@@ -199,7 +199,7 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
         rows_per_pass: int | None,
         reporting: dict[str, Any],
     ) -> ReportingTrainer:
-        args: Any = copy.copy(self.args)
+        args = copy.copy(self.args)
         batch = args.per_device_train_batch_size
         if len(rows) < batch * args.world_size:
             raise ValueError(

@@ -61,7 +61,7 @@ def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence
     return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
 
 
-def inject_visual_tokens(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...] | None:
     """Forward pre-hook of a model: hand :data:`VISUAL_TOKENS` on under transformers' name for them."""
     if VISUAL_TOKENS not in args[0]:
         return None
