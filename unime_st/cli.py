@@ -207,10 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 for success, 1 for failed checks or an error that the user can mend, 2 for a wrong call.
-
-    Example:
-        >>> main(["convert", "no/such/folder", "--recipe", "unime-v2", "--output", "out"])   # doctest: +SKIP
-        1
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = words[:1] if words[:1] in (["-v"], ["--verbose"]) else []

@@ -63,11 +63,6 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
         all negatives, the accuracy of P(Yes) > 0.5, the expected calibration error (ECE) and the number of pairs that
         could not be judged ("set_aside"); with two or more judges "agreement": per pair of names Spearman's rank
         correlation of the scores and the fraction of equal decisions.
-
-    Example:
-        >>> from unime_st.judging.calibration import calibrate
-        >>> calibrate([judge], Pools("runs/pools"))["judges"]["unime-tiny"]["auc_random"]  # doctest: +SKIP
-        0.99
     """
     groups, nested = calibration_groups(pools, queries, seed=seed)
     kinds = np.array([kind for row in nested for kind in row])

@@ -76,11 +76,6 @@ def estimate_judging(
 
     Raises:
         ValueError: If the judge does not answer Yes or No, so that its scores would be worthless.
-
-    Example:
-        >>> from unime_st.judging.estimate import estimate_judging
-        >>> print(estimate_judging(Pools("runs/pools"), judge))  # doctest: +SKIP
-        22,000 pairs of 2,000 queries; 5e+05 tokens, ...
     """
     table = pools.row_shards.table(["query", "candidates"])
     queries = len(pc.unique(table["query"]))

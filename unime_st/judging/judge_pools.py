@@ -100,10 +100,6 @@ def judge_part(
         StageConflictError: See :func:`judge_pools`.
         ValueError: See :func:`judge_pools`; also if ``part`` is out of range.
         FolderInUseError: If another process judges the same part.
-
-    Example:
-        >>> from unime_st.judging.judge_pools import judge_part
-        >>> judge_part("runs/pools", judge, "runs/scores", (0, 4))  # doctest: +SKIP
     """
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}")

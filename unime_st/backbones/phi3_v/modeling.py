@@ -74,10 +74,6 @@ class UniMEPhi3VModel(Phi3Model):
 
     Args:
         config: Configuration.
-
-    Example:
-        >>> from unime_st.backbones.phi3_v import UniMEPhi3VConfig
-        >>> UniMEPhi3VModel(UniMEPhi3VConfig(num_hidden_layers=1, vocab_size=64))    # doctest: +SKIP
     """
 
     config_class = UniMEPhi3VConfig
