@@ -73,14 +73,9 @@ def write_modules(
 ) -> None:
     """Write ``modules.json``, the configuration of every module and the settings of Sentence Transformers.
 
-    Args:
-        folder: The folder, with model and processor already in it.
-        recipe: The recipe it is converted by.
-        dimension: Width of the hidden states.
-        processing_kwargs: Default options of the processor.
-        yes_no_ids: Token ids of the two answers; for a reranker.
-        needs_unime_st: Whether the folder needs classes of this package; Sentence Transformers then says so where it
-            is missing.
+    The folder holds model and processor already. ``dimension`` is the width of the hidden states, ``yes_no_ids`` are
+    the answers of a reranker. If the folder needs classes of this package, Sentence Transformers says so where it is
+    missing.
     """
     reranker = recipe.task == "reranker"
     output = "logits" if reranker else "last_hidden_state"

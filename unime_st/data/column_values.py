@@ -27,15 +27,10 @@ def as_item(value: object, root: Path) -> Item:
 
 
 def as_image(value: object, root: Path) -> ImageRef:
-    """Reference to the undecoded image of a value of an image column.
+    """Reference to the undecoded image of a value of an image column, a ValueError for other values and paths outside.
 
-    Args:
-        value: Encoded bytes, a path relative to ``root`` (or ``zip://member::archive``), or the {"bytes", "path"}
-            struct of a `datasets` Image column.
-        root: Folder that contains the images.
-
-    Raises:
-        ValueError: If the value has another type, or the path lies outside ``root``.
+    The value is encoded bytes, a path relative to ``root`` (or ``zip://member::archive``), or the {"bytes", "path"}
+    struct of a `datasets` Image column.
     """
     if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")

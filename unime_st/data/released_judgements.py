@@ -194,13 +194,9 @@ def _pair(values: Row, text: str, image: str) -> tuple[str, str]:
 
 
 def released_item(text: str, path: str, root: Path, read_images: bool) -> Item:
-    """Item of a text and an image path of MMEB-train or a released file.
+    """Item of a text and an image path of MMEB-train or a released file, relative to ``root`` and empty for no image.
 
-    Args:
-        text: Text; a leading image placeholder is removed.
-        path: Image path relative to ``root``; empty for no image.
-        root: Folder that contains the images.
-        read_images: Identify the image by its content. False identifies it by its path, without reading it.
+    A leading image placeholder is removed from the text. Without ``read_images`` the image is identified by its path.
 
     Raises:
         ValueError: If there is neither a text nor an image, or the path lies outside ``root``.

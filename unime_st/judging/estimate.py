@@ -22,16 +22,9 @@ _QUERIES_AT_ONCE = 4
 class CostEstimate:
     """Expected cost of judging, see :func:`estimate_judging`.
 
-    Args:
-        queries: Distinct queries.
-        pairs: Pairs to judge, positives included.
-        tokens: Tokens through the language model; None if unknown, as with a server.
-        tokens_unshared: The same with every pair computed by itself.
-        flops: Floating-point operations of the language model, 2 per weight and token; None if unknown.
-        flops_unshared: The same with every pair computed by itself.
-        hours: Expected duration on this device, from a timed sample.
-        disk_mb: Expected size of the scores in MB.
-        sample: Number of pairs in the sample.
+    Tokens and FLOPs (2 per weight and token) are those of the language model, None if unknown, as with a server;
+    ``..._unshared`` is the same with every pair computed by itself. Hours are those of this device, from a timed
+    sample.
     """
 
     queries: int

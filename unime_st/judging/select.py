@@ -67,11 +67,7 @@ def select_negatives(
     positive_score = float(positive_score)
     _check_arguments(pool, positive_score, margin, stride, num_negatives)
 
-    if relax_low_positive and positive_score <= margin:
-        survivors = np.flatnonzero(pool < positive_score)
-    else:
-        survivors = np.flatnonzero(pool <= positive_score - margin)
-
+    survivors = np.flatnonzero(surviving(pool, positive_score, margin, relax_low_positive))
     if survivors.size == 0:
         generator = np.random.default_rng() if generator is None else generator
         chosen = generator.choice(pool.size, size=num_negatives, replace=pool.size < num_negatives)
@@ -80,6 +76,13 @@ def select_negatives(
     walk = np.concatenate([survivors[offset::stride] for offset in range(min(stride, survivors.size))])
     chosen = np.resize(walk, num_negatives).astype(np.int64)  # np.resize repeats the walk from its start
     return chosen, pool[chosen]
+
+
+def surviving(pool: np.ndarray, positive_score: float, margin: float, relax_low_positive: bool) -> np.ndarray:
+    """Mask of the candidates that the false-negative filter of :func:`select_negatives` keeps."""
+    if relax_low_positive and positive_score <= margin:
+        return pool < positive_score
+    return pool <= positive_score - margin
 
 
 def _check_arguments(pool: np.ndarray, positive_score: float, margin: float, stride: int, num_negatives: int) -> None:

@@ -16,7 +16,7 @@ from unime_st.data.records import ROW_SCHEMA, RecordSet
 from unime_st.data.validation import RejectedWriter
 from unime_st.files import locks_folder
 from unime_st.judging.score_store import Scores
-from unime_st.judging.select import select_negatives
+from unime_st.judging.select import select_negatives, surviving
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ def _select(
     pool = to_scores(row["logits"], divisor=divisor)
     positive = float(to_scores(row["positive_logit"], divisor=divisor))
     chosen, chosen_scores = select_negatives(pool, positive, generator=generator, **rule)
-    relaxed = rule["relax_low_positive"] and positive <= rule["margin"]
-    survives = pool < positive if relaxed else pool <= positive - rule["margin"]
+    survives = surviving(pool, positive, rule["margin"], rule["relax_low_positive"])
     statistics.add(positive, pool, survives, chosen, chosen_scores)
     logits = [row["logits"][index] if survives.any() else CERTAIN_LOGIT for index in chosen]
     return {

@@ -114,16 +114,13 @@ def second_positions(weights: Tensor, answers: Sequence[tuple[int, ...]]) -> tup
 
 
 def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Sequence[tuple[int, ...]]) -> Tensor:
-    """Cross entropy of list answers, token by token: -log P(10) = -log P(1) - log P(0 | 1).
+    """Cross entropy of list answers, token by token: -log P(10) = -log P(1) - log P(0 | 1); the mean over the rows.
 
     Args:
         logits: Logits after the lists, ``(rows, vocab)``, and after those of :func:`second_positions` with their first
             token appended, ``(len(second_positions), vocab)``.
         weights: Probability of each position of each list to be the answer, ``(rows, positions)``.
         answers: Result of :func:`index_answers`.
-
-    Returns:
-        Tensor: Scalar, the mean over the rows.
 
     Example:
         >>> import torch

@@ -129,14 +129,8 @@ def run_in_parts(
 ) -> Features:
     """Run a model on parts of a batch; each distinct image of the batch passes the vision tower once.
 
-    Args:
-        features: Result of :class:`ChatEncoder`, on the device of the model.
-        run: Forward pass that adds ``causal_logits`` and ``scores``.
-        transformer: Input module of the model.
-        parts: Rows of each part, see :func:`group_by_length`.
-
-    Returns:
-        The features with ``causal_logits`` of shape (rows, 1, vocabulary) and ``scores`` in their own order.
+    ``features`` are those of :class:`ChatEncoder`, on the device of the model; ``run`` adds ``causal_logits`` of shape
+    (rows, 1, vocabulary) and ``scores``, which come back in the order of the features.
     """
     lengths = features["attention_mask"].sum(1)
     shown: list[list[int]] = [[] for _ in lengths]

@@ -136,13 +136,8 @@ class Ranker:
     ) -> np.ndarray:
         """Ask for the best of all documents in one list: float32 logits of shape (documents,).
 
-        Args:
-            query: The query.
-            documents: Candidates in the order in which they are numbered.
-            permutations: Orders in which the list is shown, each a shift of the given one; the log-probabilities are
-                averaged.
-            batch_size: Prompts per forward pass.
-            names: Names of the documents in error messages. Defaults to "document 0", ...
+        With ``permutations`` the list is shown in so many orders, each a shift of the given one, and the
+        log-probabilities are averaged. ``names`` are those of the documents in error messages.
 
         Raises:
             BadImageError: If an image cannot be read.

@@ -27,12 +27,8 @@ def list_logits(logits: torch.Tensor, continued: torch.Tensor, answers: Answers)
     """Scores of candidates from the logits behind a list, float32 of shape (candidates,).
 
     Their softmax is the probability of each answer among all. Answers that begin with the same token, as 1 and 10 in
-    Qwen's tokenizers, share the probability of that token.
-
-    Args:
-        logits: Logits behind "Ans: (" of the first token of each answer, shape (candidates,).
-        continued: Logits behind the first token of the second token of each answer that has two, same shape.
-        answers: Result of :func:`~unime_st.losses.list_answers.index_answers`.
+    Qwen's tokenizers, share the probability of that token, by the logits ``continued`` behind it of their second
+    tokens.
 
     Example:
         >>> import torch

@@ -45,14 +45,9 @@ def is_cross_encoder(folder: str) -> bool:
 
 
 def image_size_limits(processor: ProcessorMixin, image_tokens: ImageTokens | None) -> dict[str, int] | None:
-    """Convert limits in visual tokens to the limits in pixels of Qwen's image processors.
+    """Limits in pixels, ``{"shortest_edge": ..., "longest_edge": ...}``, for limits in visual tokens per image.
 
-    Args:
-        processor: Processor of the model.
-        image_tokens: Minimum and maximum number of visual tokens per image, or None for the processor's own limits.
-
-    Returns:
-        ``{"shortest_edge": ..., "longest_edge": ...}``, or None for no change.
+    None stands for the processor's own limits.
 
     Raises:
         ValueError: If the limits are out of range or this image processor does not resize by a number of tokens.
@@ -106,13 +101,7 @@ def use_pillow(transformer: Transformer, folder: str) -> None:
 def set_prompt(
     transformer: Transformer, template: str, image_tokens: ImageTokens | None, *, listwise: bool = True
 ) -> None:
-    """Set the template and image limits of a model, so that they are saved with it.
-
-    Args:
-        transformer: First module of a ``CrossEncoder``, changed in place.
-        template: Name or text of a chat template, see :func:`~unime_st.judging.load_template`.
-        image_tokens: Minimum and maximum number of visual tokens per image; None for those of the template.
-        listwise: Whether the template must also render lists.
+    """Set the template of a model and its image limits (None: the template's), so that they are saved with it.
 
     Raises:
         ValueError: If the template drops a part of its input.

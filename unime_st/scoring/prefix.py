@@ -102,16 +102,9 @@ class PrefixEngine:
         batch_size: int = 32,
         with_total: bool = False,
     ) -> list[torch.Tensor]:
-        """Compute the logits of a few tokens behind every prompt.
+        """Logits of a few tokens behind every prompt: per group float32 of shape (suffixes, tokens), on the CPU.
 
-        Args:
-            groups: Prompts with common prefixes.
-            token_ids: Tokens whose logits are computed.
-            batch_size: Prompts, or prefixes, per forward pass.
-            with_total: Append the log-sum-exp of the logits of the whole vocabulary.
-
-        Returns:
-            Per group float32 of shape (suffixes, tokens), on the CPU.
+        ``batch_size`` counts prompts, or prefixes. ``with_total`` appends the log-sum-exp of the whole vocabulary.
         """
         found = [torch.empty(len(group.suffixes), len(token_ids) + with_total) for group in groups]
         whole: list[_Row] = []

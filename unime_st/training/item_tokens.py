@@ -29,16 +29,10 @@ _CHUNK = 1024
 
 
 def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Count the tokens of each stored item, and the pixels of its image. Nothing is decoded.
+    """Tokens of each stored item and pixels of its image, int64 of shape (items,) each. Nothing is decoded.
 
-    Args:
-        records: The record folder.
-        model: The model to train.
-        path: ``.npy`` file that keeps the counts for a resumed run. Defaults to None.
-
-    Returns:
-        Tokens and pixels, int64 of shape (items,) each. Items whose image header cannot be read have
-        :data:`UNREADABLE` tokens.
+    Items whose image header cannot be read have :data:`UNREADABLE` tokens. A ``.npy`` file, if given, keeps the counts
+    for a resumed run.
     """
     if path is not None and path.is_file():
         tokens, pixels = np.load(path, allow_pickle=False)

@@ -50,7 +50,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def dry_run_step(model: BaseModel, feed: Feed, groups: Sequence[np.ndarray], dtype: torch.dtype) -> MeasuredPass:
-    """Measure the forward and backward pass of mini-batches of items, given by their positions, as a step does them."""
+    """Measure the forward and backward pass of mini-batches, given by the positions of items, as a step does."""
 
     def embed() -> tuple[torch.Tensor, int]:
         tokens, total = 0, torch.zeros((), device=model.device)
@@ -212,17 +212,10 @@ def estimate_training(
     flops_per_token: float,
     **facts: Any,
 ) -> TrainingEstimate:
-    """Estimate the cost of a training run.
+    """Estimate the cost of a training run from the tokens of each row and two measured passes.
 
-    Args:
-        arguments: Options of the stage.
-        model: The model, with the trained weights chosen.
-        row_costs: Tokens of each row, of shape (rows,).
-        measured: The most expensive pass and a typical one, measured.
-        steps: Optimizer steps.
-        unmeasured: Time of a step that was not measured, relative to the measured passes.
-        flops_per_token: Floating-point operations per token.
-        **facts: Further fields of :class:`TrainingEstimate`.
+    ``measured`` are the most expensive pass and a typical one; ``unmeasured`` is the time of a step that they lack,
+    relative to theirs. ``facts`` are further fields of :class:`TrainingEstimate`.
     """
     world, rows = partial_state().num_processes, len(row_costs)
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world

@@ -1,4 +1,4 @@
-"""Training run of a stage: opens the output folder, resumes, trains with the stock trainer, saves, writes a manifest."""
+"""Training run of a stage: opens the output folder, resumes, trains with the stock trainer, saves the model."""
 
 from __future__ import annotations
 
@@ -157,15 +157,9 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
     ) -> None:
         """Log the plan, train with the stock trainer, save the model.
 
-        Args:
-            model: From :meth:`load_model`.
-            rows: The rows to train on.
-            loss: The loss.
-            collator: The data collator.
-            plan: What the run will take.
-            rows_per_pass: Rows of a forward pass on one device, a divisor of the batch. Defaults to the batch.
-            cached: The loss caches gradients: it goes back through the model more than once.
-            **reporting: Arguments of :class:`~unime_st.training.trainer.ReportingTrainer`.
+        ``rows_per_pass`` are the rows of a forward pass on one device, a divisor of the batch (None: all of it). A
+        ``cached`` loss goes back through the model more than once. ``reporting`` are arguments of
+        :class:`~unime_st.training.trainer.ReportingTrainer`.
         """
         if cached and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             raise ValueError(

@@ -156,15 +156,9 @@ class _StoredImages:
 
 
 def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = None) -> np.ndarray:
-    """Digest the images of the items in use. Files are read, not decoded.
+    """Digests of the images of the items in use, bytes of shape (items,), empty for the others. Files are not decoded.
 
-    Args:
-        records: The record folder.
-        positions: Positions of the items in use.
-        path: ``.npy`` file that keeps the keys for a resumed run. Defaults to None.
-
-    Returns:
-        Bytes of shape (items,); empty where an item has no image or is not in use.
+    A ``.npy`` file, if given, keeps the keys for a resumed run.
     """
     if path is not None and path.is_file():
         return np.load(path, allow_pickle=False)
