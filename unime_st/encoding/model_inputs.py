@@ -141,7 +141,7 @@ def as_item(value: ModelInput) -> Item:
         parts = {"image" if is_image_url_or_path(value) else "text": value}
     else:
         parts = value if isinstance(value, Mapping) and not is_chat(value) else {"image": value}
-    single = {
+    single: dict[str, Any] = {
         name: part[0] if isinstance(part, (list, tuple)) and len(part) == 1 else part for name, part in parts.items()
     }
     text, image = single.pop("text", None), single.pop("image", None)
