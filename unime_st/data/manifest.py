@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from unime_st.files import Json, atomic_write, content_digest, file_digests, read_json, write_json
 
@@ -270,7 +271,7 @@ def _clear(folder: Path) -> None:
             entry.unlink()
 
 
-def _digest_file(digest: hashlib._Hash, path: Path) -> None:
+def _digest_file(digest: Any, path: Path) -> None:
     stat = path.stat()
     digest.update(stat.st_size.to_bytes(8, "big"))
     with path.open("rb") as handle:
