@@ -168,6 +168,7 @@ class CaptionRetrieval(ItemRetrievalTask):
         **kwargs: mteb's task arguments.
     """
 
+    follows_environment = True
     folder_names: ClassVar[tuple[str, ...]]
     read: ClassVar[Callable[[Path], Iterator[Captioned]]]
     to_image: ClassVar[bool]

@@ -16,7 +16,7 @@ from mteb.benchmarks.benchmark import Benchmark
 from mteb.results import ModelResult
 
 from mteb_tasks.run_context import current_run
-from mteb_tasks.task_base import check_modalities, is_ours
+from mteb_tasks.task_base import check_modalities, follow_environment, is_ours
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,6 +41,8 @@ def with_our_tasks(evaluate: Evaluate) -> Evaluate:
     def evaluate_with_our_tasks(model: Any, tasks: Any, *args: Any, **kwargs: Any) -> ModelResult:
         listed = _listed(tasks)
         ours = [task for task in listed if is_ours(task)]
+        for task in ours:
+            follow_environment(task)
         run = current_run()
         if run is not None and ours:
             run.tasks += ours

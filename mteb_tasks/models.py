@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from mteb_tasks.metadata import model_meta
-from unime_st.files import digest, file_digests
+from unime_st.files import digest, file_digests, read_json
 from unime_st.paths import PACKAGED, TINY, home, local_folder
 from unime_st.recipes import RELEASED
 from unime_st.registry import is_alias, known_aliases, resolve
@@ -22,6 +26,15 @@ MODEL_VARIABLE = "UNIME_MODEL"
 RERANKER_VARIABLE = "UNIME_RERANKER"
 CACHE_VARIABLE = "UNIME_EMBEDDING_CACHE"
 LOCAL_MODEL = "unime-local"
+_RELEASES = {
+    "unime-v2": (3584, 8_030_807_584, "2025-10-15"),
+    "unime-v2-2b": (1536, 2_208_985_600, "2025-10-15"),
+    "unime-v2-7b": (3584, 8_291_375_616, "2025-10-15"),
+    "unime-v1-phi3.5": (3072, 4_146_621_440, "2025-04-24"),
+    "unime-v1-llava1.6": (4096, 7_566_747_648, "2025-04-24"),
+    "unime-v1-llava-ov": (3584, 8_030_807_584, "2025-04-24"),
+}
+"""Width, parameters (those of the backbone) and date of the released models."""
 RELEASED_RERANKER = "unime-v2-reranker"
 
 
@@ -110,7 +123,7 @@ def metas() -> dict[str, ModelMeta]:
         of two stages that of both folders, so that results of another model under the same name are never taken for
         its own.
     """
-    embedders = [alias for alias in known_aliases() if alias not in RELEASED or RELEASED[alias].task == "embedding"]
+    embedders = [alias for alias in known_aliases() if _embeds(alias)]
     if os.environ.get(MODEL_VARIABLE):
         embedders.append(LOCAL_MODEL)
     second = os.environ.get(RERANKER_VARIABLE)
@@ -145,12 +158,41 @@ def check_variables(name: str) -> None:
         raise ValueError(f"{name} takes its folders from {' and '.join(needed)}: set {' and '.join(unset)}")
 
 
+def _embeds(alias: str) -> bool:
+    """Whether an alias stands for an embedding model, and not for a reranker."""
+    if alias in RELEASED:
+        return RELEASED[alias].task == "embedding"
+    settings = local_folder(alias) / "config_sentence_transformers.json"
+    return not settings.is_file() or read_json(settings).get("model_type") != "CrossEncoder"
+
+
 def _facts(alias: str) -> dict[str, Any]:
+    """What mteb's filters ask for: sizes measured in the folder of the model, or those of the release."""
     recipe = RELEASED.get(alias)
-    if recipe is None:
-        return {}
-    reference = f"https://huggingface.co/{recipe.hub_id}" if recipe.hub_id else None
-    return {"license": recipe.license, "reference": reference, "open_weights": True, "adapted_from": recipe.base_model}
+    found: dict[str, Any] = {}
+    if alias in _RELEASES:
+        width, parameters, date = _RELEASES[alias]
+        # Weights are released in 16 bits.
+        found = {"embed_dim": width, "n_parameters": parameters, "memory_usage_mb": parameters * 2 / 2**20}
+        found["release_date"] = date
+    folder = PACKAGED if alias == TINY else local_folder(alias) if is_alias(alias) else None
+    with suppress(ValueError, OSError, KeyError, SafetensorError):
+        found |= _measured(folder) if folder is not None else {}
+    if recipe is not None:
+        reference = f"https://huggingface.co/{recipe.hub_id}" if recipe.hub_id else None
+        found |= {"license": recipe.license, "reference": reference, "adapted_from": recipe.base_model}
+    return {**found, "open_weights": True} if recipe is not None or alias == TINY else found
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    files, parameters = list(folder.glob("*.safetensors")), 0
+    for file in files:
+        with safe_open(file, "np") as tensors:
+            parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    size = sum(file.stat().st_size for file in files) / 2**20
+    width = config.get("text_config", config)["hidden_size"]
+    return {"embed_dim": width, "n_parameters": parameters, "memory_usage_mb": size}
 
 
 def _folder(alias: str) -> Path:

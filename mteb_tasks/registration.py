@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from unime_st import compat
 from unime_st._after_import import AfterImport
+from unime_st.recipes import RELEASED
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def register_all() -> None:
         compat.add_mteb_task(task)
     for name, meta in metas().items():
         compat.add_mteb_model(name, meta)
+        if (recipe := RELEASED.get(name)) is not None and recipe.hub_id:
+            compat.add_mteb_model(recipe.hub_id, meta)
     compat.patch_mteb_evaluate(with_our_tasks)
     # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
     _once_imported(_BENCHMARKS, _add_mmeb)

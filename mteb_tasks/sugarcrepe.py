@@ -91,6 +91,8 @@ class SugarCrepeByCategory(CaptionPreferenceTask):
 """,
     )
 
+    follows_environment = True
+
     def __init__(self, **kwargs: Any) -> None:
         if os.environ.get(EVAL_FOLDER_VARIABLE):
             try:

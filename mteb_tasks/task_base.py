@@ -5,10 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
+from mteb_tasks.local_data import LOCAL_PREFIX
 from mteb_tasks.run_context import current_run
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class UniMETask:
     metadata: TaskMetadata
     dataset: Any
     data_loaded: bool
+    follows_environment: ClassVar[bool] = False
+    """Whether the data lie in a folder that an environment variable names when the task is made."""
 
     def evaluate(
         self,
@@ -61,6 +64,25 @@ def is_ours(task: object) -> bool:
     if isinstance(task, AbsTaskAggregate):
         return bool(task.metadata.tasks) and all(map(is_ours, task.metadata.tasks))
     return isinstance(task, UniMETask)
+
+
+def follow_environment(task: object) -> None:
+    """Make a task anew, in place, if its folder of data has changed or another one is named now.
+
+    mteb makes the tasks of a benchmark once in a process, perhaps before the variable was set.
+
+    Args:
+        task: Any task object.
+    """
+    if not getattr(task, "follows_environment", False):
+        return
+    known: Any = task
+    fresh: Any = type(task)()
+    revisions = [str(found.metadata.dataset["revision"]) for found in (known, fresh)]
+    if revisions[0] != revisions[1] and any(revision.startswith(LOCAL_PREFIX) for revision in revisions):
+        if known.data_loaded:
+            known.unload_data()
+        vars(known).update(vars(fresh))
 
 
 def check_modalities(name: str, modalities: list[str], metadata: TaskMetadata) -> None:

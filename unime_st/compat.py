@@ -12,7 +12,9 @@ import functools
 import importlib
 import json
 import logging
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,6 +69,7 @@ PRIVATE_NAMES = tuple(
         ("transformers.utils.output_capturing:_CAN_RECORD_REGISTRY", "", "lacks models that arrived by pickle"),
         ("mteb.get_tasks:_TASKS_REGISTRY", "", "mteb has no plug-in interface"),
         ("mteb.models.model_implementations:MODEL_REGISTRY", "", "mteb has no plug-in interface"),
+        ("mteb.models.get_model_meta:_MODEL_RENAMES", "", "second names without second entries"),
         ("mteb.benchmarks.get_benchmark:_build_registry.cache_clear", "", "mteb has no plug-in interface"),
         ("mteb.benchmarks.get_benchmark:_build_aliases_registry.cache_clear", "", "mteb has no plug-in interface"),
         ("mteb.evaluate:evaluate", "model tasks", "drops the images of a SentenceTransformer object"),
@@ -349,12 +352,14 @@ def add_mteb_task(task: type[AbsTask]) -> None:
 
 
 def add_mteb_model(name: str, meta: ModelMeta) -> None:
-    """Make mteb find a model by its short and by its full name; a name that mteb already has stays mteb's."""
+    """Make mteb find a model by its full name, and by another one; a name that mteb already has stays mteb's."""
     from mteb.models.model_implementations import MODEL_REGISTRY
 
-    MODEL_REGISTRY.setdefault(name, meta)
-    if meta.name is not None:
-        MODEL_REGISTRY.setdefault(meta.name, meta)
+    MODEL_REGISTRY.setdefault(str(meta.name), meta)
+    if name not in MODEL_REGISTRY:  # an entry of its own would list the model twice
+        # The attribute `mteb.models.get_model_meta` may be the function of that name.
+        importlib.import_module("mteb.models.get_model_meta")._MODEL_RENAMES.setdefault(name, str(meta.name))
+        warnings.filterwarnings("ignore", f"The model '{re.escape(name)}' has been renamed", DeprecationWarning)
 
 
 def add_mteb_benchmark(benchmark: Benchmark) -> None:

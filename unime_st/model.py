@@ -16,6 +16,7 @@ from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
 from unime_st.encoding.model_inputs import Features, is_single, load_input, normalize_input, raise_if_table
+from unime_st.options import check_count
 
 
 class UniME(ShardedByLayer, SentenceTransformer):
@@ -122,6 +123,8 @@ class UniME(ShardedByLayer, SentenceTransformer):
         if kwargs.get("truncate_dim") is not None or self.truncate_dim is not None:
             kwargs.setdefault("normalize_embeddings", True)
         raise_if_table(inputs)
+        if "batch_size" in kwargs:
+            check_count("batch_size", kwargs["batch_size"])
         if isinstance(inputs, os.PathLike):
             inputs = normalize_input(inputs)
         elif not isinstance(inputs, (list, tuple, np.ndarray, Tensor)) and not is_single(inputs):

@@ -24,6 +24,7 @@ from unime_st.declarations import UNKNOWN, Declaration, declared_fields
 _NONE = ("none", "null")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NAMES = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text", "dict": "a mapping"}
+_LARGEST = 1 << 63
 _SIGNED = ("max_steps", "local_rank")
 """Stock options whose value may be negative."""
 
@@ -206,7 +207,10 @@ class Option:
                 return os.fspath(value)
             if isinstance(value, str):
                 return value
-        if "object" in self.kinds or (self.stock and not isinstance(value, (str, int, float))):
+        plain = isinstance(value, (list, tuple, Mapping)) and "str" in self.kinds
+        if ("object" in self.kinds and not plain) or (
+            self.stock and not isinstance(value, (str, int, float, list, tuple, Mapping))
+        ):
             return value  # made by code, and checked by the library that declares it
         raise self._refused(value)
 
@@ -232,7 +236,7 @@ class Option:
         return found
 
     def _within(self, value: float) -> bool:
-        if self.stock and value < 0 and self.name not in _SIGNED:
+        if abs(value) >= _LARGEST or (self.stock and value < 0 and self.name not in _SIGNED):
             return False
         return (
             (self.at_least is None or value >= self.at_least)
@@ -247,6 +251,24 @@ class Option:
         near = difflib.get_close_matches(str(value), self.choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return OptionError(f"{self.name}: expected {self.expected}, found {shown or 'nothing'}{hint}")
+
+
+def check_count(name: str, value: object, at_least: int = 1) -> None:
+    """Refuse an argument of a function that has to be a count.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        at_least: Smallest count. Defaults to 1.
+
+    Raises:
+        ValueError: If it is not an integer, is a boolean, or is too small.
+
+    Example:
+        >>> check_count("batch_size", 32)
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}; expected an integer")
 
 
 def _plural(kind: str) -> str:

@@ -35,6 +35,7 @@ class BenchmarkTask(ItemRetrievalTask):
     taken for this one's.
     """
 
+    follows_environment = True
     key: ClassVar[str]
     """Name on the leaderboard."""
     kind: ClassVar[str]
@@ -186,6 +187,7 @@ def _missing(tasks: Sequence[BenchmarkTask]) -> set[str]:
 class BenchmarkAggregate(AbsTaskAggregate):
     """All tasks of MMEB or of MMEB-V2."""
 
+    follows_environment = True
     classes: ClassVar[Sequence[type[BenchmarkTask]]]
     """All task classes."""
     keys: ClassVar[Sequence[str]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,8 @@ def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
             return  # an aggregate without all its parts
         for row in newest.values():
             row["main_score"] = float(row["main_score"])
+            if not math.isfinite(row["main_score"]):
+                raise ValueError(f"main_score is {row['main_score']}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a result of mteb ({error!r}): remove it and evaluate again") from error
     if newest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def write_report(
     }
     for name, content in contents.items():
         with atomic_write(target / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     return target / "report.html"
 
 
@@ -212,11 +213,11 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
     for model in models:
         for task, metrics in model.captions.items():
             values = " | ".join(f"{value:.1f}" for value in metrics.values())
-            lines.append(f"| {_escape(model.label)} | {task} | {values} |")
+            lines.append(f"| {_escape(model.label)} | {_escape(task)} | {values} |")
     lines += published_markdown(models)
     lines += ["", "| model | revision | setting | tasks | mteb |", "|---|---|---|---:|---|"]
     for model in models:
-        versions = ", ".join(sorted({version for _, version in model.versions.values()}))
+        versions = _escape(", ".join(sorted({version for _, version in model.versions.values()})))
         setting = _escape(model.setting) or "–"
         lines.append(
             f"| {_escape(model.label)} | {_escape(model.revision)} | {setting} | {len(model.scores)} | {versions} |"
@@ -225,4 +226,7 @@ def _markdown(models: Sequence[ModelResults], names: Sequence[str], title: str) 
 
 
 def _escape(text: str) -> str:
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    """Text of a cell in Markdown, without effect: no HTML, links, images or code."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    plain = re.sub(r"[\\`\[\]|!]", lambda found: f"\\{found[0]}", plain)
+    return re.sub(r"(?i)(?<=http)(?=s?:)|(?<=www)(?=\.)|(?<=\w)(?=@)", "&#8203;", plain)  # no links of bare addresses

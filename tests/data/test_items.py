@@ -72,7 +72,7 @@ def test_wrong_types_and_broken_unicode():
         Item(3)
     with pytest.raises(TypeError, match="image"):
         Item(image=3)
-    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
         Item("\ud800")
 
 

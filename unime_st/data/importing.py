@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from unime_st.data.column_values import as_item, is_empty
+from unime_st.data.items import check_unicode
 from unime_st.data.logits import check_scores, to_logits
 from unime_st.data.manifest import begin_stage, finish_stage
 from unime_st.data.pair_specs import (
@@ -158,7 +159,7 @@ def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) ->
     positive = build_item(spec.positive, rows, "positive", root)
     row = rows["positive"]
     dataset = spec.dataset if spec.dataset_column is None else str(row.get(spec.dataset_column) or "")
-    dataset.encode("utf-8")  # a lone surrogate cannot be stored
+    check_unicode(dataset)
     found = row.get(spec.negatives) or [] if spec.negatives is not None else []
     if not isinstance(found, (list, tuple)):
         raise ValueError(f"column {spec.negatives} contains {type(found).__name__}, expected a list")

@@ -48,7 +48,7 @@ class Item:
         if image is None and (text is None or not text.strip()):
             raise ValueError("an item needs a text, an image or both; both are missing or empty")
         if text is not None and not text.isascii():
-            text.encode("utf-8")  # a lone surrogate cannot be stored; UnicodeEncodeError is a ValueError
+            check_unicode(text)
         self._text = text or None
         self._image = None if image is None else _coerce_image(image)
         self._id = None
@@ -125,6 +125,21 @@ class Item:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Item.stored, (self._text, self._image, self._id)) if self._id else (Item, (self._text, self._image))
+
+
+def check_unicode(text: str) -> None:
+    """Refuse a text with lone surrogates, which cannot be stored.
+
+    Args:
+        text: The text.
+
+    Raises:
+        ValueError: If it is not valid Unicode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not valid Unicode: {error}") from None
 
 
 def _coerce_image(image: ImageLike) -> ImageRef:

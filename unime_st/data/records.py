@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -68,10 +69,11 @@ class PairRecord:
                 f"a judged record needs one logit for its positive and one for each of its {len(self.negatives)} negatives, "
                 f"got {self.positive_logit} for the positive and {len(self.negative_logits)} for the negatives"
             )
-        if not all(map(math.isfinite, (self.positive_logit, *self.negative_logits))):
-            raise ValueError(
-                f"judge logits must be finite numbers, got {(self.positive_logit, *self.negative_logits)!r:.80}"
-            )
+        logits = (self.positive_logit, *self.negative_logits)
+        if not all(
+            isinstance(logit, Real) and not isinstance(logit, bool) and math.isfinite(logit) for logit in logits
+        ):
+            raise ValueError(f"judge logits must be finite numbers, got {logits!r:.80}")
 
 
 class ItemFolder(Generic[RowT]):

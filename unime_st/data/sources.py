@@ -102,7 +102,7 @@ def json_list(path: str | Path) -> Iterator[object]:
             for element in _ListReader(handle).elements():
                 yield element
                 count += 1
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged JSON list after {count} elements ({error})") from error
 
 

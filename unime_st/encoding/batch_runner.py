@@ -23,6 +23,7 @@ from unime_st.encoding.model_inputs import Features, load_input, unreadable_imag
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.token_counts import pack, pixel_budget
+from unime_st.options import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,10 @@ class BatchRunner:
     ) -> None:
         model.eval()
         for name, value in (("batch_size", batch_size), ("token_budget", token_budget), ("workers", workers)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None or name == "batch_size":
+                check_count(name, value)
+        if truncate_dim is not None:
+            check_count("truncate_dim", truncate_dim)
         several: list[Any] = list(device) if isinstance(device, (list, tuple)) else [device]
         if not several:
             raise ValueError("device is an empty list: name at least one device, or None for the model's device")

@@ -237,6 +237,8 @@ def encode_to_shards(
 
 def resolve_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
     """Prompt that ``SentenceTransformer.encode`` would use: the given one ("" is none), or the model's default."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a text or None, got {prompt!r:.80}")
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     return prompt or None

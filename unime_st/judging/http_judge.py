@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from unime_st.data import BadImageError, Item
+from unime_st.options import check_count
 from unime_st.scoring.groups import Group, PairError, record_error
 from unime_st.scoring.prompts import (
     ANSWERS,
@@ -35,6 +36,7 @@ from unime_st.scoring.prompts import (
 logger = logging.getLogger(__name__)
 
 _TOP = 20  # the maximum of the protocol
+_ROUNDING = 0.01  # of probabilities that a server computes in half precision
 _LONGEST_PAUSE = 30.0  # seconds
 _SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 _MANY = 8  # pairs of one call that all fail by the server's answer: then the pairs are not the reason
@@ -92,10 +94,12 @@ class HttpJudge:
         pause: float = 0.5,
         api_key: str | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not str(url).startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {url!r}")
-        if concurrency < 1 or retries < 0 or timeout <= 0:
-            raise ValueError("concurrency must be at least 1, retries at least 0, timeout above 0")
+        check_count("concurrency", concurrency)
+        check_count("retries", retries, at_least=0)
+        if isinstance(timeout, bool) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be a finite number of seconds above 0, got {timeout!r}")
         self.url = url.rstrip("/") + "/chat/completions"
         self.name, self.revision = model, revision
         self.prompt_hash = prompt_hash(PAIR_PROMPT, "chat", ANSWERS)
@@ -199,7 +203,7 @@ class HttpJudge:
                         f"{self.url} refuses the request ({reason}): check url, model and key"
                     ) from error
                 wait = max(wait, _seconds(error.headers.get("Retry-After")))
-            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 reason = str(error) or type(error).__name__  # no connection, a stall, half an answer
             logger.info("%s: %s; retry in %.1f s", self.url, reason, wait)
             if stopped.wait(wait):
@@ -217,12 +221,14 @@ class HttpJudge:
     def _log_odds(self, answer: Any) -> float:
         try:
             top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            found = {entry["token"].strip(): float(entry["logprob"]) for entry in reversed(top)}
+            found = {str(entry["token"]).strip(): _log_probability(entry["logprob"]) for entry in reversed(top)}
         except (KeyError, IndexError, TypeError) as error:
             raise ServerError(
                 f"{self.url} answers without log-probabilities; a judge needs a server that returns `top_logprobs`"
             ) from error
-        share = sum(math.exp(min(found[word], 0.0)) for word in ANSWERS if word in found)
+        share = sum(math.exp(found[word]) for word in ANSWERS if word in found)
+        if share > 1 + _ROUNDING:
+            raise ValueError(f"the probabilities of {' and '.join(ANSWERS)} sum to {share:.2f}: expected at most 1")
         if share < LEAST_ANSWER_SHARE:
             raise ValueError(f"{NO_ANSWER_ADVICE}. Likeliest first tokens: {[entry['token'] for entry in top[:5]]}")
         missing = [word for word in ANSWERS if word not in found]
@@ -237,6 +243,12 @@ class HttpJudge:
         if not math.isfinite(yes - no):
             raise ValueError(f"the log-odds are {yes - no}")
         return yes - no
+
+
+def _log_probability(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= _ROUNDING:
+        raise ValueError(f"the server returned {value!r:.40} as a log-probability: expected a number of at most 0")
+    return min(float(value), 0.0)
 
 
 def _parts(item: Item) -> list[dict[str, object]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from unime_st.options import check_count
+
 
 def select_negatives(
     scores: ArrayLike,
@@ -99,8 +101,7 @@ def _check_arguments(pool: np.ndarray, positive_score: float, margin: float, str
         )
     if not 0.0 <= positive_score <= 1.0:
         raise ValueError(f"positive_score is {positive_score}, but judge scores are probabilities in [0, 1].")
-    if not np.isfinite(margin):
+    if isinstance(margin, bool) or not np.isfinite(margin):
         raise ValueError(f"margin must be a finite number, but is {margin}.")
-    for name, value in (("stride", stride), ("num_negatives", num_negatives)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}.")
+    check_count("stride", stride)
+    check_count("num_negatives", num_negatives)

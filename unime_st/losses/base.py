@@ -38,6 +38,20 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
     return F.normalize(embeddings, p=2, dim=-1)
 
 
+def is_count(value: object, at_least: int = 1) -> bool:
+    """Whether a value is an integer of at least ``at_least``; a boolean is not.
+
+    Args:
+        value: The value.
+        at_least: Smallest count. Defaults to 1.
+
+    Example:
+        >>> is_count(8), is_count(True), is_count(1.5)
+        (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
 def check_positive(name: str, value: float) -> float:
     """Return ``value`` if it is a positive finite number, else raise a ValueError with the name of the option.
 
@@ -45,7 +59,7 @@ def check_positive(name: str, value: float) -> float:
         >>> check_positive("temperature", 0.02)
         0.02
     """
-    if not 0.0 < value < float("inf"):
+    if isinstance(value, bool) or not 0.0 < value < float("inf"):
         raise ValueError(f"{name} must be a positive finite number, but is {value}.")
     return value
 
@@ -147,8 +161,8 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer or None, but is {value}.")
+            if value is not None and not is_count(value):
+                raise ValueError(f"{name} must be a positive integer or None, but is {value!r}.")
         self.model = model
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens

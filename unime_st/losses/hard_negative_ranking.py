@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from unime_st.losses.base import CachedEmbeddingLoss, RowwiseLoss, Shards, check_positive
+from unime_st.losses.base import CachedEmbeddingLoss, RowwiseLoss, Shards, check_positive, is_count
 from unime_st.losses.citations import UNIME_CITATION
 
 
@@ -108,8 +108,8 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
         )
         if not math.isfinite(false_negative_margin):
             raise ValueError(f"false_negative_margin must be a finite number, but is {false_negative_margin}.")
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives must be at least 1, but is {num_negatives}.")
+        if not is_count(num_negatives):
+            raise ValueError(f"num_negatives must be at least 1, but is {num_negatives!r}; expected an integer.")
         self.temperature = check_positive("temperature", temperature)
         self.false_negative_margin = false_negative_margin
         self.num_negatives = num_negatives

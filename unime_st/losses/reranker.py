@@ -13,6 +13,7 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
+from unime_st.losses.base import is_count
 from unime_st.losses.citations import UNIME_V2_CITATION
 from unime_st.losses.list_answers import (
     answer_cross_entropy,
@@ -131,16 +132,16 @@ class RerankerLoss(CachedLossMixin, nn.Module):
                 f"{type(self).__name__} trains a generative CrossEncoder, [Transformer, LogitScore(yes, no)], but the "
                 f"model is [{', '.join(type(module).__name__ for module in model)}]. Load it with UniMEReranker(folder)."
             )
-        if min(pairwise_weight, listwise_weight) < 0 or pairwise_weight + listwise_weight <= 0:
+        if not min(pairwise_weight, listwise_weight) >= 0 or not 0 < pairwise_weight + listwise_weight < float("inf"):
             raise ValueError(
                 "pairwise_weight and listwise_weight must be at least 0 and not both 0, but are "
                 f"{pairwise_weight} and {listwise_weight}."
             )
-        if mini_batch_size is not None and mini_batch_size < 1:
+        if mini_batch_size is not None and not is_count(mini_batch_size):
             raise ValueError(f"mini_batch_size must be a positive integer or None, but is {mini_batch_size}.")
-        if min_list_length is not None and min_list_length < 2:
+        if min_list_length is not None and not is_count(min_list_length, at_least=2):
             raise ValueError(f"min_list_length must be at least 2 or None, but is {min_list_length}.")
-        if target_temperature is not None and not target_temperature > 0:
+        if target_temperature is not None and not 0 < target_temperature < float("inf"):
             raise ValueError(f"target_temperature must be above 0 or None, but is {target_temperature}.")
         self.model = model
         self.pairwise_weight = pairwise_weight

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.encoding import encode_items
+from unime_st.options import check_count
 from unime_st.reranking.parsing import parse_inputs, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
 from unime_st.reranking.unime_reranker import UniMEReranker
@@ -82,8 +83,7 @@ def search(
         [0, 1]
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     if isinstance(corpus, Index):
         corpus.check_model(embedder)
         found = _indexed(queries, corpus, top_k, batch_size)

@@ -15,6 +15,7 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 
 from unime_st.data import BadImageError
 from unime_st.encoding.model_inputs import Features
+from unime_st.options import check_count
 from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
 from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse_inputs, plain_input, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
@@ -239,8 +240,7 @@ class UniMEReranker(CrossEncoder):
         """
         if not len(documents):
             raise ValueError("a list needs at least 1 candidate, got 0")
-        if permutations < 1:
-            raise ValueError(f"permutations must be at least 1, got {permutations}")
+        check_count("permutations", permutations)
         self.check_lists()
         return self.ranker().listwise(to_item(query), [to_item(document) for document in documents], permutations)
 
@@ -289,12 +289,11 @@ class UniMEReranker(CrossEncoder):
         """
         if method not in ("pairwise", "listwise", "hybrid"):
             raise ValueError(f"method={method!r}: expected 'pairwise', 'listwise' or 'hybrid'")
-        if window < 2 or permutations < 1:
-            raise ValueError(f"expected window >= 2 and permutations >= 1, got {window} and {permutations}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {top_k}")
+        check_count("window", window, at_least=2)
+        check_count("permutations", permutations)
+        check_count("batch_size", batch_size)
+        if top_k is not None:
+            check_count("top_k", top_k, at_least=0)
         if method != "pairwise" and kwargs:
             raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
         if not len(documents):

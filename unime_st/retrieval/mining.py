@@ -21,6 +21,7 @@ from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, model_fingerprint
 from unime_st.encoding.encode import resolve_prompt
 from unime_st.files import locks_folder
+from unime_st.options import check_count
 from unime_st.retrieval.item_vectors import ChunkEncoder, chunk_encoder, encode_once, needs_normalization
 from unime_st.retrieval.top_k import paired_similarity, top_k
 
@@ -157,9 +158,10 @@ def mine(
     needs_normalization(model)
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
-    if max_similarity not in ("positive", None) and not isinstance(max_similarity, (int, float)):
+    check_count("num_candidates", num_candidates)
+    if max_similarity not in ("positive", None) and (
+        isinstance(max_similarity, (bool, str)) or not np.isfinite(max_similarity)
+    ):
         raise ValueError(f"max_similarity must be 'positive', a number or None, got {max_similarity!r}")
     options = {
         "model": model_fingerprint(model),

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from unime_st.options import check_count
+
 _RESCORE_BYTES = 1 << 20  # fits in the cache of a core
 _PART = 32  # adjacent similarities that are inspected one by one only if their maximum is among the best
 
@@ -84,11 +86,12 @@ def top_k(
         (array([[2, 0]]), array([[0.6, 0. ]], dtype=float32))
     """
     left, right = _matrix(queries, "queries"), _matrix(corpus, "corpus")
-    if k < 1 or left.shape[1] != right.shape[1]:
-        raise ValueError(
-            f"k must be at least 1 and dimensions equal; got k = {k}, dimensions {left.shape[1]} and {right.shape[1]}"
-        )
+    check_count("k", k)
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(f"queries and corpus must have equal dimensions, got {left.shape[1]} and {right.shape[1]}")
     limit = np.full(len(left), np.inf) if max_similarity is None else np.asarray(max_similarity, dtype=np.float64)
+    if isinstance(max_similarity, bool) or np.isnan(limit).any():
+        raise ValueError(f"max_similarity must be a number, or one per query, got {max_similarity!r:.60}")
     limit = np.broadcast_to(limit, (len(left),))
     if exclude is not None and len(exclude) != len(left):
         raise ValueError(f"exclude has {len(exclude)} lists for {len(left)} queries")

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
+from unime_st.options import check_count
 from unime_st.scoring.prefix import PrefixEngine, PromptGroup
 from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder
 
@@ -101,8 +102,7 @@ class PairScorer:
         batch_size: int = 32,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
         self.transformer = transformer
         self.token_ids = list(token_ids)
         self.batch_size = batch_size

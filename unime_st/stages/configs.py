@@ -82,7 +82,7 @@ def read_config(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[ob
         logger.warning("%s: %s", path, sentence)
     for name in values:
         if name not in options:
-            raise OptionError(f"{path}, line {lines[name]}: {unknown_option(str(name), options)}")
+            raise OptionError(f"{path}, line {lines.get(name, 1)}: {unknown_option(str(name), options)}")
     return {name: (value, lines.get(name, 1)) for name, value in values.items()}
 
 
@@ -110,6 +110,8 @@ def _mapping(path: Path) -> tuple[dict[str, object], dict[str, int]]:
                 raise OptionError(f"{path}, line {line}: {key.value} was given in line {lines[key.value]} already.")
             lines[key.value] = line
         return yaml.safe_load(text), lines
+    except RecursionError:
+        raise OptionError(f"{path}: lists or mappings are nested too deeply.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -1,0 +1,50 @@
+"""mteb's registries: one entry for each model, facts for mteb's filters, benchmarks that follow the data folder."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import mteb
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from benchmarks.synthetic_mmeb import write_synthetic_mmeb
+from mteb_tasks.mmeb.subsets import subset_named
+
+
+def test_every_model_is_listed_once_and_with_its_size():
+    ours = [meta for meta in mteb.get_model_metas() if str(meta.name).startswith("unime/")]
+    names = [meta.name for meta in ours]
+    assert len(names) == len(set(names)) and "unime/unime-v2-2b" in names and "unime/unime-v2-reranker" not in names
+    for meta in ours:
+        assert meta.embed_dim and meta.n_parameters and meta.memory_usage_mb and meta.open_weights
+    small = mteb.get_model_metas(n_parameters_range=(None, 3_000_000_000), open_weights=True)
+    assert {"unime/unime-tiny", "unime/unime-v2-2b"} <= {meta.name for meta in small}
+
+
+@pytest.mark.parametrize("name", ["unime-v2-2b", "unime/unime-v2-2b", "TianchengGu/UniME-V2-Qwen2VL-2B"])
+def test_all_names_of_a_model(name: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert mteb.get_model_meta(name).name == "unime/unime-v2-2b"
+
+
+def test_benchmark_that_was_asked_for_before_its_data_were_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: SentenceTransformer
+):
+    monkeypatch.delenv("MMEB_EVAL_DIR", raising=False)
+    benchmark = mteb.get_benchmark("MMEB(eng, v1)")
+    task = next(task for task in benchmark.tasks if task.metadata.name == "MMEB-OVEN")
+    assert task.hf_subsets == ["default"]
+    for folder, queries in (("first", 3), ("second", 4)):
+        write_synthetic_mmeb(tmp_path / folder, subsets=[subset_named("OVEN")], queries=queries, candidates=3)
+        monkeypatch.setenv("MMEB_EVAL_DIR", str(tmp_path / folder))
+        monkeypatch.setattr(task, "run", ())  # the other subsets are not there
+        found = mteb.evaluate(tiny_model, [task], cache=None, co2_tracker=False, show_progress_bar=False)
+        assert 0 <= found.task_results[0].get_score() <= 1 and task.hf_subsets[0].startswith("local-")
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> SentenceTransformer:
+    return SentenceTransformer("unime-tiny", device="cpu")
