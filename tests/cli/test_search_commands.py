@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -92,7 +96,7 @@ def test_sources(sources: Path, caplog: pytest.LogCaptureFixture):
 
 
 def test_without_pypdfium2(sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setitem(__import__("sys").modules, "pypdfium2", None)
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
     (sources / "photos" / "report.pdf").touch()
     assert names("photos") == ["blue.jpg", "deep/red.png"] and "1 PDF files are left out: reading" in caplog.text
     with pytest.raises(ImportError, match="pip install 'unime-st"):
@@ -215,6 +219,33 @@ def test_an_interrupted_command_goes_on(
     assert main(["search", "index", "x"]) == 1
     assert "the build of this index was interrupted" in capsys.readouterr().err
     assert main(words) == 0
+
+
+SMALL_SHARDS = """
+import sys, unime_st.encoding.engine as engine
+engine.WINDOW = 50
+from unime_st.cli import main
+sys.exit(main(["index", "texts.csv", "--output", sys.argv[1], "--device", "cpu", "--batch-size", "1"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_build_equals_an_uninterrupted_one(sources: Path):
+    (sources / "texts.csv").write_text("text\n" + "".join(f"text number {number}\n" for number in range(1000)))
+    command = [sys.executable, "-c", SMALL_SHARDS, "index"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(Path("index.build").glob("vectors-*/*.npy"))) < 3:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not Path("index").exists()
+    kept = {path: path.stat().st_mtime_ns for path in Path("index.build").glob("vectors-*/*.npy")}
+    assert 3 <= len(kept) < 20
+    for name in ("index", "whole"):
+        subprocess.run([*command[:-1], name], check=True, capture_output=True)
+    files = sorted(path.name for path in Path("whole").iterdir())
+    assert files == sorted(path.name for path in Path("index").iterdir()) and len(files) == 4
+    for name in files:
+        assert Path("index", name).read_bytes() == Path("whole", name).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ per dimension, "binary" 1 bit (RaBitQ)."""
 
 _SAMPLE = 256  # vectors on which the recall of an approximate index is measured
 _BLOCK = 8192
-_GPU_LIMIT = 2048  # largest k that faiss supports on a GPU
+GPU_LIMIT = 2048
+"""Largest k that faiss supports on a GPU."""
 
 
 def check_kind(kind: str) -> None:
@@ -48,6 +49,7 @@ def make_engine(kind: Kind, vectors: np.ndarray) -> Any:
     elif kind == "ivf":
         lists = max(1, min(int(np.sqrt(count)), count // 39))  # 39 training vectors per list, as faiss asks for
         engine = module.IndexIVFFlat(module.IndexFlatIP(dim), dim, lists, metric)
+        engine.cp.min_points_per_centroid = 1  # few vectors have one list, of which faiss would warn
         engine.nprobe = max(min(lists, 8), lists // 16)
     elif kind == "sq8":
         engine = module.IndexScalarQuantizer(dim, module.ScalarQuantizer.QT_8bit, metric)
@@ -108,8 +110,8 @@ def search_engine(engine: Any, vectors: np.ndarray, k: int, removed: Collection[
     return engine.search(vectors, k, params=chosen)
 
 
-def on_gpu(engine: Any, kind: Kind, k: int) -> Any:
+def on_gpu(engine: Any, kind: Kind) -> Any:
     """Copy of an index on all GPUs; the index itself if faiss has no GPU, or no GPU version of the kind."""
-    if kind not in ("flat", "ivf") or k > _GPU_LIMIT or not hasattr(faiss, "StandardGpuResources"):
+    if kind not in ("flat", "ivf") or not hasattr(faiss, "StandardGpuResources"):
         return engine
     return faiss.index_cpu_to_all_gpus(engine) if faiss.get_num_gpus() else engine

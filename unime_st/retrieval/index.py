@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from unime_st.encoding.model_identity import model_state
 from unime_st.encoding.model_inputs import ModelInput, as_item
 from unime_st.files import atomic_folder, folder_lock
 from unime_st.retrieval.faiss_engine import (
+    GPU_LIMIT,
     Kind,
     check_kind,
     make_engine,
@@ -299,8 +300,8 @@ class Index:
         prompt = self.settings.query_prompt if query_prompt is None else query_prompt
         vectors, k = self._encode(parsed, prompt, batch_size), min(k, len(self))
         if self._gpu is None:
-            self._gpu = on_gpu(self._engine, self.settings.kind, k)
-        engine = self._engine if self._removed else self._gpu
+            self._gpu = on_gpu(self._engine, self.settings.kind)
+        engine = self._engine if self._removed or k > GPU_LIMIT else self._gpu
         scores, positions = search_engine(engine, vectors, k, self._removed)
         found = []
         for query, own_scores, own_positions in zip(parsed, scores.tolist(), positions.tolist(), strict=True):
@@ -391,8 +392,7 @@ class Index:
 
 def _reranked(query: Item, hits: list[Hit], reranker: CrossEncoder) -> list[Hit]:
     ranking = reranker.rank(_as_input(query), [_as_input(hit.item) for hit in hits])
-    chosen = [(hits[int(entry["corpus_id"])], float(entry["score"])) for entry in ranking]
-    return [Hit(hit.id, score, hit.similarity, hit.item) for hit, score in chosen]
+    return [replace(hits[int(entry["corpus_id"])], score=float(entry["score"])) for entry in ranking]
 
 
 def _as_input(item: Item) -> Any:
