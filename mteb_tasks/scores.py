@@ -11,7 +11,7 @@ from mteb_tasks import published
 from mteb_tasks.local_data import without_digest
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS
 from mteb_tasks.mmeb.tasks import mean_scores
-from mteb_tasks.mmeb_v2.comparison import compared_rows, comparison_table
+from mteb_tasks.mmeb_v2.comparison import compared_rows, comparison_table, profiles_of
 from mteb_tasks.mmeb_v2.leaderboard import AGGREGATE
 from mteb_tasks.preference_task import group_means
 from mteb_tasks.sugarcrepe import CATEGORIES, SugarCrepeByCategory
@@ -68,7 +68,12 @@ def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str
         >>> score_rows({"MMEB-GQA": {"default": {"main_score": 0.5}}}, "unime-v2")[0].score
         50.0
     """
-    of_v2 = [Row(row.name, row.score, is_mean=row.is_mean) for row in compared_rows(scores)]
+    profiles = profiles_of(scores)
+    of_v2 = [
+        Row(f"{row.name} ({profile})" if len(profiles) > 1 else row.name, row.score, is_mean=row.is_mean)
+        for profile in profiles
+        for row in compared_rows(scores, profile)
+    ]
     return [*_mmeb_rows(scores, model), *of_v2, *_other_rows(scores, model)]
 
 

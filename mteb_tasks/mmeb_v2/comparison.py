@@ -78,20 +78,32 @@ class ComparedRow:
     published: Mapping[str, float] = field(default_factory=dict)
 
 
-def compared_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[ComparedRow]:
+def profiles_of(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Names of the profiles that scores of MMEB-V2 were made with.
+
+    Args:
+        scores: ``{task: {subset: scores}}``; other tasks are left out.
+    """
+    rows = (row for task in LEADERBOARD for row in scores.get(task.task_name, {}).values())
+    return list(dict.fromkeys(str(row.get("profile")) for row in rows))
+
+
+def compared_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], profile: str) -> list[ComparedRow]:
     """Lay the scores of MMEB-V2 out as the leaderboard does.
 
     Args:
         scores: ``{task: {subset: scores}}``; other tasks are left out.
+        profile: Name of the profile; scores of another are left out.
 
     Returns:
         Tasks in the order of the leaderboard, then the means whose tasks are all there.
     """
     own, official = {}, {}
     for task in LEADERBOARD:
-        for row in scores.get(task.task_name, {}).values():  # one subset: the profile
-            own[task.key] = 100 * float(row["main_score"])
-            official[task.key] = 100 * float(row.get(OFFICIAL_METRIC, row["main_score"]))
+        for row in scores.get(task.task_name, {}).values():
+            if str(row.get("profile")) == profile:
+                own[task.key] = 100 * float(row["main_score"])
+                official[task.key] = 100 * float(row.get(OFFICIAL_METRIC, row["main_score"]))
     means = leaderboard_means(own)
     official |= leaderboard_means(official)
     names = {task.key: task.task_name for task in LEADERBOARD} | {name: f"{AGGREGATE} {name}" for name in means}
@@ -115,17 +127,17 @@ def comparison_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> s
         scores: ``{task: {subset: scores}}``.
 
     Returns:
-        The table and what is missing for an overall score; empty when there is no score of MMEB-V2.
+        For each profile the table and what is missing for an overall score; empty when there is no score of MMEB-V2.
 
     Example:
         >>> print(comparison_table({"MMEB-V2-VisRAG_ChartQA": {"vlm2vec": {"main_score": 0.8, "profile": "vlm2vec"}}}))
         MMEB-V2 (profile vlm2vec)  score  official  VLM2Vec-V2 2B ...
     """
-    rows = compared_rows(scores)
-    if not rows:
-        return ""
-    of_tasks = (row for task in LEADERBOARD for row in scores.get(task.task_name, {}).values())
-    head = f"{AGGREGATE} (profile {', '.join(sorted({str(row.get('profile')) for row in of_tasks}))})"
+    return "\n\n".join(_table(compared_rows(scores, profile), profile) for profile in profiles_of(scores))
+
+
+def _table(rows: Sequence[ComparedRow], profile: str) -> str:
+    head = f"{AGGREGATE} (profile {profile})"
     labels = [model.label for model in published_models()]
     width = max(len(head), *(len(row.name) for row in rows))
     lines = [f"{head:<{width}}  score  official  " + "  ".join(labels)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mteb_tasks.mmeb_v2.comparison import ComparedRow, compared_rows, missing_tasks, published_models
+from mteb_tasks.mmeb_v2.comparison import ComparedRow, compared_rows, missing_tasks, profiles_of, published_models
 from mteb_tasks.report.result_reader import ModelResults
 from unime_st.report.html import Content, Html, element, table
 
@@ -20,13 +20,13 @@ def published_section(models: Sequence[ModelResults]) -> Iterator[Html]:
     Args:
         models: Results.
     """
-    found = [(model, compared_rows(model.scores)) for model in models]
-    if not any(rows for _, rows in found):
+    found = list(_compared(models))
+    if not found:
         return
     yield element("h2", "MMEB-V2 beside published models")
     yield element("p", _NOTE)
     groups: list[tuple[str, list[list[Content]]]] = [
-        (_title(model, rows), [[row.name, *_cells(row, "–")] for row in rows]) for model, rows in found if rows
+        (title, [[row.name, *_cells(row, "–")] for row in rows]) for title, rows in found
     ]
     yield table(["task", "score", "official", *(model.label for model in published_models())], groups)
     sources = [element("li", f"{model.label}: {model.name}, {model.source}") for model in published_models()]
@@ -40,19 +40,23 @@ def published_markdown(models: Sequence[ModelResults]) -> list[str]:
         models: Results.
     """
     lines = []
-    for model in models:
-        if rows := compared_rows(model.scores):
-            labels = [published.label for published in published_models()]
-            lines += ["", f"## MMEB-V2: {_title(model, rows)}", "", _NOTE, ""]
-            lines.append("| task | score | official | " + " | ".join(labels) + " |")
-            lines.append("|---|" + "---:|" * (2 + len(labels)))
-            lines += [f"| {row.name} | " + " | ".join(_cells(row, "")) + " |" for row in rows]
+    for title, rows in _compared(models):
+        labels = [published.label for published in published_models()]
+        lines += ["", f"## MMEB-V2: {title}", "", _NOTE, ""]
+        lines.append("| task | score | official | " + " | ".join(labels) + " |")
+        lines.append("|---|" + "---:|" * (2 + len(labels)))
+        lines += [f"| {row.name} | " + " | ".join(_cells(row, "")) + " |" for row in rows]
     return lines
 
 
-def _title(model: ModelResults, rows: Sequence[ComparedRow]) -> str:
-    missing = missing_tasks(rows)
-    return f"{model.label} (no overall score: {missing} of 78 tasks are missing)" if missing else model.label
+def _compared(models: Sequence[ModelResults]) -> Iterator[tuple[str, list[ComparedRow]]]:
+    """Title and rows of each model and profile."""
+    for model in models:
+        for profile in profiles_of(model.scores):
+            rows = compared_rows(model.scores, profile)
+            missing = missing_tasks(rows)
+            note = f" (no overall score: {missing} of 78 tasks are missing)" if missing else ""
+            yield f"{model.label}, profile {profile}{note}", rows
 
 
 def _cells(row: ComparedRow, empty: str) -> list[str]:

@@ -12,6 +12,7 @@ from mteb_tasks.mmeb_v2.leaderboard import COLUMNS, LEADERBOARD, leaderboard_mea
 from mteb_tasks.mmeb_v2.ndcg import ndcg, official_ndcg
 from mteb_tasks.mmeb_v2.profiles import PAGE, PAGE_QUERY, joined
 from mteb_tasks.mmeb_v2.visdoc_sets import VISDOC_SETS
+from mteb_tasks.scores import score_rows
 
 
 def _read(file: Path) -> dict:
@@ -80,12 +81,17 @@ def test_scores_stand_beside_published_ones() -> None:
     """No overall score while tasks are missing; graded sets are compared by the official nDCG."""
     scores = {task.task_name: {"vlm2vec": {"main_score": 0.5, "profile": "vlm2vec"}} for task in LEADERBOARD}
     scores["MMEB-V2-ViDoSeek-doc"]["vlm2vec"]["ndcg_at_5_official"] = 0.4
-    assert {row.name: row.score for row in compared_rows(scores)}["MMEB-V2 Overall"] == 50.0
+    assert {row.name: row.score for row in compared_rows(scores, "vlm2vec")}["MMEB-V2 Overall"] == 50.0
     del scores["MMEB-V2-K700"]
-    rows = {row.name: row for row in compared_rows(scores)}
+    rows = {row.name: row for row in compared_rows(scores, "vlm2vec")}
     assert "MMEB-V2 Overall" not in rows and "MMEB-V2 Video CLS" not in rows
     assert (
         rows["MMEB-V2-ViDoSeek-doc"].official == 40.0 and rows["MMEB-V2-ViDoSeek-doc"].published["Qwen3-VL 8B"] == 86.1
     )
     assert rows["MMEB-V2 VisDoc OOD"].official == 47.5 and rows["MMEB-V2 VisDoc OOD"].published["Qwen3-VL 2B"] == 69.4
     assert "No overall score: 1 of 78 tasks are missing" in comparison_table(scores)
+    scores["MMEB-V2-GQA"]["qwen3-vl"] = {"main_score": 0.9, "profile": "qwen3-vl"}
+    assert [row.score for row in compared_rows(scores, "qwen3-vl")] == [90.0]  # profiles are never mixed
+    assert comparison_table(scores).count("(profile ") == 2
+    named = {row.name: row.score for row in score_rows(scores, "unime-v2")}
+    assert (named["MMEB-V2-GQA (vlm2vec)"], named["MMEB-V2-GQA (qwen3-vl)"]) == (50.0, 90.0)
