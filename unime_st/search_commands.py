@@ -182,7 +182,7 @@ def search(options: argparse.Namespace) -> int:
         write_gallery(options.html, zip(queries.values(), shown_hits, strict=True))
     if options.json:
         shown = [{"query": name, "hits": list(map(_as_dict, own))} for name, own in zip(queries, found, strict=True)]
-        content: Any = shown if options.queries else shown[0]["hits"]
+        content: object = shown if options.queries else shown[0]["hits"]
         sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return 0
     for name, own in zip(queries, found, strict=True):
@@ -204,6 +204,6 @@ def _queries(options: argparse.Namespace) -> dict[str, Item]:
     return {"": query}
 
 
-def _as_dict(hit: Hit) -> dict[str, Any]:
+def _as_dict(hit: Hit) -> dict[str, object]:
     path = hit.item.image.path if hit.item.image is not None else None
     return {"id": hit.id, "score": hit.score, "similarity": hit.similarity, "text": hit.item.text, "image": path}

@@ -90,7 +90,7 @@ def model_fingerprint(model: SentenceTransformer) -> str:
 
 def model_settings(
     model: torch.nn.Module, tokenizer_settings: Callable[[object], object] | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything besides weights, prompt and truncation that determines what a model computes, by name."""
     described = tokenizer_settings or _tokenizer_settings
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -46,7 +45,7 @@ class CostEstimate:
             )
         return f"{text}about {self.hours:.3g} hours here, {self.disk_mb:.3g} MB of scores"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the estimate as a dict for JSON."""
         return asdict(self)
 

@@ -138,7 +138,7 @@ def answer_cross_entropy(logits: Sequence[Tensor], weights: Tensor, answers: Seq
     return loss / len(weights)
 
 
-def append_tokens(features: dict[str, Any], tokens: Sequence[int]) -> None:
+def append_tokens(features: dict[str, Tensor], tokens: Sequence[int]) -> None:
     """Append a token to each left-padded prompt of a batch of features, in place.
 
     Example:

@@ -269,7 +269,7 @@ def _gather(vectors: VectorShards, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def _write(pairs: _MinedPairs, output: Path) -> dict[str, Any]:
+def _write(pairs: _MinedPairs, output: Path) -> dict[str, int]:
     with ShardWriter(output, "rows", POOL_SCHEMA) as shards, RejectedWriter(output) as rejected:
         for row, usable in enumerate(pairs.usable):
             query, positive = pairs.ids[pairs.query[row]], pairs.ids[pairs.positive[row]]

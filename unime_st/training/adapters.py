@@ -34,7 +34,7 @@ def load_options(args: StageArguments) -> dict[str, Any]:
     float32: in bfloat16 most updates are smaller than half the distance to the next number and would be lost.
     """
     dtype = _DTYPES.get(args.weights) or (computation_dtype(args) if args.lora_rank else torch.float32)
-    model_options: dict[str, Any] = {"dtype": dtype}
+    model_options: dict[str, object] = {"dtype": dtype}
     if args.quantize:
         model_options["quantization_config"] = _quantization(args)
     return {"model_kwargs": model_options, **({"device": "cpu"} if args.use_cpu else {})}

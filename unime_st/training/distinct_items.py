@@ -130,7 +130,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         return self.loss.model
 
     @model.setter
-    def model(self, model: Any) -> None:
+    def model(self, model: nn.Module) -> None:
         self.loss.model = model
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:

@@ -38,7 +38,7 @@ class _InPairs:
         self._model = model
         self.tokenizer = model.tokenizer
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         return self._model[index]
 
     def preprocess(self, inputs: Sequence[object], prompt: str | None = None) -> Features:
