@@ -99,7 +99,9 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _content(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # lone surrogates cannot be written again
+        return content
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): remove it and run the evaluation again") from error
 
