@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_embedder import tiny_embedder
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from word_judge import WordJudge
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
