@@ -126,10 +126,10 @@ def configurations(draw: random.Random, folder: Path) -> Iterator[Case]:
     ]  # fmt: skip
     packaged = sorted(FOLDER.glob("*/*.yaml"))
     for _ in range(30):
-        content = bytearray(draw.choice(packaged).read_bytes())
+        changed = bytearray(draw.choice(packaged).read_bytes())
         for _ in range(draw.randint(1, 4)):
-            content[draw.randrange(len(content))] = draw.randrange(256)
-        texts.append(bytes(content))
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        texts.append(bytes(changed))
     known = read_options("unime_st.stages.mine", "MineArguments")
     everything = {
         name: option
@@ -266,14 +266,8 @@ def _item(text: Any, image: Any) -> bool:
 
 def _record(folder: Path, positive: Any, logits: Any) -> bool:
     negatives = (Item("b"), Item("c"))
-    record = PairRecord(
-        Item("q"),
-        Item("p"),
-        "",
-        negatives,
-        positive,
-        logits if logits is None or isinstance(logits, int) else tuple(logits),
-    )
+    listed: Any = logits if logits is None or isinstance(logits, int) else tuple(logits)
+    record = PairRecord(Item("q"), Item("p"), "", negatives, positive, listed)
     found = RecordSet.write(folder, [record], {"source": "fuzz"})[0]
     return (
         found.positive_logit == positive

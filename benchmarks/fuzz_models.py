@@ -151,7 +151,8 @@ def judge_answers(draw: random.Random, folder: Path) -> Iterator[Case]:
     good: list[Any] = [{"token": "Yes", "logprob": -0.1}, {"token": "No", "logprob": -2.4}]
     filler = [{"token": f"t{number}", "logprob": -9.0 - number} for number in range(18)]
     yield Case("judge answers", "good", partial(_judges, _answer(good + filler), 2.3), valid=True)
-    for wrong in (None, "x", True, float("nan"), float("inf"), 3.0, [], {}, -1e400):
+    values: tuple[Any, ...] = (None, "x", True, float("nan"), float("inf"), 3.0, [], {}, -1e400)
+    for wrong in values:
         yield Case(
             "judge answers",
             f"logprob {wrong!r}",

@@ -83,7 +83,7 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     return TwoStage(embedder, reranker, name=name)
 
 
-def cache_folder(folder: Path, dtype: str, settings: dict[str, Any]) -> Path | None:
+def cache_folder(folder: Path, dtype: str, settings: dict[str, object]) -> Path | None:
     """Where the embeddings of a model at a setting are kept.
 
     Args:

@@ -117,7 +117,7 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
         prediction_folder: Path | None = None,
         num_proc: int | None = None,
         timer: TimingStack,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> dict[str, float]:
         from mteb_tasks.two_stage import TwoStage
 
@@ -209,5 +209,5 @@ def _unit_vectors(
     return dict(zip(distinct, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)))
 
 
-def _columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def _columns_of(rows: Sequence[dict[str, object]]) -> dict[str, list[object]]:
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from mteb_tasks import published
 from mteb_tasks.local_data import without_digest
 from mteb_tasks.mmeb.subsets import META_TASKS, SUBSETS
 from mteb_tasks.mmeb.tasks import mean_scores
-from mteb_tasks.mmeb_v2.comparison import compared_rows, comparison_table, profiles_of
+from mteb_tasks.mmeb_v2.comparison import SubsetScores, TaskScores, compared_rows, comparison_table, profiles_of
 from mteb_tasks.mmeb_v2.leaderboard import AGGREGATE
 from mteb_tasks.preference_task import group_means
 from mteb_tasks.sugarcrepe import CATEGORIES, SugarCrepeByCategory
@@ -54,7 +54,7 @@ class Row:
         return None if self.published is None else round(self.score - self.published, 1) + 0.0
 
 
-def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> list[Row]:
+def score_rows(scores: TaskScores, model: str) -> list[Row]:
     """Lay scores out in the order of the papers' tables.
 
     Args:
@@ -77,7 +77,7 @@ def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str
     return [*_mmeb_rows(scores, model), *of_v2, *_other_rows(scores, model)]
 
 
-def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> str:
+def score_table(scores: TaskScores, model: str) -> str:
     """Lay scores out as text, published numbers beside them.
 
     Args:
@@ -110,7 +110,7 @@ def score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
     return "\n".join([*lines, *(["", compared] if compared else [])])
 
 
-def caption_metrics(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+def caption_metrics(scores: TaskScores) -> dict[str, dict[str, float]]:
     """How often a right caption or image is among the first ones.
 
     Args:
@@ -131,7 +131,7 @@ def caption_metrics(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> di
     }
 
 
-def _mmeb_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> Iterator[Row]:
+def _mmeb_rows(scores: TaskScores, model: str) -> Iterator[Row]:
     names = sorted((name for name in scores if name in _ORDER and scores[name]), key=_ORDER.__getitem__)
     tasks = {name.removeprefix("MMEB-"): 100 * _main_score(scores[name]) for name in names}
     known = published.MMEB_TASKS.get(model, {})
@@ -151,7 +151,7 @@ def _mmeb_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str
             yield Row(f"{label} {_MEANS[name]}", means[name], reference.get(name), is_mean=True)
 
 
-def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str) -> Iterator[Row]:
+def _other_rows(scores: TaskScores, model: str) -> Iterator[Row]:
     captions = published.CAPTIONS.get(model, {})
     single: dict[str, float] = {}
     for task in sorted(scores, key=lambda name: (name not in _CAPTIONS, _CAPTIONS.get(name, ()))):
@@ -178,5 +178,5 @@ def _other_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], model: st
             yield Row(label, statistics.fmean(single[name] for name in names), reference, is_mean=True)
 
 
-def _main_score(subsets: Mapping[str, Mapping[str, Any]]) -> float:
+def _main_score(subsets: SubsetScores) -> float:
     return float(next(iter(subsets.values()))["main_score"])

@@ -40,10 +40,10 @@ class MMEBV2(BenchmarkAggregate):
         self.metadata = profiled(self.metadata, current_profile())
         super().__init__(**kwargs)
 
-    def means(self, score_of: Mapping[str, float]) -> dict[str, Any]:
+    def means(self, score_of: Mapping[str, float]) -> dict[str, object]:
         """Complete means, in lower case with underscores, and the profile; see `leaderboard_means`."""
         found = leaderboard_means(score_of)
-        scores: dict[str, Any] = {name.lower().replace(" ", "_").replace("-", "_"): found[name] for name in found}
+        scores = {name.lower().replace(" ", "_").replace("-", "_"): found[name] for name in found}
         main = found.get("Overall")
         return {**scores, MMEBV2.metadata.main_score: main, "main_score": main, "profile": current_profile().name}
 

@@ -11,6 +11,10 @@ from typing import Any
 
 from mteb_tasks.mmeb_v2.leaderboard import AGGREGATE, LEADERBOARD, leaderboard_means
 
+SubsetScores = Mapping[str, Mapping[str, Any]]
+"""``{subset: {metric: value}}``"""
+TaskScores = Mapping[str, SubsetScores]
+"""``{task: {subset: {metric: value}}}``"""
 OFFICIAL_METRIC = "ndcg_at_5_official"
 _NO_OVERALL = (
     "No overall score: {missing} of 78 tasks are missing (the 18 video tasks are not in this release). Published models "
@@ -78,7 +82,7 @@ class ComparedRow:
     published: Mapping[str, float] = field(default_factory=dict)
 
 
-def profiles_of(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def profiles_of(scores: TaskScores) -> list[str]:
     """Names of the profiles that scores of MMEB-V2 were made with.
 
     Args:
@@ -88,7 +92,7 @@ def profiles_of(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[s
     return list(dict.fromkeys(str(row.get("profile")) for row in rows))
 
 
-def compared_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], profile: str) -> list[ComparedRow]:
+def compared_rows(scores: TaskScores, profile: str) -> list[ComparedRow]:
     """Lay the scores of MMEB-V2 out as the leaderboard does.
 
     Args:
@@ -120,7 +124,7 @@ def compared_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], profile
     ]
 
 
-def comparison_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def comparison_table(scores: TaskScores) -> str:
     """Lay the scores of MMEB-V2 out as text, published models beside them.
 
     Args:

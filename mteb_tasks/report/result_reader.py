@@ -147,7 +147,7 @@ def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
             model.superseded.append(task)
 
 
-def _row_name(row: Mapping[str, Any], split: str, splits: int) -> str:
+def _row_name(row: Mapping[str, object], split: str, splits: int) -> str:
     """Name of a subset; tasks of others may have several splits, which must not take each other's place."""
     return str(row["hf_subset"]) if splits == 1 else f"{row['hf_subset']} ({split})"
 
@@ -165,7 +165,7 @@ def _attach(models: list[ModelResults], files: list[Path]) -> None:
     """Give every model the predictions that carry its name and revision."""
     for file in files:
         try:
-            made_by: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))["mteb_model_meta"]
+            made_by: Mapping[str, object] = json.loads(file.read_text(encoding="utf-8"))["mteb_model_meta"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error!r}): remove it, or evaluate again") from error
         task = file.name.removesuffix(_PREDICTIONS)
