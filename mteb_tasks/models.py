@@ -30,11 +30,11 @@ _RELEASES = {
     "unime-v2": (3584, 8_030_807_584, "2025-10-15"),
     "unime-v2-2b": (1536, 2_208_985_600, "2025-10-15"),
     "unime-v2-7b": (3584, 8_291_375_616, "2025-10-15"),
-    "unime-v1-phi3.5": (3072, 4_146_621_440, "2025-04-24"),
-    "unime-v1-llava1.6": (4096, 7_566_747_648, "2025-04-24"),
-    "unime-v1-llava-ov": (3584, 8_030_807_584, "2025-04-24"),
+    "unime-v1-phi3.5": (3072, None, "2025-04-24"),
+    "unime-v1-llava1.6": (4096, None, "2025-04-24"),
+    "unime-v1-llava-ov": (3584, None, None),
 }
-"""Width, parameters (those of the backbone) and date of the released models."""
+"""Width, parameters and date of the released models, None where unknown; those of Qwen2-VL follow from its sizes."""
 RELEASED_RERANKER = "unime-v2-reranker"
 
 
@@ -172,9 +172,9 @@ def _facts(alias: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if alias in _RELEASES:
         width, parameters, date = _RELEASES[alias]
+        found = {"embed_dim": width, "n_parameters": parameters, "release_date": date}
         # Weights are released in 16 bits.
-        found = {"embed_dim": width, "n_parameters": parameters, "memory_usage_mb": parameters * 2 / 2**20}
-        found["release_date"] = date
+        found["memory_usage_mb"] = None if parameters is None else parameters * 2 / 2**20
     folder = PACKAGED if alias == TINY else local_folder(alias) if is_alias(alias) else None
     with suppress(ValueError, OSError, KeyError, SafetensorError):
         found |= _measured(folder) if folder is not None else {}

@@ -57,7 +57,12 @@ PRIVATE_NAMES = tuple(
     for path, parameters, use in (
         # Patched here.
         ("sentence_transformers.base.model:BaseModel.__init__", "self model_name_or_path", "resolves aliases"),
-        ("sentence_transformers.base.modules:Transformer.max_seq_length", "", "warns where nothing is truncated"),
+        ("sentence_transformers.base.modules:Transformer.max_seq_length", "", "bare backbones store no truncation"),
+        (
+            "sentence_transformers.base.modules:Transformer._chat_template_suffix_ids",
+            "self conversation",
+            "the end of the prompt is restored in rows with images",
+        ),
         ("transformers:AutoConfig.from_pretrained", "", "registers our model types first"),
         ("transformers:AutoProcessor.from_pretrained", "", "registers our model types first"),
         ("transformers:AutoImageProcessor.from_pretrained", "", "registers our model types first"),
@@ -145,17 +150,53 @@ def patch_sentence_transformers(
 
 
 def patch_max_seq_length() -> None:
-    """Warn when ``max_seq_length`` is set on a model that never truncates, as folders of bare backbones do."""
+    """Let ``max_seq_length`` truncate the rows of embedders in folders of bare backbones, from when it is set.
+
+    Such folders store ``truncation=False``, because the processors of transformers cut off the end of the prompt of
+    rows with images, where the embedding is read. Until a length is set, theirs is None. Setting one also stores
+    ``truncation="only_first"``: the same for single rows, and the mark that the end of the prompt is restored in rows
+    with images, too.
+    """
     from sentence_transformers.base.modules.transformer import Transformer
 
     stock: Any = Transformer.max_seq_length
+    suffix = Transformer._chat_template_suffix_ids
+
+    def truncation(self: Transformer) -> object:
+        return (getattr(self, "processing_kwargs", None) or {}).get("text", {}).get("truncation")
+
+    def get_max_seq_length(self: Transformer) -> int | None:
+        endless = truncation(self) is False and self.transformer_task == "feature-extraction"
+        return None if endless else stock.fget(self)
 
     def set_max_seq_length(self: Transformer, value: int | None) -> None:
-        if (getattr(self, "processing_kwargs", None) or {}).get("text", {}).get("truncation") is False:
-            logger.warning("max_seq_length has no effect: this model never truncates, see docs/checkpoints.md")
+        if truncation(self) in (False, _CUT_ON_REQUEST):
+            if self.transformer_task != "feature-extraction":
+                logger.warning("max_seq_length has no effect: a pair is never truncated, see docs/checkpoints.md")
+            else:
+                text = {**self.processing_kwargs["text"], "truncation": False if value is None else _CUT_ON_REQUEST}
+                self.processing_kwargs = {**self.processing_kwargs, "text": text}
+                if value is None:
+                    return
         stock.fset(self, value)
 
-    setattr(Transformer, "max_seq_length", property(stock.fget, set_max_seq_length))  # noqa: B010
+    @functools.wraps(suffix)
+    def chat_template_suffix_ids(self: Transformer, conversation: Any, *args: Any, **kwargs: Any) -> list[int]:
+        if truncation(self) == _CUT_ON_REQUEST:
+            conversation = [_without_images(message) for message in conversation]
+        return suffix(self, conversation, *args, **kwargs)
+
+    setattr(Transformer, "max_seq_length", property(get_max_seq_length, set_max_seq_length))  # noqa: B010
+    setattr(Transformer, "_chat_template_suffix_ids", chat_template_suffix_ids)  # noqa: B010
+
+
+_CUT_ON_REQUEST = "only_first"
+
+
+def _without_images(message: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(content := message.get("content"), list):
+        return message
+    return {**message, "content": [part for part in content if part.get("type") == "text"]}
 
 
 def inference_device(model: BaseModel, device: int | str | torch.device | None) -> torch.device:

@@ -78,7 +78,14 @@ def test_text_fast_path_equals_preprocess(embedder: Get, name: str, prompt: str 
     for key, value in expected.items():
         assert torch.equal(made[key], value) if torch.is_tensor(value) else made[key] == value
     special = next(token.content for token in model.tokenizer.added_tokens_decoder.values() if token.special)
-    assert path.tokens([f"a {special} b", "<|image_1|> what", "word " * 3000]) == [None] * 3
+    assert path.tokens([f"a {special} b", "<|image_1|> what"]) == [None] * 2
+    model_max_length, limit = model.tokenizer.model_max_length, model.max_seq_length
+    try:
+        model.max_seq_length = 40
+        assert TextFastPath(model, prompt).tokens(["word " * 90]) == [None]
+    finally:
+        model.max_seq_length = limit
+        model.tokenizer.model_max_length = model_max_length
 
 
 def test_text_fast_path_is_off_for_templates_that_change_texts(embedder: Get):

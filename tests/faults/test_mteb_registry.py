@@ -18,9 +18,17 @@ def test_every_model_is_listed_once_and_with_its_size():
     names = [meta.name for meta in ours]
     assert len(names) == len(set(names)) and "unime/unime-v2-2b" in names and "unime/unime-v2-reranker" not in names
     for meta in ours:
-        assert meta.embed_dim and meta.n_parameters and meta.memory_usage_mb and meta.open_weights
+        assert meta.embed_dim and meta.open_weights
+        assert bool(meta.n_parameters) == bool(meta.memory_usage_mb) == ("unime-v1" not in str(meta.name))
     small = mteb.get_model_metas(n_parameters_range=(None, 3_000_000_000), open_weights=True)
     assert {"unime/unime-tiny", "unime/unime-v2-2b"} <= {meta.name for meta in small}
+
+
+def test_the_size_of_the_8b_model_is_the_one_of_mteb_s_own_entry():
+    ours, theirs = map(mteb.get_model_meta, ("unime/unime-v2", "TianchengGu/UniME-V2-LLaVA-OneVision-8B"))
+    assert (ours.n_parameters, ours.embed_dim) == (theirs.n_parameters, theirs.embed_dim)
+    assert ours.memory_usage_mb == pytest.approx(theirs.memory_usage_mb, rel=1e-4)
+    assert ours.release_date == theirs.release_date and ours.license == theirs.license
 
 
 @pytest.mark.parametrize("name", ["unime-v2-2b", "unime/unime-v2-2b", "TianchengGu/UniME-V2-Qwen2VL-2B"])

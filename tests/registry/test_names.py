@@ -8,14 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from peft import LoraConfig
+from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel
 
 import unime_st
+from unime_st import Item, UniME
 from unime_st.checkpoints import convert
+from unime_st.encoding import encode_items
 from unime_st.files import folder_lock
 from unime_st.paths import AliasError, check_alias, home, local_folder
 from unime_st.registry import is_alias, known_aliases, resolve
@@ -206,12 +211,43 @@ def test_an_alias_error_has_no_traceback_of_other_libraries(models: Path) -> Non
     assert raised.value.__cause__ is None and raised.value.__suppress_context__
 
 
-def test_setting_a_length_that_has_no_effect_warns(caplog: pytest.LogCaptureFixture, checkpoint: Get) -> None:
+@pytest.mark.parametrize("class_", [SentenceTransformer, UniME])
+def test_a_length_cuts_rows_of_a_bare_backbone_and_keeps_the_end_of_the_prompt(
+    tmp_path: Path, class_: type[SentenceTransformer]
+) -> None:
+    model = class_("unime-tiny", device="cpu")
+    words, image = "word " * 500, Image.new("RGB", (56, 56), "red")
+    rows: list[Any] = [words, {"image": image, "text": words}, "a red circle"]
+    whole = model.preprocess(rows)["input_ids"]
+    tail = model.preprocess(["a"])["input_ids"][0, -2:].tolist()
+    assert model.max_seq_length is None and whole.shape[1] > 1000
+    before = model.encode(rows)
+    model.max_seq_length = 64
+    for _ in range(2):
+        cut = model.preprocess(rows)
+        assert model.max_seq_length == 64 and cut["input_ids"].shape[1] == 64
+        assert [row[-2:].tolist() for row in cut["input_ids"][:2]] == [tail, tail]
+        after = model.encode(rows)
+        assert np.allclose(after[2], before[2], atol=1e-5) and not np.allclose(after[0], before[0], atol=1e-2)
+        assert np.allclose(encode_items(model, [Item(words), Item("a red circle")]), after[[0, 2]], atol=1e-5)
+        model.save_pretrained(str(tmp_path / "saved"))
+        model = class_(str(tmp_path / "saved"), device="cpu")
+    model.max_seq_length = None
+    assert model.preprocess(rows)["input_ids"].shape == whole.shape
+
+
+def test_image_tokens_beyond_the_length_are_refused() -> None:
     model = SentenceTransformer("unime-tiny", device="cpu")
-    assert "max_seq_length" not in caplog.text
+    model.max_seq_length = 4
+    with pytest.raises(ValueError, match="image"):
+        model.encode([{"image": Image.new("RGB", (224, 224), "red"), "text": "a"}])
+
+
+def test_pairs_are_never_truncated(caplog: pytest.LogCaptureFixture, converted: Get) -> None:
+    model = CrossEncoder(str(converted("unime-v2-reranker")), device="cpu")
+    limit = model.max_seq_length
     model.max_seq_length = 16
-    assert caplog.text.count("max_seq_length has no effect") == 1
-    assert model.preprocess(["word " * 100])["input_ids"].shape[1] > 100
+    assert limit is not None and "a pair is never truncated" in caplog.text
 
 
 def test_a_length_that_has_an_effect_does_not_warn(

@@ -29,7 +29,7 @@ from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
 from unime_st.reranking import UniMEReranker
-from unime_st.training.resume import last_whole_checkpoint
+from unime_st.training.resume import last_whole_checkpoint, seal_checkpoint
 from unime_st.training.trainer import EmbedderTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,3 +338,24 @@ def test_the_judge_was_asked_about_every_pair_once(run: Path) -> None:
     scores = Scores(run / "scores")
     pairs = [(row["query"], candidate) for row in scores.row_shards.rows() for candidate in row["candidates"]]
     assert len(pairs) == len({(query, candidate) for query, candidate in pairs}) > 100
+
+
+@pytest.mark.parametrize("size", [100, 80 << 20])
+def test_a_checkpoint_with_a_changed_byte_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+    checkpoints = tmp_path / "checkpoints"
+    for step in (2, 4):
+        folder = checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+        with (folder / "optimizer.pt").open("wb") as file:
+            file.truncate(size)
+        seal_checkpoint(folder)
+    assert last_whole_checkpoint(checkpoints) == str(folder)
+    with (folder / "optimizer.pt").open("r+b") as file:
+        file.seek(size * 2 // 3)
+        file.write(b"x")
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-2")
+    assert "optimizer.pt has changed" in caplog.text and not folder.exists()

@@ -7,21 +7,24 @@ import logging
 import shutil
 from pathlib import Path
 
-from unime_st.files import content_digest, write_json
+from unime_st.files import file_digests, write_json
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in the output folder of a stage."""
 FILES = "files.json"
 _STATE = "trainer_state.json"
-_DIGESTED = 64 << 20
-"""Larger files are known by their size alone: reading the optimizer of a large model would take minutes."""
 
 
 def seal_checkpoint(folder: Path) -> None:
     """Write the list of the files of a finished checkpoint."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILES]
-    write_json(folder / FILES, {str(path.relative_to(folder)): _signature(path) for path in files})
+    names = [path.relative_to(folder).as_posix() for path in files]
+    found = file_digests(folder, names)
+    write_json(
+        folder / FILES,
+        {name: {"bytes": path.stat().st_size, "digest": found[name]} for name, path in zip(names, files)},
+    )
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -48,11 +51,8 @@ def _damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _signature(path) != signature:
+        if path.stat().st_size != signature["bytes"]:
             return f"{name} has changed"
-    return None
-
-
-def _signature(path: Path) -> dict[str, int | str]:
-    size = path.stat().st_size
-    return {"bytes": size, **({"digest": content_digest(path)} if size <= _DIGESTED else {})}
+    digests = {name: signature["digest"] for name, signature in listed.items() if "digest" in signature}
+    found = file_digests(checkpoint, digests)
+    return next((f"{name} has changed" for name in digests if found[name] != digests[name]), None)
