@@ -81,8 +81,15 @@ def test_text_fast_path_equals_preprocess(embedder: Get, name: str, prompt: str 
     assert path.tokens([f"a {special} b", "<|image_1|> what"]) == [None] * 2
     model_max_length, limit = model.tokenizer.model_max_length, model.max_seq_length
     try:
-        model.max_seq_length = 40
+        model.max_seq_length = 100
         assert TextFastPath(model, prompt).tokens(["word " * 90]) == [None]
+        model.max_seq_length = 16
+        short = TextFastPath(model, prompt)
+        assert not short.usable or short.tokens(["word " * 90]) == [None]
+        texts = ["word " * number for number in range(_MIN_TEXTS)]
+        np.testing.assert_allclose(
+            encode_items(model, texts, prompt=prompt), model.encode(texts, prompt=prompt), atol=2e-5
+        )
     finally:
         model.max_seq_length = limit
         model.tokenizer.model_max_length = model_max_length
