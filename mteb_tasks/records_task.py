@@ -22,8 +22,8 @@ class RecordsRetrieval(ItemRetrievalTask):
 
     One subset per ``dataset`` name in the records. Every positive paired with the same query (by content) counts as
     relevant, so duplicates in the data are not punished. Of a folder made by `unime_st.data.pdf_pages.import_pdf_pages`
-    all pages are the corpus, and a page is named by its file and number (``"report.pdf#page=3"``). In results, the name of a subset carries a digest of the
-    records, so a score of other records is never taken for that of these.
+    all pages are the corpus, and a page is named by its file and number (``"report.pdf#page=3"``). In results, the name
+    of a subset carries a digest of the records, so a score of other records is never taken for that of these.
 
     Args:
         folder: A record folder, for instance made by `unime_st.data.importing.import_records`.

@@ -101,8 +101,9 @@ def mine(
     """Mine hard-negative candidates for every pair among the positives of all other pairs (UniME-V2).
 
     Every distinct item is encoded once, to float16 shards on disk. Candidates are the exact nearest neighbors among
-    these vectors by the similarity function of the model (cosine or dot), with its default prompt. Excluded from the candidates of a query are
-    all its positives in the records, the query itself, and items with equal content. An interrupted run resumes.
+    these vectors by the similarity function of the model (cosine or dot), with its default prompt. Excluded from the
+    candidates of a query are all its positives in the records, the query itself, and items with equal content. An
+    interrupted run resumes.
 
     Memory holds blocks of :func:`~unime_st.retrieval.top_k`, the float16 vectors of one pool's distinct positives
     (2 x dim bytes each) and of 65,536 queries, 8 x ``num_candidates`` bytes of results per pair, and a few hundred bytes
@@ -124,7 +125,8 @@ def mine(
         embed: Encoder of the items that uses the same model, see :class:`unime_st.stages.ray_engine.Cluster`. Defaults to
             None, this process.
         vectors: Folder of the vectors (2 x dim bytes per item). Runs on the same records and model that share this
-            folder encode only once, :meth:`Index.build <unime_st.retrieval.Index.build>` included. Defaults to None, ``vectors`` in the output folder.
+            folder encode only once, :meth:`Index.build <unime_st.retrieval.Index.build>` included. Defaults to None,
+            ``vectors`` in the output folder.
         overwrite: Replace an output made with other options, and vectors of other records or another model. Defaults
             to False.
 
