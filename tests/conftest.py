@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tqdm.auto
 from filelock import FileLock
 
 # `--doctest-modules` takes every file for a module; files of the same name in several folders are not importable.
@@ -15,6 +17,12 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 KEPT_GOLDEN = Path(__file__).resolve().parent / "golden"
 
 Make = Callable[[Path], object]
+
+# Some tests fork and kill the child. tqdm's own lock is shared between processes: a child that is killed while it draws
+# would keep it for ever, and its monitor thread could hold it at the fork.
+for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+    bar.set_lock(threading.RLock())
+    bar.monitor_interval = 0
 
 
 def _existing(config: pytest.Config, option: str) -> Path:

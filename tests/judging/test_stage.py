@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_embedder import tiny_embedder
-from tqdm.auto import tqdm
 from word_judge import WordJudge
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
@@ -175,7 +174,6 @@ def test_corrupt_images_are_set_aside_and_the_rest_is_judged(tmp_path: Path):
 
 
 def _judge_slowly(folder: Path, output: Path) -> None:
-    tqdm.set_lock(threading.RLock())  # killed while it holds the shared lock, it would block the parent for ever
     judge_pools(folder, WordJudge(pause=0.3), output, shard_size=1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from tiny_embedder import tiny_embedder
-from tqdm import tqdm
 
 from unime_st.data import Item, PairRecord, RecordSet, StageConflictError, is_complete
 from unime_st.encoding import VectorShards, encode_items
@@ -138,7 +136,6 @@ def test_finished_pools_are_kept_and_other_options_refused(records: RecordSet, t
 
 
 def _mine_slowly(folder: Path, output: Path) -> None:
-    tqdm.set_lock(threading.RLock())  # killed while it holds the shared lock, it would block the parent for ever
     torch.set_num_threads(1)  # the parent's thread pool does not survive the fork
     embedding._CHUNK, encode = 4, embedding.encode_items
 
