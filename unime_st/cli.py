@@ -141,6 +141,31 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: unime export unime-tiny --to plain --output runs/plain"
+    parser.add_argument("model", metavar="ALIAS_OR_FOLDER", help="model to export, e.g. unime-v2")
+    parser.add_argument(
+        "--to", choices=("plain",), default="plain", help="layout: stock classes, no unime-st (default: plain)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--allow-drift", action="store_true", help="export even if stock classes give other vectors")
+    parser.add_argument("--device", help="e.g. cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from unime_st.checkpoints.plain_export import PARITY, export_plain
+    from unime_st.files import read_json
+    from unime_st.registry import resolve
+
+    chosen = {name: getattr(options, name) for name in ("allow_drift", "device", "overwrite")}
+    folder = export_plain(resolve(options.model), options.output, **chosen)
+    for kind, value in read_json(folder / PARITY)["measured"].items():
+        sys.stdout.write(f"{'1 - difference' if kind == 'pair' else 'cosine'} {value:.6f}  {kind}\n")
+    _print_usage(folder, str(folder))
+    return 0
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: unime report results/ --output report"
     parser.add_argument("folders", nargs="+", metavar="RESULTS_DIR", help="--output-folder of `mteb run`, or below it")
@@ -192,6 +217,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "search": Command("search an index by text or image", search_commands.search_arguments, search_commands.search),
     "merge": Command("average the weights of models", _merge_arguments, _merge),
+    "export": Command("export a model for stock Sentence Transformers", _export_arguments, _export),
     "report": Command("tabulate mteb results beside the published scores", _report_arguments, _report),
 }
 

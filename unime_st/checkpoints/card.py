@@ -1,4 +1,4 @@
-"""Model cards: that of a converted folder, and the data of the cards of models trained from it."""
+"""Model cards: those of converted and exported folders, and the data of the cards of models trained from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from transformers import ProcessorMixin
 
 from unime_st.checkpoints.native_folder import CONVERSION_RECORD
-from unime_st.recipes import Recipe
+from unime_st.files import read_json
+from unime_st.recipes import ImageRule, Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -26,6 +27,44 @@ _PAPERS = {
     "v1": "Breaking the Modality Barrier: Universal Embedding Learning with Multimodal LLMs (arXiv 2504.17432)",
     "v2": "UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning (arXiv 2510.13515)",
 }
+_PLAIN_CARD = """\
+# {title}, for stock Sentence Transformers
+
+This folder loads in transformers and Sentence Transformers without other packages. It was exported by `unime export`.
+
+```python
+from PIL import Image
+from sentence_transformers import {kind}
+
+model = {kind}("path/to/this/folder")
+{call}
+```
+
+## What the client has to do
+
+{images}
+- Prompts are in `config_sentence_transformers.json`. The chat template puts them into the system message.
+- Texts are not truncated. Shorten long ones.
+- {output}
+
+## Parity
+
+`parity.json` holds an image, inputs, and what the original gives for them in float32. The lowest cosine of this folder
+(of a score: 1 minus the difference):
+
+{measured}
+
+If your stack gives less, check the image preparation, the prompt, the special tokens, the pooling and the data type, in
+this order.
+"""
+_PLAIN_IMAGES = """\
+- Images are {size}, and converted by this function before the processor sees them:
+
+```python
+{code}
+```
+
+- The original prepares images with the {backend} backend of transformers. With another one some pixels differ by 1/255."""
 
 
 def write_card(
@@ -107,6 +146,72 @@ def _facts(recipe: Recipe, processor: Any) -> list[str]:
         facts.append(f"EXIF orientation {'applied' if rule['exif'] else 'ignored'}; transparency: {rule['alpha']}.")
         facts.append(f"Image backend: {processor.image_backend}.")
     return facts
+
+
+def write_plain_card(part: Path, folder: Path, processor: Any, measured: Mapping[str, float]) -> None:
+    """Write ``README.md`` of a folder exported for stock classes: use, what the client has to do, measured parity.
+
+    ``folder`` is the original, whose license and base are named, ``measured`` its lowest cosine by kind of input.
+    """
+    card, settings = folder / CARD, read_json(part / "config_sentence_transformers.json")
+    metadata = (metadata_load(card) if card.is_file() else None) or {}
+    image, images = (
+        'Image.open("street.jpg")',
+        "- Images need no preparation: the processor of this folder does it all.",
+    )
+    if (fields := getattr(processor, "image_rule", None)) is not None:
+        image, side = f"prepare({image})", processor.image_side
+        size = f"squashed to {side} x {side} pixels, whatever their shape" if side else "kept in their size"
+        code = client_code(ImageRule(**fields), side)
+        images = _PLAIN_IMAGES.format(size=size, code=code, backend=processor.image_backend)
+    call = f'vectors = model.encode(["a red car", {{"image": {image}, "text": "What color is the car?"}}])'
+    output = "The embedding is the last hidden state, pooled as `1_Pooling/config.json` says, normalized to length 1."
+    if settings["model_type"] == "CrossEncoder":
+        call = f'scores = model.predict([("a red car", {{"image": {image}}})])'
+        output = "The score is the sigmoid of the difference of the two logits in `1_LogitScore/config.json`."
+    front = ["---", "library_name: sentence-transformers"]
+    front += [f"{name}: {metadata[name]}" for name in ("license", "base_model") if isinstance(metadata.get(name), str)]
+    text = _PLAIN_CARD.format(
+        title=folder.resolve().name,
+        kind=settings["model_type"],
+        call=call,
+        images=images,
+        output=output,
+        measured="\n".join(f"- {kind}: {value:.6f}" for kind, value in measured.items()),
+    )
+    (part / CARD).write_text("\n".join([*front, "---", "", text]), encoding="utf-8")
+
+
+def client_code(rule: ImageRule, side: int | None) -> str:
+    """Python function ``prepare`` that does to a PIL image what the image rule says.
+
+    Example:
+        >>> print(client_code(ImageRule(exif=False), 336))
+        from PIL import Image, ImageOps
+        <BLANKLINE>
+        <BLANKLINE>
+        def prepare(image):
+            image = image.resize((336, 336))
+            image = image.convert("RGB")
+            image.info = {}  # so that nothing turns it by its EXIF orientation
+            return image
+    """
+    lines = ["from PIL import Image, ImageOps", "", "", "def prepare(image):"]
+    if side is not None:
+        lines.append(f"    image = image.resize(({side}, {side}))")
+    if rule.exif:
+        lines.append("    image = ImageOps.exif_transpose(image)")
+    if rule.alpha == "white":
+        lines += [
+            '    if image.mode == "RGBA":',
+            '        white = Image.new("RGB", image.size, (255, 255, 255))',
+            '        white.paste(image, mask=image.getchannel("A"))',
+            "        image = white",
+        ]
+    lines += ['    image = image.convert("RGB")']
+    return "\n".join(
+        [*lines, "    image.info = {}  # so that nothing turns it by its EXIF orientation", "    return image"]
+    )
 
 
 class _NeedsUniME:
