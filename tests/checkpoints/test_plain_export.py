@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
 from unime_st.backbones.image_rules import prepare_image
-from unime_st.checkpoints import CheckpointError
+from unime_st.checkpoints import CheckpointError, convert
 from unime_st.checkpoints.card import client_code
 from unime_st.checkpoints.checks import sample_image
 from unime_st.checkpoints.plain_export import PARITY, export_plain
@@ -28,8 +31,10 @@ pytestmark = pytest.mark.slow
 Get = Callable[[str], Path]
 RULED = ("unime-v2", "unime-v1-llava-ov", "unime-v1-llava1.6", "unime-v2-reranker")
 BARE = ("unime-tiny", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-1.6", "llava-onevision", "internvl3", "smolvlm")
-SAVED = "saved"
-"""A model with an image rule after `save_pretrained`, as training leaves it."""
+SAVED, STYLED = "saved", "styled"
+"""A model with an image rule after `save_pretrained`, as training leaves it; one with a variable for its template."""
+CLIENTS = (*RULED, SAVED, STYLED)
+"""Exports whose client has to prepare images."""
 
 CLIENT = """
 import base64, io, json, re, sys
@@ -53,11 +58,13 @@ def cosine(a, b):
 def bare_transformers(folder, item, image):
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    settings = json.loads((folder / "sentence_bert_config.json").read_text())
+    variables = settings["processing_kwargs"].get("chat_template", {})
     parts = [{"type": "image", "image": image}] * item["image"]
     parts += [{"type": "text", "text": item["text"]}] if item["text"] else []
     features = processor.apply_chat_template(
         [[{"role": "user", "content": parts}]], tokenize=True, return_dict=True, return_tensors="pt",
-        add_generation_prompt=True,
+        **variables,
     )
     with torch.no_grad():
         return model(**features).last_hidden_state[0, -1].numpy()
@@ -97,12 +104,14 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def exported(converted: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one export for each name of `RULED` and `BARE`, and that of a saved model."""
+def exported(checkpoint: Get, converted: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with one export for each name of `BARE` and `CLIENTS`."""
     root = tmp_path_factory.mktemp("exported")
     SentenceTransformer(str(converted("unime-v2")), device="cpu").save_pretrained(str(root / "trained"))
+    mmeb = root / "mmeb"
+    convert(checkpoint("unime-v1-llava1.6"), "unime-v1-llava1.6", output=mmeb, image_size=84, style="mmeb")
     sources: dict[str, str | Path] = {name: converted(name) for name in (*RULED, *BARE[1:])}
-    for name, source in {"unime-tiny": "unime-tiny", SAVED: root / "trained", **sources}.items():
+    for name, source in {"unime-tiny": "unime-tiny", SAVED: root / "trained", STYLED: mmeb, **sources}.items():
         export_plain(source, root / name, device="cpu")
     return root
 
@@ -111,7 +120,7 @@ def exported(converted: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process without this package makes of the exported folders."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    folders = [str(exported / name) for name in (*RULED, *BARE, SAVED)]
+    folders = [str(exported / name) for name in (*BARE, *CLIENTS)]
     done = subprocess.run(
         [sys.executable, "-c", CLIENT, *folders],
         env={**environment, "UNIME_ST_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"},
@@ -125,7 +134,7 @@ def client(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("name", [*RULED, *BARE, SAVED])
+@pytest.mark.parametrize("name", [*BARE, *CLIENTS])
 def test_stock_classes_give_the_vectors_of_the_original(client: dict[str, Any], name: str) -> None:
     close = client[name]["close"]
     assert min(close.values()) >= 0.99999, close
@@ -135,7 +144,7 @@ def test_stock_classes_give_the_vectors_of_the_original(client: dict[str, Any], 
     assert set(client[name]["stock"]) <= {"transformers", "sentence_transformers"}
 
 
-@pytest.mark.parametrize("name", [*RULED, *BARE, SAVED])
+@pytest.mark.parametrize("name", [*BARE, *CLIENTS])
 def test_files(exported: Path, name: str) -> None:
     folder = exported / name
     config = json.loads((folder / "config.json").read_text())
@@ -143,8 +152,9 @@ def test_files(exported: Path, name: str) -> None:
     assert not any("UniME" in path.read_text() for path in folder.glob("*.json"))
     assert "requirements" not in json.loads((folder / "config_sentence_transformers.json").read_text())
     parity = json.loads((folder / PARITY).read_text())
-    assert parity["image_side"] == (84 if name in (*RULED, SAVED) else None)
-    assert ("def prepare" in (folder / "README.md").read_text()) == (name in (*RULED, SAVED))
+    assert parity["image_side"] == (84 if name in CLIENTS else None)
+    assert ("def prepare" in (folder / "README.md").read_text()) == (name in CLIENTS)
+    assert ("`style='mmeb'`" in (folder / "README.md").read_text()) == (name == STYLED)
     prompts = {item["prompt_name"] for item in parity["items"]} - {None}
     assert bool(prompts) == (name in ("unime-v2", SAVED))
 
@@ -181,6 +191,18 @@ def test_image_positions_are_refused_or_measured(
     assert f'Load it: SentenceTransformer("{tmp_path / "out"}")' in out
 
 
+def test_other_vectors_are_refused_whatever_their_cause(converted: Get, tmp_path: Path) -> None:
+    shutil.copytree(converted("unime-v2-2b"), tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    assert config.pop("image_positions") == "1d", "the default of the class, too"
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"other vectors in stock classes: cosine 0\.9\d+, expected at least 0\.99999"
+    ):
+        export_plain(tmp_path / "in", tmp_path / "out", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_refusals_leave_nothing_behind(converted: Get, checkpoint: Get, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match=r"there exists\. Choose another --output"):
@@ -189,4 +211,9 @@ def test_refusals_leave_nothing_behind(converted: Get, checkpoint: Get, tmp_path
         export_plain(converted("unime-v1-phi3.5"), tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has no modules\.json"):
         export_plain(checkpoint("qwen2-vl"), tmp_path / "out")
+    adapter = tmp_path / "there"
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"there is an adapter\. Merge it first: `unime convert"):
+        export_plain(adapter, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -43,8 +43,9 @@ model = {kind}("path/to/this/folder")
 ## What the client has to do
 
 {images}
-- Prompts are in `config_sentence_transformers.json`. The chat template puts them into the system message.
+- Prompts are in `config_sentence_transformers.json`. The chat template gets a prompt as the system message.
 - Texts are not truncated. Shorten long ones.
+- Variables of the chat template: {variables}.
 - {output}
 
 ## Parity
@@ -154,6 +155,7 @@ def write_plain_card(part: Path, folder: Path, processor: Any, measured: Mapping
     ``folder`` is the original, whose license and base are named, ``measured`` its lowest cosine by kind of input.
     """
     card, settings = folder / CARD, read_json(part / "config_sentence_transformers.json")
+    kwargs = read_json(part / "sentence_bert_config.json").get("processing_kwargs", {})
     metadata = (metadata_load(card) if card.is_file() else None) or {}
     image, images = (
         'Image.open("street.jpg")',
@@ -176,6 +178,7 @@ def write_plain_card(part: Path, folder: Path, processor: Any, measured: Mapping
         kind=settings["model_type"],
         call=call,
         images=images,
+        variables=", ".join(f"`{key}={value!r}`" for key, value in kwargs.get("chat_template", {}).items()) or "none",
         output=output,
         measured="\n".join(f"- {kind}: {value:.6f}" for kind, value in measured.items()),
     )

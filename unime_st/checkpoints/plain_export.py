@@ -198,6 +198,7 @@ def _copy_modules(part: Path, folder: Path, processor: ProcessorMixin) -> None:
         kwargs = transformer.get("processing_kwargs", {})
         transformer["processing_kwargs"] = {**kwargs, "text": {**kwargs.get("text", {}), "truncation": False}}
     settings.pop("requirements", None)
+    settings.setdefault("model_type", "SentenceTransformer")
     write_json(part / _BERT, transformer)
     write_json(part / _SETTINGS, settings)
 
