@@ -266,7 +266,7 @@ def test_what_cannot_be_ranked(reranker: UniMEReranker, tmp_path: Path):
         reranker.listwise_scores("a", ["b"] * 100)
     with pytest.raises(ValueError, match="expected 'pairwise', 'listwise' or 'hybrid'"):
         reranker.rank("a", ["b"], method="other")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="window >= 2"):
+    with pytest.raises(ValueError, match="window must be at least 2"):
         reranker.rank("a", ["b"], method="listwise", window=1)
     for options in ({"batch_size": 0}, {"batch_size": -1}, {"top_k": -1}):
         for method in ("pairwise", "listwise", "hybrid"):

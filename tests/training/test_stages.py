@@ -329,7 +329,7 @@ def test_a_batch_that_cannot_be_filled_is_refused(run: Path, tmp_path: Path) -> 
 
 def test_a_loss_that_is_no_number_stops_the_run(run: Path, tmp_path: Path) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "out"), "logging_steps": 1}
-    common |= {"learning_rate": 1e30, "max_steps": 20, "warmup_steps": 0}
+    common |= {"learning_rate": 1e17, "max_steps": 20, "warmup_steps": 0}
     with pytest.raises(FloatingPointError, match="Lower learning_rate"):
         stages.train_in_batch(stages.InBatchArguments(**common))
 
