@@ -71,9 +71,8 @@ def exit_status(action: Callable[[], int | None], program: str, *, verbose: bool
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted; the same command goes on from here.\n")
         return 130
-    except (
-        SystemExit
-    ) as error:  # of SIGTERM: models in its traceback are freed here, which takes less time than at exit
+    except SystemExit as error:  # SIGTERM
+        # Models in the traceback are freed here, which takes less time than at the exit of the interpreter.
         if not isinstance(error.code, int):
             raise
         return error.code
