@@ -1,4 +1,4 @@
-"""Use a UniME model in LlamaIndex: vectors are computed by UniME and searched in a `VectorStoreIndex`.
+"""Use a UniME model in LlamaIndex: nodes with our vectors in a vector store, found by a query vector.
 
 pip install llama-index-core. Without it, only the vectors are computed.
 """

@@ -173,7 +173,7 @@ def _origin(models: Sequence[ModelResults]) -> Iterator[Html]:
     for model in models:
         data = sorted({f"{task} {revision}" for task, (revision, _) in model.versions.items()})
         listed = element("div", join(data, ", "), style="white-space:normal;text-align:left;max-width:36rem")
-        details = element("details", element("summary", f"{len(data)} tasks"), listed)
+        details = element("details", element("summary", f"{len(data)} task{'' if len(data) == 1 else 's'}"), listed)
         versions = ", ".join(sorted({version for _, version in model.versions.values()}))
         rows.append([model.label, model.name, model.revision, model.setting or "–", versions, details])
     yield table(["model", "filed under", "revision", "setting", "mteb", "data revisions"], [("", rows)])

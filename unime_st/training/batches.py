@@ -88,7 +88,7 @@ class RowBatches(DefaultBatchSampler):
         if self.rows >= size > fewest:
             raise ValueError(
                 f"a batch of {size} rows without duplicates is impossible: the data have {fewest} distinct queries or "
-                "positives. Lower batch_size, or add data."
+                "positives. Lower per_device_train_batch_size, or add data."
             )
 
     @property
@@ -222,7 +222,7 @@ class _Queue:
 def _impossible_batch(size: int) -> ValueError:
     return ValueError(
         f"no batch of {size} rows without duplicates was found: too many rows share their query or positive. "
-        "Lower batch_size, or raise dataset_temperature."
+        "Lower per_device_train_batch_size, or raise dataset_temperature."
     )
 
 

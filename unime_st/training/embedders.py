@@ -76,6 +76,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         _check_dimensions(model, args.matryoshka_dims)
         tokens, pixels = counted_costs(args, self.records, model)
         rows, indices, set_aside = usable_rows(args, self.records, rows, tokens)
+        self.check_rows(len(rows))
         row_tokens = tokens[indices].sum(axis=1)
         vision = self._vision_cache(model, tokens, pixels, indices)
         preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (model.preprocess, Item.to_input)

@@ -74,6 +74,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
         items = _InPairs(model)
         tokens, _ = counted_costs(args, self.records, items)
         rows, indices, set_aside = usable_rows(args, self.records, rows, tokens)
+        self.check_rows(len(rows))
         empty, zero = TokenCounter(items)([{"text": ""}, {"text": "0"}]).tolist()  # type: ignore[arg-type]  # a part suffices
         hardest = np.array(rows["label"])[:, 1:].argmax(axis=1) if "label" in rows.column_names else 0
         row_tokens = _prompt_tokens(

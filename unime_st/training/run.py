@@ -143,6 +143,14 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
                 last_whole_checkpoint(self.output / CHECKPOINTS)
         return due
 
+    def check_rows(self, count: int) -> None:
+        """Raise ValueError if the rows do not fill a batch; a dry run may estimate a larger batch than it has rows."""
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        if count < batch and not self.args.dry_run:
+            raise ValueError(
+                f"{count} rows do not fill a batch of {batch}; lower per_device_train_batch_size, or add data."
+            )
+
     def fit(
         self,
         model: ModelT,
@@ -195,11 +203,6 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
     ) -> ReportingTrainer:
         args = copy.copy(self.args)
         batch = args.per_device_train_batch_size
-        if len(rows) < batch * args.world_size:
-            raise ValueError(
-                f"{len(rows)} rows do not fill a batch of {batch * args.world_size}; lower "
-                "per_device_train_batch_size, or add data."
-            )
         args.output_dir = str(self.output / CHECKPOINTS)
         args.per_device_train_batch_size = rows_per_pass or batch
         args.gradient_accumulation_steps *= batch // args.per_device_train_batch_size
