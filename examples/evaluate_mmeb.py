@@ -16,7 +16,7 @@ from mteb_tasks.mmeb.subsets import SUBSETS
 
 
 def main(model_name: str, subsets: list[str]) -> None:
-    """Print hit@1 in percent, beside what UniME-V2's paper or UniME's reports for the subset."""
+    """Print hit@1 in percent, beside what the paper of UniME reports for the subset."""
     model = SentenceTransformer(model_name)
     scores = evaluate(model, [f"MMEB-{name}" for name in subsets], batch_size=32)
     for name in subsets:

@@ -1,6 +1,6 @@
 """Reproduction matrix: the page docs/reproduce.md, generated from published.json.
 
-python -m mteb_tasks.reproduction > docs/reproduce.md
+python -m benchmarks.reproduction > docs/reproduce.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ published value, the command, and the value measured with this package (or by so
 not measured.** No released weights and no GPU were at hand.
 
 This page is generated from `mteb_tasks/published.json`, which also feeds `unime report`:
-`python -m mteb_tasks.reproduction > docs/reproduce.md`. Found a number? Please send it with the
+`python -m benchmarks.reproduction > docs/reproduce.md`. Found a number? Please send it with the
 [issue form](https://github.com/unime-st/unime-st/issues/new/choose).
 """
 

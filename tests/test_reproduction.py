@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reproduction import page
 from mteb_tasks.mmeb.subsets import SUBSETS
 from mteb_tasks.published import PUBLISHED
-from mteb_tasks.reproduction import page
 from unime_st.registry import known_aliases
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_page_is_generated() -> None:
-    """`python -m mteb_tasks.reproduction > docs/reproduce.md` mends a difference."""
+    """`python -m benchmarks.reproduction > docs/reproduce.md` mends a difference."""
     assert (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8") == "\n".join(page()).rstrip() + "\n"
 
 
