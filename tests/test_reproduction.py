@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reproduction import page
+from mteb_tasks.mmeb.location import HUB_REVISION
 from mteb_tasks.mmeb.subsets import SUBSETS
 from mteb_tasks.published import PUBLISHED
 from unime_st.registry import known_aliases
@@ -18,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_page_is_generated() -> None:
     """`python -m benchmarks.reproduction > docs/reproduce.md` mends a difference."""
     assert (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8") == "\n".join(page()).rstrip() + "\n"
+
+
+def test_the_revision_is_the_one_that_is_evaluated() -> None:
+    assert PUBLISHED["data"]["mmeb_eval"]["revision"] == HUB_REVISION
 
 
 def test_every_score_belongs_to_a_model() -> None:
