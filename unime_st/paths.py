@@ -37,8 +37,7 @@ def check_alias(name: str) -> str:
 
     Raises:
         AliasError: It does not begin with a letter or digit, or has other characters than letters, digits, ``.``,
-        ``_``
-            and ``-``, so it could leave ``$UNIME_HOME/models``.
+            ``_`` and ``-``, so it could leave ``$UNIME_HOME/models``.
 
     Example:
         >>> check_alias("unime-v2-2b")

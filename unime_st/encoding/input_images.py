@@ -30,7 +30,7 @@ def load_image(source: ImageSource) -> str | Image.Image:
 
     Raises:
         BadImageError: If the image cannot be read, downloaded or decoded, or has too many pixels; the message names
-        it.
+            it.
 
     Example:
         >>> import numpy as np

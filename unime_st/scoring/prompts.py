@@ -59,8 +59,7 @@ def load_template(name: str) -> str:
 
     Args:
         name: "official" (UniME-V2's prompts in Qwen's chat format), "tiny" (a short one for ``unime-tiny``), or the
-        text
-            or file of a Jinja template that renders messages with the roles "query" and "document" and, with
+            text or file of a Jinja template that renders messages with the roles "query" and "document" and, with
             ``task == "listwise"``, numbers the documents and ends with ``Ans: (``.
 
     Returns:
@@ -125,8 +124,7 @@ def as_item(value: ItemLike) -> Item:
 
     Args:
         value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", of
-        which
-            one may be absent or None.
+            which one may be absent or None.
 
     Returns:
         Item: The same content.
