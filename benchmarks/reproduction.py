@@ -47,7 +47,7 @@ def page() -> Iterator[str]:
         for key in ("mmeb_eval", "mmeb_train")
     )
     yield ""
-    yield from _table(("data", "hub", "revision", "GB", "variable"), map(_data_row, PUBLISHED["data"].values()))
+    yield from _table(("data", "GB", "variable", "hub", "revision"), map(_data_row, PUBLISHED["data"].values()))
     yield from ["", *_ESTIMATE.splitlines(), "", "## MMEB", ""]
     yield "hit@1 in percent: classification, VQA, retrieval, grounding, in domain, out of domain, **overall**."
     yield "Overall is the mean of the 36 subsets. † marks rows whose published value is the mean of the four meta-tasks (the"
@@ -143,10 +143,10 @@ def _data_row(data: dict[str, Any]) -> list[str]:
     revision = data["revision"]
     return [
         data["title"],
-        f"`{data['hub']}`" if data["hub"] else "",
-        f"`{revision}`" if revision else "not known",
         known + note,
         f"`{data['variable']}`" if "variable" in data else "",
+        f"`{data['hub']}`" if data["hub"] else "",
+        f"`{revision}`" if revision else "not known",
     ]
 
 
