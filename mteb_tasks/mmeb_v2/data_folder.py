@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 MMEB_V2_FOLDER_VARIABLE = "MMEB_V2_DIR"
 MEDIA_DATASET = "TIGER-Lab/MMEB-V2"
 MEDIA_REVISION = "e7bbfeb69a70dfe32ff36da3d6d8dbe31fc36af1"
-ANNOTATIONS_DATASET = "ziyjiang/MMEB_Test_Instruct"
 TABLES = ("queries", "corpus", "qrels")
 _PAGE_ARCHIVES = ("visdoc-tasks.data.tar.gz", "visdoc-tasks.images.tar.gz")
 _PAGES_IN_PARTS = "visdoc-tasks.tar.gz"
@@ -188,7 +187,8 @@ def dataset_tables(folder: Path, split: str) -> dict[str, list[Path]]:
 def _configured(folder: Path, split: str) -> dict[str, list[str]]:
     """Patterns of data files by config, from the header of a dataset card; mteb calls the judgements ``default``."""
     card = folder / "README.md"
-    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         configs = (yaml.safe_load(header.group(1)) or {}).get("configs") if header else None
         patterns: dict[str, list[str]] = {}

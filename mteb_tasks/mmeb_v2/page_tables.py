@@ -54,12 +54,21 @@ class PageTables:
         return _where(self.corpus_files, page)
 
     def page_bytes(self) -> Iterator[bytes | None]:
-        """Read the encoded pages one after the other; None for a row without one. Holds few of them at a time."""
+        """Read the encoded pages one after the other; None for a row without one. Holds few of them at a time.
+
+        Raises:
+            MMEBDataError: If the table is damaged; names the file and the first row that cannot be read.
+        """
         for file, _ in self.corpus_files:
-            with pq.ParquetFile(file, buffer_size=_STREAM_BUFFER, pre_buffer=False) as opened:
-                for batch in opened.iter_batches(batch_size=8, columns=["image"]):
-                    for value in batch.column(0).to_pylist():
-                        yield value["bytes"] if isinstance(value, dict) else value
+            row = 0
+            try:
+                with pq.ParquetFile(file, buffer_size=_STREAM_BUFFER, pre_buffer=False) as opened:
+                    for batch in opened.iter_batches(batch_size=8, columns=["image"]):
+                        for value in batch.column(0).to_pylist():
+                            yield value["bytes"] if isinstance(value, dict) else value
+                        row += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise MMEBDataError(f"{file}: row {row} cannot be read ({error}): download it again") from error
 
 
 def read_page_tables(row: VisDocSet, tables: dict[str, list[Path]]) -> PageTables:
@@ -153,7 +162,7 @@ def _grades(
     found: dict[str, dict[str, int]] = {}
     columns = (table.column(index).to_pylist() for index in range(3))
     for number, (query, page, grade) in enumerate(zip(*columns)):
-        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or grade != int(grade):
+        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not float(grade).is_integer():
             raise MMEBDataError(f"{_where(files, number)}: {_GRADE} is {grade!r}, expected an integer")
         query, page, grade = str(query), str(page), int(grade)
         if query not in queries:

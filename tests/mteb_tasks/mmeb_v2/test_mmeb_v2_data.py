@@ -38,6 +38,14 @@ def _change(file: Path, **columns: list) -> None:
     pq.write_table(table, file)
 
 
+def _floats(file: Path, name: str, changed: dict[int, float]) -> None:
+    """Store a column as floats and change some of its rows."""
+    table = pq.read_table(file)
+    index, values = table.column_names.index(name), table.column(name).to_pylist()
+    floats = pa.array([float(changed.get(row, value)) for row, value in enumerate(values)])
+    pq.write_table(table.set_column(index, name, floats), file)
+
+
 def test_golden_sets(golden_v2: Path) -> None:
     folder = DataFolder(golden_v2 / "data")
     assert len(_available(folder.root)) >= 2
@@ -144,6 +152,8 @@ def test_hub_layouts(mini: Path, tmp_path: Path) -> None:
         "corpus": "pages-0.parquet",
         "qrels": "judgements-0.parquet",
     }
+    (carded / "README.md").write_bytes(b"---\n\xff\n---\n")
+    assert dataset_tables(carded, "test") == {}
     flat = tmp_path / "flat" / "data"
     flat.mkdir(parents=True)
     for table in ("corpus", "queries", "qrels"):
@@ -182,6 +192,10 @@ FAULTS = {
         ),
         r"queries.test.parquet: row 1: the query is None",
     ),
+    "grade that is not a number": (
+        lambda root: _floats(root / "annotations" / HL.hub / "qrels" / "test.parquet", "score", {2: float("nan")}),
+        r"qrels.test.parquet: row 2: score is nan, expected an integer",
+    ),
     "cut-off table": (
         lambda root: (root / "annotations" / HL.hub / "qrels" / "test.parquet").write_bytes(b"PAR1"),
         r"qrels.test.parquet cannot be read",
@@ -211,6 +225,18 @@ def test_broken_pages_of_a_table(mini: Path) -> None:
     images[2]["bytes"] = images[2]["bytes"][:1000]
     pq.write_table(table.set_column(1, "image", pa.array(images, table.schema.field("image").type)), file)
     with pytest.raises(MMEBDataError, match=r"train.parquet: row 2: page 'a.b.c.png' is broken"):
+        check_set(DataFolder(mini), CHART)
+
+
+def test_a_damaged_column_of_pages(mini: Path) -> None:
+    """Ids can be read and pages cannot: the file and the first row that fails are named."""
+    shutil.rmtree(mini / "visdoc-tasks")
+    file = mini / "annotations" / CHART.hub / "corpus" / "train.parquet"
+    content = bytearray(file.read_bytes())
+    middle = slice(len(content) // 3, len(content) // 3 + 400)
+    content[middle] = bytes(byte ^ 0x5A for byte in content[middle])
+    file.write_bytes(content)
+    with pytest.raises(MMEBDataError, match=r"corpus.train.parquet: row 0 cannot be read .*: download it again"):
         check_set(DataFolder(mini), CHART)
 
 
