@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
-from mteb_tasks.local_data import LOCAL_PREFIX
 from mteb_tasks.run_context import current_run
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class UniMETask:
     dataset: Any
     data_loaded: bool
     follows_environment: ClassVar[bool] = False
-    """Whether the data lie in a folder that an environment variable names when the task is made."""
+    """Whether environment variables name the folder of the data, or the protocol, when the task is made."""
 
     def evaluate(
         self,
@@ -67,9 +66,10 @@ def is_ours(task: object) -> bool:
 
 
 def follow_environment(task: object) -> None:
-    """Make a task anew, in place, if its folder of data has changed or another one is named now.
+    """Make a task anew, in place, if its data have changed, or another folder or profile is named now.
 
-    mteb makes the tasks of a benchmark once in a process, perhaps before the variable was set.
+    mteb makes the tasks of a benchmark once in a process, perhaps before the variables were set. The names of the
+    subsets carry the digest of local data and the profile.
 
     Args:
         task: Any task object.
@@ -78,8 +78,7 @@ def follow_environment(task: object) -> None:
         return
     known: Any = task
     fresh: Any = type(task)()
-    revisions = [str(found.metadata.dataset["revision"]) for found in (known, fresh)]
-    if revisions[0] != revisions[1] and any(revision.startswith(LOCAL_PREFIX) for revision in revisions):
+    if known.metadata.eval_langs != fresh.metadata.eval_langs:
         if known.data_loaded:
             known.unload_data()
         vars(known).update(vars(fresh))

@@ -29,15 +29,16 @@ def mmeb_v2_tasks() -> list[MMEBV2Task]:
 class MMEBV2(BenchmarkAggregate):
     """MMEB-V2: 78 tasks on images, videos and visual documents.
 
-    A mean is given only where all its tasks are there. The 18 video tasks are not in this release, so there is no overall
-    score yet: ``main_score`` is None, as mteb has it for an aggregate with missing parts.
+    A mean is given only where all its tasks are there. The 18 video tasks are not in this release: until they are,
+    ``main_score`` is None, as mteb has it for an aggregate with missing parts.
     """
 
     classes = MMEB_V2_TASKS
     keys = tuple(task.key for task in LEADERBOARD)
 
     def __init__(self, **kwargs: Any) -> None:
-        self.metadata = profiled(self.metadata, current_profile())
+        self.profile = current_profile()
+        self.metadata = profiled(self.metadata, self.profile)
         super().__init__(**kwargs)
 
     def means(self, score_of: Mapping[str, float]) -> dict[str, object]:
@@ -45,7 +46,7 @@ class MMEBV2(BenchmarkAggregate):
         found = leaderboard_means(score_of)
         scores = {name.lower().replace(" ", "_").replace("-", "_"): found[name] for name in found}
         main = found.get("Overall")
-        return {**scores, MMEBV2.metadata.main_score: main, "main_score": main, "profile": current_profile().name}
+        return {**scores, MMEBV2.metadata.main_score: main, "main_score": main, "profile": self.profile.name}
 
 
 MMEBV2.metadata = AggregateTaskMetadata(

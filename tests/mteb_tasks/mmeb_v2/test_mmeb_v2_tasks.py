@@ -139,6 +139,22 @@ def test_profiles(kept_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         task_class()
 
 
+def test_the_profile_is_that_of_the_run(
+    kept_data: Path, square_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mteb makes the tasks of a benchmark once in a process: another profile, named later, makes them anew."""
+    (task,) = (task() for task in VISDOC_TASKS if task.key == "VisRAG_ChartQA")
+    aggregate, loader = MMEBV2(), wrap(square_model, "unime/tiny")
+    for profile, pixels in (("vlm2vec", "3136-1003520"), ("qwen3-vl", "4096-1843200"), ("model", "model")):
+        monkeypatch.setenv("MMEB_V2_PROFILE", profile)
+        row = mteb.evaluate(loader, task, cache=None).task_results[0].scores["test"][0]
+        assert (row["profile"], row["pixels"]) == (profile, pixels) and row["hf_subset"].startswith(
+            f"{profile}-local-"
+        )
+    (row,) = mteb.evaluate(loader, aggregate, cache=None).task_results[-1].scores["test"]
+    assert row["profile"] == "model" and row["hf_subset"].startswith("model-local-")
+
+
 def test_foreign_models_get_instruction_and_text_apart(kept_data: Path) -> None:
     seen: dict[str, Any] = {}
 
