@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mteb.abstasks import AbsTaskRetrieval
@@ -89,6 +90,21 @@ def _check(data: RetrievalData) -> None:
             raise ValueError(f"query {query!r} lists documents that the corpus lacks, the first is {unknown[0]!r}")
 
 
+@dataclass(frozen=True)
+class ScoredSplit:
+    """Data of a split with what a model found in them.
+
+    Args:
+        tables: The data.
+        results: Scores of the documents that were found, by query.
+        scores: mteb's scores by query.
+    """
+
+    tables: RetrievalSplitData
+    results: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, Mapping[str, float]]
+
+
 class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
     """A retrieval task whose data are items.
 
@@ -143,27 +159,20 @@ class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
         hf_subset: str,
     ) -> dict[str, Any]:
         """Add `added_scores`; see `mteb.abstasks.AbsTaskRetrieval.task_specific_scores`."""
-        return self.added_scores(self.dataset[hf_subset][hf_split], results, scores)
+        return self.added_scores(ScoredSplit(self.dataset[hf_subset][hf_split], results, scores))
 
-    def added_scores(
-        self,
-        tables: RetrievalSplitData,
-        results: Mapping[str, Mapping[str, float]],
-        scores: Mapping[str, Mapping[str, float]],
-    ) -> dict[str, Any]:
+    def added_scores(self, split: ScoredSplit) -> dict[str, Any]:
         """Scores and facts that stand in a result beside mteb's scores.
 
         Args:
-            tables: The data.
-            results: Scores of the documents that were found, by query.
-            scores: mteb's scores by query.
+            split: Data, rankings and mteb's scores.
 
         Returns:
             ``{"chance": mean over queries of relevant candidates / candidates}``, the score of a random ranking.
         """
-        everything, listed = len(tables["corpus"]), tables["top_ranked"]
+        everything, listed = len(split.tables["corpus"]), split.tables["top_ranked"]
         shares = [
             len(docs) / (everything if listed is None else len(listed[query]))
-            for query, docs in tables["relevant_docs"].items()
+            for query, docs in split.tables["relevant_docs"].items()
         ]
         return {"chance": sum(shares) / len(shares)}

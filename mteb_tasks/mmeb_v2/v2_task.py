@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mteb_tasks.mmeb.base_tasks import BenchmarkTask
 from mteb_tasks.mmeb_v2.profiles import current_profile, profiled
-
-if TYPE_CHECKING:
-    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb_tasks.retrieval_task import ScoredSplit
 
 
 class MMEBV2Task(BenchmarkTask):
@@ -27,15 +24,10 @@ class MMEBV2Task(BenchmarkTask):
         self.metadata = profiled(self.metadata, self.profile)
         super().__init__(**kwargs)
 
-    def added_scores(
-        self,
-        tables: RetrievalSplitData,
-        results: Mapping[str, Mapping[str, float]],
-        scores: Mapping[str, Mapping[str, float]],
-    ) -> dict[str, Any]:
+    def added_scores(self, split: ScoredSplit) -> dict[str, Any]:
         """Sizes and the protocol; see `mteb_tasks.retrieval_task.ItemRetrievalTask.added_scores`."""
-        sizes = {"num_queries": len(tables["queries"]), "num_documents": len(tables["corpus"])}
-        return {**super().added_scores(tables, results, scores), **sizes, **self.protocol()}
+        sizes = {"num_queries": len(split.tables["queries"]), "num_documents": len(split.tables["corpus"])}
+        return {**super().added_scores(split), **sizes, **self.protocol()}
 
     @abstractmethod
     def protocol(self) -> dict[str, str]:

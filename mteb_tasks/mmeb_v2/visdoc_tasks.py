@@ -19,7 +19,7 @@ from mteb_tasks.mmeb_v2.preflight import check_set, read_set
 from mteb_tasks.mmeb_v2.profiles import PAGE, PAGE_QUERY, joined
 from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
 from mteb_tasks.mmeb_v2.visdoc_sets import VISDOC_SETS, VisDocSet
-from mteb_tasks.retrieval_task import retrieval_split
+from mteb_tasks.retrieval_task import ScoredSplit, retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.scenes import RetrievalData
 
@@ -92,19 +92,14 @@ class VisDocTask(MMEBV2Task):
             document_setting=pages,
         )
 
-    def added_scores(
-        self,
-        tables: RetrievalSplitData,
-        results: Mapping[str, Mapping[str, float]],
-        scores: Mapping[str, Mapping[str, float]],
-    ) -> dict[str, Any]:
+    def added_scores(self, split: ScoredSplit) -> dict[str, Any]:
         """nDCG at full precision and, for graded sets, the official variant of it."""
-        found = super().added_scores(tables, results, scores)
-        found["ndcg_at_5"] = statistics.fmean(of_query["ndcg_cut_5"] for of_query in scores.values())
+        found = super().added_scores(split)
+        found["ndcg_at_5"] = statistics.fmean(of_query["ndcg_cut_5"] for of_query in split.scores.values())
         if self.row.graded and self._integer_ids:
             found["ndcg_at_5_official"] = statistics.fmean(
-                official_ndcg(_ranked(results[query]), {int(page): grade for page, grade in grades.items()})
-                for query, grades in tables["relevant_docs"].items()
+                official_ndcg(_ranked(split.results[query]), {int(page): grade for page, grade in grades.items()})
+                for query, grades in split.tables["relevant_docs"].items()
             )
         return found
 
