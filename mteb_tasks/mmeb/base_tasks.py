@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -72,7 +72,7 @@ class BenchmarkTask(ItemRetrievalTask):
 
     @abstractmethod
     def is_missing(self, root: Path) -> bool:
-        """Whether there is no table of this task in a folder."""
+        """Whether a folder lacks the tables of this task."""
 
     @abstractmethod
     def check_data(self, root: Path) -> str:
@@ -173,12 +173,13 @@ def missing_tasks(classes: Collection[type[BenchmarkTask]]) -> set[str]:
     Returns:
         Nothing where all of them are missing: the run shall say so.
     """
-    return _missing([made() for made in classes])
+    return _missing(made() for made in classes)
 
 
-def _missing(tasks: Sequence[BenchmarkTask]) -> set[str]:
+def _missing(tasks: Iterable[BenchmarkTask]) -> set[str]:
     if os.environ.get(ALLOW_MISSING_VARIABLE, "").lower() not in ("1", "true", "yes"):
-        return set()
+        return set()  # tasks are not made: that reads their data
+    tasks = list(tasks)
     roots = {task: root for task in tasks if (root := task.local_root()) is not None}
     missing = {task.metadata.name for task, root in roots.items() if task.is_missing(root)}
     return missing if len(missing) < len(tasks) else set()
