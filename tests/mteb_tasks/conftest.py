@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 from tiny_embedder import write_tiny_embedder
+
+from mteb_tasks import register
+from mteb_tasks.cli import main
+from mteb_tasks.models import metas
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's caches out of the tests."""
     monkeypatch.setenv("UNIME_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture
+def mteb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., Callable[..., str]]:
+    """Set environment variables and make `mteb run` of this process: it gives what it wrote to standard output."""
+
+    def with_variables(**variables: object) -> Callable[..., str]:
+        for name, value in {"UNIME_HOME": tmp_path / "home", "MMEB_ALLOW_MISSING": 0, **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        register()
+        for name, meta in metas().items():  # the variables were not set when this process registered
+            monkeypatch.setitem(MODEL_REGISTRY, name, meta)
+            monkeypatch.setitem(MODEL_REGISTRY, meta.name, meta)
+
+        def run(model: str, *arguments: str) -> str:
+            monkeypatch.setattr(sys, "argv", [])
+            main(["run", "-m", model, *arguments])
+            return capsys.readouterr().out
+
+        return run
+
+    return with_variables
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import mteb
 import numpy as np
 import pytest
-from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
-from mteb_tasks import TwoStage, register
-from mteb_tasks.cli import main
+from mteb_tasks import TwoStage
 from mteb_tasks.loader import UniMELoader, wrap
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.aggregate import mmeb_v2_tasks
@@ -23,7 +20,6 @@ from mteb_tasks.mmeb_v2.image_tasks import IMAGE_TASKS
 from mteb_tasks.mmeb_v2.profiles import PAGE_QUERY
 from mteb_tasks.mmeb_v2.visdoc_sets import visdoc_set
 from mteb_tasks.mmeb_v2.visdoc_tasks import VISDOC_TASKS, VisDocTask
-from mteb_tasks.models import metas
 from mteb_tasks.report import write_report
 from unime_st import UniMEReranker
 from unime_st.data.items import Item
@@ -39,33 +35,17 @@ def _task(key: str) -> VisDocTask:
 
 @pytest.fixture
 def command(
-    mini: Path,
-    square_model: SentenceTransformer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    mini: Path, square_model: SentenceTransformer, tmp_path: Path, mteb_run: Callable[..., Command]
 ) -> Command:
-    """mteb's command line in this process: gives what it wrote to standard output."""
+    """mteb's command line in this process: gives the table that it wrote to standard output."""
     square_model.save_pretrained(str(tmp_path / "model"))
-    for name, value in {
-        "MMEB_V2_DIR": mini,
-        "UNIME_MODEL": tmp_path / "model",
-        "UNIME_HOME": tmp_path / "home",
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MMEB_ALLOW_MISSING", "0")
-    register()
-    for name, meta in metas().items():  # the variables were not set when this process registered
-        monkeypatch.setitem(MODEL_REGISTRY, name, meta)
-        monkeypatch.setitem(MODEL_REGISTRY, meta.name, meta)
+    run = mteb_run(MMEB_V2_DIR=mini, UNIME_MODEL=tmp_path / "model")
 
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", [])
-        main(["run", "-m", "unime-local", *arguments])
-        shown = capsys.readouterr().out
+    def table(*arguments: str) -> str:
+        shown = run("unime-local", *arguments)
         return shown[shown.index("MMEB-V2 (") :]
 
-    return run
+    return table
 
 
 @pytest.mark.slow
