@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -91,11 +93,29 @@ def compare(
     return result
 
 
-def save(result: dict[str, Any], markdown: str) -> None:
-    """Write a result as JSON and Markdown."""
+def save(result: dict[str, Any], markdown: str) -> str:
+    """Write a result as JSON and Markdown; returns the Markdown."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
     (RESULTS / f"{result['name']}.md").write_text(markdown)
+    return markdown
+
+
+def in_process(script: str, side: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Run one side of a benchmark in a process of its own, so that memory is measured apart.
+
+    Args:
+        script: The benchmark; with ``--side-to-run`` it prints its measurement as JSON in the last line.
+        side: Name of the side.
+        environment: Variables of the process beside those of this one.
+
+    Returns:
+        dict: The measurement.
+    """
+    command = [sys.executable, script, "--side-to-run", side]
+    done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def bars(result: dict[str, Any]) -> None:

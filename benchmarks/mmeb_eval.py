@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import machine, save
+from harness import in_process, machine, save
 
 SIDES = ("stock", "ours")
 """mteb's SentenceTransformerEncoderWrapper, and UniMELoader."""
@@ -55,9 +54,7 @@ def main() -> None:
         "grown_mib_by_images": memory,
         **ratios(runs),
     }
-    text = table(result)
-    save(result, text)
-    sys.stdout.write(text)
+    sys.stdout.write(save(result, table(result)))
 
 
 def _options() -> argparse.Namespace:
@@ -108,12 +105,9 @@ def _memory(folder: Path, count: int, side: int) -> dict[str, int]:
 
 def _in_process(side: str, data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home:
-        environment = {**os.environ, "MMEB_EVAL_DIR": str(data), "MMEB_ALLOW_MISSING": "1"}
+        environment = {"MMEB_EVAL_DIR": str(data), "MMEB_ALLOW_MISSING": "1"}
         environment |= {"UNIME_HOME": home, "HF_DATASETS_CACHE": f"{home}/datasets"}
-        command = [sys.executable, __file__, "--side-to-run", side]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return in_process(__file__, side, environment)
 
 
 class Meter:

@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from harness import machine, save
+from harness import in_process, machine, save, where
 from mmeb_eval import Meter, _forget_peak
 from PIL import Image
 
@@ -49,9 +48,7 @@ def main() -> None:
             for side in SIDES:
                 runs[f"{side}, {pages} pages"] = _in_process(side, Path(scratch))
     result = {"name": "visdoc", "machine": machine(), "options": vars(options), "runs": runs}
-    text = table(result)
-    save(result, text)
-    sys.stdout.write(text)
+    sys.stdout.write(save(result, table(result)))
 
 
 def _options() -> argparse.Namespace:
@@ -104,12 +101,9 @@ def _pages(ids: list[int], options: argparse.Namespace) -> Iterator[bytes]:
 
 
 def _in_process(side: str, data: Path) -> dict[str, Any]:
-    environment = {**os.environ, "MMEB_V2_DIR": str(data), "MMEB_V2_PROFILE": "model"}
+    environment = {"MMEB_V2_DIR": str(data), "MMEB_V2_PROFILE": "model"}
     environment |= {"UNIME_HOME": str(data / "home"), "HF_DATASETS_CACHE": str(data / "datasets")}
-    command = [sys.executable, __file__, "--side-to-run", side]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return in_process(__file__, side, environment)
 
 
 def measure(side: str) -> dict[str, Any]:
@@ -161,10 +155,9 @@ def measure(side: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as Markdown."""
-    info, options = result["machine"], result["options"]
+    options = result["options"]
     lines = [
-        f"{info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}; unime-tiny, "
-        f"{options['queries']} queries, JPEG pages of {options['width']} x {options['height']} pixels, one run each",
+        f"{where(result)}; unime-tiny, {options['queries']} queries, JPEG pages of {options['width']} x {options['height']} pixels, one run each",
         "",
         "| path | seconds | of these preflight | processor seconds | pages/s | rows through the model | growth in MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
