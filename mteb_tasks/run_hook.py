@@ -51,7 +51,7 @@ def with_scores(run: RunCommand) -> RunCommand:
         if current.tasks:
             try:
                 _show(current, args.model.removeprefix("unime/"))
-            except Exception:
+            except (OSError, ValueError, LookupError, TypeError):  # damaged or foreign result files, closed output
                 logger.warning("the table of scores could not be made; the results are written", exc_info=True)
 
     return run_and_show

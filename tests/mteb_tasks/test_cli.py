@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -11,12 +12,15 @@ import pytest
 from mteb.models.model_implementations import MODEL_REGISTRY
 
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
-from mteb_tasks import published, register, two_stage
+from mteb_tasks import published, two_stage
 from mteb_tasks.cli import main
 from mteb_tasks.loader import UniMELoader
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb.subsets import SUBSETS, subset_named
 from mteb_tasks.models import metas
+from mteb_tasks.run_context import current_run
+from mteb_tasks.run_hook import with_scores
+from mteb_tasks.scenes import ScenesVQA
 from mteb_tasks.scores import score_table
 from unime_st import UniMEReranker
 
@@ -28,23 +32,15 @@ def mini(tmp_path_factory):
 
 
 @pytest.fixture
-def command(mini, tiny_folder, tmp_path, monkeypatch, capsys):
-    """mteb's command line in this process: gives what it wrote to standard output."""
-    for name, value in {"MMEB_EVAL_DIR": mini, "UNIME_MODEL": tiny_folder, "UNIME_HOME": tmp_path / "home"}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MMEB_ALLOW_MISSING", "0")
-    register()
-    for name, meta in metas().items():  # the variables were not set when this process registered
-        monkeypatch.setitem(MODEL_REGISTRY, name, meta)
-        monkeypatch.setitem(MODEL_REGISTRY, meta.name, meta)
+def command(mini, tiny_folder, tmp_path, mteb_run):
+    """mteb's command line in this process: gives the table that it wrote to standard output."""
+    run = mteb_run(MMEB_EVAL_DIR=mini, UNIME_MODEL=tiny_folder)
 
-    def run(*arguments, model="unime-local"):
-        monkeypatch.setattr(sys, "argv", [])
-        main(["run", "-m", model, *arguments, "--output-folder", str(tmp_path / "out")])
-        shown = capsys.readouterr().out
+    def table(*arguments, model="unime-local"):
+        shown = run(model, *arguments, "--output-folder", str(tmp_path / "out"))
         return shown[shown.index(f"{model.removeprefix('unime/')} ") :]
 
-    return run
+    return table
 
 
 def test_a_run_ends_with_the_score_table_and_the_next_one_repeats_it(command, tmp_path, monkeypatch):
@@ -158,3 +154,18 @@ def test_help_is_shown_without_arguments_and_lists_allow_missing(monkeypatch, ca
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "--allow-missing" in shown and "available-tasks" in shown
+
+
+def test_a_run_ends_well_although_its_table_cannot_be_made(tmp_path, caplog):
+    """The results are written by then: a damaged one is logged with its cause."""
+    task, meta = ScenesVQA(size=1), metas()["unime-tiny"]
+
+    def run(args):
+        current = current_run()
+        current.tasks, current.model_meta = [task], meta
+        file = tmp_path / "results" / meta.name.replace("/", "__") / meta.revision / f"{task.metadata.name}.json"
+        file.parent.mkdir(parents=True)
+        file.write_text('{"scores": ')
+
+    with_scores(run)(argparse.Namespace(verbosity=2, model="unime-tiny", tasks=None, output_folder=str(tmp_path)))
+    assert "the table of scores could not be made; the results are written" in caplog.text
