@@ -1,4 +1,4 @@
-"""Every private or patched name of another library stands in `unime_st.compat` and still exists there."""
+"""Every private or patched name of another library is used in `unime_st.compat` or listed, and still exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from unime_st import compat
-from unime_st.compat import CHECKED, PRIVATE_NAMES, PrivateName
+from unime_st.private_names import CHECKED, PRIVATE_NAMES, PrivateName
 
 ROOT = Path(__file__).parents[1]
 STABLE = {"_modules", "_forward_hooks", "_version", "_initializing"}
@@ -47,6 +47,15 @@ def test_the_commit_of_a_configuration_has_its_name() -> None:
     assert "_commit_hash" in inspect.getsource(PreTrainedConfig)
 
 
+def test_the_conversions_of_a_loaded_model_have_their_name() -> None:
+    from transformers import core_model_loading
+
+    model = nn.Module()
+    compat.forget_adapter_names(model)
+    assert model._weight_conversions is None
+    assert 'getattr(model, "_weight_conversions", None)' in inspect.getsource(core_model_loading)
+
+
 @pytest.mark.parametrize("library", CHECKED)
 def test_the_checked_version_is_one_that_may_be_installed(library: str) -> None:
     name = library.replace("_", "-")
@@ -55,7 +64,9 @@ def test_the_checked_version_is_one_that_may_be_installed(library: str) -> None:
     checked = tuple(map(int, CHECKED[library].split(".")[:2]))
     if bound is not None:
         assert tuple(map(int, bound[1].split(".")[:2])) <= checked
-    assert version(name).split(".")[0] == CHECKED[library].split(".")[0], f"check compat.py on {name} {version(name)}"
+    assert version(name).split(".")[0] == CHECKED[library].split(".")[0], (
+        f"check private_names.py on {name} {version(name)}"
+    )
 
 
 def _foreign_private_names(path: Path, ours: set[str]) -> list[str]:

@@ -10,7 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("unime_st", "mteb_tasks")
 ROOMS = (
-    ("_version", "paths", "compat", "files", "memory", "_after_import", "declarations", "options", "former_names"),
+    (
+        "_version",
+        "paths",
+        "private_names",
+        "compat",
+        "files",
+        "memory",
+        "_after_import",
+        "declarations",
+        "options",
+        "former_names",
+    ),
     ("data",),
     ("recipes",),
     ("backbones",),
