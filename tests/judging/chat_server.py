@@ -6,7 +6,6 @@ import base64
 import itertools
 import json
 import threading
-import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.faults and not rest:
             fault = self.faults[turn % len(self.faults)]
             if fault == "stall":
-                time.sleep(600)
+                threading.Event().wait()  # until the server is killed
             elif fault == "half":
                 self.send_response(200)
                 self.send_header("Content-Length", "100")
