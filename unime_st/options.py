@@ -24,7 +24,8 @@ from unime_st.declarations import UNKNOWN, Declaration, declared_fields
 _NONE = ("none", "null")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NAMES = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text", "dict": "a mapping"}
-_LARGEST = 1 << 63
+_LIMIT = 1 << 63
+"""Numbers beyond it do not fit into the integers of torch and Arrow."""
 _SIGNED = ("max_steps", "local_rank")
 """Stock options whose value may be negative."""
 
@@ -119,6 +120,8 @@ class Option:
         known = {entry.name for entry in dataclasses.fields(cls)}
         extra = {key: value for key, value in declared.metadata.items() if key in known}
         extra["choices"] = tuple(extra.get("choices") or declared.choices)
+        if stock and declared.name not in _SIGNED:
+            extra.setdefault("at_least", 0)
         default = None if declared.default is UNKNOWN else declared.default
         return cls(declared.name, declared.kinds, default, stock=stock, **extra)
 
@@ -154,7 +157,7 @@ class Option:
                 ("of at most", self.at_most),
                 ("below", self.below),
             )
-            if limit is not None
+            if limit is not None and any(kind in ("int", "float", "list[int]", "list[float]") for kind in self.kinds)
         ]
         text = " or ".join(parts) + (" " + " and ".join(limits) if limits else "")
         if self.choices:
@@ -177,8 +180,11 @@ class Option:
         found = self._scalar(value, text)
         if isinstance(found, float) and not isinstance(found, bool) and not math.isfinite(found):
             raise self._refused(value)
-        if isinstance(found, (int, float)) and not isinstance(found, bool) and not self._within(found):
-            raise self._refused(value)
+        if isinstance(found, (int, float)) and not isinstance(found, bool):
+            if abs(found) >= _LIMIT:
+                raise self._refused(value, "; numbers must lie between -2**63 and 2**63")
+            if not self._within(found):
+                raise self._refused(value)
         return found
 
     def _scalar(self, value: object, text: bool) -> object:
@@ -236,8 +242,6 @@ class Option:
         return found
 
     def _within(self, value: float) -> bool:
-        if abs(value) >= _LARGEST or (self.stock and value < 0 and self.name not in _SIGNED):
-            return False
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -245,11 +249,11 @@ class Option:
             and (self.below is None or value < self.below)
         )
 
-    def _refused(self, value: object) -> OptionError:
+    def _refused(self, value: object, hint: str = "") -> OptionError:
         shown = value if isinstance(value, str) else repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        near = difflib.get_close_matches(str(value), self.choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        if near := difflib.get_close_matches(str(value), self.choices, n=1):
+            hint = f"; did you mean {near[0]}?"
         return OptionError(f"{self.name}: expected {self.expected}, found {shown or 'nothing'}{hint}")
 
 

@@ -43,7 +43,12 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("seed: 1\nlearning_rate: .nan\n", "line 2: learning_rate: expected a number above 0, found nan"),
         ("per_device_train_batch_size: true\n", "expected an integer of at least 1, found true"),
         ("save_steps: -5\n", "save_steps: expected a number above 0, found -5"),
-        ("weight_decay: -1\n", "weight_decay: expected a number, found -1"),
+        ("weight_decay: -1\n", "weight_decay: expected a number of at least 0, found -1"),
+        (
+            "learning_rate: 1e+30\n",
+            "expected a number above 0, found 1e+30; numbers must lie between -2**63 and 2**63",
+        ),
+        ("seed: 9223372036854775808\n", "found 9223372036854775808; numbers must lie between -2**63 and 2**63"),
         ("lr_scheduler_type: liner\n", "did you mean linear?"),
         ("matryoshka_dims: []\n", "matryoshka_dims: expected a list of integers of at least 1"),
         ("matryoshka_dims: 64\n", "expected a list of integers"),
