@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -76,7 +77,7 @@ class PairRecord:
             raise ValueError(f"judge logits must be finite numbers, got {logits!r:.80}")
 
 
-class ItemFolder(Generic[RowT]):
+class ItemFolder:
     """A finished stage folder: the distinct items, rows that reference items by id, and a manifest.
 
     Rows are read on access and images stay undecoded, so a folder may be larger than memory. Instances can be pickled
@@ -126,20 +127,24 @@ class ItemFolder(Generic[RowT]):
     def __len__(self) -> int:
         return len(self.row_shards)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.folder,)
+
+
+class RowFolder(ItemFolder, ABC, Generic[RowT]):
+    """An item folder as a sequence: each row is built into an object that holds its items."""
+
     def __getitem__(self, index: int) -> RowT:
         return self._build(self.row_shards.row(index + len(self) if index < 0 else index))
 
     def __iter__(self) -> Iterator[RowT]:
         return map(self._build, self.row_shards.rows())
 
-    def _build(self, row: Row) -> RowT:
-        raise NotImplementedError
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.folder,)
+    @abstractmethod
+    def _build(self, row: Row) -> RowT: ...
 
 
-class RecordSet(ItemFolder[PairRecord]):
+class RecordSet(RowFolder[PairRecord]):
     """A folder of pair records, as a sequence of :class:`PairRecord`.
 
     Args:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from unime_st.data.manifest import StageConflictError, finish_stage, is_complete, is_whole_shard
 from unime_st.data.parquet_shards import Row, ShardWriter
-from unime_st.data.records import ItemFolder
+from unime_st.data.records import RowFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.files import folder_lock
 from unime_st.retrieval.mining import POOL_SCHEMA, Pool
@@ -45,7 +45,7 @@ class JudgedPool(Pool):
     logits: list[float]
 
 
-class Scores(ItemFolder[JudgedPool]):
+class Scores(RowFolder[JudgedPool]):
     """Result of :func:`~unime_st.judging.judge_pools.judge_pools`, a sequence of :class:`JudgedPool`.
 
     Args:

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from unime_st.data.items import Item
 from unime_st.data.manifest import begin_stage, finish_stage, link_items
 from unime_st.data.parquet_shards import ShardWriter
-from unime_st.data.records import ItemFolder, RecordSet
+from unime_st.data.records import RecordSet, RowFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, model_fingerprint
 from unime_st.encoding.encode import resolve_prompt
@@ -65,7 +65,7 @@ class Pool:
     similarities: list[float]
 
 
-class Pools(ItemFolder[Pool]):
+class Pools(RowFolder[Pool]):
     """Mined candidate pools, as a sequence of :class:`Pool`.
 
     Args:
