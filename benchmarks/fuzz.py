@@ -1,8 +1,9 @@
 """Fuzz campaign: malformed inputs for options, files, records, items, folders, judges and reports, counted by verdict.
 
 Every case is a function that returns True if the outcome is right, False if a wrong input was taken without a word, or
-raises. An error is clear if this package raised it on purpose: its last frame is ours and it is no accident of Python.
-The run fails if any case is silent, raw, hangs, or refuses a right input.
+raises. An error is clear if this package raised it on purpose: its last frame is ours, and it is a ValueError,
+TypeError, OSError or ImportError with a message. All other errors are raw. The run fails if any case is silent, raw,
+hangs, or refuses a right input.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import random
 import signal
@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from benchmarks.harness import machine, save, where
 
@@ -30,7 +31,8 @@ LIMIT = 60
 """Seconds until a case counts as hanging."""
 VERDICTS = ("right", "clear error", "silent", "raw", "hang", "refused")
 BAD = VERDICTS[2:]
-_ACCIDENTS = (AttributeError, IndexError, KeyError, AssertionError, RecursionError, ArithmeticError, MemoryError)
+MESSAGES = 6
+"""Number of error messages of each kind in the JSON file."""
 _OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("unime_st", "mteb_tasks"))
 
 
@@ -39,13 +41,11 @@ class Case:
     """One input.
 
     Args:
-        kind: Row of the table.
-        name: What is wrong with the input, for the JSON file.
-        run: Tries it; True: right, False: silently wrong.
-        valid: The input is right, so that an error is a fault.
+        name: Description of the input, for the JSON file.
+        run: Function that tries it: True if the outcome is right, False if it is silently wrong.
+        valid: Whether the input is right, so that an error is a fault. Defaults to False.
     """
 
-    kind: str
     name: str
     run: Callable[[], bool]
     valid: bool = False
@@ -64,12 +64,11 @@ def judge_error(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "contextlib" not in frame.filename]
     ours = bool(frames) and frames[-1].filename.startswith(_OURS)
     plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and not isinstance(error, UnicodeError)
-    words = str(error).strip()
-    return "clear error" if ours and plain and not isinstance(error, _ACCIDENTS) and len(words) > 15 else "raw"
+    return "clear error" if ours and plain and len(str(error).strip()) > 15 else "raw"
 
 
 def run_case(case: Case) -> tuple[str, str]:
-    """Verdict of a case, and its message or place."""
+    """Verdict of a case, and the error message, or the end of the traceback of a raw error."""
     signal.alarm(LIMIT)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -86,19 +85,23 @@ def run_case(case: Case) -> tuple[str, str]:
         signal.alarm(0)
 
 
-def all_cases(seed: int, folder: Path) -> Iterator[Case]:
-    """The cases of all kinds.
+def all_cases(seed: int, folder: Path, only: str | None = None) -> Iterator[tuple[str, Case]]:
+    """The cases with their kinds, which are the rows of the table.
 
     Args:
         seed: Seed of the draws; the same seed gives the same cases.
         folder: Empty folder for the files of the cases.
+        only: The only kind to make. Defaults to None, all.
     """
     from benchmarks import fuzz_data, fuzz_models
 
     for number, make in enumerate((*fuzz_data.KINDS, *fuzz_models.KINDS)):
-        place = folder / make.__name__
-        place.mkdir()
-        yield from make(random.Random(seed + number), place)
+        kind = make.__name__.replace("_", " ")
+        if only in (None, kind):
+            files = folder / make.__name__
+            files.mkdir()
+            for case in make(random.Random(seed + number), files):
+                yield kind, case
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,37 +113,41 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGALRM, _alarm)
-    started, found = time.perf_counter(), []
-    counts: dict[str, Counter[str]] = {}
+    started = time.perf_counter()
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    messages: defaultdict[str, set[str]] = defaultdict(set)
+    bad = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["UNIME_HOME"] = str(Path(folder, "home"))
-        for case in all_cases(options.seed, Path(folder)):
-            if options.only not in (None, case.kind):
-                continue
+        for kind, case in all_cases(options.seed, Path(folder), options.only):
             verdict, message = run_case(case)
-            counts.setdefault(case.kind, Counter())[verdict] += 1
-            found.append({"kind": case.kind, "case": case.name[:160], "verdict": verdict, "message": message})
+            name, message = case.name[:160].replace(folder, "FOLDER"), message.replace(folder, "FOLDER")
+            counts[kind][verdict] += 1
+            if verdict == "clear error":
+                messages[kind].add(message)
+            if verdict in BAD:
+                bad.append({"kind": kind, "case": name, "verdict": verdict, "message": message})
             if verdict in BAD or options.verbose:
-                sys.stdout.write(f"{verdict:<12} {case.kind}: {case.name[:160]}\n{message}\n")
+                sys.stdout.write(f"{verdict:<12} {kind}: {name}\n{message}\n")
     result = {
         "name": "fuzz",
         "machine": machine(),
         "seed": options.seed,
         "seconds": round(time.perf_counter() - started, 1),
-        "inputs": len(found),
+        "inputs": sum(count.total() for count in counts.values()),
         "counts": {kind: dict(count) for kind, count in counts.items()},
-        "bad": [entry for entry in found if entry["verdict"] in BAD],
-        "messages": sorted({entry["message"] for entry in found if entry["verdict"] == "clear error"})[:40],
+        "bad": bad,
+        "messages": {kind: sorted(found)[:MESSAGES] for kind, found in messages.items()},
     }
     table = _table(result)
     sys.stdout.write(table)
     if options.only is None:
         save(result, table)
-    return 1 if result["bad"] else 0
+    return 1 if bad else 0
 
 
-def _table(result: dict[str, object]) -> str:
-    counts = json.loads(json.dumps(result["counts"]))
+def _table(result: dict[str, Any]) -> str:
+    counts = result["counts"]
     total = {name: sum(count.get(name, 0) for count in counts.values()) for name in VERDICTS}
     lines = [f"{where(result)}; seed {result['seed']}, {result['inputs']} inputs in {result['seconds']} s", ""]
     lines += ["| kind | inputs | " + " | ".join(VERDICTS) + " |", "|---|" + "---:|" * (len(VERDICTS) + 1)]

@@ -25,6 +25,25 @@ from unime_st.judging import Group, HttpJudge
 from unime_st.retrieval import top_k
 from unime_st.selection import select_negatives
 
+HOSTILE_NAMES = (
+    "=1+1",
+    "+cmd",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "[x](javascript:alert(1))",
+    "![p](http://h/x.png)",
+    "<img src=http://h>",
+    "<script>",
+    "a|b",
+    "http://h/x",
+    "`code`",
+    "a\nb",
+    "<javascript:x>",
+    "www.h.org",
+)
+"""Names that a spreadsheet, a Markdown reader or a browser would act on."""
+
 
 @cache
 def model() -> UniME:
@@ -40,25 +59,49 @@ def items(draw: random.Random, folder: Path) -> Iterator[Case]:
     (folder / "empty.jpg").touch()
     pixels = np.asarray(image)
     images: list[Any] = [
-        image, image.convert("L"), image.convert("P"), image.convert("RGBA"), image.convert("CMYK"), image.convert("1"),
-        pixels, pixels / 255.0, pixels.astype(np.int64), torch.from_numpy(pixels.copy()), pixels.transpose(2, 0, 1), pixels[..., 0],
-        pixels * float("nan"), pixels[:0], pixels.astype(complex), pixels[None], np.zeros((5,)), pixels.astype(np.float32) * 1e9,
-        str(folder / "good.png"), folder / "good.png", str(folder / "bad.png"), folder / "empty.jpg", folder / "nope.png", folder,
-        b"junk", (folder / "good.png").read_bytes(), {"bytes": b"junk", "path": None}, {"bytes": None, "path": None}, "data:image/png;base64,xx",
-        "http://127.0.0.1:9/x.png", 5, [], [image, image], {}, object(), Image.new("RGB", (0, 5)), Image.new("RGB", (1, 4000)),
-    ]  # fmt: skip
+        image,
+        *(image.convert(mode) for mode in ("L", "P", "RGBA", "CMYK", "1")),
+        pixels,
+        pixels / 255.0,
+        pixels.astype(np.int64),
+        torch.from_numpy(pixels.copy()),
+        pixels.transpose(2, 0, 1),
+        pixels[..., 0],
+        pixels * float("nan"),
+        pixels[:0],
+        pixels.astype(complex),
+        pixels[None],
+        np.zeros((5,)),
+        pixels.astype(np.float32) * 1e9,
+        str(folder / "good.png"),
+        folder / "good.png",
+        str(folder / "bad.png"),
+        folder / "empty.jpg",
+        folder / "nope.png",
+        folder,
+        b"junk",
+        (folder / "good.png").read_bytes(),
+        {"bytes": b"junk", "path": None},
+        {"bytes": None, "path": None},
+        "data:image/png;base64,xx",
+        "http://127.0.0.1:9/x.png",
+        5,
+        [],
+        [image, image],
+        {},
+        object(),
+        Image.new("RGB", (0, 5)),
+        Image.new("RGB", (1, 4000)),
+    ]
     for number, value in enumerate(images):
+        yield Case(f"image {number} {type(value).__name__} {value!r:.60}", partial(_encodes, {"image": value}))
         yield Case(
-            "items", f"image {number} {type(value).__name__} {value!r:.60}", partial(_encodes, {"image": value})
-        )
-        yield Case(
-            "items",
             f"image and text {number} {value!r:.60}",
             partial(_encodes, {"image": value, "text": draw.choice(TEXTS)}),
         )
     for value in JUNK:
-        yield Case("items", f"{value!r:.60}", partial(_encodes, value))
-        yield Case("items", f"text {value!r:.60}", partial(_encodes, {"text": value}))
+        yield Case(f"{value!r:.60}", partial(_encodes, value))
+        yield Case(f"text {value!r:.60}", partial(_encodes, {"text": value}))
     for value in (
         ("a", "b"),
         {"txt": "a"},
@@ -68,11 +111,11 @@ def items(draw: random.Random, folder: Path) -> Iterator[Case]:
         {"text": ["a", "b"]},
         [{"role": "user"}],
     ):
-        yield Case("items", f"{value!r:.60}", partial(_encodes, value))
+        yield Case(f"{value!r:.60}", partial(_encodes, value))
 
 
 def _encodes(value: Any) -> bool:
-    """Whether the vector is finite, of length 1, that of a batch, and not that of the value's name."""
+    """Whether the vectors are finite, the other input of the batch keeps its vector, and the value is not absent."""
     vectors = np.asarray(model().encode([value, "a blue star"]))
     alone = np.asarray(model().encode(["a blue star"]))[0]
     finite = bool(np.isfinite(vectors).all()) and vectors.shape == (2, 128)
@@ -87,13 +130,14 @@ def arguments(draw: random.Random, folder: Path) -> Iterator[Case]:
     """Arguments of public functions and losses that are out of range or of a wrong type."""
     numbers: list[Any] = [0, -1, float("nan"), True, "x", None, 1.5, float("inf"), [1]]
     vectors = np.eye(4, dtype=np.float32)
+    similarities = (0, -1, None, 1.5, [1], float("inf"))
     calls: list[tuple[str, Callable[[Any], Any], tuple[Any, ...]]] = [
         ("batch_size", lambda value: encode_items(model(), ["a"], batch_size=value), ()),
         ("encode batch_size", lambda value: model().encode(["a"], batch_size=value), ()),
         ("truncate_dim", lambda value: encode_items(model(), ["a"], truncate_dim=value), (None,)),
         ("prompt", lambda value: encode_items(model(), ["a"], prompt=value), (None, "x")),
         ("k", lambda value: top_k(vectors, vectors, value), ()),
-        ("max_similarity", lambda value: top_k(vectors, vectors, 2, max_similarity=value), (0, -1, None, 1.5, [1], float("inf"))),
+        ("max_similarity", lambda value: top_k(vectors, vectors, 2, max_similarity=value), similarities),
         ("queries", lambda value: top_k(value, vectors, 2), ()),
         ("num_negatives", lambda value: select_negatives([0.1, 0.2], 0.9, num_negatives=value), ()),
         ("stride", lambda value: select_negatives([0.1, 0.2], 0.9, stride=value), ()),
@@ -116,7 +160,7 @@ def arguments(draw: random.Random, folder: Path) -> Iterator[Case]:
             valid = any(
                 value is entry or (type(value) is type(entry) and repr(value) == repr(entry)) for entry in right
             )
-            yield Case("arguments", f"{name}={value!r}", partial(_calls, call, value, valid), valid=valid)
+            yield Case(f"{name}={value!r}", partial(_calls, call, value, valid), valid=valid)
 
 
 def _calls(call: Callable[[Any], Any], value: Any, valid: bool) -> bool:
@@ -150,25 +194,21 @@ def judge_answers(draw: random.Random, folder: Path) -> Iterator[Case]:
     """Answers of a chat server: log-odds of Yes and No that are log-probabilities, or an error."""
     good: list[Any] = [{"token": "Yes", "logprob": -0.1}, {"token": "No", "logprob": -2.4}]
     filler = [{"token": f"t{number}", "logprob": -9.0 - number} for number in range(18)]
-    yield Case("judge answers", "good", partial(_judges, _answer(good + filler), 2.3), valid=True)
+    yield Case("good", partial(_judges, _answer(good + filler), 2.3), valid=True)
     values: tuple[Any, ...] = (None, "x", True, float("nan"), float("inf"), 3.0, [], {}, -1e400)
     for wrong in values:
         yield Case(
-            "judge answers",
             f"logprob {wrong!r}",
             partial(_judges, _answer([{"token": "Yes", "logprob": wrong}, good[1], *filler]), None),
         )
         yield Case(
-            "judge answers",
             f"token {wrong!r}",
             partial(_judges, _answer([{"token": wrong, "logprob": -0.1}, *filler]), None),
         )
-        yield Case("judge answers", f"entry {wrong!r}", partial(_judges, _answer([wrong]), None))
-        yield Case("judge answers", f"list {wrong!r}", partial(_judges, _answer(wrong), None))
-        yield Case("judge answers", f"answer {wrong!r}", partial(_judges, json.dumps(wrong).encode(), None))
-        yield Case(
-            "judge answers", f"choices {wrong!r}", partial(_judges, json.dumps({"choices": [wrong]}).encode(), None)
-        )
+        yield Case(f"entry {wrong!r}", partial(_judges, _answer([wrong]), None))
+        yield Case(f"list {wrong!r}", partial(_judges, _answer(wrong), None))
+        yield Case(f"answer {wrong!r}", partial(_judges, json.dumps(wrong).encode(), None))
+        yield Case(f"choices {wrong!r}", partial(_judges, json.dumps({"choices": [wrong]}).encode(), None))
     for tokens in (
         [],
         filler,
@@ -176,13 +216,13 @@ def judge_answers(draw: random.Random, folder: Path) -> Iterator[Case]:
         good[1:],
         [{"token": "Yes"}],
         [{"logprob": -1}],
-        [{"token": "<think>", "logprob": 0.0}, *good[:0]],
+        [{"token": "<think>", "logprob": 0.0}],
     ):
-        yield Case("judge answers", f"{tokens!r:.80}", partial(_judges, _answer(tokens), None))
+        yield Case(f"{tokens!r:.80}", partial(_judges, _answer(tokens), None))
     sure = [{"token": "Yes", "logprob": 0.0}, {"token": "No", "logprob": 0.0}]
-    yield Case("judge answers", "two certainties", partial(_judges, _answer(sure + filler), None))
+    yield Case("two certainties", partial(_judges, _answer(sure + filler), None))
     for content in (b"", b"<html>", b"{", b"[" * 3000, b"\xff", b"null", json.dumps(_answer(good).decode()).encode()):
-        yield Case("judge answers", repr(content[:40]), partial(_judges, content, None))
+        yield Case(repr(content[:40]), partial(_judges, content, None))
 
 
 def _answer(top: Any) -> bytes:
@@ -199,45 +239,36 @@ def _judges(answer: bytes, expected: float | None) -> bool:
 
 def reports(draw: random.Random, folder: Path) -> Iterator[Case]:
     """Results of mteb with hostile names and wrong contents: an inert report, or an error that names the file."""
-    names = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "[x](javascript:alert(1))", "![p](http://h/x.png)", "<img src=http://h>",
-             "<script>", "a|b", "http://h/x", "`code`", "a\nb", "<javascript:x>", "www.h.org", *TEXTS[1:]]  # fmt: skip
-    for number, name in enumerate(names):
+    for number, name in enumerate((*HOSTILE_NAMES, *TEXTS[1:])):
         for field in ("task_name", "model", "hf_subset", "revision", "mteb_version"):
-            yield Case(
-                "reports", f"{field} {name!r:.60}", partial(_reports, folder / f"{number}{field}", {field: name})
-            )
+            yield Case(f"{field} {name!r:.60}", partial(_reports, folder / f"{number}{field}", {field: name}))
     for number, junk in enumerate(JUNK):
         for field in ("scores", "main_score", "split", "row"):
-            yield Case(
-                "reports", f"{field} {junk!r:.60}", partial(_reports, folder / f"junk{number}{field}", {field: junk})
-            )
+            yield Case(f"{field} {junk!r:.60}", partial(_reports, folder / f"junk{number}{field}", {field: junk}))
 
 
 def _reports(folder: Path, change: dict[str, Any]) -> bool:
     from mteb_tasks.report import write_report
 
-    row: Any = {
-        "hf_subset": change.get("hf_subset", "default"),
-        "main_score": change.get("main_score", 0.5),
-        "languages": ["eng-Latn"],
-    }
-    scores: Any = change.get("scores", {"test": change.get("split", [change.get("row", row)])})
-    result = {
+    row = {"hf_subset": "default", "main_score": 0.5, "languages": ["eng-Latn"]}
+    good = {"task_name": "Other", "dataset_revision": "1", "mteb_version": "2", "evaluation_time": 1.0}
+    good["scores"] = {"test": [{**row, "main_score": 0.25}]}
+    row |= {name: change[name] for name in ("hf_subset", "main_score") if name in change}
+    tried = {
+        **good,
         "task_name": change.get("task_name", "MyTask"),
-        "scores": scores,
         "dataset_revision": change.get("revision", "1"),
+        "mteb_version": change.get("mteb_version", "2"),
+        "scores": change.get("scores", {"test": change.get("split", [change.get("row", row)])}),
     }
-    result |= {"mteb_version": change.get("mteb_version", "2"), "evaluation_time": 1.0}
-    inner = folder / "results" / "org__model" / "rev"
-    inner.mkdir(parents=True)
-    (inner / "model_meta.json").write_text(json.dumps({"name": change.get("model", "org/model"), "revision": "rev"}))
-    (inner / "MyTask.json").write_text(json.dumps(result))
-    good = folder / "results" / "org__good" / "rev"
-    good.mkdir(parents=True)
-    (good / "Other.json").write_text(json.dumps({**result, "task_name": "Other", "dataset_revision": "1", "mteb_version": "2", "scores": {"test": [
-        {"hf_subset": "default", "main_score": 0.25, "languages": ["eng-Latn"]}]}}))  # fmt: skip
+    for model_name, task, result in (("org__model", "MyTask", tried), ("org__good", "Other", good)):
+        path = folder / "results" / model_name / "rev" / f"{task}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+    meta = {"name": change.get("model", "org/model"), "revision": "rev"}
+    (folder / "results" / "org__model" / "rev" / "model_meta.json").write_text(json.dumps(meta))
     write_report([folder], folder / "report")
-    return _inert(folder / "report") and _whole(folder / "report", change)
+    return _inert(folder / "report") and _whole(folder / "report")
 
 
 def _inert(report: Path) -> bool:
@@ -251,8 +282,8 @@ def _inert(report: Path) -> bool:
     return not formulas and links is None and active is None
 
 
-def _whole(report: Path, change: dict[str, Any]) -> bool:
-    """Whether no score that is not a share has got into the table."""
+def _whole(report: Path) -> bool:
+    """Whether the table holds the score of the other model, and no NaN."""
     text = "".join(path.read_text(encoding="utf-8") for path in report.glob("*.csv"))
     return "nan" not in text.lower().replace("nano", "") and "25.0" in text
 

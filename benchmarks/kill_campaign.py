@@ -1,7 +1,7 @@
 """Kill campaign: every stage is killed at random moments, run again, and compared with an uninterrupted run.
 
-This process imports everything and loads the model; each run is a fork of it, so that a kill costs the work of the stage
-and not the start of a program. The exit status is 1 if a run that was killed does not end in the same result.
+This process imports everything and loads the model; each run is a fork of it, so that a kill costs the work of the
+stage and not the start of a program. The exit status is 1 if a run that was killed does not end in the same result.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def difference(right: Path, found: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the campaign."""
+    """Run the campaign; the exit status is 1 if a result differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
