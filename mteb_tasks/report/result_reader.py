@@ -139,9 +139,10 @@ def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a result of mteb ({error!r}): remove it and evaluate again") from error
     if newest:
-        model.scores[task] = newest
         revision = data_of[-1] or str(content.get("dataset_revision"))
         before, _ = model.versions.get(task, (revision, ""))
+        # Another folder may hold scores on the same data under another protocol.
+        model.scores[task] = {**(model.scores.get(task, {}) if before == revision else {}), **newest}
         model.versions[task] = (revision, str(content.get("mteb_version")))
         if task not in model.superseded and (len(set(data_of)) > 1 or before != revision):
             model.superseded.append(task)

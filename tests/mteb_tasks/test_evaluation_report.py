@@ -149,6 +149,18 @@ def test_splits_of_other_tasks_do_not_take_each_other_s_place(tmp_path):
     assert shown == {"Another default (dev)": "50.0000", "Another default (test)": "75.0000"}
 
 
+def test_profiles_in_several_folders_stand_beside_each_other(tmp_path):
+    for profile, score in (("vlm2vec", 0.25), ("qwen3-vl", 0.75)):
+        entry = {"hf_subset": profile, "languages": ["eng-Latn"], "main_score": score, "profile": profile}
+        _result(tmp_path / profile, "MMEB-V2-VisRAG_ChartQA", {"test": [entry]})
+    write_report([tmp_path / "vlm2vec", tmp_path / "qwen3-vl"], tmp_path / "out")
+    shown = {row["name"]: row["score"] for row in _table(tmp_path / "out" / "report.csv")}
+    assert shown == {
+        "MMEB-V2-VisRAG_ChartQA (vlm2vec)": "25.0000",
+        "MMEB-V2-VisRAG_ChartQA (qwen3-vl)": "75.0000",
+    }
+
+
 def test_results_are_a_data_frame(tmp_path):
     _result(tmp_path, "MMEB-GQA", {"test": [{"hf_subset": "default", "languages": ["eng-Latn"], "main_score": 0.5}]})
     _result(tmp_path, "=cmd()", {"test": [{"hf_subset": "default", "languages": ["eng-Latn"], "main_score": 0.25}]})
