@@ -15,6 +15,7 @@ from mteb.abstasks import AbsTask
 from mteb.benchmarks.benchmark import Benchmark
 from mteb.results import ModelResult
 
+from mteb_tasks.mmeb.base_tasks import checked_together
 from mteb_tasks.run_context import current_run
 from mteb_tasks.task_base import check_modalities, follow_environment, is_ours
 
@@ -47,14 +48,15 @@ def with_our_tasks(evaluate: Evaluate) -> Evaluate:
         if run is not None and ours:
             run.tasks += ours
             run.model_meta = getattr(model, "mteb_model_meta", None)
-        if not ours or not _is_sentence_transformer(model):
-            return evaluate(model, tasks, *args, **kwargs)
-        loader = _loader(model, ours)
-        if len(ours) == len(listed):
-            return evaluate(loader, tasks, *args, **kwargs)
-        others = [task for task in listed if not is_ours(task)]
-        result = evaluate(model, others, *args, **kwargs)
-        return _merged(result, evaluate(loader, ours, *args, **kwargs), listed)
+        with checked_together(ours):
+            if not ours or not _is_sentence_transformer(model):
+                return evaluate(model, tasks, *args, **kwargs)
+            loader = _loader(model, ours)
+            if len(ours) == len(listed):
+                return evaluate(loader, tasks, *args, **kwargs)
+            others = [task for task in listed if not is_ours(task)]
+            result = evaluate(model, others, *args, **kwargs)
+            return _merged(result, evaluate(loader, ours, *args, **kwargs), listed)
 
     return evaluate_with_our_tasks
 

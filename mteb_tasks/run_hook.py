@@ -14,6 +14,8 @@ from collections.abc import Callable
 from mteb_tasks.mmeb.base_tasks import missing_tasks
 from mteb_tasks.mmeb.tasks import MMEB_TASKS
 from mteb_tasks.mmeb_v2.aggregate import MMEB_V2_TASKS
+from mteb_tasks.mmeb_v2.leaderboard import AGGREGATE, BENCHMARK
+from mteb_tasks.mmeb_v2.profiles import current_profile
 from mteb_tasks.models import check_variables
 from mteb_tasks.run_context import CurrentRun, new_run
 from mteb_tasks.scores import Scores, score_table
@@ -45,6 +47,8 @@ def with_scores(run: RunCommand) -> RunCommand:
             logging.getLogger("mteb_tasks").setLevel(_LOG_LEVELS[args.verbosity])
         if args.model is not None:
             check_variables(args.model)
+        if BENCHMARK in (args.benchmarks or ()) or any(name.startswith(AGGREGATE) for name in args.tasks or ()):
+            current_profile()  # of an unknown one mteb would say that the task was not found
         args.tasks = _without_missing(args.tasks)
         with new_run(args.output_folder) as current:
             run(args)

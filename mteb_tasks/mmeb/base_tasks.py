@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,7 +15,6 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb_tasks.local_data import LOCAL_PREFIX, with_digest
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.retrieval_task import ItemRetrievalTask
-from mteb_tasks.run_context import current_run
 from unime_st.files import digest
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class BenchmarkTask(ItemRetrievalTask):
         Raises:
             MMEBDataError: If data are missing or faulty, or not those that this object was made for.
         """
-        run, root = self.run or self._run_of_command() or (self,), self.local_root()
+        run, root = self.run or (self,), self.local_root()
         if root is None:
             root = self.hub_root(run)
             dataset = {**self.metadata.dataset, "revision": root.name}
@@ -103,12 +103,6 @@ class BenchmarkTask(ItemRetrievalTask):
         if self.checked != own:
             preflight({task: found for task in run if (found := task.local_root()) is not None})
         return root
-
-    def _run_of_command(self) -> list[BenchmarkTask]:
-        """Tasks of the ``mteb run`` command in progress that this one belongs to."""
-        run = current_run()
-        listed = [] if run is None else [part for task in run.tasks for part in getattr(task, "tasks", [task])]
-        return [task for task in listed if isinstance(task, BenchmarkTask)] if self in listed else []
 
 
 def preflight(roots: Mapping[BenchmarkTask, Path]) -> list[str]:
@@ -141,6 +135,23 @@ def preflight(roots: Mapping[BenchmarkTask, Path]) -> list[str]:
     for line in lines:
         logger.info("%s", line)
     return lines
+
+
+@contextmanager
+def checked_together(tasks: Iterable[object]) -> Iterator[None]:
+    """Check the data of all tasks of an evaluation before the first one is encoded.
+
+    Args:
+        tasks: Any task objects; those that are part of a run keep it.
+    """
+    alone = [task for task in tasks if isinstance(task, BenchmarkTask) and not task.run]
+    for task in alone:
+        task.run = alone
+    try:
+        yield
+    finally:
+        for task in alone:
+            task.run = ()
 
 
 Task = TypeVar("Task", bound=BenchmarkTask)

@@ -167,5 +167,7 @@ def test_a_run_ends_well_although_its_table_cannot_be_made(tmp_path, caplog):
         file.parent.mkdir(parents=True)
         file.write_text('{"scores": ')
 
-    with_scores(run)(argparse.Namespace(verbosity=2, model="unime-tiny", tasks=None, output_folder=str(tmp_path)))
+    with_scores(run)(
+        argparse.Namespace(verbosity=2, model="unime-tiny", tasks=None, benchmarks=None, output_folder=str(tmp_path))
+    )
     assert "the table of scores could not be made; the results are written" in caplog.text

@@ -78,6 +78,29 @@ def test_all_data_are_checked_before_the_first_page(
         command("-t", "MMEB-V2-VisRAG_ChartQA", f"MMEB-V2-{HL.key}", "--output-folder", str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("arguments", [("-t", "MMEB-V2-VisRAG_ChartQA"), ("-b", "MMEB(eng, v2)")])
+def test_an_unknown_profile_is_named(
+    arguments: tuple[str, str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMEB_V2_PROFILE", "mine")
+    with pytest.raises(ValueError, match="MMEB_V2_PROFILE=mine: expected one of vlm2vec, qwen3-vl, model"):
+        command(*arguments)
+
+
+def test_tasks_of_one_call_are_checked_together(
+    mini: Path, square_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a program, too; what was checked together in one call is not in the next one."""
+    monkeypatch.setenv("MMEB_V2_DIR", str(mini))
+    (mini / "visdoc-tasks" / HL.folder / "57.png").unlink()
+    chart, loader = _task("VisRAG_ChartQA"), wrap(square_model, "unime/golden")
+    with monkeypatch.context() as patched:
+        patched.setattr(UniMELoader, "embed", lambda *args, **kwargs: pytest.fail("encoded before all was checked"))
+        with pytest.raises(MMEBDataError, match=r"row 1: page .*57.png is missing"):
+            mteb.evaluate(loader, [chart, _task(HL.key)], cache=None)
+    assert mteb.evaluate(loader, chart, cache=None).task_results[0].scores["test"][0]["num_queries"] == 3
+
+
 def test_a_missing_archive_part_is_named(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = tmp_path / "hub" / "visdoc-tasks"
     hub.mkdir(parents=True)
