@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,3 +112,10 @@ def test_a_positive_judged_below_the_margin() -> None:
 def test_wrong_arguments(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select_negatives(*arguments, **options)
+
+
+@pytest.mark.parametrize("wrong", [{"scores": [0.1, "x"]}, {"positive_score": None}, {"margin": "x"}, {"margin": [1]}])
+def test_what_is_not_a_number_is_refused(wrong: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"scores": [0.1, 0.2], "positive_score": 0.9, **wrong}
+    with pytest.raises(ValueError, match="must be numbers"):
+        select_negatives(**arguments)

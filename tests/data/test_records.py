@@ -180,12 +180,13 @@ def test_record_sets_travel_to_workers(tmp_path: Path, method: str):
     [
         {"positive_logit": 1.0},
         {"negative_logits": (1.0,)},
+        {"negative_logits": None},
         {"positive_logit": float("nan"), "negative_logits": (1.0,)},
         {"positive_logit": 0.0, "negative_logits": (float("inf"),)},
     ],
 )
 def test_half_judged_records_are_refused(logits: dict):
-    with pytest.raises(ValueError, match=r"needs one logit for its positive|must be finite"):
+    with pytest.raises(ValueError, match=r"needs one logit for its positive|must be finite|must be a tuple"):
         PairRecord(Item("a"), Item("b"), negatives=(Item("c"),), **logits)
 
 

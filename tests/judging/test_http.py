@@ -128,6 +128,9 @@ def test_options_that_make_no_sense():
         HttpJudge("127.0.0.1:8000", "m")
     with pytest.raises(ValueError, match="concurrency"):
         HttpJudge("http://127.0.0.1:8000/v1", "m", concurrency=0)
+    for timeout in (None, "x", [1]):
+        with pytest.raises(ValueError, match="timeout must be a finite number"):
+            HttpJudge("http://127.0.0.1:8000/v1", "m", timeout=timeout)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("option", "value"), [("template", "tiny"), ("max_text_tokens", 512), ("dtype", "bfloat16")])

@@ -99,6 +99,7 @@ def test_wrong_inputs(
         (SimilarityDistillationLoss, {"direction": "both"}, "direction must be one of"),
         (SimilarityDistillationLoss, {"mini_batch_size": 0}, "mini_batch_size must be a positive integer"),
         (HardNegativeRankingLoss, {"temperature": float("nan")}, "temperature must be a positive"),
+        (HardNegativeRankingLoss, {"temperature": None}, "temperature must be a positive finite number, but is None"),
         (HardNegativeRankingLoss, {"false_negative_margin": float("nan")}, "false_negative_margin"),
         (HardNegativeRankingLoss, {"num_negatives": 0}, "num_negatives must be at least 1"),
         (HardNegativeRankingLoss, {"mini_batch_num_tokens": -1}, "mini_batch_num_tokens must be a positive integer"),

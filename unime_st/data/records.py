@@ -63,6 +63,8 @@ class PairRecord:
     negative_logits: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.negative_logits, (tuple, list)):
+            raise ValueError(f"negative_logits must be a tuple of judge logits, got {self.negative_logits!r:.80}")
         if self.positive_logit is None and not self.negative_logits:
             return
         if self.positive_logit is None or len(self.negative_logits) != len(self.negatives):

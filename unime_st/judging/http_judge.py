@@ -98,7 +98,7 @@ class HttpJudge:
             raise ValueError(f"url must begin with http:// or https://, got {url!r}")
         check_count("concurrency", concurrency)
         check_count("retries", retries, at_least=0)
-        if isinstance(timeout, bool) or not 0 < timeout < math.inf:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a finite number of seconds above 0, got {timeout!r}")
         self.url = url.rstrip("/") + "/chat/completions"
         self.name, self.revision = model, revision
@@ -220,7 +220,7 @@ class HttpJudge:
 
     def _log_odds(self, answer: Any) -> float:
         try:
-            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            top = list(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
             found = {str(entry["token"]).strip(): _log_probability(entry["logprob"]) for entry in reversed(top)}
         except (KeyError, IndexError, TypeError) as error:
             raise ServerError(

@@ -65,8 +65,11 @@ def select_negatives(
         - UniME-V2 (https://arxiv.org/abs/2510.13515), "MLLM-as-a-Judge for hard negatives mining": the threshold
           alpha = s_pos - beta, the cyclic sampling with step five, and the two rules for short and empty pools.
     """
-    pool = np.asarray(scores, dtype=np.float64)
-    positive_score = float(positive_score)
+    try:
+        pool = np.asarray(scores, dtype=np.float64)
+        positive_score, margin = float(positive_score), margin if isinstance(margin, bool) else float(margin)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scores, positive_score and margin must be numbers ({error})") from error
     _check_arguments(pool, positive_score, margin, stride, num_negatives)
 
     survivors = np.flatnonzero(surviving(pool, positive_score, margin, relax_low_positive))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,8 @@ def check_positive(name: str, value: float) -> float:
         >>> check_positive("temperature", 0.02)
         0.02
     """
-    if isinstance(value, bool) or not 0.0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive finite number, but is {value}.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number, but is {value!r}.")
     return value
 
 
