@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mteb.benchmarks.benchmark import Benchmark
     from mteb.models import ModelMeta
     from mteb.results import ModelResult
+    from PIL import Image
     from sentence_transformers.base.model import BaseModel
     from torch import nn
     from transformers import PreTrainedModel
@@ -351,3 +352,11 @@ def patch_mteb_run(wrap: Callable[[Callable[[Namespace], None]], Callable[[Names
 
     home: Any = build_cli
     home.run = wrap(home.run)
+
+
+# Pillow
+
+
+def plain_image(image: Image.Image) -> Image.Image:
+    """A loaded image without the file it comes from: what ``Image.copy`` returns, with the pixels themselves."""
+    return image._new(image.im)

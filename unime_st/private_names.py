@@ -14,6 +14,7 @@ CHECKED = {
     "mteb": "2.26.24",
     "peft": "0.21.2",
     "huggingface_hub": "2.4.0",
+    "pillow": "13.0.0",
 }
 """Version of each library that the names of this package were checked on."""
 
@@ -85,6 +86,7 @@ PRIVATE_NAMES = tuple(
         ("transformers:PreTrainedModel._no_split_modules", "", "units that accelerate shards"),
         ("mteb.abstasks:AbsTask._evaluate_subset", "model data_split encode_kwargs hf_split", "pairs are scored"),
         ("mteb.abstasks:AbsTask._support_search", "", "two-stage models on preference tasks"),
+        ("PIL.Image:Image._new", "self im", "a decoded image is not copied"),
     )
 )
 """Every such name, with its use."""

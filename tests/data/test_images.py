@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import struct
 import zipfile
 import zlib
@@ -181,6 +182,21 @@ def test_to_rgb_leaves_its_argument_alone():
     image = Image.new("RGB", (2, 2))
     to_rgb(image).putpixel((0, 0), (1, 1, 1))
     assert image.getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM"])
+def test_opened_images_are_plain_and_their_own(kind: str, orientation: int):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = ImageRef(data=encode(noise, kind, exif=exif))
+    with Image.open(io.BytesIO(image.read())) as stored:
+        expected = to_rgb(stored)
+    first, second = image.open(), image.open()
+    assert type(first) is Image.Image and first == expected and first.getexif() == expected.getexif()
+    first.putpixel((0, 0), (1, 2, 3))
+    assert second == expected and image.open() == pickle.loads(pickle.dumps(second)) == expected
 
 
 def test_paths_stay_inside_the_root(tmp_path: Path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unime_st.compat import plain_image
 from unime_st.files import digest
 
 MAX_PIXELS = 89_478_485
@@ -136,7 +137,8 @@ class ImageRef:
                     "resize it or raise max_pixels"
                 )
             with decoding(self.label):
-                return to_rgb(image)
+                converted = _converted(image)
+                return plain_image(image) if converted is image else converted  # nobody else holds the pixels
 
 
 @contextmanager
@@ -165,6 +167,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
         (255, 255, 255)
     """
+    converted = _converted(image)
+    return image.copy() if converted is image else converted
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    """Result of :func:`to_rgb`; the loaded image itself where nothing is to be done."""
     image.load()
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -173,7 +181,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def padded_to_aspect(image: Image.Image, limit: int = MAX_ASPECT) -> Image.Image:
