@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from unime_st.encoding import encode_items, encode_to_shards
 from unime_st.files import FolderInUseError, digest, folder_lock
 from unime_st.reranking import search
 from unime_st.retrieval import Index, mine, top_k
-from unime_st.retrieval.faiss_engine import make_engine, sample_recall
+from unime_st.retrieval.faiss_engine import Kind, make_engine, sample_recall, search_engine
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -244,6 +245,21 @@ def test_more_results_than_items(model: UniME, caplog: pytest.LogCaptureFixture)
         index.search("a")
     index.remove(["0", "1", "2"])
     assert index.search(["a"]) == [[]]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_few_queries_are_searched_by_matrix_products(kind: Kind):
+    """One by one, a few dozen, and enough for faiss's own threshold, which stays as it was."""
+    vectors = np.random.default_rng(0).standard_normal((3000, 128), dtype=np.float32)
+    engine, threshold = make_engine(kind, vectors), faiss.cvar.distance_compute_blas_threshold
+    scores, positions = search_engine(engine, vectors[:1200], 5, ())
+    for count in (1, 3, 4, 40):
+        own_scores, own_positions = search_engine(engine, vectors[:count], 5, ())
+        np.testing.assert_array_equal(own_positions, positions[:count])
+        np.testing.assert_allclose(own_scores, scores[:count], rtol=1e-5, atol=1e-4)
+    assert faiss.cvar.distance_compute_blas_threshold == threshold
+    if kind == "flat":
+        np.testing.assert_array_equal(positions[:40], top_k(vectors[:40], vectors, 5)[1])
 
 
 def test_recall_of_the_kinds():
