@@ -208,6 +208,11 @@ class RecordSet(RowFolder[PairRecord]):
         writer.finish(manifest)
         return cls(folder)
 
+    @property
+    def positive_ids(self) -> list[str]:
+        """Ids of the distinct positives, in order of their first rows."""
+        return list(dict.fromkeys(self.row_shards.column("positive").to_pylist()))
+
     def _build(self, row: Row) -> PairRecord:
         return PairRecord(
             query=self.item(row["query"]),

@@ -184,7 +184,7 @@ class Index:
                 raise ValueError("vectors are those of a record folder: pass its RecordSet as items")
             else:
                 if isinstance(items, RecordSet):
-                    ids = list(dict.fromkeys(items.row_shards.column("positive").to_pylist()))
+                    ids = items.positive_ids
                     items = map(items.item, ids)
                 options = EncodingOptions(document, dims, batch_size, show_progress_bar)
                 names, stored, found = encode_named(with_ids(items, ids), model, work, image_root, options)

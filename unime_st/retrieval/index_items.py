@@ -167,7 +167,7 @@ def encode_records(
     prompt = identity["prompt"]
     embed = chunk_encoder(records, model, prompt=str(prompt or ""), batch_size=batch_size)
     shards = encode_once(records, identity, vectors, embed)
-    names = list(dict.fromkeys(records.row_shards.column("positive").to_pylist()))
+    names = records.positive_ids
     return _readable(names, records.items, records.items.positions(names), shards)
 
 

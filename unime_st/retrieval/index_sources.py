@@ -69,8 +69,7 @@ def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[t
         raise FileNotFoundError(f"{source}: no such file or folder")
     if source.is_dir() and is_complete(source):
         records = RecordSet.load(source)
-        for name in dict.fromkeys(records.row_shards.column("positive").to_pylist()):
-            yield name, records.item(name)
+        yield from ((name, records.item(name)) for name in records.positive_ids)
         return
     images, documents = _media_files(source)
     root = source if source.is_dir() else source.parent
