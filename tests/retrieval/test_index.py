@@ -18,7 +18,7 @@ from unime_st.data.manifest import StageConflictError
 from unime_st.encoding import encode_items, encode_to_shards
 from unime_st.files import FolderInUseError, digest, folder_lock
 from unime_st.reranking import search
-from unime_st.retrieval import Index, mine, top_k
+from unime_st.retrieval import Index, IndexSettings, mine, top_k
 from unime_st.retrieval.faiss_engine import Kind, make_engine, sample_recall, search_engine
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -167,6 +167,16 @@ def test_other_models_are_refused(model: UniME, tmp_path: Path):
         index.search(["a"])
     with pytest.raises(ValueError, match="built with another model"):
         index.add(["a"], ["b"])
+
+
+def test_weights_are_read_once_for_every_model(model: UniME, monkeypatch: pytest.MonkeyPatch):
+    index, other, calls = Index.build(TEXTS[:5], model), UniME("unime-tiny", device="cpu"), list[object]()
+    check = IndexSettings.check_model
+    monkeypatch.setattr(IndexSettings, "check_model", lambda self, own: calls.append(own) or check(self, own))
+    for _ in range(3):
+        index.check_model(other)
+        index.search(["a star"])
+    assert calls == [other, model]
 
 
 def test_other_prompts_and_truncations_are_refused(model: UniME, tmp_path: Path):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import faiss
 import numpy as np
@@ -106,7 +107,7 @@ class Index:
         self._engine, self._ids, self._items, self._image_root = engine, ids, items, image_root
         self._removed: set[int] = set()
         self._gpu: Any = None
-        self._checked: object = None
+        self._checked: WeakKeyDictionary[SentenceTransformer, object] = WeakKeyDictionary()
         self._mapped = False
 
     @classmethod
@@ -369,9 +370,9 @@ class Index:
     def check_model(self, model: SentenceTransformer) -> None:
         """Raise ValueError if the weights, settings or prompts of a model are not those of this index."""
         state = (model_state(model), declared_prompts(model))
-        if state != self._checked:  # all weights are read once, not at every search
+        if self._checked.get(model) != state:  # all weights are read once, not at every search
             self.settings.check_model(model)
-            self._checked = state
+            self._checked[model] = state
 
     def _encode(self, items: list[Item], prompt: str | None, batch_size: int) -> np.ndarray:
         vectors = encode_items(
