@@ -117,6 +117,23 @@ def test_prompts_and_reranker(tmp_path: Path):
     assert index.search([], 3) == [] and Index.build(["a"], model, truncate_dim=16).settings.dim == 16
 
 
+def test_reranker_gets_the_items(model: UniME, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for color in ("red", "blue"):
+        Image.new("RGB", (56, 56), color).save(f"{color}.png")
+    items = [Item(image=Path("red.png")), Item(image=Path("blue.png")), Item("red.png")]  # the last one is a text
+    index = Index.build(items, model, ids=["red", "blue", "name"])
+    reranker = UniMEReranker("unime-tiny", template="tiny", device="cpu")
+    hits = index.search(["a red circle"], 3, reranker=reranker)[0]
+    assert {hit.id: hit.score for hit in hits} == pytest.approx(
+        {name: reranker.rank("a red circle", [item])[0]["score"] for name, item in zip(index.ids, items, strict=True)},
+        abs=1e-5,
+    )
+    Path("blue.png").unlink()
+    hits = index.search(["a red circle"], 3, reranker=reranker)[0]
+    assert [hit.id for hit in hits][-1] == "blue" and hits[-1].item.image is not None
+
+
 def test_killed_build_resumes(model: UniME, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("unime_st.encoding.engine.WINDOW", 20)
     calls: list[int] = []

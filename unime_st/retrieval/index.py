@@ -276,7 +276,8 @@ class Index:
         Args:
             queries: Items, or any inputs of ``encode``.
             k: Number of results per query; all items, with a warning, if there are fewer. Defaults to 10.
-            reranker: Reranks the k results of each query, such as a :class:`~unime_st.UniMEReranker`. Defaults to None.
+            reranker: Reranks the k results of each query, such as a :class:`~unime_st.UniMEReranker`, which ranks
+                images that cannot be read any more last. Defaults to None.
             query_prompt: Instruction of these queries. Defaults to None, the query prompt of the index.
             batch_size: As for :func:`~unime_st.encoding.encode_items`. Defaults to 64.
 
@@ -392,9 +393,8 @@ class Index:
 
 
 def _reranked(query: Item, hits: list[Hit], reranker: CrossEncoder) -> list[Hit]:
-    ranking = reranker.rank(_as_input(query), [_as_input(hit.item) for hit in hits])
+    inputs: list[Any] = [query, *(hit.item for hit in hits)]
+    if not hasattr(reranker, "listwise_scores"):  # a UniMEReranker takes items, and ranks unreadable ones last
+        inputs = [item.text if item.image is None else item.to_input() for item in inputs]
+    ranking = reranker.rank(inputs[0], inputs[1:])
     return [replace(hits[int(entry["corpus_id"])], score=float(entry["score"])) for entry in ranking]
-
-
-def _as_input(item: Item) -> Any:
-    return item.text if item.image is None else item.to_input()
