@@ -186,6 +186,15 @@ def test_other_models_are_refused(model: UniME, tmp_path: Path):
         index.add(["a"], ["b"])
 
 
+def test_a_saved_copy_is_the_same_model(tmp_path: Path):
+    model = UniME("unime-tiny", device="cpu")
+    index = Index.build(["a", "b"], model, folder=tmp_path / "index")
+    model.save_pretrained(str(tmp_path / "copy"))
+    assert index.search(["a"], 1)[0][0].id == "0"
+    copy = UniME(str(tmp_path / "copy"), device="cpu")
+    assert Index.load(tmp_path / "index", copy).search(["a"], 1)[0][0].id == "0"
+
+
 def test_weights_are_read_once_for_every_model(model: UniME, monkeypatch: pytest.MonkeyPatch):
     index, other, calls = Index.build(TEXTS[:5], model), UniME("unime-tiny", device="cpu"), list[object]()
     check = IndexSettings.check_model

@@ -12,7 +12,9 @@ from sentence_transformers import SentenceTransformer
 
 _CHUNK = 1 << 24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_VOLATILE = frozenset(["_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "torch_dtype"])
+_VOLATILE = frozenset(
+    ["_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "architectures"]
+)
 """Entries of configurations that differ between copies of one model, or do not change what it computes."""
 
 

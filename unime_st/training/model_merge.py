@@ -18,7 +18,7 @@ from unime_st.files import atomic_folder, content_digest, folder_lock, read_json
 from unime_st.registry import resolve
 from unime_st.training.adapters import merge_lora
 
-_IGNORED = frozenset(["dtype", "architectures"])
+_IGNORED = frozenset(["dtype"])
 """Entries of configurations that models to merge may differ in."""
 _TOLERANCE = 1e-6
 
