@@ -46,19 +46,24 @@ def encode(options: argparse.Namespace) -> int:
     from unime_st.files import write_json
     from unime_st.model import UniME
 
-    names = [name for name, _ in _items(options.source, options)]  # a wrong source is found before the model is loaded
-    if not names:
-        raise ValueError(f"{options.source}: nothing in it can be read, so there is nothing to encode")
+    found = _nonempty(options)
+
+    def items() -> Iterator[Item]:
+        names = []
+        for name, item in found:
+            names.append(name)
+            yield item
+        write_json(Path(options.output) / "ids.json", names)
+
     chosen = {name: getattr(options, name) for name in ("dtype", "prompt", "truncate_dim", "batch_size", "overwrite")}
     vectors = encode_to_shards(
         UniME(options.model, device=options.device),
-        (item for _, item in _items(options.source, options)),
+        items(),
         options.output,
         on_error="skip",
         source=f"{fingerprint_inputs(options.source)} {options.text_column}, {options.image_column}",
         **chosen,
     )
-    write_json(Path(options.output) / "ids.json", names)
     sys.stdout.write(f"{len(vectors)} vectors of dimension {vectors.dim} in {options.output}\n")
     return 0
 
@@ -115,11 +120,7 @@ def index(options: argparse.Namespace) -> int:
     if is_records:
         what: Any = RecordSet.load(source)
     else:
-        found = _items(source, options)
-        first = next(found, None)  # a wrong source is found before the model is loaded
-        if first is None:
-            raise ValueError(f"{source}: nothing in it can be read, so there is nothing to index")
-        for_ids, for_items = tee(chain([first], found))  # read in step, one item ahead
+        for_ids, for_items = tee(_nonempty(options))  # read in step, one item ahead
         what, chosen["ids"] = (item for _, item in for_items), (name for name, _ in for_ids)
         chosen["image_root"] = None if options.embed_images else source if source.is_dir() else source.parent
     model = UniME(options.model, device=options.device)
@@ -135,6 +136,15 @@ def _items(source: str | Path, options: argparse.Namespace) -> Iterator[tuple[st
     from unime_st.retrieval.index_sources import Columns, read_items
 
     return read_items(source, Columns(options.text_column, options.image_column, options.id_column))
+
+
+def _nonempty(options: argparse.Namespace) -> Iterator[tuple[str, Item]]:
+    """Items of the source of a command. A wrong one is found here, before the model is loaded."""
+    found = _items(options.source, options)
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"{options.source}: nothing in it can be read, so there is nothing to {options.command}")
+    return chain([first], found)
 
 
 def _at_least_one(options: argparse.Namespace, *names: str) -> None:

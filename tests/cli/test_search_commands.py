@@ -149,7 +149,8 @@ def test_records_with_the_vectors_of_mining(sources: Path, capsys: pytest.Captur
     assert "prompt: None there, 'x' now" in capsys.readouterr().err
 
 
-def test_encode(sources: Path, capsys: pytest.CaptureFixture[str]):
+def test_encode(sources: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+    (sources / "photos" / "secret.pdf").write_bytes(encrypted_pdf())
     words = [
         "encode",
         "photos",
@@ -165,6 +166,7 @@ def test_encode(sources: Path, capsys: pytest.CaptureFixture[str]):
     assert main(words) == 0 and main(words) == 0
     assert capsys.readouterr().out == "2 vectors of dimension 16 in vectors\n" * 2
     assert json.loads(Path("vectors/ids.json").read_text()) == ["blue.jpg", "deep/red.png"]
+    assert caplog.text.count("secret.pdf is left out") == 1, "PDF files are read once"
     expected = UniME("unime-tiny", device="cpu", truncate_dim=16).encode([{"image": "photos/blue.jpg"}])
     assert np.abs(VectorShards("vectors")[:1] - expected).max() < 1e-3
     Image.new("RGB", (60, 60), "green").save("photos/blue.jpg")
@@ -202,7 +204,7 @@ def test_wrong_calls(
 ):  # fmt: skip
     assert main(words) == status
     assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not Path("out").exists()
+    assert not Path("out").exists() and not Path("out.build").exists()
 
 
 def test_an_interrupted_command_goes_on(

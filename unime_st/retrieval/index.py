@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -190,6 +191,7 @@ class Index:
                 options = EncodingOptions(document, dims, batch_size, show_progress_bar)
                 names, stored, found = encode_named(with_ids(items, ids), model, work, image_root, options)
             if not names:
+                shutil.rmtree(work, ignore_errors=True)  # nothing to resume with
                 raise ValueError("no item could be encoded, so there is nothing to index")
             if normalized or dims is not None:
                 faiss.normalize_L2(found)

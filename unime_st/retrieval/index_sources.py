@@ -75,7 +75,7 @@ def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[t
     root = source if source.is_dir() else source.parent
     yield from ((path.relative_to(root).as_posix(), Item(image=path)) for path in images)
     if documents:
-        yield from _pages(root, documents, skip=bool(images))
+        yield from _pages(source, documents, skip=bool(images))
     if not images and not documents:
         yield from _table_items(source, columns or Columns())
 
@@ -90,12 +90,12 @@ def _media_files(source: Path) -> tuple[list[Path], list[Path]]:
     )
 
 
-def _pages(root: Path, documents: list[Path], *, skip: bool) -> Iterator[tuple[str, Item]]:
+def _pages(source: Path, documents: list[Path], *, skip: bool) -> Iterator[tuple[str, Item]]:
     def left_out(reason: str, *, file: str, page: int | None = None) -> None:
         logger.warning("%s is left out: %s", file if page is None else f"{file}#page={page}", reason)
 
     try:
-        for page, _, item in render_pages(root, documents, _DPI, None, left_out):
+        for page, _, item in render_pages(source, documents, _DPI, None, left_out):
             yield page.name, item
     except ImportError as error:
         if not skip:
