@@ -105,11 +105,10 @@ class Index:
         image_root: str | Path | None,
     ) -> None:
         self.settings, self.model = settings, model
-        self._engine, self._ids, self._items, self._image_root = engine, ids, items, image_root
+        self._engine, self._ids, self._items, self._image_root, self._mapped = engine, ids, items, image_root, False
         self._removed: set[int] = set()
         self._gpu: Any = None
         self._checked: WeakKeyDictionary[SentenceTransformer, object] = WeakKeyDictionary()
-        self._mapped = False
 
     @classmethod
     def build(
@@ -278,8 +277,7 @@ class Index:
         Args:
             queries: Items, or any inputs of ``encode``.
             k: Number of results per query; all items, with a warning, if there are fewer. Defaults to 10.
-            reranker: Reranks the k results of each query, such as a :class:`~unime_st.UniMEReranker`, which ranks
-                images that cannot be read any more last. Defaults to None.
+            reranker: Reranks the k results of each query, such as a :class:`~unime_st.UniMEReranker`. Defaults to None.
             query_prompt: Instruction of these queries. Defaults to None, the query prompt of the index.
             batch_size: As for :func:`~unime_st.encoding.encode_items`. Defaults to 64.
 
@@ -388,8 +386,7 @@ class Index:
         )
         if vectors.shape[1] != self.settings.dim:
             raise ValueError(
-                f"the model computes vectors of dimension {vectors.shape[1]}, the index has {self.settings.dim}: restore "
-                "model.truncate_dim"
+                f"vectors have dimension {vectors.shape[1]}, the index has {self.settings.dim}: restore model.truncate_dim"
             )
         return vectors
 
@@ -398,5 +395,5 @@ def _reranked(query: Item, hits: list[Hit], reranker: CrossEncoder) -> list[Hit]
     inputs: list[Any] = [query, *(hit.item for hit in hits)]
     if not hasattr(reranker, "listwise_scores"):  # a UniMEReranker takes items, and ranks unreadable ones last
         inputs = [item.text if item.image is None else item.to_input() for item in inputs]
-    ranking = reranker.rank(inputs[0], inputs[1:])
-    return [replace(hits[int(entry["corpus_id"])], score=float(entry["score"])) for entry in ranking]
+    ranked = reranker.rank(inputs[0], inputs[1:])
+    return [replace(hits[int(entry["corpus_id"])], score=float(entry["score"])) for entry in ranked]
