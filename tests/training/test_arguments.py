@@ -39,6 +39,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("learnig_rate: 1\n", "line 1: unknown option 'learnig_rate'; did you mean 'learning_rate'"),
         ("- 1\n", "expected `option: value`"),
         ("a: [1\n", "expected"),
+        ("? [a]\n: b\n", "line 1: the name of an option must be a word"),
         ("seed: 1\nprecision: fp8\n", "precision: expected one of fp32, bf16, fp16, found fp8"),
         ("seed: 1\nlearning_rate: .nan\n", "line 2: learning_rate: expected a number above 0, found nan"),
         ("per_device_train_batch_size: true\n", "expected an integer of at least 1, found true"),

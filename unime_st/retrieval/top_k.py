@@ -89,10 +89,10 @@ def top_k(
     check_count("k", k)
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"queries and corpus must have equal dimensions, got {left.shape[1]} and {right.shape[1]}")
-    limit = np.full(len(left), np.inf) if max_similarity is None else np.asarray(max_similarity, dtype=np.float64)
-    if isinstance(max_similarity, bool) or np.isnan(limit).any():
+    limit = np.full(len(left), np.inf) if max_similarity is None else np.asarray(max_similarity)
+    if isinstance(max_similarity, bool) or limit.dtype.kind not in "fiu" or np.isnan(limit).any():
         raise ValueError(f"max_similarity must be a number, or one per query, got {max_similarity!r:.60}")
-    limit = np.broadcast_to(limit, (len(left),))
+    limit = np.broadcast_to(limit.astype(np.float64), (len(left),))
     if exclude is not None and len(exclude) != len(left):
         raise ValueError(f"exclude has {len(exclude)} lists for {len(left)} queries")
     norms, largest_norm = _norms(left, "queries"), _norms(right, "corpus").max(initial=0.0)
@@ -288,7 +288,10 @@ def _matrix(values: Any, name: str) -> np.ndarray:
         values = values.detach().cpu()
         values = (values if values.dtype == torch.float64 else values.float()).numpy()
     kept = getattr(values, "dtype", None) in (np.float16, np.float32, np.float64)
-    matrix = np.asanyarray(values, dtype=None if kept else np.float32)
+    try:
+        matrix = np.asanyarray(values, dtype=None if kept else np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must have shape (n, dim) and hold numbers, got {type(values).__name__}") from error
     if matrix.ndim != 2:
         raise ValueError(f"{name} must have shape (n, dim), got {matrix.shape}")
     return matrix

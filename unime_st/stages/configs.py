@@ -106,6 +106,8 @@ def _mapping(path: Path) -> tuple[dict[str, object], dict[str, int]]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise OptionError(f"{path}, line {line}: the name of an option must be a word.")
             if key.value in lines:
                 raise OptionError(f"{path}, line {line}: {key.value} was given in line {lines[key.value]} already.")
             lines[key.value] = line
