@@ -1,9 +1,9 @@
 """Fuzz campaign: malformed inputs for options, files, records, items, folders, judges and reports, counted by verdict.
 
 Every case is a function that returns True if the outcome is right, False if a wrong input was taken without a word, or
-raises. An error is clear if this package raised it on purpose: its last frame is ours, and it is a ValueError,
-TypeError, OSError or ImportError with a message. All other errors are raw. The run fails if any case is silent, raw,
-hangs, or refuses a right input.
+raises. An error is clear if this package raised it on purpose: its last frame is a ``raise`` of ours, and it is a
+ValueError, TypeError, OSError or ImportError with a message. All other errors are raw. The run fails if any case is
+silent, raw, hangs, or refuses a right input.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _alarm(number: int, frame: FrameType | None) -> None:
 def judge_error(error: BaseException) -> str:
     """Verdict on an exception: ``clear error`` or ``raw``."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "contextlib" not in frame.filename]
-    ours = bool(frames) and frames[-1].filename.startswith(_OURS)
+    last = frames[-1]
+    ours = last.filename.startswith(_OURS) and (last.line or "").startswith("raise ")
     plain = isinstance(error, (ValueError, TypeError, OSError, ImportError)) and not isinstance(error, UnicodeError)
     return "clear error" if ours and plain and len(str(error).strip()) > 15 else "raw"
 
