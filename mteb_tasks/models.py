@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MODEL_VARIABLE = "UNIME_MODEL"
 RERANKER_VARIABLE = "UNIME_RERANKER"
+ORDER_VARIABLE = "UNIME_PAIR_ORDER"
+ALPHA_VARIABLE = "UNIME_FUSION_ALPHA"
 CACHE_VARIABLE = "UNIME_EMBEDDING_CACHE"
 LOCAL_MODEL = "unime-local"
 _RELEASES = {
@@ -65,14 +67,29 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     Args:
         name: ``unime/<alias>+reranker``; for ``unime-local`` the reranker is the folder in ``$UNIME_RERANKER``.
         revision: Revision under which results are filed.
-        **kwargs: ``device`` and further arguments of the embedder.
+        **kwargs: ``device`` and further arguments of the embedder; ``top_k``, ``method``, ``pair_order`` and ``alpha``
+            are those of `TwoStage`. The last two may also stand in ``$UNIME_PAIR_ORDER`` and ``$UNIME_FUSION_ALPHA``, and
+            make ``method`` "pairwise".
 
     Returns:
         The search model.
+
+    Raises:
+        ValueError: If a setting is wrong.
     """
     from mteb_tasks.two_stage import TwoStage
     from unime_st.reranking import UniMEReranker
 
+    settings = {key: kwargs.pop(key) for key in ("top_k", "method", "pair_order", "alpha") if key in kwargs}
+    if order := os.environ.get(ORDER_VARIABLE):
+        settings.setdefault("pair_order", order)
+    if alpha := os.environ.get(ALPHA_VARIABLE):
+        try:
+            settings.setdefault("alpha", float(alpha))
+        except ValueError:
+            raise ValueError(f"{ALPHA_VARIABLE} must be a number, got {alpha!r}") from None
+    if settings.keys() & {"pair_order", "alpha"}:
+        settings.setdefault("method", "pairwise")
     embedder = load_embedder(name.removesuffix("+reranker"), revision, **dict(kwargs))
     source = os.environ.get(RERANKER_VARIABLE) or RELEASED_RERANKER
     reranker: Any = UniMEReranker(str(resolve(source)), device=kwargs.get("device"))
@@ -80,7 +97,7 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     theirs = reranker.processor
     if side is not None and getattr(theirs, "image_size", None) == "official":
         theirs.set_image_rule(theirs.image_rule, side, theirs.image_backend)
-    return TwoStage(embedder, reranker, name=name)
+    return TwoStage(embedder, reranker, name=name, **settings)
 
 
 def cache_folder(folder: Path, dtype: str, settings: dict[str, object]) -> Path | None:

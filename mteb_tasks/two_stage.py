@@ -21,8 +21,9 @@ from mteb_tasks.loader import UniMELoader
 from unime_st.data.items import Item
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.reranking.ranker import sort_by_score
-from unime_st.reranking.search import second_stage
+from unime_st.reranking.search import check_fusion, fused, second_stage
 from unime_st.scoring.forward_counter import ForwardCount, ForwardCounter
+from unime_st.scoring.groups import PairOrder
 from unime_st.scoring.pair_scorer import PairScores
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class TwoStage:
             Yes or No about each; ``"hybrid"`` asks for the best of the ``window`` candidates that did best pairwise.
         window: Maximum length of a list; it slides over more, see `UniMEReranker.rank`. Defaults to 10.
         batch_size: Pairs per forward pass of the second stage. Defaults to 32.
+        pair_order: Order of query and document in the pairwise prompt, see `unime_st.judging.LocalJudge`. Defaults to
+            "query_first", the paper's.
+        alpha: Rank by ``alpha * cosine + log_odds`` of the reranker (``method="pairwise"``), see
+            `unime_st.reranking.search`. Defaults to None: the reranker decides alone, as in the paper.
         name: ``organisation/model`` under which results are filed; None appends ``+reranker`` to the embedder's name.
 
     Raises:
@@ -78,6 +83,8 @@ class TwoStage:
         method: Literal["listwise", "pairwise", "hybrid"] = "listwise",
         window: int = 10,
         batch_size: int = 32,
+        pair_order: PairOrder = "query_first",
+        alpha: float | None = None,
         name: str | None = None,
     ) -> None:
         if method not in ("listwise", "pairwise", "hybrid"):
@@ -85,15 +92,19 @@ class TwoStage:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.embedder, self.reranker, self.method, self.top_k = embedder, reranker, method, top_k
-        self._score = second_stage(reranker, method, window=window, batch_size=batch_size)
+        check_fusion(alpha, method)
+        self.alpha = alpha
+        self._score = second_stage(reranker, method, window=window, batch_size=batch_size, pair_order=pair_order)
         self.judge: Judge = (
-            LocalJudge(reranker, batch_size=batch_size)
+            LocalJudge(reranker, batch_size=batch_size, pair_order=pair_order)
             if isinstance(reranker, CrossEncoder)
             else cast(Judge, reranker)
         )
         first = embedder.mteb_model_meta
         # Part of mteb's result key, so that other settings do not pass for these.
         settings = {"top_k": top_k, "method": method} | ({} if method == "pairwise" else {"window": window})
+        settings |= {} if pair_order == "query_first" else {"pair_order": pair_order}
+        settings |= {} if alpha is None else {"alpha": alpha}
         self.mteb_model_meta: ModelMeta = first.model_copy(
             update={"name": name or f"{first.name}+reranker", "experiment_kwargs": settings}
         )
@@ -137,6 +148,7 @@ class TwoStage:
             top_k=max(top_k, self.top_k), encode_kwargs=encode_kwargs, **kwargs,
         )  # fmt: skip
         rows = {document: row for row, document in enumerate(corpus["id"])}
+        by_rank = self.method != "pairwise" or self.alpha is not None
 
         def rerank(part: Dataset) -> None:
             """Put the best of each query in the reranker's order, in place."""
@@ -150,7 +162,8 @@ class TwoStage:
                 item_of = dict(zip(named, items))
                 groups = [(query, [item_of[document] for document in own]) for query, own in zip(window, best)]
                 for query_id, own, scored in zip(ids, best, self._score(groups, best)):
-                    found[query_id].update(zip(own, _above_cosine(scored, by_rank=self.method != "pairwise")))
+                    scored = fused(scored, [found[query_id][document] for document in own], self.alpha)
+                    found[query_id].update(zip(own, _above_cosine(scored, by_rank=by_rank)))
 
         with ForwardCounter(self.reranker) if isinstance(self.reranker, CrossEncoder) else nullcontext() as cost:
             few = min(SAMPLE, len(queries))
@@ -189,7 +202,7 @@ def _items(
 def _above_cosine(scored: PairScores, *, by_rank: bool) -> list[float]:
     """Map scores into [2, 4), strictly increasing; documents without a score come last.
 
-    A probability of a list may be 0 or 1 and make ties, hence the rank in its place.
+    A probability of a list may be 0 or 1 and make ties, and fused scores may be large: hence the rank in their place.
     """
     ranking = sort_by_score(range(len(scored.scores)), scored.scores, scored.reasons, "document {}")
     values = np.zeros(len(ranking))

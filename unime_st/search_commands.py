@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from itertools import chain, tee
@@ -14,6 +15,7 @@ from unime_st.options import OptionError
 
 if TYPE_CHECKING:
     from unime_st.data.items import Item
+    from unime_st.model import UniME
     from unime_st.retrieval import Hit
 
 
@@ -164,6 +166,20 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=10, metavar="N", help="results per query (default: 10)")
     parser.add_argument("--query-prompt", help="instruction of the query (default: that of the index)")
     parser.add_argument("--reranker", metavar="MODEL", help="reranks the results, e.g. unime-v2-reranker")
+    parser.add_argument(
+        "--pair-order",
+        "--pair_order",
+        choices=("query_first", "candidate_first", "both"),
+        default="query_first",
+        help="order of query and result in the reranker's prompt (default: query_first)",
+    )
+    weight = parser.add_mutually_exclusive_group()
+    weight.add_argument(
+        "--alpha", type=float, metavar="A", help="rank by A x similarity + the reranker's log-odds (default: log-odds)"
+    )
+    weight.add_argument(
+        "--fit-alpha", "--fit_alpha", metavar="RECORDS", help="record folder of labeled pairs to fit A on"
+    )
     parser.add_argument("--model", help="embedding model (default: the model of the index)")
     parser.add_argument("--html", metavar="FILE", help="write a gallery that opens offline")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -173,7 +189,16 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
 def search(options: argparse.Namespace) -> int:
     """Query an index."""
     _at_least_one(options, "top")
+    from unime_st.data.manifest import is_complete
+
     queries = _queries(options)
+    fusing = options.alpha is not None or options.fit_alpha is not None
+    if not options.reranker and (fusing or options.pair_order != "query_first"):
+        raise OptionError("--alpha, --fit-alpha and --pair-order are those of a reranker: add --reranker MODEL")
+    if options.alpha is not None and not 0 <= options.alpha < math.inf:
+        raise OptionError(f"--alpha must be a finite number of at least 0, got {options.alpha}")
+    if options.fit_alpha and not is_complete(options.fit_alpha):
+        raise OptionError(f"--fit-alpha must name a folder of records (unime import), got {options.fit_alpha}")
     from unime_st.model import UniME
     from unime_st.report.gallery import write_gallery
     from unime_st.retrieval import Index
@@ -181,12 +206,9 @@ def search(options: argparse.Namespace) -> int:
 
     model = UniME(options.model or read_settings(options.index).model_name, device=options.device)
     loaded = Index.load(options.index, model)
-    reranker = None
+    found = loaded.search(list(queries.values()), options.top, query_prompt=options.query_prompt)
     if options.reranker:
-        from unime_st.reranking import UniMEReranker
-
-        reranker = UniMEReranker(options.reranker, device=options.device)
-    found = loaded.search(list(queries.values()), options.top, reranker, query_prompt=options.query_prompt)
+        found = _reranked(options, model, list(queries.values()), found)
     if options.html:
         shown_hits = ([(hit.id, hit.score, hit.item) for hit in own] for own in found)
         write_gallery(options.html, zip(queries.values(), shown_hits, strict=True))
@@ -199,6 +221,23 @@ def search(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{name}\n" if options.queries else "")
         sys.stdout.writelines(f"{hit.score:.4f}  {hit.id}\n" for hit in own)
     return 0
+
+
+def _reranked(
+    options: argparse.Namespace, model: UniME, queries: list[Item], found: list[list[Hit]]
+) -> list[list[Hit]]:
+    from unime_st.data.records import RecordSet
+    from unime_st.reranking import UniMEReranker
+    from unime_st.reranking.fusion import fit_fusion
+    from unime_st.reranking.search import rerank_hits
+
+    records = RecordSet.load(options.fit_alpha) if options.fit_alpha else None
+    reranker = UniMEReranker(options.reranker, device=options.device)
+    alpha: float | None = options.alpha
+    if records is not None:
+        alpha = fit_fusion(records, model, reranker, top_k=options.top, pair_order=options.pair_order)
+        sys.stderr.write(f"fitted alpha: {alpha:.3g}\n")
+    return rerank_hits(queries, found, reranker, pair_order=options.pair_order, alpha=alpha)
 
 
 def _queries(options: argparse.Namespace) -> dict[str, Item]:

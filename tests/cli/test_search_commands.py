@@ -130,6 +130,15 @@ def test_index_and_search(sources: Path, capsys: pytest.CaptureFixture[str], cap
     assert main(["search", "index", "a star", "--device", "cpu", "--html", "gallery.html", "--top", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("  one")
     assert "cannot be read" not in (sources / "gallery.html").read_text()
+    reranked = ["search", "index", "a star", "--device", "cpu", "--top", "2", "--reranker", "unime-tiny", "--json"]
+    scores = []
+    for more in ([], ["--alpha", "20"], ["--alpha", "20", "--pair-order", "both"]):
+        assert main([*reranked, *more]) == 0
+        scores.append([(hit["score"], hit["similarity"]) for hit in json.loads(capsys.readouterr().out)])
+    assert all(0 <= score <= 1 for score, _ in scores[0])
+    odds = sorted(np.log(score / (1 - score)) + 20 * similarity for score, similarity in scores[0])
+    assert [score for score, _ in scores[1]] == pytest.approx(odds[::-1], abs=1e-3)
+    assert scores[2] != scores[1]
     assert main(["search", "index", "--queries", "table.jsonl", "--image-column", "", "--top", "1"]) == 1
     (sources / "queries.jsonl").write_text('{"id": "q", "text": "a star"}\n{"id": "r", "text": "a star"}\n')
     assert main(["search", "index", "--queries", "queries.jsonl", "--top", "1", "--device", "cpu"]) == 0
@@ -197,6 +206,9 @@ def test_encode(sources: Path, capsys: pytest.CaptureFixture[str], caplog: pytes
         (["search", "photos"], 2, "name a text, an image"),
         (["search", "photos", "x", "--queries", "table.jsonl"], 2, "name a text, an image"),
         (["search", "photos", "x", "--top", "0"], 2, "--top must be at least 1"),
+        (["search", "photos", "x", "--alpha", "20"], 2, "are those of a reranker: add --reranker MODEL"),
+        (["search", "photos", "x", "--reranker", "m", "--alpha", "nan"], 2, "--alpha must be a finite number"),
+        (["search", "photos", "x", "--reranker", "m", "--fit-alpha", "out"], 2, "must name a folder of records"),
     ],
 )
 def test_wrong_calls(

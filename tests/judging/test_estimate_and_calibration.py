@@ -69,6 +69,49 @@ def test_calibration(pools: Pools, judge: LocalJudge):
     assert "| unime-tiny | " in report(found) and words["auc"] is not None
 
 
+def test_each_pair_order_is_measured(pools: Pools, judge: LocalJudge):
+    groups = [Group(pool.query, [pool.positive, *pool.candidates]) for pool in pools]
+    turned = [Group(candidate, [group.query]) for group in groups for candidate in group.candidates]
+    first, second = np.concatenate(judge.score(groups)), np.concatenate(judge.score(turned))
+    assert np.abs(first - second).max() > 0.1
+    for order, expected in (("query_first", first), ("candidate_first", second), ("both", (first + second) / 2)):
+        np.testing.assert_allclose(np.concatenate(judge.in_order(order).score(groups)), expected, atol=2e-5)
+    hashes = {judge.in_order(order).prompt_hash for order in ("query_first", "candidate_first", "both")}
+    assert len(hashes) == 3 and judge.prompt_hash in hashes
+    found = calibrate([judge, WordJudge()], pools, 24)
+    assert list(found["pair_orders"]) == ["unime-tiny"]
+    rows = found["pair_orders"]["unime-tiny"]
+    assert rows["all"]["query_first"] == found["judges"]["unime-tiny"]["auc"] and len(rows) > 2
+    orders = ("query_first", "candidate_first", "both")
+    assert all(row[row["best"]] == max(row[name] for name in orders) for row in rows.values() if row["best"])
+    assert f"unime-tiny: take --pair_order {rows['all']['best']}" in report(found)
+    other = calibrate([judge.in_order("candidate_first")], pools, 24)
+    assert other["judges"]["unime-tiny"]["auc"] == pytest.approx(rows["all"]["candidate_first"], abs=1e-6)
+
+
+def test_the_pair_order_is_part_of_the_cost_and_of_the_scores(pools: Pools, judge: LocalJudge, tmp_path: Path):
+    groups = [Group(pool.query, [pool.positive, *pool.candidates]) for pool in pools]
+    one, other, both = (
+        judge.in_order(order).count_tokens(groups) for order in ("query_first", "candidate_first", "both")
+    )
+    assert both == (one[0] + other[0], one[1] + other[1]) and other[0] <= other[1]
+    common = {"data": str(pools.folder), "scores": str(tmp_path / "scores"), "output": str(tmp_path / "rows")}
+    run_judge(JudgeArguments(**common, pair_order="both", num_negatives=1, stride=1))
+    found = {(pool.query, pool.positive): pool.positive_logit for pool in Scores(tmp_path / "scores")}
+    for group, scores in zip(groups, judge.in_order("both").score(groups), strict=True):
+        assert found[group.query, group.candidates[0]] == pytest.approx(scores[0], abs=2e-5)
+    with pytest.raises(StageConflictError, match="judge"):
+        run_judge(JudgeArguments(**common, num_negatives=1, stride=1))
+    with pytest.raises(ValueError, match="pair_order"):
+        JudgeArguments(**common, pair_order="reversed")
+    with pytest.raises(ValueError, match="pair_order must be one of query_first, candidate_first, both"):
+        LocalJudge("unime-tiny", pair_order="reversed")
+    errors: list[PairError] = []
+    broken = [Group("a", [Item(image=b"no image"), "b"])]
+    assert np.isnan(judge.in_order("both").score(broken, errors=errors)[0]).tolist() == [True, False]
+    assert [(error.group, error.candidate) for error in errors] == [(0, 0)]
+
+
 def test_dry_run_and_calibration_leave_no_trace(pools: Pools, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "unime_st")
     common = {"data": str(pools.folder), "template": "tiny", "scores": str(tmp_path / "scores")}

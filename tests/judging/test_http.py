@@ -73,6 +73,12 @@ def test_scores_equal_those_of_the_model_itself_and_faults_are_survived(start: S
     assert max(np.abs(found).max() for found in expected) > 0.5
     address, process = start()
     assert difference(HttpJudge(address, "unime-tiny", concurrency=3).score(groups()), expected) < 1e-4
+    for order in ("candidate_first", "both"):
+        same = LocalJudge("unime-tiny", template="tiny", device="cpu", pair_order=order)
+        judge = HttpJudge(address, "unime-tiny", concurrency=3, pair_order=order)
+        assert difference(judge.score(groups()), same.score(groups())) < 1e-4
+        assert judge.tries == (12 if order == "both" else 6)
+        assert judge.prompt_hash != HttpJudge(address, "unime-tiny").prompt_hash
     refused = [Group("a", [Item("refuse me"), Item(image=b"no image"), Item("a red square")])]
     errors: list[PairError] = []
     judge = HttpJudge(address, "unime-tiny")

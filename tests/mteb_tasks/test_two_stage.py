@@ -81,6 +81,43 @@ def test_wrong_settings_are_named(tiny):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), method="both")
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), top_k=0)
+    with pytest.raises(ValueError, match=r"expected method='pairwise', got 'listwise'"):
+        TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), alpha=20.0)
+    with pytest.raises(ValueError, match="Oracle has no pair_order to choose"):
+        TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), method="pairwise", pair_order="both")
+
+
+def test_fusion_and_pair_order_reach_the_ranking_and_the_name_of_the_results(tiny, monkeypatch):
+    from unime_st import UniMEReranker
+    from unime_st.judging import LocalJudge
+
+    class Doubtful(Oracle):
+        def score(self, groups):
+            return [1e-4 * scores for scores in super().score(groups)]
+
+    task = ScenesVQA(size=25)
+    alone = evaluate(tiny, [task])["ScenesVQA"]["default"]
+    oracle = Doubtful(task)
+    decided = evaluate(TwoStage(wrap(tiny), oracle, method="pairwise"), [task])["ScenesVQA"]["default"]
+    fused = evaluate(TwoStage(wrap(tiny), oracle, method="pairwise", alpha=1e6), [task])["ScenesVQA"]["default"]
+    assert decided["hit_rate_at_1"] == alone["hit_rate_at_10"]
+    assert fused["hit_rate_at_1"] == alone["hit_rate_at_1"] < decided["hit_rate_at_1"]
+    reranker = UniMEReranker("unime-tiny", template="tiny")
+    both = TwoStage(wrap(tiny), reranker, method="pairwise", pair_order="both", alpha=20.0)
+    assert both.mteb_model_meta.experiment_kwargs["pair_order"] == "both"
+    assert both.mteb_model_meta.experiment_kwargs["alpha"] == 20.0
+    assert isinstance(both.judge, LocalJudge) and both.judge.pair_order == "both"
+    monkeypatch.setenv("UNIME_RERANKER", "unime-tiny")
+    assert load_two_stage("unime/unime-tiny+reranker", device="cpu").alpha is None
+    monkeypatch.setenv("UNIME_FUSION_ALPHA", "20")
+    monkeypatch.setenv("UNIME_PAIR_ORDER", "candidate_first")
+    loaded = load_two_stage("unime/unime-tiny+reranker", device="cpu")
+    assert (loaded.alpha, loaded.method, loaded.judge.pair_order) == (20.0, "pairwise", "candidate_first")
+    given = load_two_stage("unime/unime-tiny+reranker", device="cpu", alpha=3.0)
+    assert given.mteb_model_meta.experiment_kwargs["alpha"] == 3.0
+    monkeypatch.setenv("UNIME_FUSION_ALPHA", "much")
+    with pytest.raises(ValueError, match="UNIME_FUSION_ALPHA must be a number, got 'much'"):
+        load_two_stage("unime/unime-tiny+reranker", device="cpu")
 
 
 @pytest.mark.parametrize(("method", "window"), [("listwise", 10), ("listwise", 4), ("hybrid", 4)])

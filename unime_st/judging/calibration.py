@@ -1,9 +1,10 @@
-"""Judge calibration: AUC, accuracy, ECE and agreement of judges on a sample of labeled pairs."""
+"""Judge calibration: AUC, accuracy, ECE and agreement of judges, and their best pair order, on a labeled sample."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -12,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from unime_st.data.logits import to_scores
 from unime_st.files import Json
 from unime_st.retrieval.mining import Pools
-from unime_st.scoring.groups import Group, Judge
+from unime_st.scoring.groups import Group, Judge, PairOrder, orders_of
 
 _KINDS = ("positive", "random", "hard")
 
@@ -61,23 +62,54 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
     Returns:
         dict: "sample": number of pairs of each kind; "judges": per name the AUC of positives against random, hard and
         all negatives, the accuracy of P(Yes) > 0.5, the expected calibration error (ECE) and the number of pairs that
-        could not be judged ("set_aside"); with two or more judges "agreement": per pair of names Spearman's rank
-        correlation of the scores and the fraction of equal decisions.
+        could not be judged ("set_aside"); "pair_orders": per name of a judge that can show pairs in either order, and per
+        modalities of query and candidate ("all" for all pairs), the AUC of each order and which is "best"; with two or
+        more judges "agreement": per pair of names Spearman's rank correlation of the scores and the fraction of equal
+        decisions.
     """
     groups, nested = calibration_groups(pools, queries, seed=seed)
     kinds = np.array([kind for row in nested for kind in row])
+    modalities = np.array([f"{g.query.modality} -> {c.modality}" for g in groups for c in g.candidates])
     scores: dict[str, np.ndarray] = {}
+    pair_orders: Json = {}
     for number, judge in enumerate(judges):
         name = judge.name if judge.name not in scores else f"{judge.name} ({number + 1})"
-        scores[name] = np.concatenate(judge.score(groups, errors=[]))
+        orders = _score_orders(judge, groups)
+        scores[name] = orders[getattr(judge, "pair_order", "query_first")]
+        if len(orders) > 1:
+            pair_orders[name] = _compare_orders(orders, kinds == "positive", modalities)
     result: Json = {
         "sample": {kind: int((kinds == kind).sum()) for kind in _KINDS},
         "judges": {name: _quality(found, kinds) for name, found in scores.items()},
+        "pair_orders": pair_orders,
     }
     names = list(scores)
     pairs = [(left, right) for index, left in enumerate(names) for right in names[index + 1 :]]
     if pairs:
         result["agreement"] = {f"{a} / {b}": _agreement(scores[a], scores[b]) for a, b in pairs}
+    return result
+
+
+def _score_orders(judge: Judge, groups: Sequence[Group]) -> dict[str, np.ndarray]:
+    """Log-odds of all pairs in each order; in the judge's own one if it knows no other."""
+    if not hasattr(judge, "in_order"):
+        return {getattr(judge, "pair_order", "query_first"): np.concatenate(judge.score(groups, errors=[]))}
+    scores: dict[str, np.ndarray] = {
+        order: np.concatenate(judge.in_order(order).score(groups, errors=[])) for order in orders_of("both")
+    }
+    return {**scores, "both": np.mean(list(scores.values()), axis=0)}
+
+
+def _compare_orders(orders: Mapping[str, np.ndarray], positive: np.ndarray, modalities: np.ndarray) -> Json:
+    """AUC of each order for all pairs and for each combination of modalities, with the best order."""
+    judged = np.isfinite(orders["both"])
+    result: Json = {}
+    for name in ["all", *sorted(set(modalities.tolist()))]:
+        own = judged & ((modalities == name) | (name == "all"))
+        found = {order: auc(logits[own & positive], logits[own & ~positive]) for order, logits in orders.items()}
+        known: dict[str, float] = {order: value for order, value in found.items() if value is not None}
+        # Of equal orders the first one: "both" asks twice.
+        result[name] = {**found, "best": max(known, key=lambda order: known[order]) if known else None}
     return result
 
 
@@ -149,5 +181,22 @@ def report(result: Json) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for names, row in result.get("agreement", {}).items():
         lines.append(f"{names}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    lines += _report_orders(result["pair_orders"])
     best = max(result["judges"], key=lambda name: result["judges"][name]["auc"] or 0.0)
     return "\n".join([*lines, f"Best AUC of matches against the rest: {best}"])
+
+
+def _report_orders(pair_orders: Json) -> list[str]:
+    """Table of the AUC in each pair order, and the order to take."""
+    names = get_args(PairOrder)
+    lines = ["| judge | pairs | " + " | ".join(f"auc {name}" for name in names) + " |", "|---" * 5 + "|"]
+    advice = []
+    for judge, rows in pair_orders.items():
+        for pairs, row in rows.items():
+            cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in names]
+            lines.append(f"| {judge} | {pairs} | " + " | ".join(cells) + " |")
+        if rows["all"]["best"]:
+            advice.append(f"{judge}: take --pair_order {rows['all']['best']}")
+        others = {pairs: row["best"] for pairs, row in rows.items() if row["best"] not in (None, rows["all"]["best"])}
+        advice += [f"{judge}: for {pairs} alone, take --pair_order {best}" for pairs, best in others.items()]
+    return [*lines, *advice] if pair_orders else []

@@ -83,7 +83,7 @@ def estimate_judging(
         spent += time.perf_counter() - began
         judged += sum(len(group.candidates) for group in part)
         if isinstance(judge, LocalJudge):
-            counted = judge.scorer.count_tokens([(group.query, group.candidates) for group in part])
+            counted = judge.count_tokens(part)
             tokens, unshared = tokens + counted[0], unshared + counted[1]
         share = getattr(judge, "answer_share", None)
         if share is not None and share < LEAST_ANSWER_SHARE:

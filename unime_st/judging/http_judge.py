@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import http.client
 import io
 import json
@@ -23,7 +24,7 @@ import numpy as np
 
 from unime_st.data import BadImageError, Item
 from unime_st.options import check_count
-from unime_st.scoring.groups import Group, PairError, record_error
+from unime_st.scoring.groups import Group, PairError, PairOrder, orders_of, record_error
 from unime_st.scoring.prompts import (
     ANSWERS,
     LEAST_ANSWER_SHARE,
@@ -68,6 +69,8 @@ class HttpJudge:
         pause: Seconds before the first retry, doubled each time (at most 30) and drawn at random from half of it on.
             Defaults to 0.5.
         api_key: Sent as a bearer token. Defaults to None.
+        pair_order: Order of the two items in the prompt, as for :class:`~unime_st.judging.LocalJudge`; "both" sends two
+            requests per pair. Defaults to "query_first", the paper's order.
 
     Attributes:
         tries: Number of requests sent so far.
@@ -93,6 +96,7 @@ class HttpJudge:
         retries: int = 6,
         pause: float = 0.5,
         api_key: str | None = None,
+        pair_order: PairOrder = "query_first",
     ) -> None:
         if not str(url).startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {url!r}")
@@ -102,12 +106,31 @@ class HttpJudge:
             raise ValueError(f"timeout must be a finite number of seconds above 0, got {timeout!r}")
         self.url = url.rstrip("/") + "/chat/completions"
         self.name, self.revision = model, revision
-        self.prompt_hash = prompt_hash(PAIR_PROMPT, "chat", ANSWERS)
+        self._set_order(pair_order)
         self.concurrency, self.timeout, self.retries, self.pause = concurrency, timeout, retries, pause
         self.tries = 0
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def _set_order(self, pair_order: PairOrder) -> None:
+        orders_of(pair_order)
+        self.pair_order = pair_order
+        # The hash of the paper's order is that of scores which were stored before there was a choice.
+        order = [] if pair_order == "query_first" else [pair_order]
+        self.prompt_hash = prompt_hash(PAIR_PROMPT, "chat", ANSWERS, *order)
+
+    def in_order(self, pair_order: PairOrder) -> HttpJudge:
+        """Return this judge for another order of the two items.
+
+        Example:
+            >>> from unime_st.judging import HttpJudge
+            >>> HttpJudge("http://127.0.0.1:8000/v1", "model").in_order("both").pair_order
+            'both'
+        """
+        other = copy.copy(self)
+        other._set_order(pair_order)
+        return other
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
         """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`.
@@ -123,9 +146,12 @@ class HttpJudge:
         scores = [np.full(len(group.candidates), np.nan, dtype=np.float32) for group in groups]
         indices = [(row, column) for row, group in enumerate(groups) for column in range(len(group.candidates))]
         pairs = [(groups[row].query, groups[row].candidates[column]) for row, column in indices]
+        orders = orders_of(self.pair_order)
+        asked = [pair if order == "query_first" else pair[::-1] for pair in pairs for order in orders]
         refused: list[ValueError] = []
-        with closing(self._outcomes(pairs)) as outcomes:
-            for (row, column), answer in zip(indices, outcomes, strict=True):
+        with closing(self._outcomes(asked)) as outcomes:
+            for row, column in indices:
+                answer = _mean([next(outcomes) for _ in orders])
                 if isinstance(answer, ValueError):
                     record_error(errors, row, column, answer)
                     refused += [] if isinstance(answer, BadImageError) else [answer]
@@ -243,6 +269,16 @@ class HttpJudge:
         if not math.isfinite(yes - no):
             raise ValueError(f"the log-odds are {yes - no}")
         return yes - no
+
+
+def _mean(answers: Sequence[float | ValueError]) -> float | ValueError:
+    """Mean of the log-odds of a pair in all orders, or the reason why one of them is missing."""
+    found = []
+    for answer in answers:
+        if isinstance(answer, ValueError):
+            return answer
+        found.append(answer)
+    return sum(found) / len(found)
 
 
 def _log_probability(value: object) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from unime_st.compat import hub_commit
 from unime_st.data import Item
 from unime_st.encoding import weights_fingerprint
-from unime_st.scoring.groups import Group, PairError
+from unime_st.scoring.groups import Group, PairError, PairOrder, orders_of
 from unime_st.scoring.loading import (
     ImageTokens,
     default_image_tokens,
@@ -53,6 +54,9 @@ class LocalJudge:
         max_text_tokens: Truncate the texts of items to this many tokens; truncations are counted in ``shortened`` and
             logged. Defaults to None: nothing is truncated, and a prompt longer than the model takes is an error of its
             pair.
+        pair_order: Order of the two items in the prompt: "query_first", "candidate_first" (exchanged) or "both" (the mean
+            of the two log-odds, at twice the cost). A judge may be blind in one order and good in the other:
+            :func:`~unime_st.judging.calibration.calibrate` measures it. Defaults to "query_first", the paper's order.
         model_kwargs: Passed to ``from_pretrained`` when a model is loaded, for example ``{"dtype": "bfloat16"}``.
         name: Name of this judge in manifests. Defaults to the last part of the model's name.
         show_progress_bar: Whether to show progress in pairs. Defaults to False.
@@ -65,7 +69,7 @@ class LocalJudge:
             None before. Below 1 % the ratio of the two is not an answer, which is logged as a warning.
 
     Raises:
-        ValueError: If the model is not generative, or the template drops a part of its input.
+        ValueError: If the model is not generative, the template drops a part of its input, or the pair order is unknown.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "MLLM-as-a-Judge", the equation of the semantic matching score.
@@ -88,10 +92,12 @@ class LocalJudge:
         image_tokens: ImageTokens | None = None,
         cache_bytes: int = 256 * 2**20,
         max_text_tokens: int | None = None,
+        pair_order: PairOrder = "query_first",
         model_kwargs: dict[str, Any] | None = None,
         name: str | None = None,
         show_progress_bar: bool = False,
     ) -> None:
+        orders_of(pair_order)
         if isinstance(model, (str, Path)):
             name = name or Path(model).name
             model = load_cross_encoder(
@@ -115,10 +121,40 @@ class LocalJudge:
         tokenizer = cast(PreTrainedTokenizerBase, transformer.tokenizer)
         answers = tokenizer.convert_ids_to_tokens(answer_ids)
         cut = [] if max_text_tokens is None else [max_text_tokens]
-        self.prompt_hash = prompt_hash(source, answers, sorted(options.items()), *cut)
+        self._prompt = (source, answers, sorted(options.items()), *cut)
+        self._set_order(pair_order)
         self.max_text_tokens = max_text_tokens
         self.shortened = 0
         self.answer_share: float | None = None
+
+    def _set_order(self, pair_order: PairOrder) -> None:
+        self.pair_order = pair_order
+        # The hash of the paper's order is that of scores which were stored before there was a choice.
+        self.prompt_hash = prompt_hash(*self._prompt, *([] if pair_order == "query_first" else [pair_order]))
+
+    def in_order(self, pair_order: PairOrder) -> LocalJudge:
+        """Return this judge, with the same model, for another order of the two items.
+
+        Example:
+            >>> from unime_st.judging import LocalJudge
+            >>> LocalJudge("unime-tiny", template="tiny").in_order("both").pair_order
+            'both'
+        """
+        orders_of(pair_order)
+        other = copy.copy(self)
+        other._set_order(pair_order)
+        return other
+
+    def count_tokens(self, groups: Sequence[Group]) -> tuple[int, int]:
+        """Count tokens as :meth:`~unime_st.scoring.pair_scorer.PairScorer.count_tokens`, in the order of this judge."""
+        queries = [(group.query, group.candidates) for group in groups]
+        turned: dict[Item, list[Item]] = {}
+        for query, candidates in queries if self.pair_order != "query_first" else ():
+            for candidate in candidates:
+                turned.setdefault(candidate, []).append(query)
+        counts = [self.scorer.count_tokens(queries)] if self.pair_order != "candidate_first" else []
+        counts += [self.scorer.count_tokens(list(turned.items()))] if turned else []
+        return sum(count[0] for count in counts), sum(count[1] for count in counts)
 
     def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
         """Score every candidate of every group, see :meth:`~unime_st.judging.Judge.score`; equal pairs count once.
@@ -136,6 +172,7 @@ class LocalJudge:
             [(group.query, group.candidates) for group in self._shorten(groups)],
             raise_errors=errors is None,
             answer_shares=shares,
+            pair_order=self.pair_order,
             description="Judging",
             show_progress_bar=self.show_progress_bar,
         )

@@ -15,6 +15,7 @@ from unime_st.data import BadImageError, Item
 from unime_st.losses.list_answers import longest_list
 from unime_st.reranking.parsing import image_error
 from unime_st.scoring.chat_tokenizer import PromptTooLongError
+from unime_st.scoring.groups import PairOrder
 from unime_st.scoring.list_scorer import ListScorer, rotations, sliding_window
 from unime_st.scoring.loading import generative_parts
 from unime_st.scoring.pair_scorer import PairScorer, PairScores, evaluation_mode, score_pairs
@@ -72,6 +73,7 @@ class Ranker:
         permutations: int = 1,
         batch_size: int = 32,
         names: Sequence[str] | None = None,
+        pair_order: PairOrder = "query_first",
     ) -> PairScores:
         """Score the documents of one query; equal ones are scored once.
 
@@ -84,6 +86,8 @@ class Ranker:
             permutations: Orders in which each list is shown, see :meth:`listwise`.
             batch_size: Prompts per forward pass.
             names: Names of the documents in error messages. Defaults to "document 0", ...
+            pair_order: Order of query and document in the pairwise prompt, as for
+                :class:`~unime_st.judging.LocalJudge`. Defaults to "query_first".
 
         Returns:
             Scores, NaN where an image cannot be read, and the reasons. Pairwise scores are float32 log-odds; listwise
@@ -105,7 +109,7 @@ class Ranker:
             readable = [index for index, reason in enumerate(reasons) if reason is None]
             scores[readable] = self._in_windows(query, documents, readable, window, permutations, batch_size, names)
             return PairScores(scores, reasons)
-        ((log_odds, reasons),) = self.pairwise([(query, documents)], batch_size)
+        ((log_odds, reasons),) = self.pairwise([(query, documents)], batch_size, pair_order)
         for name, reason in zip(names, reasons, strict=True):
             if reason is not None and not isinstance(reason, BadImageError):
                 raise type(reason)(f"{name}: {reason}") from reason
@@ -119,11 +123,21 @@ class Ranker:
         return PairScores(scores, reasons)
 
     def pairwise(
-        self, queries: Sequence[Query], batch_size: int = 32, *, show_progress_bar: bool = False
+        self,
+        queries: Sequence[Query],
+        batch_size: int = 32,
+        pair_order: PairOrder = "query_first",
+        *,
+        show_progress_bar: bool = False,
     ) -> list[PairScores]:
         """Ask Yes or No about each document of each query, see :func:`~unime_st.scoring.pair_scorer.score_pairs`."""
         return score_pairs(
-            self.pairs, queries, batch_size=batch_size, description="Reranking", show_progress_bar=show_progress_bar
+            self.pairs,
+            queries,
+            batch_size=batch_size,
+            pair_order=pair_order,
+            description="Reranking",
+            show_progress_bar=show_progress_bar,
         )
 
     def listwise(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from unime_st.options import check_count
 from unime_st.reranking.parsing import parse_inputs, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
 from unime_st.reranking.unime_reranker import UniMEReranker
-from unime_st.retrieval import Index
+from unime_st.retrieval import Hit, Index
 from unime_st.retrieval import top_k as nearest
 from unime_st.scoring.forward_counter import ForwardCounter
-from unime_st.scoring.groups import Group, Judge, PairError
+from unime_st.scoring.groups import Group, Judge, PairError, PairOrder, orders_of
 from unime_st.scoring.pair_scorer import PairScores
 from unime_st.scoring.prompt_encoder import Query
 from unime_st.scoring.prompts import ItemLike
@@ -39,6 +40,8 @@ def search(
     top_k: int = 10,
     *,
     method: Method = "pairwise",
+    pair_order: PairOrder = "query_first",
+    alpha: float | None = None,
     batch_size: int = 32,
     show_progress_bar: bool = False,
 ) -> list[Ranking]:
@@ -58,18 +61,24 @@ def search(
         top_k: Number of documents to retrieve and rerank per query. Defaults to 10, as in the paper.
         method: "pairwise" scores each of the retrieved documents, for all queries together; "listwise" and "hybrid"
             are those of :meth:`UniMEReranker.rank`, query by query. Defaults to "pairwise".
+        pair_order: Order of query and document in the pairwise prompt, as for
+            :class:`~unime_st.judging.LocalJudge`. Defaults to "query_first".
+        alpha: Rank by ``alpha * similarity + log_odds``, pairwise only: with 1 / the temperature of the embedder the
+            sum of both models' logits. See :func:`~unime_st.reranking.fusion.fit_fusion` to fit it. Defaults to None:
+            the reranker decides alone, as in the paper.
         batch_size: Items and pairs per forward pass. Defaults to 32.
         show_progress_bar: Whether to show progress. Defaults to False.
 
     Returns:
         list[list[dict]]: Per query, best first, ``{"corpus_id": int, "score": float, "similarity": float}``: the index
-        in ``corpus`` (for an index the id), the reranker's score (pairwise the probability of Yes) and the cosine similarity.
+        in ``corpus`` (for an index the id), the reranker's score (pairwise the probability of Yes, with ``alpha`` the
+        weighted sum) and the cosine similarity.
 
     Raises:
         BadImageError: If a query's image cannot be read.
         TypeError: If an input is of an unsupported type.
-        ValueError: If ``top_k`` or ``batch_size`` is below 1, a text is empty, the index is one of another model, or
-            ``method`` needs lists and the reranker cannot rank them.
+        ValueError: If ``top_k`` or ``batch_size`` is below 1, a text is empty, the index is one of another model,
+            ``method`` needs lists and the reranker cannot rank them, or ``alpha`` is not a number of at least 0.
 
     References:
         UniME-V2 (https://arxiv.org/abs/2510.13515), "UniME-V2-Reranker", inference.
@@ -84,16 +93,22 @@ def search(
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         check_count(name, value)
+    check_fusion(alpha, method)
     if isinstance(corpus, Index):
         corpus.check_model(embedder)
         found = _indexed(queries, corpus, top_k, batch_size)
     else:
-        found = _nearest(queries, corpus, embedder, top_k, batch_size, show_progress_bar)
+        found = retrieve(queries, corpus, embedder, top_k, batch_size, show_progress_bar)
     if not found or not found[0].names:
         return [[] for _ in queries]
     groups = [(own.query, own.documents) for own in found]
     rerank = second_stage(
-        reranker, method, window=max(top_k, 2), batch_size=batch_size, show_progress_bar=show_progress_bar
+        reranker,
+        method,
+        window=max(top_k, 2),
+        pair_order=pair_order,
+        batch_size=batch_size,
+        show_progress_bar=show_progress_bar,
     )
     model = reranker if isinstance(reranker, CrossEncoder) else getattr(reranker, "model", None)
     with ForwardCounter(model) if isinstance(model, CrossEncoder) else nullcontext() as count:
@@ -103,7 +118,9 @@ def search(
         logger.info("reranked %d queries %s; per query %s", len(groups), method, count.per_query(len(groups)))
     rankings = []
     if method == "pairwise":
-        scored = [_probabilities(own) for own in scored]
+        scored = [
+            _final(fused(pairs, own.similarities, alpha), alpha) for own, pairs in zip(found, scored, strict=True)
+        ]
     for own, (scores, reasons) in zip(found, scored, strict=True):
         by_name = dict(zip(own.names, own.similarities, strict=True))
         ranking = sort_by_score(own.names, scores, reasons, "corpus[{}]")
@@ -111,8 +128,84 @@ def search(
     return rankings
 
 
+def rerank_hits(
+    queries: Sequence[ItemLike],
+    hits: Sequence[Sequence[Hit]],
+    reranker: CrossEncoder | Judge,
+    *,
+    pair_order: PairOrder = "query_first",
+    alpha: float | None = None,
+    batch_size: int = 32,
+) -> list[list[Hit]]:
+    """Rerank the results of :meth:`Index.search <unime_st.retrieval.Index.search>` pairwise, all queries together.
+
+    Args:
+        queries: The queries.
+        hits: Results of each query.
+        reranker: As for :func:`search`.
+        pair_order: As for :func:`search`.
+        alpha: As for :func:`search`.
+        batch_size: Pairs per forward pass. Defaults to 32.
+
+    Returns:
+        list[list[Hit]]: The hits, best first, with the score of :func:`search`.
+
+    Raises:
+        ValueError: If an option is wrong.
+
+    Example:
+        >>> from unime_st import UniME, UniMEReranker
+        >>> from unime_st.reranking.search import rerank_hits
+        >>> from unime_st.retrieval import Index
+        >>> index = Index.build(["a red circle", "a star"], UniME("unime-tiny", device="cpu"), ids=["circle", "star"])
+        >>> hits = index.search(["a star"], 2)
+        >>> len(rerank_hits(["a star"], hits, UniMEReranker("unime-tiny", device="cpu"), alpha=20)[0])
+        2
+    """
+    check_fusion(alpha, "pairwise")
+    items = [to_item(query) for query in queries]
+    groups = [(item, [hit.item for hit in own]) for item, own in zip(items, hits, strict=True)]
+    rerank = second_stage(reranker, "pairwise", pair_order=pair_order, batch_size=batch_size)
+    names = [[hit.id for hit in own] for own in hits]
+    ordered = []
+    for own, scored in zip(hits, rerank(groups, names), strict=True):
+        final = _final(fused(scored, [hit.similarity for hit in own], alpha), alpha)
+        ranking = sort_by_score(range(len(own)), final.scores, final.reasons, "hit {}")
+        ordered.append([replace(own[entry["corpus_id"]], score=entry["score"]) for entry in ranking])
+    return ordered
+
+
+def check_fusion(alpha: float | None, method: Method) -> None:
+    """Raise ValueError if alpha is not a finite number of at least 0, or is given for lists, which have no log-odds.
+
+    Example:
+        >>> check_fusion(20.0, "pairwise")
+    """
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be a finite number of at least 0, or None, got {alpha!r}")
+    if method != "pairwise":
+        raise ValueError(
+            f"alpha weighs the similarity against pairwise log-odds: expected method='pairwise', got {method!r}"
+        )
+
+
+def fused(scored: PairScores, similarities: Sequence[float], alpha: float | None) -> PairScores:
+    """``alpha * similarity + log_odds`` of the documents of a query; the log-odds alone where alpha is None.
+
+    Example:
+        >>> import numpy as np
+        >>> fused(PairScores(np.array([1.0, -1.0]), [None, None]), [0.5, 0.75], 20.0).scores.tolist()
+        [11.0, 14.0]
+    """
+    if alpha is None:
+        return scored
+    return PairScores(alpha * np.asarray(similarities, dtype=np.float64) + scored.scores, scored.reasons)
+
+
 @dataclass(frozen=True)
-class _Found:
+class Retrieved:
     """A query and its nearest documents, the nearest first, by index or id."""
 
     query: Item
@@ -121,14 +214,15 @@ class _Found:
     similarities: list[float]
 
 
-def _nearest(
+def retrieve(
     queries: Sequence[ItemLike],
     corpus: Sequence[ItemLike],
     embedder: SentenceTransformer,
     k: int,
-    batch_size: int,
-    show_progress_bar: bool,
-) -> list[_Found]:
+    batch_size: int = 32,
+    show_progress_bar: bool = False,
+) -> list[Retrieved]:
+    """First stage of :func:`search`: the ``k`` nearest documents of each query; none where there is no document."""
     items, readable, vectors, embedded = _embed(queries, corpus, embedder, batch_size, show_progress_bar)
     rows = len(queries) + np.flatnonzero(embedded[len(queries) :])
     if not len(queries) or not len(rows):
@@ -136,18 +230,20 @@ def _nearest(
     similarities, found = nearest(vectors[: len(queries)], vectors[rows], min(k, len(rows)))
     corpus_ids = readable[rows[found]] - len(queries)
     return [
-        _Found(items[row], [items[rows[index]] for index in own], corpus_ids[row].tolist(), similarities[row].tolist())
+        Retrieved(
+            items[row], [items[rows[index]] for index in own], corpus_ids[row].tolist(), similarities[row].tolist()
+        )
         for row, own in enumerate(found)
     ]
 
 
-def _indexed(queries: Sequence[ItemLike], index: Index, k: int, batch_size: int) -> list[_Found]:
+def _indexed(queries: Sequence[ItemLike], index: Index, k: int, batch_size: int) -> list[Retrieved]:
     items = [to_item(query) for query in queries]
     for row, item in enumerate(items):
         _check_text(item, f"queries[{row}]")
     hits = index.search(items, min(k, max(1, len(index))), batch_size=batch_size)
     return [
-        _Found(item, [hit.item for hit in own], [hit.id for hit in own], [hit.similarity for hit in own])
+        Retrieved(item, [hit.item for hit in own], [hit.id for hit in own], [hit.similarity for hit in own])
         for item, own in zip(items, hits, strict=True)
     ]
 
@@ -201,6 +297,7 @@ def second_stage(
     method: Method,
     *,
     window: int = 10,
+    pair_order: PairOrder = "query_first",
     batch_size: int = 32,
     show_progress_bar: bool = False,
 ) -> Callable[[Sequence[Query], Sequence[Sequence[str]]], list[PairScores]]:
@@ -212,6 +309,7 @@ def second_stage(
         reranker: As for :func:`search`; for ``method="listwise"`` also any object with ``listwise_scores``.
         method: As for :func:`search`.
         window: Maximum length of a list. Defaults to 10.
+        pair_order: As for :func:`search`; a judge that cannot change its order is refused. Defaults to "query_first".
         batch_size: Pairs per forward pass. Defaults to 32.
         show_progress_bar: Whether to show progress. Defaults to False.
 
@@ -220,14 +318,22 @@ def second_stage(
         log-odds of Yes (pairwise) or the scores of :meth:`Ranker.rank`, with the reasons for missing scores.
 
     Raises:
-        ValueError: If ``method`` needs lists and the reranker cannot rank them.
+        ValueError: If ``method`` needs lists and the reranker cannot rank them, or ``pair_order`` does not apply.
     """
+    turns = orders_of(pair_order) != ["query_first"]
+    if method == "listwise" and turns:
+        raise ValueError("pair_order is that of pairwise prompts: leave it out, or use method='pairwise'")
     if method == "pairwise":
         if not isinstance(reranker, CrossEncoder):
-            judge = cast(Judge, reranker)
+            if turns and not hasattr(reranker, "in_order"):
+                raise ValueError(f"{type(reranker).__name__} has no pair_order to choose: set it on the judge itself")
+            judge: Any = reranker
+            judge = judge.in_order(pair_order) if turns else judge
             return lambda queries, names: _judged(judge, queries)
         engine = reranker.ranker() if isinstance(reranker, UniMEReranker) else Ranker(reranker)
-        return lambda queries, names: engine.pairwise(queries, batch_size, show_progress_bar=show_progress_bar)
+        return lambda queries, names: engine.pairwise(
+            queries, batch_size, pair_order, show_progress_bar=show_progress_bar
+        )
     if isinstance(reranker, UniMEReranker):
         reranker.check_lists()
         listing = reranker.ranker()
@@ -241,7 +347,9 @@ def second_stage(
         scored = []
         for (query, documents), own in zip(waiting, names, strict=True):
             if isinstance(reranker, UniMEReranker):
-                found = listing.rank(query, documents, method, window=window, batch_size=batch_size, names=own)
+                found = listing.rank(
+                    query, documents, method, window=window, batch_size=batch_size, names=own, pair_order=pair_order
+                )
                 scored.append(PairScores(np.nan_to_num(found.scores), found.reasons))
             else:
                 scored.append(PairScores(lists.listwise_scores(query, documents), [None] * len(documents)))
@@ -261,6 +369,7 @@ def _judged(judge: Judge, queries: Sequence[Query]) -> list[PairScores]:
     return found
 
 
-def _probabilities(scored: PairScores) -> PairScores:
-    """P(Yes) of log-odds; 0 where there is a reason."""
-    return PairScores(np.nan_to_num(torch.from_numpy(scored.scores).sigmoid().numpy()), scored.reasons)
+def _final(scored: PairScores, alpha: float | None) -> PairScores:
+    """P(Yes) of log-odds, and fused scores as they are; 0 where there is a reason."""
+    scores = scored.scores if alpha is not None else torch.from_numpy(scored.scores).sigmoid().numpy()
+    return PairScores(np.nan_to_num(scores), scored.reasons)

@@ -21,6 +21,7 @@ from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
 from unime_st.scoring.chat_tokenizer import check_length
 from unime_st.scoring.forward_counter import ForwardCounter
+from unime_st.scoring.groups import PairOrder, orders_of
 from unime_st.scoring.loading import ImageTokens, generative_modules, is_cross_encoder, prepare_saved, resolve_name
 from unime_st.scoring.pair_scorer import PairScores
 from unime_st.scoring.prompts import check_template
@@ -254,6 +255,7 @@ class UniMEReranker(CrossEncoder):
         method: Method = "pairwise",
         window: int = 10,
         permutations: int = 1,
+        pair_order: PairOrder = "query_first",
         batch_size: int = 32,
         **kwargs: Any,
     ) -> Ranking:
@@ -273,6 +275,8 @@ class UniMEReranker(CrossEncoder):
             window: Maximum length of a list. A window slides from the back to the front over more documents, so they
                 should be in the order of a first stage. Defaults to 10, as in the paper.
             permutations: Orders in which each list is shown, see :meth:`listwise_scores`. Defaults to 1.
+            pair_order: Order of query and document in the pairwise prompt: "query_first", "candidate_first", or "both",
+                whose log-odds are averaged, at twice the cost. Defaults to "query_first", as in training.
             batch_size: Prompts per forward pass. Defaults to 32.
             **kwargs: Options of :meth:`CrossEncoder.rank` (pairwise only), for example ``prompt`` or ``pool``. Any but
                 ``activation_fn`` makes it compute every pair by itself.
@@ -301,6 +305,11 @@ class UniMEReranker(CrossEncoder):
         activation = cast(torch.nn.Module, kwargs.pop("activation_fn", None) or self.activation_fn)
         parsed = parse_inputs([query, *documents])
         whole_pairs = method == "pairwise" and (bool(kwargs) or not self._supports(parsed))
+        if orders_of(pair_order) != ["query_first"] and (whole_pairs or method == "listwise"):
+            raise ValueError(
+                f"pair_order={pair_order!r} needs pairwise prompts of items, and no options of CrossEncoder.rank: leave "
+                "it out, or use method='pairwise' alone"
+            )
         if not whole_pairs:
             parsed.raise_for_invalid(["query", *(f"document {index}" for index in range(len(documents)))])
             self.ranker()  # made before the cost is counted: it runs the model once
@@ -313,7 +322,7 @@ class UniMEReranker(CrossEncoder):
                 options = {"activation_fn": activation, "batch_size": batch_size, **kwargs}
                 scores, reasons = self._rank_whole_pairs([query, *documents], parsed, options)
             else:
-                scores, reasons = self._rank_items(parsed, method, window, permutations, batch_size)
+                scores, reasons = self._rank_items(parsed, method, window, permutations, batch_size, pair_order)
         if method == "pairwise" and not whole_pairs:
             scores = activation(torch.from_numpy(np.nan_to_num(scores, nan=_LOWEST_LOG_ODDS))).numpy()
         elif method != "pairwise":
@@ -331,7 +340,13 @@ class UniMEReranker(CrossEncoder):
         return answers and all(error is None or isinstance(error, BadImageError) for error in parsed.errors)
 
     def _rank_items(
-        self, parsed: ParsedInputs, method: Method, window: int, permutations: int, batch_size: int
+        self,
+        parsed: ParsedInputs,
+        method: Method,
+        window: int,
+        permutations: int,
+        batch_size: int,
+        pair_order: PairOrder,
     ) -> PairScores:
         """Score documents with the engine; those without an item get NaN and their error."""
         query, *documents = parsed.items
@@ -345,6 +360,7 @@ class UniMEReranker(CrossEncoder):
             permutations=permutations,
             batch_size=batch_size,
             names=[f"document {index}" for index in given],
+            pair_order=pair_order,
         )
         scores = np.full(len(documents), np.nan, dtype=found.scores.dtype)
         scores[given] = found.scores

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
 from unime_st.data import Item
 from unime_st.scoring.prompts import ItemLike, as_item
+
+PairOrder = Literal["query_first", "candidate_first", "both"]
+"""Order of the two items in the pairwise prompt: the paper's, the reverse, or the mean log-odds of both."""
+
+
+def orders_of(pair_order: PairOrder) -> list[PairOrder]:
+    """Orders in which a pair is shown.
+
+    Raises:
+        ValueError: If the order is unknown.
+
+    Example:
+        >>> from unime_st.scoring.groups import orders_of
+        >>> orders_of("both")
+        ['query_first', 'candidate_first']
+    """
+    if pair_order not in get_args(PairOrder):
+        raise ValueError(f"pair_order must be one of {', '.join(get_args(PairOrder))}, got {pair_order!r}")
+    return ["query_first", "candidate_first"] if pair_order == "both" else [pair_order]
 
 
 @dataclass(frozen=True, init=False)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
 from unime_st.options import check_count
+from unime_st.scoring.groups import PairOrder, orders_of
 from unime_st.scoring.prefix import PrefixEngine, PromptGroup
 from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder
 
@@ -251,6 +252,7 @@ def score_pairs(
     batch_size: int | None = None,
     raise_errors: bool = False,
     answer_shares: list[float] | None = None,
+    pair_order: PairOrder = "query_first",
     description: str = "Scoring",
     show_progress_bar: bool = False,
 ) -> list[PairScores]:
@@ -264,6 +266,8 @@ def score_pairs(
             instead of returning it.
         answer_shares: List that collects the probability of Yes and No together among the whole vocabulary, one number
             per distinct pair. Defaults to None: it is not computed.
+        pair_order: "candidate_first" asks with query and candidate exchanged, "both" averages the log-odds of the two
+            orders. Prompts share the item that comes first. Defaults to "query_first", the paper's order.
         description: Label of the progress bar.
         show_progress_bar: Whether to show progress in pairs.
 
@@ -279,6 +283,11 @@ def score_pairs(
         >>> scores.shape, reasons
         ((2,), [None, None])
     """
+    if len(orders := orders_of(pair_order)) > 1:
+        options: dict[str, Any] = {"batch_size": batch_size, "raise_errors": raise_errors}
+        options |= {"description": description, "show_progress_bar": show_progress_bar, "answer_shares": answer_shares}
+        ways = [score_pairs(scorer, queries, pair_order=order, **options) for order in orders]
+        return [_mean(*own) for own in zip(*ways, strict=True)]
     found = [
         PairScores(np.full(len(candidates), np.nan, dtype=np.float32), [None] * len(candidates))
         for _, candidates in queries
@@ -293,7 +302,8 @@ def score_pairs(
     for row, (query, candidates) in enumerate(queries):
         for column, candidate in enumerate(candidates):
             try:
-                cells.setdefault(query, {}).setdefault(candidate, []).append((row, column))
+                first, second = (query, candidate) if pair_order == "query_first" else (candidate, query)
+                cells.setdefault(first, {}).setdefault(second, []).append((row, column))
             except BadImageError as error:  # the content that makes items equal cannot be read
                 fail(row, column, error)
     with (
@@ -302,11 +312,11 @@ def score_pairs(
             total=sum(map(len, cells.values())), desc=description, unit="pair", disable=not show_progress_bar
         ) as progress,
     ):
-        distinct = [(query, list(candidates)) for query, candidates in cells.items()]
-        for (query, candidate), outcome in scorer.score(distinct, batch_size, with_total=answer_shares is not None):
+        distinct = [(first, list(others)) for first, others in cells.items()]
+        for (first, second), outcome in scorer.score(distinct, batch_size, with_total=answer_shares is not None):
             if answer_shares is not None and isinstance(outcome, torch.Tensor):
                 answer_shares.append(float((outcome[:2] - outcome[2]).exp().sum()))
-            for row, column in cells[query][candidate]:
+            for row, column in cells[first][second]:
                 if isinstance(outcome, ValueError):
                     fail(row, column, outcome)
                 else:
@@ -314,6 +324,12 @@ def score_pairs(
                     found[row].scores[column] = _finite(outcome[0] - outcome[1], row, column, scorer)
             progress.update()
     return found
+
+
+def _mean(first: PairScores, second: PairScores) -> PairScores:
+    """Mean of the log-odds of both orders; NaN, with the reason, where one of them has none."""
+    reasons = [one or other for one, other in zip(first.reasons, second.reasons, strict=True)]
+    return PairScores((first.scores + second.scores) / 2, reasons)
 
 
 def _finite(log_odds: torch.Tensor, row: int, column: int, scorer: PairScorer) -> float:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from unime_st.data.manifest import is_complete
 from unime_st.judging import CascadeJudge, HttpJudge, Judge, LocalJudge, calibration
@@ -35,6 +36,9 @@ class JudgeArguments(EngineArguments):
     model: str = option("unime-tiny", "Generative vision-language model that judges: alias, folder or hub name.")
     template: str = option(
         "auto", "Prompt template: official, tiny or a file; auto: tiny for unime-tiny, official for others."
+    )
+    pair_order: Literal["query_first", "candidate_first", "both"] = option(
+        "query_first", "Order of the two items in the prompt; both: mean log-odds. --calibrate says which is best."
     )
     scores: str = option("", "Folder for the scores.", required=True, unless=("dry_run", "calibrate"))
     output: str = option("", "Folder for the judged training rows.", required=True, unless=("dry_run", "calibrate"))
@@ -142,7 +146,7 @@ def _one_judge(args: JudgeArguments, judges: list[Judge] | None = None) -> Judge
 def _judges(args: JudgeArguments) -> list[Judge]:
     """The judge, and the strong one behind it if there is one."""
     if args.url:
-        return [HttpJudge(args.url, args.model, concurrency=args.concurrency)]
+        return [HttpJudge(args.url, args.model, concurrency=args.concurrency, pair_order=args.pair_order)]
     return [
         LocalJudge(
             name,
@@ -150,6 +154,7 @@ def _judges(args: JudgeArguments) -> list[Judge]:
             batch_size=args.batch_size,
             cache_bytes=args.cache_mb * 2**20,
             max_text_tokens=args.max_text_tokens or None,
+            pair_order=args.pair_order,
             model_kwargs={} if args.dtype == "auto" else {"dtype": args.dtype},
         )
         for name in (args.model, args.strong_model)
