@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 ANSWERS = ("Yes", "No")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _WORDS = "a red blue green big small square circle triangle on the left of right image Query Candidate Ans".split()
 _LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLM |= {"num_key_value_heads": 2, "initializer_range": 0.3}
@@ -46,7 +47,7 @@ _QWEN: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 _PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% elif c.type == 'text' %}{{ c.text }}{% endif %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% elif c.type == 'video' %}VIDEO{% elif c.type == 'text' %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -103,7 +104,7 @@ def qwen(
     kind: str = "Qwen2VL",
     *,
     words: Sequence[str] = ANSWERS,
-    template: str | None = _CHATML.replace("IMAGE", IMAGE),
+    template: str | None = _CHATML.replace("IMAGE", IMAGE).replace("VIDEO", VIDEO),
     sides: tuple[int, int] = (56, 140),
     vision_depth: int = 2,
     seed: int = 0,
@@ -127,7 +128,7 @@ def qwen(
     videos = transformers.Qwen3VLVideoProcessor if kind == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
     tok = qwen_tokenizer(words)
     processor = getattr(transformers, f"{kind}Processor")(
-        transformers.Qwen2VLImageProcessor(**pixels), tok, videos(patch_size=patch), chat_template=template
+        transformers.Qwen2VLImageProcessor(**pixels), tok, videos(**pixels), chat_template=template
     )
     config = getattr(transformers, f"{kind}Config")(
         text_config={**_LLM, "vocab_size": len(tok), "rope_parameters": _MROPE, **own_text},
@@ -145,7 +146,7 @@ def llava_next(folder: Path) -> Path:
     )
     processor = transformers.LlavaNextProcessor(
         images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=_CHATML.replace("IMAGE", "<image>\n").replace("<|im_start|>", "[").replace("<|im_end|>", "]"),
+        chat_template=_CHATML.replace("IMAGE", "<image>\n").replace("VIDEO", "").replace("<|im_start|>", "[").replace("<|im_end|>", "]"),
     )  # fmt: skip
     config = transformers.LlavaNextConfig(
         text_config={**_LLM, "model_type": "mistral", "vocab_size": len(tok)},
@@ -168,7 +169,7 @@ def llava_onevision(folder: Path) -> Path:
     )
     processor = transformers.LlavaOnevisionProcessor(
         images, tok, transformers.LlavaOnevisionVideoProcessor(size={"height": 56, "width": 56}),
-        num_image_tokens=16, vision_feature_select_strategy="full", chat_template=_CHATML.replace("IMAGE", "<image>"),
+        num_image_tokens=16, vision_feature_select_strategy="full", chat_template=_CHATML.replace("IMAGE", "<image>").replace("VIDEO", "<video>"),
     )  # fmt: skip
     config = transformers.LlavaOnevisionConfig(
         text_config={**_LLM, "model_type": "qwen2", "vocab_size": len(tok)},
@@ -189,7 +190,7 @@ def internvl(folder: Path) -> Path:
     images.crop_to_patches = True
     processor = transformers.InternVLProcessor(
         images, tok, transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}), image_seq_length=4,
-        chat_template=_CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+        chat_template=_CHATML.replace("IMAGE", "<IMG_CONTEXT>\n").replace("VIDEO", "<video>"),
     )  # fmt: skip
     config = transformers.InternVLConfig(
         text_config={**_LLM, "model_type": "qwen2", "vocab_size": len(tok)},
@@ -209,7 +210,9 @@ def smolvlm(folder: Path) -> Path:
         size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, do_image_splitting=True
     )
     videos = transformers.SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 56})
-    template = _CHATML.replace("IMAGE", "<image>").replace("<|im_end|>", "<end_of_utterance>")
+    template = (
+        _CHATML.replace("IMAGE", "<image>").replace("VIDEO", "<video>").replace("<|im_end|>", "<end_of_utterance>")
+    )
     processor = transformers.SmolVLMProcessor(images, tok, videos, image_seq_len=4, chat_template=template)
     config = transformers.SmolVLMConfig(
         text_config={**_LLM, "model_type": "llama", "vocab_size": len(tok), "pad_token_id": 0},

@@ -14,8 +14,9 @@ from transformers import AutoConfig
 
 from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
+from unime_st.backbones.video_frames import raise_without_video, resize_frames
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
-from unime_st.encoding.model_inputs import Features, is_single, load_input, normalize_input, raise_if_table
+from unime_st.encoding.model_inputs import Features, has_video, is_single, load_input, normalize_input, raise_if_table
 from unime_st.options import check_count
 
 
@@ -63,6 +64,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
                 "with `unime convert ... --image-size`, or omit image_size."
             )
         replace_patch_projections(self)
+        resize_frames(self.processor)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         config = AutoConfig.from_pretrained(
@@ -97,7 +99,10 @@ class UniME(ShardedByLayer, SentenceTransformer):
             >>> features["input_ids"].shape[0]
             1
         """
-        inputs = [load_input(normalize_input(value)) for value in inputs]
+        inputs = [normalize_input(value) for value in inputs]
+        if any(map(has_video, inputs)):
+            raise_without_video(self.processor)
+        inputs = [load_input(value) for value in inputs]
         features = super().preprocess(inputs, prompt=prompt, **kwargs)
         if "batch_num_images" in features and "num_images_per_sample" in features:
             features["batch_num_images"] = features["num_images_per_sample"]

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BatchFeature, TokenizersBackend
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
 from unime_st.backbones.image_rules import prepare_image
+from unime_st.backbones.video_frames import UNIME_LIMITS, FrameLimits, flat_videos, resize_frames
 from unime_st.recipes.recipe import ImageRule, RuleFields
 
 Message = dict[str, Any]
@@ -49,6 +50,11 @@ class UniMEProcessorMixin:
         self.image_rule = asdict(rule)
         self.image_size = "official" if image_size is None else image_size
         self.image_backend = image_backend or rule.backend
+        self.set_frame_limits(UNIME_LIMITS)
+
+    def set_frame_limits(self, limits: FrameLimits) -> None:
+        """Set the sizes of the frames of videos, for families that take videos."""
+        resize_frames(self, limits)
 
     @property
     def image_side(self) -> int | None:
@@ -130,12 +136,25 @@ class UniMEProcessorMixin:
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Process images and rendered text, see :class:`transformers.ProcessorMixin`."""
         if text is not None:
-            self.images_per_row(images, [text] if isinstance(text, str) else list(text))
+            rows = [text] if isinstance(text, str) else list(text)
+            self.images_per_row(images, rows)
+            self._check_videos(kwargs.get("videos"), rows)
         features: BatchFeature = super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
         if "batch_num_images" in features and isinstance(text, list) and len(features["batch_num_images"]) < len(text):
             # One count per row, zeros included: whoever cuts a mixed batch into mini-batches slices rows.
             features["batch_num_images"] = torch.tensor([len(row) for row in images])
         return features
+
+    def _check_videos(self, videos: Any, texts: list[str]) -> None:
+        """Raise a ValueError for videos that the chat template has dropped."""
+        if videos is None:
+            return
+        found = sum(text.count(getattr(self, "video_token", "<video>")) for text in texts)
+        if found != (given := len(list(flat_videos(videos)))):
+            raise ValueError(
+                f"The batch has {given} videos and {found} video placeholders in its texts. A chat template without a "
+                "video slot drops videos: convert the checkpoint again, or remove the placeholder from the text."
+            )
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Render and process chats; the end of the prompt is restored in truncated rows with images.
@@ -193,6 +212,8 @@ def _restore_tails(
         last = int(mask[row].nonzero()[-1]) + 1
         index = slice(last - len(tail), last)
         image_tokens = processor.image_mask(features["input_ids"][row])
+        if (video_token := getattr(processor, "video_token_id", None)) is not None:
+            image_tokens |= features["input_ids"][row] == video_token
         if len(tail) >= limit or bool(image_tokens[index].any()):
             raise ValueError(
                 f"Row {row} of the batch has {int(image_tokens.sum())} image tokens, which leaves no "
@@ -204,7 +225,7 @@ def _restore_tails(
 
 def _has_image(conversation: Chat) -> bool:
     contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
-    return any(part.get("type") == "image" for content in contents for part in content)
+    return any(part.get("type") in ("image", "video") for content in contents for part in content)
 
 
 def _tail_tokens(processor: Any, conversation: Chat, template_kwargs: dict[str, Any]) -> list[int]:

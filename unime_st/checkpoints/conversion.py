@@ -13,6 +13,7 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBas
 from unime_st import backbones
 from unime_st._version import __version__
 from unime_st.backbones.families import Family
+from unime_st.backbones.video_frames import accepts_video
 from unime_st.checkpoints.card import write_card
 from unime_st.checkpoints.native_folder import CONVERSION_RECORD, link_file, quiet_transformers, write_modules
 from unime_st.checkpoints.source import CheckpointError, Source, family_of, read_source
@@ -145,6 +146,7 @@ def convert_to(target: Path, folder: str | Path, recipe: Recipe, options: Option
             processing_kwargs=_processing_kwargs(recipe, ours, options.style, processor),
             yes_no_ids=_answer_ids(processor.tokenizer, recipe) if recipe.task == "reranker" else None,
             needs_unime_st=ours,
+            takes_video=accepts_video(processor) and "video" in str(processor.chat_template),
         )
         record = {
             "recipe": recipe.name,

@@ -70,6 +70,7 @@ def write_modules(
     processing_kwargs: dict[str, object],
     yes_no_ids: tuple[int, int] | None,
     needs_unime_st: bool,
+    takes_video: bool = False,
 ) -> None:
     """Write ``modules.json``, the configuration of every module and the settings of Sentence Transformers.
 
@@ -82,7 +83,10 @@ def write_modules(
     method = {"method": "forward", "method_output_name": output}
     config: dict[str, object] = {
         "transformer_task": "any-to-any" if reranker else "feature-extraction",
-        "modality_config": {"text": method, "image": method, "message": {**method, "format": "structured"}},
+        "modality_config": {
+            **dict.fromkeys(("text", "image", *(["video"] if takes_video else [])), method),
+            "message": {**method, "format": "structured"},
+        },
         "module_output_name": "causal_logits" if reranker else "token_embeddings",
         "unpad_inputs": False,
     }

@@ -141,6 +141,27 @@ class ImageRef:
                 return plain_image(image) if converted is image else converted  # nobody else holds the pixels
 
 
+ImageLike = ImageRef | Image.Image | str | Path | bytes
+"""Forms of an image that :func:`as_image_ref` takes."""
+
+
+def as_image_ref(image: ImageLike, name: str = "an image") -> ImageRef:
+    """Refer to an image: a Pillow image (stored as lossless PNG), a path, encoded bytes or an :class:`ImageRef`.
+
+    Raises:
+        TypeError: If it has another type; the message calls it by ``name``.
+    """
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, Image.Image):
+        return ImageRef(data=png_bytes(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return ImageRef(data=bytes(image))
+    if isinstance(image, (str, Path)):
+        return ImageRef(path=str(image))
+    raise TypeError(f"{name} must be a Pillow image, a path, bytes or an ImageRef, got {type(image).__name__}")
+
+
 @contextmanager
 def decoding(label: str, action: str = "decoded") -> Iterator[None]:
     """Turn whatever a decoder raises in the block into a :class:`BadImageError` that names the image."""

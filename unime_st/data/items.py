@@ -1,32 +1,38 @@
-"""Item: the unit that is embedded and judged; a text, an image, or an image with a text."""
+"""Item: the unit that is embedded and judged; a text, an image, a video, or an image or video with a text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
-from unime_st.data.images import ImageRef, padded_to_aspect, png_bytes
+from unime_st.data.images import ImageLike, ImageRef, as_image_ref, padded_to_aspect
+from unime_st.data.videos import FrameDecoder, VideoRef
 from unime_st.files import digest
 
-ImageLike = ImageRef | Image.Image | str | Path | bytes
+VideoLike = VideoRef | FrameDecoder | str | Path | np.ndarray | Sequence[ImageLike]
 
 
 class Item:
-    """An immutable text, image, or image with text, identified by its content.
+    """An immutable text, image or video, or image or video with text, identified by its content.
 
-    Two items with the same text and the same encoded image bytes have the same :attr:`id`, compare equal and hash
-    alike, wherever the image is stored. So equal items are embedded and judged only once.
+    Two items with the same text and the same encoded image and frame bytes have the same :attr:`id`, compare equal and
+    hash alike, wherever they are stored. So equal items are embedded and judged only once.
 
     Args:
         text: The text, kept verbatim. None and the empty string mean no text.
         image: Pillow image, path, encoded bytes or :class:`ImageRef`. A Pillow image is stored as lossless PNG. None
             means no image.
+        video: Folder of frames, video file (decoded by ``torchcodec``, extra ``video``), list or tuple of frames,
+            decoder, or :class:`~unime_st.data.VideoRef`. Of a folder, file or decoder 8 frames are sampled; a list is
+            taken whole, and a :class:`~unime_st.data.VideoRef` says how many. None means no video.
 
     Raises:
-        ValueError: If there is neither an image nor a text with a visible character, or the text is not valid
-            Unicode.
+        ValueError: If there is neither an image nor a video nor a text with a visible character, or the text is not
+            valid Unicode.
+        BadVideoError: If a folder has no frames or lacks one of them, or a list has more than 64.
         TypeError: If an argument has an unsupported type.
 
     Example:
@@ -37,26 +43,30 @@ class Item:
         {'text': 'a red square'}
     """
 
-    __slots__ = ("_id", "_image", "_text")
+    __slots__ = ("_id", "_image", "_text", "_video")
     _text: str | None
     _image: ImageRef | None
+    _video: VideoRef | None
     _id: str | None
 
-    def __init__(self, text: str | None = None, image: ImageLike | None = None) -> None:
+    def __init__(
+        self, text: str | None = None, image: ImageLike | None = None, video: VideoLike | None = None
+    ) -> None:
         if text is not None and not isinstance(text, str):
             raise TypeError(f"Item.text must be a str or None, got {type(text).__name__}")
-        if image is None and (text is None or not text.strip()):
+        if image is None and video is None and (text is None or not text.strip()):
             raise ValueError("an item needs a text, an image or both; both are missing or empty")
         if text is not None and not text.isascii():
             check_unicode(text)
         self._text = text or None
-        self._image = None if image is None else _coerce_image(image)
+        self._image = None if image is None else as_image_ref(image, "Item.image")
+        self._video = None if video is None else VideoRef.of(video)
         self._id = None
 
     @classmethod
-    def stored(cls, text: str | None, image: ImageRef | None, item_id: str) -> Item:
-        """Restore an item with the :attr:`id` that was computed when it was stored, without reading its image."""
-        item = cls(text, image)
+    def stored(cls, text: str | None, image: ImageRef | None, item_id: str, video: VideoRef | None = None) -> Item:
+        """Restore an item with the :attr:`id` that was computed when it was stored, without reading its images."""
+        item = cls(text, image, video)
         item._id = item_id
         return item
 
@@ -71,10 +81,15 @@ class Item:
         return self._image
 
     @property
-    def id(self) -> str:
-        """Content hash: 32 hexadecimal digits of a SHA-256 over the text and the encoded image.
+    def video(self) -> VideoRef | None:
+        """The undecoded video, or None."""
+        return self._video
 
-        Computed on first access, which reads the image but does not decode it.
+    @property
+    def id(self) -> str:
+        """Content hash: 32 hexadecimal digits of a SHA-256 over the text, the encoded image and the encoded frames.
+
+        Computed on first access, which reads image and frames but does not decode them.
 
         Raises:
             BadImageError: If the image cannot be read.
@@ -87,20 +102,24 @@ class Item:
                 parts += [b"text", len(encoded).to_bytes(8, "big"), encoded]
             if self._image is not None:
                 parts += [b"image", bytes.fromhex(digest(self._image.read(), length=64))]
+            if self._video is not None:
+                parts += [b"video", self._video.digest()]
             self._id = digest(*parts)
         return self._id
 
     @property
     def modality(self) -> str:
-        """Modality of the item: "text", "image" or "image+text"."""
-        return "+".join(name for name, part in (("image", self._image), ("text", self._text)) if part is not None)
+        """Modality of the item: "text", "image", "video", "image+text", "video+text", ..."""
+        parts = (("image", self._image), ("video", self._video), ("text", self._text))
+        return "+".join(name for name, part in parts if part is not None)
 
     def to_input(self) -> dict[str, Any]:
         """Return the item as an input of ``SentenceTransformer.encode``.
 
         Returns:
-            dict: "image" (decoded, RGB) and "text", as far as present; the image comes first because chat templates
-                keep this order. Images with an aspect ratio above 200 are padded to it with white margins.
+            dict: "image" (decoded, RGB), "video" (list of frames) and "text", as far as present; the text comes last
+                because chat templates keep this order. Images with an aspect ratio above 200 are padded to it with
+                white margins.
 
         Raises:
             BadImageError: If the image cannot be decoded.
@@ -108,6 +127,8 @@ class Item:
         decoded: dict[str, Any] = {}
         if self._image is not None:
             decoded["image"] = padded_to_aspect(self._image.open())
+        if self._video is not None:
+            decoded["video"] = self._video.open()
         if self._text is not None:
             decoded["text"] = self._text
         return decoded
@@ -121,10 +142,14 @@ class Item:
     def __repr__(self) -> str:
         image = "" if self._image is None else f"image={self._image.label!r}"
         text = "" if self._text is None else f"text={self._text!r}"
-        return f"Item({', '.join(part for part in (text, image) if part)})"
+        video = "" if self._video is None else f"video={self._video.label!r}"
+        return f"Item({', '.join(part for part in (text, image, video) if part)})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Item.stored, (self._text, self._image, self._id)) if self._id else (Item, (self._text, self._image))
+        video = () if self._video is None else (self._video,)
+        if self._id:
+            return Item.stored, (self._text, self._image, self._id, *video)
+        return Item, (self._text, self._image, *video)
 
 
 def check_unicode(text: str) -> None:
@@ -140,15 +165,3 @@ def check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not valid Unicode: {error}") from None
-
-
-def _coerce_image(image: ImageLike) -> ImageRef:
-    if isinstance(image, ImageRef):
-        return image
-    if isinstance(image, Image.Image):
-        return ImageRef(data=png_bytes(image))
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return ImageRef(data=bytes(image))
-    if isinstance(image, (str, Path)):
-        return ImageRef(path=str(image))
-    raise TypeError(f"Item.image must be a Pillow image, a path, bytes or an ImageRef, got {type(image).__name__}")

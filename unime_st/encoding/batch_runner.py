@@ -17,9 +17,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 
+from unime_st.backbones.video_frames import raise_without_video
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
-from unime_st.encoding.model_inputs import Features, load_input, unreadable_image
+from unime_st.encoding.model_inputs import Features, has_video, load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.token_counts import pack, pixel_budget
@@ -47,6 +48,7 @@ class Job:
     value: object
     num_tokens: int = 0
     pixels: int = 0
+    frames: int = 0
     tokens: np.ndarray | None = None
     error: Exception | None = None
 
@@ -188,9 +190,11 @@ class BatchRunner:
         good, inputs = [], []
         for index, job in enumerate(jobs):
             try:
+                if has_video(job.value):
+                    raise_without_video(self.model.processor)
                 inputs.append(load_input(job.value))
                 good.append(index)
-            except BadImageError as error:
+            except ValueError as error:  # BadImageError included
                 job.error = error
         if not good:
             return [], {}

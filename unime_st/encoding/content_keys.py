@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 
 from unime_st.data.images import ImageRef
 from unime_st.data.items import Item
+from unime_st.data.videos import VideoRef
 from unime_st.encoding.image_urls import is_url
 from unime_st.encoding.model_inputs import is_media
 from unime_st.files import digest
@@ -46,6 +47,8 @@ def content_key(value: object, *, name: str | None = None) -> Hashable:
         return bytes.fromhex(value.id)
     if isinstance(value, ImageRef):
         return bytes.fromhex(Item(image=value).id)
+    if isinstance(value, VideoRef):
+        return bytes.fromhex(Item(video=value).id)
     if isinstance(value, (bytes, bytearray)):
         return "bytes", digest(bytes(value))
     if isinstance(value, Mapping):

@@ -168,6 +168,8 @@ class Engine:
         for job in window.jobs:
             # Sentence Transformers formats a chat differently when it shares a batch with other inputs.
             kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
+            # Processors stack videos, which must have as many frames as one another.
+            kind += f", {job.frames} frames" if job.frames else ""
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
             indices = pack([job.num_tokens for job in jobs], self.runner.budget)
@@ -206,9 +208,9 @@ class Engine:
             return
         if self._counter is None:
             self._counter = TokenCounter(self.runner.model, **self.runner.prompting)
-        counts, pixels = self._counter.tokens_and_pixels([job.value for job in jobs])
-        for job, count, num_pixels in zip(jobs, counts.tolist(), pixels.tolist()):
-            job.num_tokens, job.pixels = count, num_pixels
+        counts, pixels, frames = self._counter.measure([job.value for job in jobs])
+        for job, count, num_pixels, num_frames in zip(jobs, counts.tolist(), pixels.tolist(), frames):
+            job.num_tokens, job.pixels, job.frames = count, num_pixels, num_frames
 
     def _collect(
         self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[NoReturn]

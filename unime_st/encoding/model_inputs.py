@@ -20,6 +20,7 @@ from sentence_transformers.base.modality_types import SingleInput
 
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
+from unime_st.data.videos import FrameDecoder, VideoRef, is_frame_list
 from unime_st.encoding.image_urls import is_url
 from unime_st.encoding.input_images import image_of_array, image_size, load_image
 
@@ -35,7 +36,11 @@ _UNKNOWN_SIZE = (512, 512)
 _IMAGE_NAME = re.compile(
     r"\S.*\.(png|jpe?g|jpe|jfif|gif|bmp|dib|tiff?|webp|avif|heic|heif|jp2|ico|ppm)", re.IGNORECASE
 )
+_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 _PARTS = ("text", "image", "audio", "video")
+
+VideoShape = tuple[int, int, int]
+"""Number of frames, and their stored width and height in pixels."""
 
 
 def normalize_input(value: object) -> Any:
@@ -63,6 +68,8 @@ def normalize_input(value: object) -> Any:
         return {"image": os.fspath(value)}
     if isinstance(value, ImageRef):
         return Item(image=value)
+    if isinstance(value, VideoRef) or (isinstance(value, str) and value.endswith(_VIDEO_SUFFIXES) and _is_file(value)):
+        return Item(video=value)
     if is_chat(value):
         return (
             _normalize_message(value)
@@ -83,7 +90,7 @@ def _normalize_parts(parts: Mapping[str, object]) -> dict[str, object]:
 
 
 def _normalize_part(name: str, part: object) -> object:
-    if isinstance(part, (list, tuple)) and name in _PARTS:
+    if isinstance(part, (list, tuple)) and name in _PARTS and not (name == "video" and is_frame_list(part)):
         kept = [_normalize_part(name, entry) for entry in part if not _is_absent(entry)]
         return type(part)(kept) if kept else None
     if name == "image":
@@ -91,7 +98,22 @@ def _normalize_part(name: str, part: object) -> object:
             return os.fspath(part)
         if isinstance(part, Mapping) and part.keys() <= {"bytes", "path"}:
             return _struct_image(part)
+    if name == "video" and _is_reference(part):
+        return VideoRef.of(cast("Any", part))
     return part
+
+
+def _is_reference(video: object) -> bool:
+    """Whether a video is one of files or a decoder; frames in memory and URLs are passed on as they are."""
+    if isinstance(video, (str, os.PathLike)):
+        return not is_url(str(video))
+    if is_frame_list(video):
+        return not any(isinstance(frame, Image.Image) for frame in video)
+    return isinstance(video, FrameDecoder)
+
+
+def _is_file(path: str) -> bool:
+    return not is_url(path) and os.path.isfile(path)
 
 
 def _struct_image(struct: Mapping[str, Any]) -> ImageRef | None:
@@ -125,7 +147,7 @@ def _is_absent(value: object) -> bool:
 
 
 def as_item(value: ModelInput) -> Item:
-    """Convert an input with at most one text and one image to an item, without decoding its image.
+    """Convert an input with at most one text, one image and one video to an item, without decoding them.
 
     A text that is the path of an existing image is the image.
 
@@ -144,14 +166,14 @@ def as_item(value: ModelInput) -> Item:
     single: dict[str, Any] = {
         name: part[0] if isinstance(part, (list, tuple)) and len(part) == 1 else part for name, part in parts.items()
     }
-    text, image = single.pop("text", None), single.pop("image", None)
+    text, image, video = (single.pop(name, None) for name in ("text", "image", "video"))
     if single or isinstance(image, (list, tuple)) or not (text is None or isinstance(text, str)):
         raise ValueError(f"expected one text, one image or both, got {value!r:.100}")
     if isinstance(image, str) and (is_url(image) or image.startswith("data:")):
         raise ValueError(f"image {image:.100}: download or decode it first; an index stores files and bytes")
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = image_of_array(image)
-    return Item(text, cast("Any", image))  # Item checks the type
+    return Item(text, cast("Any", image), video)  # Item checks the types
 
 
 def texts_and_sizes(value: object) -> tuple[list[str], list[tuple[int, int]]]:
@@ -191,6 +213,44 @@ def _collect(value: object, name: str | None, texts: list[str], sizes: list[tupl
         sizes += [] if size is None else [size]
 
 
+def video_shapes(value: object) -> list[VideoShape]:
+    """Shape of every video of a normalized input, from headers; URLs and arrays with metadata are left out.
+
+    Raises:
+        BadImageError: If a frame cannot be read, or frames differ in size.
+
+    Example:
+        >>> from PIL import Image
+        >>> from unime_st.encoding.model_inputs import video_shapes
+        >>> video_shapes({"text": "a ship", "video": [Image.new("RGB", (4, 2))] * 3})
+        [(3, 4, 2)]
+    """
+    if isinstance(value, Item):
+        return [] if value.video is None else [value.video.shape()]
+    if isinstance(value, Mapping):
+        inner = [part for key in ("video", "content") if isinstance(part := value.get(key), (list, tuple))]
+        video = value.get("video")
+        if isinstance(video, VideoRef):
+            return [video.shape()]
+        if is_frame_list(video) and isinstance(video[0], Image.Image):
+            return [(len(video), *video[0].size)]
+        return [shape for parts in inner for part in parts for shape in video_shapes(part)]
+    if isinstance(value, VideoRef):
+        return [value.shape()]
+    if isinstance(value, (list, tuple)):
+        return [shape for part in value for shape in video_shapes(part)]
+    return []
+
+
+def has_video(value: object) -> bool:
+    """Whether a normalized input has a video."""
+    if isinstance(value, Item):
+        return value.video is not None
+    if isinstance(value, Mapping):
+        return value.get("video") is not None or has_video(value.get("content"))
+    return isinstance(value, (list, tuple)) and any(isinstance(part, Mapping) and has_video(part) for part in value)
+
+
 def load_input(value: object) -> Any:
     """Load the images of a normalized input with :func:`~unime_st.encoding.input_images.load_image`."""
     return value.to_input() if isinstance(value, Item) else _load(value, None)
@@ -204,7 +264,11 @@ def _load(value: object, name: str | None) -> Any:
             key: part if key == "content" and isinstance(part, str) else _load(part, key if key in _PARTS else "other")
             for key, part in value.items()
         }
+    if isinstance(value, VideoRef):
+        return value.open()
     if isinstance(value, (list, tuple)):
+        if name == "video" and is_frame_list(value):
+            return value
         return type(value)(_load(part, name if name in _PARTS else None) for part in value)
     if isinstance(value, Image.Image) or (
         name == "image" and isinstance(value, (np.ndarray, torch.Tensor, ImageRef, bytes))
@@ -231,12 +295,15 @@ def image_paths(value: object) -> list[str]:
 
 
 def unreadable_image(value: object) -> BadImageError | None:
-    """Error that names the first image file of an input that cannot be decoded; None if all can."""
-    for path in image_paths(value):
-        try:
+    """Error that names the first image file or frame of an input that cannot be decoded; None if all can."""
+    video = value.video if isinstance(value, Item) else value.get("video") if isinstance(value, Mapping) else None
+    try:
+        for path in image_paths(value):
             ImageRef(path=path).open()
-        except BadImageError as error:
-            return error
+        if isinstance(video, VideoRef):
+            video.check()
+    except BadImageError as error:
+        return error
     return None
 
 

@@ -74,7 +74,8 @@ class _PackedRows(Transformer):
         if not hasattr(backbone, "get_rope_index"):
             return counted
         rotary = counted.expand(3, -1, -1)
-        if "image_grid_thw" in features:
-            names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-            rotary = backbone.get_rope_index(**{name: features[name] for name in names})[0]
+        if "image_grid_thw" in features or "video_grid_thw" in features:
+            names = ["input_ids", "mm_token_type_ids", "attention_mask"]
+            names += ["image_grid_thw", "video_grid_thw", "second_per_grid_ts"]
+            rotary = backbone.get_rope_index(**{name: features[name] for name in names if name in features})[0]
         return torch.cat([counted[None], rotary])

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
+from unime_st.backbones.video_frames import resize_frames
+
 
 def shared_by_threads(model: SentenceTransformer) -> SentenceTransformer:
     """Model with the same weights whose tokenizer is protected by a lock; the given one is not modified.
 
     A fast tokenizer stores truncation and padding as state that every call may change, so concurrent calls would
-    interfere. Images, which dominate the cost, are still processed concurrently.
+    interfere. Images, which dominate the cost, are still processed concurrently. Frames of videos are resized as in
+    :mod:`unime_st.backbones.video_frames`.
     """
-    return with_processor(model, _with_lock)
+    return with_processor(model, lambda processor: resize_frames(_with_lock(processor)))
 
 
 def with_processor(model: SentenceTransformer, change: Callable[[Any], object]) -> SentenceTransformer:

@@ -112,7 +112,7 @@ class TextFastPath:
 def plain_text(value: object) -> str | None:
     """Text of a normalized input that consists of a text only, else None."""
     if isinstance(value, Item):
-        return value.text if value.image is None else None
+        return value.text if value.image is None and value.video is None else None
     if isinstance(value, dict) and value.keys() == {"text"} and isinstance(value["text"], str):
         return value["text"]
     return value if isinstance(value, str) and not is_media(value) else None

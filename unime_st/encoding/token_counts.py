@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from unime_st.backbones.video_frames import raise_without_video, resize_frames, times_of_frames, video_tokens
 from unime_st.compat import image_token_counter
 from unime_st.data.images import MAX_ASPECT
-from unime_st.encoding.model_inputs import texts_and_sizes
+from unime_st.encoding.model_inputs import VideoShape, texts_and_sizes, video_shapes
 
 Size = tuple[int, int]
 
 _CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
+
+_MOST_FRAME_PIXELS = 1280 * 28 * 28
+"""Pixels of a frame after it is resized."""
 
 _MEASURED_STEP = 112
 """Grid in pixels to which image sizes are rounded for processors whose token counts have to be measured."""
@@ -26,8 +31,8 @@ _MEASURED_STEP = 112
 class TokenCounter:
     """Counts the tokens of inputs after template and processor, from texts and image headers only.
 
-    Texts are counted by the tokenizer, images by the resize rule of the processor. For a processor without such a
-    rule, a blank image of about the same size is processed once.
+    Texts are counted by the tokenizer, images and videos by the resize rule of the processor. For a processor without
+    such a rule, a blank image of about the same size is processed once.
 
     Args:
         model: A Sentence Transformers model.
@@ -46,7 +51,7 @@ class TokenCounter:
     def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
         self._preprocess = model.preprocess
         self._tokenizer = model.tokenizer
-        self._processor: Any = getattr(model[0], "processor", None)
+        self._processor: Any = resize_frames(copy.copy(getattr(model[0], "processor", None)))
         self._images: dict[Size, int] = {}
         probe = model.preprocess(["0"], prompt=prompt, **options)
         # From the attention mask rather than the width, because some processors pad to a multiple.
@@ -62,10 +67,15 @@ class TokenCounter:
             np.ndarray: int64 of shape (len(inputs),), the length of each row before padding. Exact for texts; for
             images it may differ by the few tokens that a template adds. Unreadable images count zero.
         """
-        return self.tokens_and_pixels(inputs)[0]
+        return self.measure(inputs)[0]
 
-    def tokens_and_pixels(self, inputs: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
-        """Count the tokens of inputs and the stored pixels of their images, int64 of shape (len(inputs),) each."""
+    def measure(self, inputs: Sequence[object]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Count the tokens of inputs, and the pixels to decode and the frames of each: (len(inputs),) each.
+
+        Raises:
+            BadImageError: If a frame cannot be read, or the frames of a video differ in size.
+            ValueError: If there is a video, and the model takes none.
+        """
         texts: list[str] = []
         sizes: list[Size] = []
         owner_of_text, owner_of_size = [], []
@@ -82,7 +92,20 @@ class TokenCounter:
             np.add.at(costs, owner_of_size, self.image_tokens(sizes))
         pixels = np.zeros(len(inputs), dtype=np.int64)
         np.add.at(pixels, owner_of_size, [width * height for width, height in sizes])
-        return costs, pixels
+        frames = [0] * len(inputs)
+        for index, value in enumerate(inputs):
+            for shape in video_shapes(value):
+                frames[index] += shape[0]
+                costs[index] += self.video_tokens(shape)
+                # Stored frames are decoded and resized one by one.
+                pixels[index] += shape[0] * min(shape[1] * shape[2], _MOST_FRAME_PIXELS)
+        return costs, pixels, frames
+
+    def video_tokens(self, shape: VideoShape) -> int:
+        """Count the tokens of a video of this shape: number of frames, width and height in pixels."""
+        raise_without_video(self._processor)
+        times = times_of_frames(self._processor, shape[0])
+        return video_tokens(self._processor, shape) + (len(self._tokens([times])[0]) if times else 0)
 
     def image_tokens(self, sizes: Sequence[Size]) -> list[int]:
         """Count the tokens of images of these sizes, (width, height) in pixels."""

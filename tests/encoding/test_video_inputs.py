@@ -1,0 +1,134 @@
+"""Videos through the encoding engine, for every family with a video slot, and refusal by the others."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unime_st import Item, UniME
+from unime_st.backbones.video_frames import FrameLimits
+from unime_st.data import BadImageError, VideoRef
+from unime_st.encoding import TokenCounter, encode_items
+from unime_st.encoding.list_inputs import encode_list
+
+Get = Callable[[str], UniME]
+FAMILIES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-llava-ov"]
+
+
+def clip(count: int, width: int = 70, height: int = 56, seed: int = 0) -> list[Image.Image]:
+    values = np.random.default_rng(seed).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in values]
+
+
+def some_items() -> list[Item]:
+    videos = [clip(8), clip(3), clip(1), clip(5, 100, 75), clip(2, 20, 90)]
+    items = [Item("a red circle", video=video) for video in videos]
+    return [*items, Item(video=videos[0]), Item("a blue square"), Item(image=videos[0][0]), items[0]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batches_equal_single_videos(embedder: Get, name: str) -> None:
+    """Padded, packed, and on the plain class with the same frames; the order of frames matters."""
+    model, items = embedder(name), some_items()
+    found = model.encode(items)
+    assert np.abs(found - np.stack([model.encode(item) for item in items])).max() < 1e-5
+    assert np.abs(found - encode_list(model, items, packed=True).numpy()).max() < 1e-5
+    backwards = model.encode(Item("a red circle", video=clip(8)[::-1]))
+    assert np.abs(found[0] - backwards).max() > 1e-2
+    assert "video" in model.modalities
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_counted_before_decoding(embedder: Get, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as for images: up to the few tokens that a template adds."""
+    model, items = embedder(name), some_items()
+    lengths = [int(model.preprocess([item])["attention_mask"].sum()) for item in items]
+    with monkeypatch.context() as patched:
+        patched.setattr(VideoRef, "open", lambda self: pytest.fail("decoded"))
+        counts = TokenCounter(model)(items)
+    assert np.abs(counts - lengths).max() <= 9
+
+
+@pytest.mark.parametrize("name", ["internvl3", "smolvlm", "llava-1.6", "unime-v1-phi3.5"])
+def test_a_family_without_video_is_refused(embedder: Get, name: str) -> None:
+    """It would be given the text alone."""
+    model = embedder(name)
+    with pytest.raises(ValueError, match=r"takes no video: use one of the families Qwen2-VL, Qwen2.5-VL"):
+        model.encode([Item("a red circle", video=clip(2)), Item("a")])
+    with pytest.raises(ValueError, match="takes no video"):
+        model.preprocess([{"text": "a", "video": clip(2)}])
+    _, found = encode_items(model, [Item("a", video=clip(2)), Item("a")], on_error="skip")
+    assert found.tolist() == [False, True]
+
+
+def test_frame_sizes_are_those_of_the_released_code(kept_golden: Path) -> None:
+    golden = json.loads((kept_golden / "v2" / "texts" / "behaviour.json").read_text())
+    cases = [case for case in golden["sizes"] if case["kind"] == "video"]
+    assert len(cases) > 10
+    for case in cases:
+        size = FrameLimits(3136, 1003520).frame_size(case["frames"], tuple(case["size"]), 28)
+        assert list(size) == case["resized"]
+
+
+def test_forms_of_input_and_shared_decoding(embedder: Get, tmp_path: Path) -> None:
+    """A folder, a list of paths, frames in memory and an item are one video."""
+    model, frames = embedder("unime-v2-2b"), clip(4)
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"{number}.png")
+    paths = [str(path) for path in sorted(tmp_path.glob("*.png"))]
+    forms: list[Any] = [
+        Item("a", video=tmp_path),
+        {"text": "a", "video": str(tmp_path)},
+        {"text": "a", "video": tmp_path},
+        {"text": "a", "video": paths},
+        {"video": frames, "text": "a"},
+        {"text": "a", "video": VideoRef.of_frames(frames)},
+    ]
+    found = model.encode(forms)
+    assert np.abs(found - found[0]).max() < 1e-6
+    assert np.abs(found[0] - model.encode("a")).max() > 1e-2
+
+
+def test_faults_are_named_and_the_rest_is_encoded(embedder: Get, tmp_path: Path) -> None:
+    model = embedder("unime-v2-2b")
+    for name in ("good", "cut", "unequal"):
+        (tmp_path / name).mkdir()
+        for number, frame in enumerate(clip(3)):
+            frame.save(tmp_path / name / f"{number}.jpg")
+    (tmp_path / "cut" / "1.jpg").write_bytes((tmp_path / "good" / "1.jpg").read_bytes()[:900])
+    Image.new("RGB", (30, 30)).save(tmp_path / "unequal" / "2.jpg")
+    items = [Item("a", video=tmp_path / name) for name in ("good", "cut", "unequal")] + [Item("a")]
+    reasons: dict[int, str] = {}
+    vectors, found = encode_items(model, items, on_error="skip", reasons=reasons)
+    assert sorted(reasons) == [1, 2] and "1.jpg: cannot be decoded" in reasons[1]
+    assert "2.jpg has 30 x 30" in reasons[2]
+    assert found.tolist() == (~np.isnan(vectors[:, 0])).tolist() == [True, False, False, True]
+    for item, name in ((items[1], "1.jpg"), (items[2], "2.jpg")):
+        with pytest.raises(BadImageError, match=name):
+            model.encode([item])
+
+
+def test_a_template_without_video_slot_is_refused(embedder: Get) -> None:
+    model = embedder("unime-v2-2b")
+    processor = copy.copy(model.processor)
+    processor.chat_template = processor.chat_template.replace("c.type == 'video'", "c.type == 'film'")
+    with pytest.raises(ValueError, match=r"1 videos and 0 video placeholders"):
+        processor.apply_chat_template(
+            [[{"role": "user", "content": [{"type": "video", "video": clip(2)}]}]], tokenize=True, return_dict=True
+        )
+
+
+def test_processors_with_frames_are_copied_and_saved(embedder: Get, tmp_path: Path) -> None:
+    processor = embedder("unime-v2-2b").processor
+    for twin in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert twin.video_processor.limits == processor.video_processor.limits
+    processor.save_pretrained(tmp_path)
+    assert "Qwen2VLVideoProcessor" in (tmp_path / "processor_config.json").read_text()
