@@ -31,7 +31,7 @@ from unime_st.data.scenes import write_example_images
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = ("data", "gpu", "install", "network", "weights")
+NEEDS = ("data", "docker", "gpu", "install", "network", "server", "weights")
 _BLOCK = re.compile(
     r"(?:^<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )

@@ -35,8 +35,9 @@ ROOMS = (
     ("reranking",),
     ("training",),
     ("stages",),
+    ("serving",),
     ("report",),
-    ("cli", "search_commands"),
+    ("cli", "search_commands", "serve_commands"),
     ("__init__", "__main__"),
 )
 """From the ground floor up; every name is a file or a folder of ``unime_st``."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unime_st import search_commands
+from unime_st import search_commands, serve_commands
 from unime_st.declarations import docstring
 from unime_st.options import OptionError
 from unime_st.stages import STAGES
@@ -216,6 +216,7 @@ COMMANDS: dict[str, Command] = {
         "build a search index of images or texts", search_commands.index_arguments, search_commands.index
     ),
     "search": Command("search an index by text or image", search_commands.search_arguments, search_commands.search),
+    "serve": Command("serve a model over HTTP on Ray Serve", serve_commands.serve_arguments, serve_commands.serve),
     "merge": Command("average the weights of models", _merge_arguments, _merge),
     "export": Command("export a model for stock Sentence Transformers", _export_arguments, _export),
     "report": Command("tabulate mteb results beside the published scores", _report_arguments, _report),

@@ -19,9 +19,9 @@ from tiny_embedder import tiny_embedder
 
 from unime_st import Item, UniME
 from unime_st.data import BadImageError
+from unime_st.data.image_urls import fetch_image
 from unime_st.encoding import encode_items
 from unime_st.encoding.content_keys import content_key
-from unime_st.encoding.image_urls import fetch_image
 from unime_st.encoding.model_inputs import load_input
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from unime_st import UniME
-from unime_st.data import BadImageError
-from unime_st.encoding import encode_items, image_urls
-from unime_st.encoding.image_urls import fetch_bytes, fetch_image
+from unime_st.data import BadImageError, image_urls
+from unime_st.data.image_urls import fetch_bytes, fetch_image
+from unime_st.encoding import encode_items
 
 
 def png() -> bytes:
@@ -114,3 +114,23 @@ def test_failed_download_is_one_item(site: str):
     vectors, mask = encode_items(UniME("unime-tiny", device="cpu"), rows, on_error="skip")
     assert mask.tolist() == [True, False, True, True]
     assert vectors[2] == pytest.approx(vectors[3], abs=1e-5)
+
+
+def test_named_hosts_only_and_never_a_private_address(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "not an allowed host with a public address"
+    for hosts in ((), ("images.example",), ("127.0.0.1",)):
+        with pytest.raises(BadImageError, match=refused):
+            fetch_bytes(f"{site}/good.png", hosts=hosts)
+    monkeypatch.setattr(image_urls, "_is_private", lambda address: False)  # as if this machine were a public server
+    assert fetch_bytes(f"{site}/good.png", hosts=("127.0.0.1",)) == png()
+    assert fetch_bytes(f"{site}/hop1.png", hosts=("127.0.0.1",)) == png()
+    with pytest.raises(BadImageError, match="larger than the 20 bytes"):
+        fetch_bytes(f"{site}/good.png", hosts=("127.0.0.1",), max_bytes=20)
+    with pytest.raises(BadImageError, match=refused):
+        fetch_bytes(site.replace("127.0.0.1", "localhost") + "/good.png", hosts=("127.0.0.1",))
+
+
+def test_a_name_that_comes_to_lead_to_a_private_address(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "_is_private_host", lambda host: False)  # what the first look-up says
+    with pytest.raises(BadImageError, match=r"private address 127\.0\.0\.1"):
+        fetch_bytes(f"{site}/good.png", hosts=("127.0.0.1",))

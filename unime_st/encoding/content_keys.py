@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
+from unime_st.data.image_urls import is_url
 from unime_st.data.images import ImageRef
 from unime_st.data.items import Item
 from unime_st.data.videos import VideoRef
-from unime_st.encoding.image_urls import is_url
 from unime_st.encoding.model_inputs import is_media
 from unime_st.files import digest
 

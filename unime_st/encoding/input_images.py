@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from unime_st.data.image_arrays import image_from_array
+from unime_st.data.image_urls import fetch_image, is_url
 from unime_st.data.images import MAX_PIXELS, BadImageError, ImageRef, decoding, label_of, padded_to_aspect, to_rgb
-from unime_st.encoding.image_urls import fetch_image, is_url
 
 _PASSED_ON = ("JPEG", "PNG", "WEBP", "GIF")
 """Formats that every processor decodes, unless they are animated; these files are passed on by path."""

@@ -18,10 +18,10 @@ from sentence_transformers.base.modality import (
 )
 from sentence_transformers.base.modality_types import SingleInput
 
+from unime_st.data.image_urls import is_url
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.data.videos import FrameDecoder, VideoRef, is_frame_list
-from unime_st.encoding.image_urls import is_url
 from unime_st.encoding.input_images import image_of_array, image_size, load_image
 
 Features = dict[str, Any]

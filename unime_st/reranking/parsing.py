@@ -12,8 +12,8 @@ from PIL import Image
 from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data import BadImageError, ImageRef, Item
+from unime_st.data.image_urls import fetch_bytes
 from unime_st.data.images import decoding, label_of, padded_to_aspect, to_rgb
-from unime_st.encoding.image_urls import fetch_bytes
 from unime_st.scoring.prompts import as_item
 
 _LONGEST_PATH = 4096

@@ -7,7 +7,7 @@ import io
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import (
@@ -51,18 +51,26 @@ def fetch_image(url: str, *, seconds: float = FETCH_SECONDS) -> Image.Image:
         raise BadImageError(f"image {url}: cannot be decoded ({error})") from error
 
 
-def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
+def fetch_bytes(
+    url: str, *, seconds: float = FETCH_SECONDS, max_bytes: int | None = None, hosts: Collection[str] | None = None
+) -> bytes:
     """Download an encoded image.
 
-    The URL may name any server, but must be given by the caller: URLs that come from data are not to be fetched. A
-    redirect may lead from a public server to another one, but not to an address of the local machine or network.
-    ``seconds`` limits the whole download.
+    The URL may name any server, but must be given by the caller: URLs that come from data are not to be fetched, except
+    with ``hosts``. A redirect may lead from a public server to another one, but not to an address of the local machine
+    or network.
+
+    Args:
+        url: Where the image is.
+        seconds: Time limit of the whole download. Defaults to 20.
+        max_bytes: Largest size. Defaults to None, :data:`~unime_st.data.images.MAX_BYTES`.
+        hosts: The only hosts that are asked, also after redirects, and only at public addresses. Defaults to None, any.
 
     Raises:
         BadImageError: If the download fails, takes longer than ``seconds``, is redirected too often or to a private
-            address, or is larger than :data:`~unime_st.data.images.MAX_BYTES`.
+            address, or is larger than ``max_bytes``.
     """
-    download = _Download(url, seconds)
+    download = _Download(url, seconds, MAX_BYTES if max_bytes is None else max_bytes, hosts)
     # In a thread of its own: neither name resolution nor headers that arrive byte by byte have a time limit otherwise.
     thread = threading.Thread(target=download.run, name="image download", daemon=True)
     thread.start()
@@ -80,8 +88,8 @@ def fetch_bytes(url: str, *, seconds: float = FETCH_SECONDS) -> bytes:
 class _Download:
     """One download, which another thread may abort."""
 
-    def __init__(self, url: str, seconds: float) -> None:
-        self.url, self.seconds = url, seconds
+    def __init__(self, url: str, seconds: float, max_bytes: int, hosts: Collection[str] | None) -> None:
+        self.url, self.seconds, self.max_bytes, self.hosts = url, seconds, max_bytes, hosts
         self.content = bytearray()
         self.error: Exception | None = None
         self._aborted = False
@@ -90,12 +98,13 @@ class _Download:
     def run(self) -> None:
         """Download into :attr:`content`; an exception is kept in :attr:`error`."""
         try:
+            _check_host(self.url, self.hosts)
             request = Request(self.url, headers={"User-Agent": "unime-st"})
             with self._opener().open(request, timeout=self.seconds) as answer:
                 while block := answer.read1(_BLOCK):
                     self.content += block
-                    if len(self.content) > MAX_BYTES:
-                        raise OSError(f"larger than the {MAX_BYTES} bytes that an image may have")
+                    if len(self.content) > self.max_bytes:
+                        raise OSError(f"larger than the {self.max_bytes} bytes that an image may have")
         except Exception as error:  # raised by the thread that waits
             self.error = error
 
@@ -109,7 +118,8 @@ class _Download:
                 continue
 
     def _opener(self) -> OpenerDirector:
-        redirects = _Redirects(private_allowed=_is_private_host(urlsplit(self.url).hostname or ""))
+        private = self.hosts is None and _is_private_host(urlsplit(self.url).hostname or "")
+        redirects = _Redirects(private_allowed=private, hosts=self.hosts)
 
         def watch(opened: socket.socket) -> None:
             self._sockets.append(opened)
@@ -125,8 +135,9 @@ class _Redirects(HTTPRedirectHandler):
 
     max_redirections = MAX_REDIRECTS
 
-    def __init__(self, *, private_allowed: bool) -> None:
-        self.private_allowed, self.redirected = private_allowed, False
+    def __init__(self, *, private_allowed: bool, hosts: Collection[str] | None = None) -> None:
+        self.private_allowed, self.hosts = private_allowed, hosts
+        self.redirected = hosts is not None  # then the first connection is checked, too
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
@@ -136,6 +147,7 @@ class _Redirects(HTTPRedirectHandler):
             raise OSError(f"redirected to {newurl:.100}, which is neither an http nor an https URL")
         if not self.private_allowed and _is_private_host(urlsplit(newurl).hostname or ""):
             raise OSError(f"redirected to {newurl:.100}, which is a private address")
+        _check_host(newurl, self.hosts)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     def check(self, opened: socket.socket) -> None:
@@ -163,6 +175,13 @@ class _WatchedHandler(HTTPSHandler, HTTPHandler):
             self._watch(connection.sock)
 
         return type(kind.__name__, (kind,), {"connect": connect})
+
+
+def _check_host(url: str, hosts: Collection[str] | None) -> None:
+    """Raise for a host that is not one of ``hosts``, or has a private address; any is allowed without ``hosts``."""
+    host = urlsplit(url).hostname or ""
+    if hosts is not None and (host not in hosts or _is_private_host(host)):
+        raise OSError(f"{host:.100} is not an allowed host with a public address")
 
 
 def _is_private(address: str) -> bool:

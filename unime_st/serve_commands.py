@@ -1,0 +1,138 @@
+"""Subcommand `unime serve`: embeddings, reranking and search over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from unime_st.options import OptionError
+
+
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `unime serve`."""
+    from unime_st.serving.settings import API_KEY, MIB, ServeSettings
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "serve a model over HTTP on Ray Serve, in the shapes of OpenAI, vLLM, Jina and Cohere:\n"
+        "POST /v1/embeddings, /v1/rerank, /v1/score, /search; GET /v1/models, /health, /metrics.\n"
+        f"Clients send the bearer token of the environment variable {API_KEY}, if it is set."
+    )
+    parser.epilog = (
+        "example: unime serve unime-tiny --port 8000\n"
+        "         curl localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d '{\"input\": \"a red circle\"}'"
+    )
+    parser.add_argument("model", metavar="ALIAS_OR_FOLDER", help="embedding model, e.g. unime-v2")
+    parser.add_argument("--reranker", metavar="MODEL", help="model of /v1/rerank and /v1/score")
+    parser.add_argument(
+        "--index", metavar="DIR", help="index of /search, written by `unime index` with the same model"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 for a free one (default: 8000)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of each model (default: 1)")
+    parser.add_argument(
+        "--max-replicas", type=int, metavar="N", help="copies that Ray may start under load (default: --replicas)"
+    )
+    parser.add_argument(
+        "--gpus-per-replica",
+        type=float,
+        metavar="N",
+        help="GPUs of a copy, e.g. 0.5 (default: 1 if available, else 0)",
+    )
+    parser.add_argument("--device", help="device of the models, e.g. cpu or cuda (default: cuda if available)")
+    parser.add_argument(
+        "--max-body", type=float, default=32.0, metavar="MIB", help="largest request body in MiB (default: 32)"
+    )
+    pixels = ServeSettings.max_pixels
+    parser.add_argument(
+        "--max-pixels", type=int, default=pixels, metavar="N", help=f"largest image in pixels (default: {pixels})"
+    )
+    parser.add_argument(
+        "--max-items", type=int, default=2048, metavar="N", help="largest number of items in a request (default: 2048)"
+    )
+    parser.add_argument(
+        "--max-queue", type=int, default=4096, metavar="N", help="items that wait before 429 is sent (default: 4096)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="largest number of tokens of an item (default: what the model takes)",
+    )
+    parser.add_argument(
+        "--read-timeout", type=float, default=30.0, metavar="S", help="seconds for a body to arrive (default: 30)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds until a request is given up (default: 300)"
+    )
+    parser.add_argument(
+        "--allow-urls",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="public hosts from which images are fetched (default: none)",
+    )
+    parser.set_defaults(mib=MIB)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run the server."""
+    from unime_st.paths import AliasError, find_model
+    from unime_st.serving.server import run_server
+    from unime_st.serving.settings import API_KEY, ServeSettings, key_digest
+
+    for name in ("replicas", "max_replicas", "max_pixels", "max_items", "max_tokens", "max_queue"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    for name in ("max_body", "timeout", "read_timeout"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise OptionError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
+    if options.gpus_per_replica is not None and not 0 <= options.gpus_per_replica < float("inf"):
+        raise OptionError(f"--gpus-per-replica must be at least 0, got {options.gpus_per_replica}")
+    if not 0 <= options.port < 1 << 16:
+        raise OptionError(f"--port must be between 0 and 65535, got {options.port}")
+    token = os.environ.get(API_KEY)
+    if token is not None and not token.strip():
+        raise OptionError(f"{API_KEY} is empty: set it to a token, or unset it to serve without one")
+    for name in filter(None, (options.model, options.reranker)):
+        if find_model(name) is None:
+            raise AliasError(f"Unknown model {name!r}: neither a folder nor the alias of a model on this machine.")
+    if options.index is not None:
+        from unime_st.data.manifest import read_manifest
+
+        if (stage := read_manifest(options.index).get("stage")) != "index":
+            raise ValueError(f"{options.index}: holds the stage {stage!r}, not an index")
+    if token is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+        sys.stderr.write(f"unime serve: anybody who reaches {options.host} can use the models; set {API_KEY}\n")
+    settings = ServeSettings(
+        model=_absolute(options.model),
+        reranker=None if options.reranker is None else _absolute(options.reranker),
+        index=None if options.index is None else os.path.abspath(options.index),
+        replicas=options.replicas,
+        max_replicas=options.max_replicas,
+        gpus=options.gpus_per_replica,
+        threads=_threads(options.replicas),
+        device=options.device,
+        max_body=int(options.max_body * options.mib),
+        max_pixels=options.max_pixels,
+        max_items=options.max_items,
+        max_tokens=options.max_tokens,
+        max_queue=options.max_queue,
+        timeout=options.timeout,
+        read_timeout=options.read_timeout,
+        allow_urls=tuple(host.lower() for host in options.allow_urls),
+        key_digest=None if token is None else key_digest(token.strip()),
+    )
+    return run_server(settings, options.host, options.port, verbose=options.verbose)
+
+
+def _absolute(name: str) -> str:
+    """A folder by its absolute path, because replicas run in other directories; an alias as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def _threads(replicas: int) -> int:
+    """CPU threads of a replica: OMP_NUM_THREADS, which Ray would set to 1, or its share of the cores."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() and int(named) else max(1, len(os.sched_getaffinity(0)) // replicas)

@@ -1,0 +1,143 @@
+"""Server process: starts Ray and the deployments, waits for a signal, and stops both."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from types import FrameType
+
+import psutil
+
+from unime_st.serving.settings import ServeSettings
+
+_NAME = "unime"
+"""Name of the application in Ray Serve."""
+_STOP_SECONDS = 2.0
+"""Time for running requests to finish after a signal."""
+_MIN_STORE = 256 << 20
+
+
+class _Stopped(BaseException):
+    """Raised in the main thread by SIGINT and SIGTERM."""
+
+
+def run_server(settings: ServeSettings, host: str, port: int, *, verbose: bool = False) -> int:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        settings: What to serve.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+        verbose: Show what Ray and the models log. Defaults to False.
+
+    Returns:
+        int: Exit status: 0 after a signal, 1 if a model or the index could not be loaded.
+
+    Raises:
+        OSError: If the port is in use.
+        ImportError: If Ray Serve is not installed.
+    """
+    try:
+        import ray
+        import ray.serve
+    except ImportError as error:
+        raise ImportError("the server needs Ray Serve: pip install 'unime-st[serve]'") from error
+    port = _checked_port(host, port)
+    _on_signal(_raise_stopped)
+    try:
+        error = _start(settings, host, port, verbose=verbose)
+        if error is not None:
+            sys.stderr.write(f"unime serve: {' '.join(error.split())}\n")
+            return 1
+        sys.stdout.write(f"Ready: http://{host}:{port}/v1\n")
+        sys.stdout.flush()
+        threading.Event().wait()
+    except _Stopped:
+        pass
+    finally:
+        _on_signal(signal.SIG_IGN)
+        if ray.is_initialized():
+            _shut_down()
+    return 0
+
+
+def _shut_down() -> None:
+    """Let running requests finish, and end what was started: the application, and Ray unless it is a cluster's."""
+    import ray
+    from ray import serve
+
+    with suppress(Exception):  # the gateway may not run yet, or no longer
+        serve.get_app_handle(_NAME).drain.remote(_STOP_SECONDS).result(timeout_s=_STOP_SECONDS + 0.5)
+    if os.environ.get("RAY_ADDRESS"):
+        serve.delete(_NAME)
+    else:  # one after the other, as Ray ends them, takes seconds
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if process.name().startswith("ray::"):
+                    process.kill()
+    ray.shutdown()
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def _on_signal(handler: object) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _checked_port(host: str, port: int) -> int:
+    """The port, or a free one for 0; OSError if it is in use, which Ray would tell late and in many lines."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"cannot listen at {host}:{port}: {error.strerror or error}. Choose another --port."
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> str | None:
+    """Start Ray, or join the cluster of ``RAY_ADDRESS``, and the deployments; returns why a model did not load."""
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from unime_st.serving.deployments import build
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no request to another server
+    os.environ.setdefault("RAY_worker_niceness", "0")  # replicas are not background jobs
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(level)
+    options: dict[str, object] = {"address": os.environ.get("RAY_ADDRESS")}
+    if options["address"] is None:
+        cores = os.cpu_count() or 1
+        models = 1 if settings.reranker is None else 2
+        options = {
+            "address": "local",
+            "_node_ip_address": "127.0.0.1",  # the ports of Ray ask for no token
+            "num_cpus": max(cores, models * (settings.max_replicas or settings.replicas)),
+            "include_dashboard": False,
+            "object_store_memory": max(_MIN_STORE, 2 * settings.max_bytes),
+        }
+    ray.init(log_to_driver=verbose, logging_level=level, **options)
+    _on_signal(_raise_stopped)  # Ray sets its own
+    quiet = LoggingConfig(log_level=logging.getLevelName(level), enable_access_log=False)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
+        logging_config=quiet,
+    )
+    handle = serve.run(build(settings, graceful_seconds=_STOP_SECONDS), name=_NAME, logging_config=quiet)
+    found: str | None = handle.load_error.remote().result()
+    return found
