@@ -10,7 +10,12 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from unime_st.losses import HardNegativeRankingLoss, SimilarityDistillationLoss, SoftLabelDistillationLoss
+from unime_st.losses import (
+    HardNegativeRankingLoss,
+    InfoNCELoss,
+    SimilarityDistillationLoss,
+    SoftLabelDistillationLoss,
+)
 from unime_st.losses.base import CachedEmbeddingLoss
 
 WORDS = "red green blue small large round square dot line above below two three striped plain shape".split()
@@ -53,12 +58,39 @@ def labelled_losses(
         "hard negatives": (HardNegativeRankingLoss(model, 0.1, num_negatives=3, **options), 3, None),
         "all filtered": (HardNegativeRankingLoss(model, 0.1, -3.0, **options), 3, None),
         "soft labels": (SoftLabelDistillationLoss(model, 0.1, **options), 4, scores),
+        "info nce": (InfoNCELoss(model, 0.1, **options), 2, None),
+        "info nce, all": (
+            InfoNCELoss(
+                model,
+                0.1,
+                false_negative_margin=0.02,
+                directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+                hardness_mode="all_negatives",
+                hardness_strength=4.0,
+                learnable_temperature=True,
+                **options,
+            ),
+            3,
+            None,
+        ),
+        "soft labels, masked": (
+            SoftLabelDistillationLoss(
+                model, 0.1, in_batch_weight=0.5, false_negative_margin=0.02, hardness_strength=4.0, **options
+            ),
+            4,
+            scores,
+        ),
         "soft labels, in batch": (SoftLabelDistillationLoss(model, 0.1, in_batch_weight=0.5, **options), 4, scores),
     }
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def own_gradients(loss: torch.nn.Module) -> dict[str, Tensor]:
+    """Gradients of parameters of the loss itself, such as a learnable temperature."""
+    return {name: p.grad.clone() for name, p in loss.named_parameters(recurse=False) if p.grad is not None}
 
 
 def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

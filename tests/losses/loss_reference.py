@@ -62,6 +62,8 @@ def soft_label_distillation(
     divergence: str,
     label_temperature: float,
     in_batch_weight: float,
+    margin: float | None = None,
+    hardness: float = 0.0,
 ) -> Tensor:
     queries, *documents = columns
     rows = []
@@ -79,9 +81,60 @@ def soft_label_distillation(
             own = documents[0][i]
             others = [column[j] for column in documents for j in range(len(queries)) if j != i]
             others = [other for other in others if not torch.equal(other, own)]
-            pool = softmax([cosine(query, other) for other in [own, *others]], temperature)
-            row = row - in_batch_weight * torch.log(pool[0])
+            positive = cosine(query, own)
+            similarities = [cosine(query, other) for other in others]
+            kept = [s for s in similarities if margin is None or not s > positive + margin]
+            parts = [torch.exp(s / temperature + hardness * s.item()) for s in kept]
+            top = torch.exp(positive / temperature)
+            row = row - in_batch_weight * torch.log(top / torch.stack([top, *parts]).sum())
         rows.append(row)
+    return torch.stack(rows).mean()
+
+
+def info_nce(
+    columns: list[Tensor],
+    temperature: float,
+    margin: float | None = None,
+    directions: tuple[str, ...] = ("query_to_doc",),
+    hardness: tuple[str, float] = ("in_batch_negatives", 0.0),
+    per_direction: bool = False,
+) -> Tensor:
+    queries, *documents = columns
+    size = len(queries)
+    rows = []
+    for i, query in enumerate(queries):
+        own = documents[0][i]
+        positive = cosine(query, own)
+        equal = lambda other, own=own: bool(cosine(other, own) > 1 - 1e-5)
+        # Per direction: (similarity, hardness, is a false negative by its document).
+        terms: dict[str, list[tuple[Tensor, float, bool]]] = {name: [] for name in directions}
+        for number, column in enumerate(documents):
+            for j, other in enumerate(column):
+                if number == 0 and j == i:
+                    continue
+                weighted = {"in_batch_negatives": j != i, "hard_negatives": j == i, "all_negatives": True}[hardness[0]]
+                similarity = cosine(query, other)
+                terms["query_to_doc"].append((similarity, hardness[1] * weighted * similarity.item(), equal(other)))
+                if "doc_to_doc" in directions and j != i:
+                    terms["doc_to_doc"].append((cosine(own, other), 0.0, equal(other)))
+        for j in range(size):
+            if j == i:
+                continue
+            if "query_to_query" in directions:
+                terms["query_to_query"].append((cosine(query, queries[j]), 0.0, equal(documents[0][j])))
+            if "doc_to_query" in directions:
+                terms["doc_to_query"].append((cosine(own, queries[j]), 0.0, equal(documents[0][j])))
+        sums = {}
+        for name, found in terms.items():
+            kept = [(s, h) for s, h, same in found if margin is None or not (same or s > positive + margin)]
+            parts = [torch.exp(s / temperature + h) for s, h in kept]
+            parts += [torch.exp(positive / temperature)] if name in ("query_to_doc", "doc_to_query") else []
+            sums[name] = torch.stack(parts).sum() if parts else positive * 0.0
+        top = torch.log(torch.exp(positive / temperature))
+        if per_direction:
+            rows.append(torch.stack([torch.log(value) for value in sums.values()]).mean() - top)
+        else:
+            rows.append(torch.log(torch.stack(list(sums.values())).sum()) - top)
     return torch.stack(rows).mean()
 
 

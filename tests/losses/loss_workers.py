@@ -46,7 +46,8 @@ def train_on_shards(rank: int, splits: list[list[int]], folder: str, output: str
                 dist.all_reduce(total)
                 key = f"{sizes}, {mode}, {name}"
                 results[key] = total / len(sizes)
-                results |= {f"{key}: {weight}": value for weight, value in batches.gradients(model).items()}
+                found = batches.gradients(model) | batches.own_gradients(loss)
+                results |= {f"{key}: {weight}": value for weight, value in found.items()}
     if rank == 0:
         save_file(results, Path(output) / "results.safetensors")
     dist.barrier()

@@ -12,7 +12,10 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from unime_st.losses import SimilarityDistillationLoss
 
-LOSSES = ["similarity", "hard negatives", "all filtered", "soft labels", "soft labels, in batch"]
+LOSSES = [
+    *("similarity", "hard negatives", "all filtered", "info nce", "info nce, all"),
+    *("soft labels", "soft labels, masked", "soft labels, in batch"),
+]
 ROWS = 5  # not a multiple of the mini-batch size
 
 

@@ -170,6 +170,7 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         self.gather_across_devices = gather_across_devices
         self.show_progress_bar = show_progress_bar
         self._statistics: dict[str, tuple[Tensor | float, int]] = {}
+        self._candidates: Tensor | None = None
         self.uses_gradient_cache = self.embeds_in_mini_batches
         if self.embeds_in_mini_batches and has_static_embedding_input(model):
             raise ValueError(
@@ -204,6 +205,23 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         means = {name: round(float(total) / count, 6) for name, (total, count) in self._statistics.items() if count}
         self._statistics.clear()
         return means
+
+    def count_masked(self, masked: Tensor, candidates: Tensor) -> None:
+        """Record the share of candidates that a false-negative mask leaves out, and how many all rows have left."""
+        self.record("masked_candidates", masked[candidates])
+        counts = torch.stack([candidates.sum(), (candidates & ~masked).sum()])
+        self._candidates = counts if self._candidates is None else self._candidates + counts
+
+    def _check_masked(self) -> None:
+        counts, self._candidates = self._candidates, None
+        if counts is None:
+            return
+        candidates, left = counts.tolist()
+        if candidates and not left:
+            raise ValueError(
+                f"{type(self).__name__}: false_negative_margin {getattr(self, 'false_negative_margin', None)} masks every "
+                "candidate of this batch, so that nothing is learned from it: raise the margin."
+            )
 
     @abstractmethod
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
@@ -249,7 +267,8 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
             Tensor: Scalar, the mean over the rows.
 
         Raises:
-            ValueError: If the number of columns or the labels are not what the loss takes.
+            ValueError: If the number of columns or the labels are not what the loss takes, or a false-negative mask leaves
+                no candidate to any row.
         """
         device = reps[0][0].device
         # Autocast would round the similarities to half precision whatever dtype the embeddings have.
@@ -258,7 +277,9 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
             self.check_inputs(len(columns), len(columns[0]), labels)
             shards = Shards.of(len(columns[0]), device, self.gather_across_devices)
             batch = self.prepare(columns, labels, shards)
-            return self._sum_over_chunks(batch, shards.row_weight, with_backward)
+            loss = self._sum_over_chunks(batch, shards.row_weight, with_backward)
+        self._check_masked()
+        return loss
 
     def _sum_over_chunks(self, batch: RowwiseLoss, row_weight: float, with_backward: bool) -> Tensor:
         num_rows = len(batch.rows[0])

@@ -1,4 +1,4 @@
-"""BibTeX entries of the UniME papers, for model cards."""
+"""BibTeX entries of the losses' papers, for model cards."""
 
 from __future__ import annotations
 
@@ -21,5 +21,16 @@ UNIME_V2_CITATION = """
     eprint={2510.13515},
     archivePrefix={arXiv},
     primaryClass={cs.CV}
+}
+"""
+
+QWEN3_EMBEDDING_CITATION = """
+@misc{zhang2025qwen3embedding,
+    title={Qwen3 Embedding: Advancing Text Embedding and Reranking Through Foundation Models},
+    author={Yanzhao Zhang and Mingxin Li and Dingkun Long and Xin Zhang and Huan Lin and Baosong Yang and Pengjun Xie and An Yang and Dayiheng Liu and Junyang Lin and Fei Huang and Jingren Zhou},
+    year={2025},
+    eprint={2506.05176},
+    archivePrefix={arXiv},
+    primaryClass={cs.CL}
 }
 """

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from unime_st.losses.base import CachedEmbeddingLoss, RowwiseLoss, Shards, check_positive
 from unime_st.losses.citations import UNIME_V2_CITATION
+from unime_st.losses.false_negatives import check_margin, check_strength, false_negatives, same_documents
 
 Divergence = Literal["symmetric_kl", "js", "kl"]
-
-_SAME = 1e-5  # two embeddings whose cosine is this close to 1 are taken for the same item
+Labels = Literal["scores", "log_odds"]
 
 
 class SoftLabelDistillationLoss(CachedEmbeddingLoss):
@@ -28,8 +28,11 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
         temperature: float = 0.02,
         divergence: Divergence = "symmetric_kl",
         *,
+        labels: Labels = "scores",
         label_temperature: float | None = None,
         in_batch_weight: float = 0.0,
+        false_negative_margin: float | None = None,
+        hardness_strength: float = 0.0,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
         gather_across_devices: bool = False,
@@ -55,12 +58,19 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
                   equation and the released code compute, although the paper's text calls it JS divergence.
                 - ``"js"``: the Jensen-Shannon divergence proper, at most ln 2; it needs learning rates of its own.
                 - ``"kl"``: KL(Q || P) alone, from the judge to the model.
-            label_temperature: Divides the judge's scores. None (default): ``temperature``, as in the paper.
+            labels: ``"scores"`` (default), P(Yes) in [0, 1], as in the paper; or ``"log_odds"``, the logits of a reranker
+                or judge, whose softmax over the candidates is distilled (Qwen3-VL-Embedding, with ``divergence="kl"``).
+            label_temperature: Divides the labels. None (default): ``temperature`` for scores, as in the paper, and 1 for
+                log-odds.
             in_batch_weight: Weight of an additional InfoNCE term of each query against the positives and mined negatives
                 of all queries in the (gathered) batch, at ``temperature``. Its own mined negatives are left out: they
                 may be false negatives, which is what the soft labels are for. Candidates with the embedding of its
                 positive are left out as well, such as its positive mined for another query. Defaults to 0, the paper's
                 loss.
+            false_negative_margin: Leave candidates of the in-batch term out that are more similar than positive + margin
+                (Qwen3 Embedding: 0.1). Defaults to None: none but those of equal embedding.
+            hardness_strength: Add ``hardness_strength * stop_gradient(cos)`` to the logits of the in-batch term's
+                negatives (LLaVE: 9). Defaults to 0.
             mini_batch_size: Number of inputs embedded at a time with gradient caching, which bounds memory by the
                 mini-batch instead of the batch. None (default) embeds the batch in one forward pass.
             mini_batch_num_tokens: If set, mini-batches are packed up to this many non-padding tokens instead of
@@ -70,11 +80,14 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
 
         References:
             - UniME-V2: https://arxiv.org/abs/2510.13515, section "MLLM Judgment Based Training Framework"
+            - Qwen3-VL-Embedding (distillation of a reranker's log-odds): https://arxiv.org/abs/2601.04720
+            - Qwen3 Embedding (mask of the in-batch term): https://arxiv.org/abs/2506.05176
+            - LLaVE (hardness weight of the in-batch term): https://arxiv.org/abs/2503.04812
             - Gradient caching: https://huggingface.co/papers/2101.06983
 
         Requirements:
             1. Rows of a query, its positive and one or more negatives, the same number in every row.
-            2. A judge score P(Yes) in [0, 1] for each candidate, the positive's first.
+            2. A judge score P(Yes) in [0, 1], or log-odds, for each candidate, the positive's first.
 
         Inputs:
             +------------------------------------------------+------------------------------------------------------+
@@ -121,10 +134,19 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             raise ValueError(f"divergence must be one of {get_args(Divergence)}, but is {divergence!r}.")
         if not 0.0 <= in_batch_weight < math.inf:
             raise ValueError(f"in_batch_weight must be a finite number >= 0, but is {in_batch_weight}.")
+        if in_batch_weight == 0 and (false_negative_margin is not None or hardness_strength):
+            raise ValueError(
+                "false_negative_margin and hardness_strength are those of the in-batch term: set in_batch_weight."
+            )
+        self.false_negative_margin = check_margin(false_negative_margin)
+        self.hardness_strength = check_strength(hardness_strength)
         self.temperature = check_positive("temperature", temperature)
-        self.label_temperature = (
-            self.temperature if label_temperature is None else check_positive("label_temperature", label_temperature)
-        )
+        if labels not in get_args(Labels):
+            raise ValueError(f"labels must be one of {get_args(Labels)}, but is {labels!r}.")
+        self.labels = labels
+        if label_temperature is None:
+            label_temperature = self.temperature if labels == "scores" else 1.0
+        self.label_temperature = check_positive("label_temperature", label_temperature)
         self.divergence = divergence
         self.in_batch_weight = in_batch_weight
 
@@ -142,7 +164,10 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
                 "SoftLabelDistillationLoss takes one judge score per candidate column, the positive's first, as "
                 f"labels of shape (batch, 1 + k) = {expected}, but got {found}."
             )
-        bad = (~((labels >= 0) & (labels <= 1))).nonzero().tolist()  # the negation also catches NaN
+        valid = labels.isfinite() if self.labels == "log_odds" else (labels >= 0) & (labels <= 1)
+        bad = (~valid).nonzero().tolist()  # the negation also catches NaN
+        if bad and self.labels == "log_odds":
+            raise ValueError(f"The log-odds of row {bad[0][0]}, candidate {bad[0][1]} of this batch are not finite.")
         if bad:
             row, candidate = bad[0]
             raise ValueError(
@@ -167,37 +192,45 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             loss = _divergence(self.divergence, log_model, log_judge[chunk])
             if shared:
                 indices = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
-                logits = (
-                    _in_batch_similarities(query, candidates[:, 0], shared[0], indices, len(documents))
-                    / self.temperature
-                )
+                logits = self._in_batch_logits(query, candidates[:, 0], shared[0], indices, len(documents))
                 loss = loss + self.in_batch_weight * F.cross_entropy(logits, indices, reduction="none")
             return loss
 
         return RowwiseLoss(rows=[queries, torch.stack(documents, dim=1)], shared=in_batch, losses=losses)
+
+    def _in_batch_logits(self, query: Tensor, positive: Tensor, pool: Tensor, own: Tensor, columns: int) -> Tensor:
+        """Logits ``(rows, pool)`` of queries against the positives, then the negatives, of all rows.
+
+        Candidates of the own row, duplicates of its positive and false negatives are -inf, the own positive excepted.
+        """
+        similarities = query @ pool.T
+        total, row = len(pool) // columns, torch.arange(len(own), device=own.device)
+        candidates = torch.ones_like(similarities, dtype=torch.bool)
+        for column in range(columns):
+            candidates[row, own + column * total] = False
+        masked = same_documents(positive, pool)
+        if self.false_negative_margin is not None:
+            masked = false_negatives(similarities, similarities[row, own], self.false_negative_margin, masked)
+            self.count_masked(masked & candidates, candidates)
+        logits = similarities / self.temperature
+        if self.hardness_strength:
+            logits = logits + self.hardness_strength * similarities.detach() * candidates
+        kept = candidates & ~masked
+        kept[row, own] = True
+        return logits.masked_fill(~kept, -math.inf)
 
     def get_config_dict(self) -> dict[str, object]:
         """Options for the model card."""
         return {
             "temperature": self.temperature,
             "divergence": self.divergence,
+            "labels": self.labels,
             "label_temperature": self.label_temperature,
             "in_batch_weight": self.in_batch_weight,
+            "false_negative_margin": self.false_negative_margin,
+            "hardness_strength": self.hardness_strength,
             **super().get_config_dict(),
         }
-
-
-def _in_batch_similarities(query: Tensor, positive: Tensor, pool: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Similarities ``(rows, pool)`` of queries to the positives, then the negatives, of all rows.
-
-    Candidates of the own row and duplicates of its positive are -inf, the own positive itself excepted.
-    """
-    out = positive.detach() @ pool.detach().T > 1 - _SAME
-    total = len(pool) // columns
-    for column in range(1, columns):
-        out[torch.arange(len(indices)), indices + column * total] = True
-    out[torch.arange(len(indices)), indices] = False
-    return (query @ pool.T).masked_fill(out, -math.inf)
 
 
 def _divergence(name: Divergence, log_model: Tensor, log_judge: Tensor) -> Tensor:
