@@ -130,13 +130,26 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="weights, sum 1 (default: equal)")
+    parser.add_argument(
+        "--greedy", action="store_true", help="merge only models that improve the average's MRR@10 on --eval-data"
+    )
+    parser.add_argument(
+        "--eval-data", "--eval_data", metavar="RECORDS", help="folder of held-out records; for --greedy"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from unime_st.training.model_merge import merge_models
+    if options.greedy != (options.eval_data is not None):
+        raise OptionError("--greedy and --eval-data RECORDS go together: the records decide which models are merged")
+    if options.greedy and options.weights:
+        raise OptionError("--weights do not apply to --greedy, which gives equal weights: leave out one")
+    from unime_st.training.model_merge import greedy_soup, merge_models
 
-    folder = merge_models(options.models, options.output, weights=options.weights, overwrite=options.overwrite)
+    if options.greedy:
+        folder = greedy_soup(options.models, options.output, options.eval_data, overwrite=options.overwrite)
+    else:
+        folder = merge_models(options.models, options.output, weights=options.weights, overwrite=options.overwrite)
     _print_usage(folder, str(folder))
     return 0
 

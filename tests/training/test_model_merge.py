@@ -15,9 +15,12 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from unime_st import UniMEReranker
 from unime_st.cli import main
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import training_records
 from unime_st.files import read_json, write_json
 from unime_st.paths import PACKAGED
-from unime_st.training.model_merge import merge_models
+from unime_st.training.evaluation import RetrievalEvaluator
+from unime_st.training.model_merge import greedy_soup, merge_models
 
 TARGETS = r".*language_model.*(q_proj|v_proj)"
 
@@ -135,6 +138,66 @@ def test_what_is_refused(tmp_path: Path, converted: Callable[[str], Path]):
     assert not (tmp_path / "none").exists()
     with pytest.raises(FileExistsError):
         merge_models(["unime-tiny"] * 2, template)
+
+
+def test_models_of_different_bases_are_refused(tmp_path: Path):
+    """Also where only the values of the weights tell."""
+    other = varied(tmp_path / "other", 1)
+    (path,) = other.glob("*.safetensors")
+    random = {name: torch.randn(t.shape) * t.std() if t.dim() > 1 else t for name, t in load_file(path).items()}
+    save_file(random, path, metadata={"format": "pt"})
+    for models in (["unime-tiny", other], [other, "unime-tiny"], ["unime-tiny", "unime-tiny", other]):
+        with pytest.raises(ValueError, match=r"have different bases: their weights are unrelated \(cosine"):
+            merge_models(models, tmp_path / "none")
+    records = RecordSet.write(tmp_path / "records", training_records(20, seed=1), {})
+    with pytest.raises(ValueError, match="have different bases"):
+        greedy_soup(["unime-tiny", other], tmp_path / "none", records)
+    assert not (tmp_path / "none").exists()
+
+
+def mrr(folder: Path | str, records: RecordSet) -> float:
+    return RetrievalEvaluator(records)(SentenceTransformer(str(folder), device="cpu"))["mrr@10"]
+
+
+def test_greedy_soup(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    records = RecordSet.write(tmp_path / "records", training_records(60, seed=1), {})
+    tiny = PACKAGED
+    spoiled = varied(tmp_path / "spoiled", 3)
+    twin = tmp_path / "twin"
+    shutil.copytree(tiny, twin)
+    models = [spoiled, tiny, twin]
+    single = [mrr(folder, records) for folder in models]
+    assert single[1] == single[2] > single[0]
+    words = ["merge", *map(str, models), "--greedy", "--eval_data", str(records.folder), "--output"]
+    assert main([*words, str(tmp_path / "soup")]) == 0
+    record = read_json(tmp_path / "soup" / "unime.json")
+    assert [entry["mrr@10"] for entry in record["merged"]] == pytest.approx(single)
+    shares = [entry["weight"] for entry in record["merged"]]
+    worse = merge_models(models, tmp_path / "all")
+    expected = [1 / 3] * 3 if mrr(worse, records) >= single[1] else [0, 0.5, 0.5]
+    assert shares == pytest.approx(expected) and sum(shares) == pytest.approx(1)
+    assert record["greedy"]["mrr@10"] == pytest.approx(mrr(tmp_path / "soup", records), abs=1e-6)
+    assert record["greedy"]["mrr@10"] >= max(single)
+    expected_weights = average(dict(zip(models, shares)))
+    for name, tensor in tensors(tmp_path / "soup").items():
+        torch.testing.assert_close(tensor.double(), expected_weights[name], rtol=0, atol=1e-6)
+    capsys.readouterr()
+    for more, message in (
+        (["--greedy"], "--greedy and --eval-data RECORDS go together"),
+        (["--eval-data", str(records.folder)], "--greedy and --eval-data RECORDS go together"),
+        (["--greedy", "--eval-data", str(records.folder), "--weights", "0.5", "0.5"], "--weights do not apply"),
+        (["--greedy", "--eval-data", str(tmp_path / "absent")], "absent"),
+    ):
+        assert main(["merge", "unime-tiny", "unime-tiny", *more, "--output", str(tmp_path / "none")]) in (1, 2)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_greedy_soup_of_rerankers(tmp_path: Path):
+    records = RecordSet.write(tmp_path / "records", training_records(16, seed=1), {})
+    UniMEReranker("unime-tiny", template="tiny", device="cpu").save_pretrained(str(tmp_path / "a"))
+    record = read_json(greedy_soup([tmp_path / "a"] * 2, tmp_path / "soup", records) / "unime.json")
+    assert [entry["weight"] for entry in record["merged"]] == [0.5, 0.5] and 0 < record["greedy"]["mrr@10"] <= 1
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
