@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from unime_st.training.batches import RowBatches, sampler
+from unime_st.training.hard_clusters import hard_clusters
 
 
 def _rows(positives: list[str]) -> Dataset:
@@ -127,3 +128,73 @@ def test_costs_are_dealt_out_evenly() -> None:
     assert len(batches) == 12 and all(len(batch) == 4 for batch in batches)
     totals = [costs[batch].sum() for batch in batches]
     assert max(totals) - min(totals) <= 1 and sorted(chain.from_iterable(batches)) == list(range(48))
+
+
+def _planted(groups: int, size: int, seed: int) -> tuple[list[str], list[str], list[np.ndarray], np.ndarray]:
+    """Rows in hidden groups whose members are each other's candidates, and one candidate of another group."""
+    rng = np.random.default_rng(seed)
+    group = rng.permutation(np.repeat(np.arange(groups), size))
+    edges = []
+    for row in range(len(group)):
+        inside = np.flatnonzero(group == group[row])
+        edges.append(np.append(rng.permutation(inside[inside != row]), rng.integers(len(group))))
+    return [f"q{row}" for row in range(len(group))], [f"p{row}" for row in range(len(group))], edges, group
+
+
+def test_clusters_of_mutual_hard_negatives_are_found() -> None:
+    queries, positives, edges, group = _planted(30, 8, seed=0)
+    clusters = hard_clusters(queries, positives, edges, 8, seed=3)
+    assert sorted(chain.from_iterable(cluster.tolist() for cluster in clusters)) == list(range(240))
+    pure = sum(len(set(group[cluster].tolist())) == 1 for cluster in clusters)
+    assert pure >= 27
+    again = hard_clusters(queries, positives, edges, 8, seed=3)
+    assert [cluster.tolist() for cluster in clusters] == [cluster.tolist() for cluster in again]
+    other = hard_clusters(queries, positives, edges, 8, seed=4)
+    assert [cluster.tolist() for cluster in clusters] != [cluster.tolist() for cluster in other]
+
+
+def test_a_batch_is_made_of_whole_clusters_for_any_number_of_processes() -> None:
+    queries, positives, edges, _ = _planted(30, 8, seed=1)
+    clusters = hard_clusters(queries, positives, edges, 8)
+    number = np.empty(240, dtype=int)
+    for index, cluster in enumerate(clusters):
+        number[cluster] = index
+    rows = Dataset.from_dict({"query": queries, "positive": positives})
+    one = RowBatches(rows, 24, drop_last=True, clusters=clusters)
+    two = RowBatches(rows, 12, drop_last=True, clusters=clusters, world_size=2)
+    passes = []
+    for epoch in (0, 1, 0):
+        one.set_epoch(epoch)
+        two.set_epoch(epoch)
+        passes.append(list(one))
+        halves = list(two)
+        assert [first + second for first, second in zip(halves[::2], halves[1::2])] == passes[-1]
+    assert sorted(chain.from_iterable(passes[0])) == list(range(240)) and passes[0] == passes[2] != passes[1]
+    assert all(len(set(number[batch].tolist())) == 3 for batch in passes[0])
+
+
+@pytest.mark.parametrize("size", [10, 16, 23])
+def test_clusters_with_items_that_come_twice(size: int) -> None:
+    """No query and no positive twice in a batch, every row once a pass, whatever the size of the batch."""
+    rng = np.random.default_rng(size)
+    queries = [f"q{row // 2}" for row in range(230)]
+    positives = [f"p{rng.integers(150)}" for _ in range(230)]
+    edges = [rng.integers(230, size=6) for _ in range(230)]
+    clusters = hard_clusters(queries, positives, [own[own != row] for row, own in enumerate(edges)], 8)
+    for cluster in clusters[:15]:
+        assert len({queries[row] for row in cluster}) == len({positives[row] for row in cluster}) == 8
+    rows = Dataset.from_dict({"query": queries, "positive": positives})
+    found = list(RowBatches(rows, size, drop_last=False, clusters=clusters))
+    assert [len(batch) for batch in found] == [size] * (230 // size) + ([230 % size] if 230 % size else [])
+    for batch in found:
+        assert len({queries[row] for row in batch}) == len({positives[row] for row in batch}) == len(batch)
+    assert len(set(chain.from_iterable(found))) > 220
+    few = Dataset.from_dict({"query": list("abcd"), "positive": list("wwww")})
+    with pytest.raises(ValueError, match="the data have 1 distinct"):
+        RowBatches(few, 2, drop_last=True, clusters=[np.arange(4)])
+
+
+def test_rows_without_candidates_are_drawn_as_well() -> None:
+    clusters = hard_clusters([f"q{n}" for n in range(21)], [f"p{n}" for n in range(21)], [[]] * 21, 4)
+    assert sorted(chain.from_iterable(cluster.tolist() for cluster in clusters)) == list(range(21))
+    assert [len(cluster) for cluster in clusters] == [4] * 5 + [1]

@@ -249,6 +249,17 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
     sub_batch_size: int | None = option(
         None, "Consecutive rows of one dataset in a batch; none: datasets are mixed.", unit="rows", at_least=1
     )
+    cluster_pools: str | None = option(
+        None, "Folder of pools mined among the records: batches are made of clusters of mutual hard negatives.",
+        path="stage", made_by="unime mine --data RECORDS --output FOLDER",
+    )  # fmt: skip
+    cluster_size: int = option(8, "With cluster_pools: rows of a cluster.", unit="rows", at_least=2)
+    cluster_skip: int = option(
+        0, "With cluster_pools: nearest candidates left out, as likely false negatives.", unit="candidates", at_least=0
+    )
+    cluster_candidates: int = option(
+        10, "With cluster_pools: candidates behind those that count.", unit="candidates", at_least=1
+    )
     matryoshka_dims: list[int] | None = option(
         None, "Embedding prefixes to train as well, e.g. 1536 512 128.", unit="dimensions", at_least=1
     )
@@ -261,6 +272,10 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         super()._check_together()
         if self.token_budget is not None and self.mini_batch_size is not None:
             raise OptionError("mini_batch_size and token_budget exclude each other: leave out one.")
+        if self.cluster_pools and (self.sub_batch_size is not None or self.dataset_temperature != 1.0):
+            raise OptionError(
+                "cluster_pools decides which rows stand together: leave out sub_batch_size and dataset_temperature."
+            )
 
 
 def _stock_default(entry: Field[object]) -> object:

@@ -38,6 +38,9 @@ class RowBatches(DefaultBatchSampler):
             negative. Defaults to True.
         costs: Tokens of each row. If given, rows are dealt out so that all forward passes have similar costs.
         balanced: Batches of all processes that are accumulated into one step. Defaults to 1.
+        clusters: Row numbers of each cluster of mutual hard negatives, see
+            :func:`~unime_st.training.hard_clusters.hard_clusters`. A batch is made of whole clusters in random order; rows
+            that would come twice wait for a later batch. Defaults to None.
         even: The loss needs the same number of rows on every process: drop rows of the last batch that cannot be shared
             out evenly. Defaults to False.
 
@@ -68,10 +71,12 @@ class RowBatches(DefaultBatchSampler):
         distinct: bool = True,
         costs: np.ndarray | None = None,
         balanced: int = 1,
+        clusters: Sequence[np.ndarray] | None = None,
         even: bool = False,
     ) -> None:
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         self.world_size, self.sub_batch_size, self.costs, self.even = world_size, sub_batch_size or 1, costs, even
+        self.clusters = clusters
         self.unit = batch_size * world_size * balanced
         self.rows = len(dataset)
         self.pieces = world_size * balanced
@@ -110,7 +115,10 @@ class RowBatches(DefaultBatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed or 0, self.epoch])
         sizes = [self.unit] * (self.rows // self.unit) + [self.remainder] * (self.remainder > 0)
-        batches = self._mixed(rng, sizes) if self.sub_batch_size == 1 else self._in_sub_batches(rng, sizes)
+        if self.clusters is not None:
+            batches = self._in_clusters(rng, sizes, self.clusters)
+        else:
+            batches = self._mixed(rng, sizes) if self.sub_batch_size == 1 else self._in_sub_batches(rng, sizes)
         for number, batch in enumerate(batches):
             yield from self._dealt(batch, self.pieces if number < self.rows // self.unit else self._last_pieces)
 
@@ -149,6 +157,42 @@ class RowBatches(DefaultBatchSampler):
                 left[turn] -= len(rows)
                 able[turn] = bool(rows)
             yield whole + short
+
+    def _in_clusters(
+        self, rng: np.random.Generator, sizes: list[int], clusters: Sequence[np.ndarray]
+    ) -> Iterator[list[int]]:
+        """Whole clusters first, then rows that had to wait, then a part of the next cluster."""
+        longest = max(map(len, clusters))
+        ahead: deque[list[int]] = deque()
+        waiting: deque[int] = deque()
+        for size in sizes:
+            batch: list[int] = []
+            taken: set[int] = set()
+            passes, waited = 0, False
+
+            def add(rows: list[int], size: int = size, batch: list[int] = batch, taken: set[int] = taken) -> None:
+                for row in rows:
+                    keys = set() if self._keys is None else set(self._keys[row].tolist())
+                    if len(batch) == size or not taken.isdisjoint(keys):
+                        waiting.append(row)
+                    else:
+                        batch.append(row)
+                        taken |= keys
+
+            while len(batch) < size:
+                if waiting and not waited and (not ahead or size - len(batch) < len(ahead[0])):
+                    waited = True
+                    add([waiting.popleft() for _ in range(len(waiting))])
+                    continue
+                if not ahead:
+                    passes += 1
+                    if passes > _MAX_PASSES:
+                        raise _impossible_batch(size)
+                    order = rng.permutation(len(clusters)).tolist()
+                    order.sort(key=lambda number: len(clusters[number]) < longest)  # a short one shifts no others
+                    ahead.extend(clusters[number].tolist() for number in order)
+                add(ahead.popleft())
+            yield batch
 
     def _take(self, size: int, stream: Iterator[int], deferred: list[int]) -> tuple[list[int], list[int]]:
         if self._keys is None:

@@ -15,6 +15,7 @@ from unime_st.data.records import RecordSet
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.model import UniME
 from unime_st.options import OptionError
+from unime_st.retrieval.mining import Pools
 from unime_st.training.adapters import computation_dtype
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
@@ -22,6 +23,7 @@ from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.evaluation import RetrievalEvaluator
 from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.hard_clusters import hard_clusters, mined_edges
 from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.passes import Passes
 from unime_st.training.planning import count_steps, estimate_training, flops_per_token, peak_matmul_flops
@@ -59,6 +61,9 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
     def _evaluator(self, records: RecordSet) -> RetrievalEvaluator:
         return RetrievalEvaluator(records, batch_size=self.args.per_device_eval_batch_size)
 
+    def _inputs(self) -> list[str]:
+        return [*super()._inputs(), *([self.args.cluster_pools] if self.args.cluster_pools else [])]
+
     def train(
         self, model: UniME, rows: Dataset, loss: nn.Module, *, in_batch: bool = True, distinct: bool = True
     ) -> None:
@@ -77,6 +82,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         tokens, pixels = counted_costs(args, self.records, model)
         rows, indices, set_aside = usable_rows(args, self.records, rows, tokens)
         self.check_rows(len(rows))
+        clusters = self._clusters(rows, in_batch and distinct)
         row_tokens = tokens[indices].sum(axis=1)
         vision = self._vision_cache(model, tokens, pixels, indices)
         preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (model.preprocess, Item.to_input)
@@ -121,6 +127,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
                 temperature=args.dataset_temperature,
                 sub_batch_size=args.sub_batch_size,
                 distinct=distinct,
+                clusters=clusters,
                 costs=None if in_batch else row_tokens,
                 balanced=1
                 if in_batch
@@ -134,6 +141,27 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             # A loss that gathers weighs the rows of all processes itself; without a smaller batch all weigh the same.
             mean_over_rows=not gathers and not args.dataloader_drop_last,
         )
+
+    def _clusters(self, rows: Dataset, compares_rows: bool) -> list[np.ndarray] | None:
+        """Clusters of mutual hard negatives, where the options ask for them."""
+        args = self.args
+        if args.cluster_pools is None:
+            return None
+        if not compares_rows:
+            raise OptionError(
+                "cluster_pools is for losses that compare the rows of a batch: use in_batch or hard_negatives, or set "
+                "in_batch_weight for soft_labels."
+            )
+        queries, positives = list(rows["query"]), list(rows["positive"])
+        edges = mined_edges(
+            Pools(args.cluster_pools),
+            self.records,
+            queries,
+            positives,
+            skip=args.cluster_skip,
+            count=args.cluster_candidates,
+        )
+        return hard_clusters(queries, positives, edges, args.cluster_size, seed=args.seed)
 
     def _vision_cache(
         self, model: UniME, tokens: np.ndarray, pixels: np.ndarray, indices: np.ndarray

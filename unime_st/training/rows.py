@@ -16,10 +16,11 @@ def pair_rows(records: RecordSet) -> Dataset:
     return Dataset(records.row_shards.table(["query", "positive", "dataset"]))
 
 
-def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
+def rows_with_negatives(records: RecordSet, num_negatives: int, *, log_odds: bool = False) -> Dataset:
     """Rows (query, positive, negative_1..k) of item ids, the first ``num_negatives`` that are stored.
 
-    Judged rows have a ``label``: the scores P(Yes) as float32, the positive's first.
+    Judged rows have a ``label``: the scores P(Yes) as float32, the positive's first; with ``log_odds`` the log-odds, those
+    of negatives at most the positive's, as stands for negatives that count as matches.
 
     Raises:
         ValueError: If a row has too few negatives, or only some rows are judged.
@@ -41,15 +42,17 @@ def rows_with_negatives(records: RecordSet, num_negatives: int) -> Dataset:
             table["positive_logit"],
             *(pc.list_element(table["negative_logits"], n) for n in range(num_negatives)),
         ]
-        scores = to_scores(np.stack([column.to_numpy() for column in logits], axis=1)).astype(np.float32)
+        stored_logits = np.stack([column.to_numpy() for column in logits], axis=1)
+        scores = np.minimum(stored_logits, stored_logits[:, :1]) if log_odds else to_scores(stored_logits)
+        scores = scores.astype(np.float32)
         offsets = np.arange(0, scores.size + 1, scores.shape[1], dtype=np.int32)
         columns["label"] = pa.ListArray.from_arrays(offsets, scores.ravel())
     return Dataset(pa.table(columns))
 
 
-def judged_rows(records: RecordSet, num_negatives: int) -> Dataset:
+def judged_rows(records: RecordSet, num_negatives: int, *, log_odds: bool = False) -> Dataset:
     """:func:`rows_with_negatives` of judged records, with the name of their dataset."""
-    rows = rows_with_negatives(records, num_negatives)
+    rows = rows_with_negatives(records, num_negatives, log_odds=log_odds)
     if "label" not in rows.column_names:
         raise ValueError(f"{records.folder}: the rows have no judge scores. Judge and select first (unime judge).")
     return rows.add_column("dataset", records.row_shards.column("dataset").to_pylist())

@@ -128,10 +128,15 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
     def _evaluator(self, records: RecordSet) -> BaseEvaluator:
         raise NotImplementedError
 
+    def _inputs(self) -> list[str]:
+        """Folders that decide the result."""
+        args = self.args
+        return [args.data, *([args.eval_data] if args.eval_data and args.load_best_model_at_end else [])]
+
     def _begin(self) -> bool:
         """Open the output folder, the first process before the others; say whether there is work to do."""
         args, state = self.args, partial_state()
-        inputs = [args.data, *([args.eval_data] if args.eval_data and args.load_best_model_at_end else [])]
+        inputs = self._inputs()
         with state.main_process_first():
             overwrite = args.overwrite and state.is_main_process
             # A step's rows are those of all processes: with more or fewer of them it would be another run.

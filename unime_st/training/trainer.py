@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
@@ -59,6 +60,8 @@ class ReduceUnusedGradientsCallback(TrainerCallback):
             )
         model.set_reduce_scatter_unused_params(True)
 
+
+_LOSS_PARAMETERS = "loss.safetensors"
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Errors that a full disk raises in Python, torch and safetensors."""
@@ -138,6 +141,10 @@ class ReportingTrainer(BaseTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random states of all processes before the first one writes the file that makes a checkpoint whole."""
         super()._save_rng_state(output_dir)
+        if self.is_world_process_zero() and (learned := self._loss_parameters()):
+            save_file(
+                {name: weight.detach().cpu() for name, weight in learned.items()}, Path(output_dir) / _LOSS_PARAMETERS
+            )
         if dist.is_initialized():
             dist.barrier()
 
@@ -147,6 +154,17 @@ class ReportingTrainer(BaseTrainer):
             Trainer._load_from_checkpoint(self, checkpoint_path, model)
         elif not load_adapter_weights(self.model, checkpoint_path):
             super()._load_from_checkpoint(checkpoint_path)
+        if learned := self._loss_parameters():
+            saved = load_file(Path(checkpoint_path) / _LOSS_PARAMETERS)
+            with torch.no_grad():
+                for name, weight in learned.items():
+                    weight.copy_(saved[name])
+
+    def _loss_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters of the loss that are not the model's, such as a learnable temperature."""
+        model = {id(weight) for weight in self.model.parameters()}
+        loss: Any = self.loss
+        return {name: p for name, p in loss.named_parameters() if p.requires_grad and id(p) not in model}
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; Sentence Transformers logs a failure and goes on with the last weights."""
