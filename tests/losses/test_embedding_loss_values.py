@@ -176,6 +176,12 @@ def test_a_learnable_temperature_gets_the_gradient_of_the_formula(
     columns = [rows(seed, 7, 5) for seed in range(3)]
     loss = InfoNCELoss(model, 0.1, learnable_temperature=True, mini_batch_size=cached).double()
     found = run(loss, columns)
+    if cached:  # as in a step: the gradient is scaled by what the backward pass begins with
+        assert loss.log_scale is not None and loss.log_scale.grad is None
+        attached = loss.attach_own_gradients(found[0].clone().requires_grad_())
+        assert attached == found[0]
+        (0.5 * attached).backward()
+        loss.log_scale.grad *= 2.0
     log_scale = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
     value = reference.info_nce(columns, torch.exp(-log_scale), 0.1)
     value.backward()

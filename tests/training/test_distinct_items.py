@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
-from unime_st.losses import HardNegativeRankingLoss, SoftLabelDistillationLoss
+from unime_st.losses import HardNegativeRankingLoss, InfoNCELoss, SoftLabelDistillationLoss
 from unime_st.model import UniME
 from unime_st.stages import InBatchArguments
 from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator
@@ -46,6 +46,9 @@ def model() -> UniME:
 LOSSES = {
     "soft": lambda model: SoftLabelDistillationLoss(model, 0.1, in_batch_weight=0.5),
     "hard": lambda model: HardNegativeRankingLoss(model, 0.1, num_negatives=3),
+    "info_nce": lambda model: InfoNCELoss(
+        model, 0.1, directions=("query_to_doc", "doc_to_query"), learnable_temperature=True
+    ),
     "in_batch": lambda model: CachedMultipleNegativesRankingLoss(model, mini_batch_size=4),
 }
 
@@ -89,9 +92,11 @@ def test_distinct_items_equal_columns(
     ]
     expected = inner.calculate_loss(reps, labels)
     expected.backward()
-    gradient = _gradient(model)
+    gradient, own = _gradient(model), [p.grad.clone() for p in inner.parameters(recurse=False)]
 
     model.zero_grad()
+    for parameter in inner.parameters(recurse=False):
+        parameter.grad = None
     lazy = cut != "one pass"
     collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, **CUTS[cut]), lazy=lazy)
     batch = collator(rows)
@@ -101,9 +106,28 @@ def test_distinct_items_equal_columns(
     distinct = DistinctItemsLoss(inner, feed if lazy else None)
     found = distinct(_features(batch), batch.get("label"))
     found.backward()
+    for parameter, wanted in zip(inner.parameters(recurse=False), own, strict=True):
+        assert parameter.grad.item() == pytest.approx(wanted.item(), rel=1e-3)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert torch.allclose(_gradient(model), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
     assert distinct.items == len(indices.unique())
+
+
+def test_a_temperature_gets_the_mean_gradient_of_all_prefixes(
+    records: RecordSet, model: UniME, costs: np.ndarray
+) -> None:
+    rows = [{key: row[key] for key in ("query", "positive")} for row in judged_rows(records, 2)]
+    gradients = []
+    for dims in ([192], [16], [192, 16]):
+        inner = InfoNCELoss(model, 0.1, learnable_temperature=True)
+        collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=4), lazy=True)
+        loss = DistinctItemsLoss(inner, Feed(records, model.preprocess), matryoshka_dims=dims)
+        (loss(_features(collator(rows))) / 4).backward()
+        assert inner.log_scale is not None and inner.log_scale.grad is not None
+        gradients.append(inner.log_scale.grad.item())
+    model.zero_grad()
+    assert gradients[2] == pytest.approx((gradients[0] + gradients[1]) / 2, rel=1e-4)
+    assert abs(gradients[0] - gradients[1]) > 1e-5
 
 
 class _Collated(EmbedderStage):

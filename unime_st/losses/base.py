@@ -171,6 +171,7 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         self.show_progress_bar = show_progress_bar
         self._statistics: dict[str, tuple[Tensor | float, int]] = {}
         self._candidates: Tensor | None = None
+        self._own_gradients: list[tuple[nn.Parameter, Tensor]] = []
         self.uses_gradient_cache = self.embeds_in_mini_batches
         if self.embeds_in_mini_batches and has_static_embedding_input(model):
             raise ValueError(
@@ -247,9 +248,27 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         """
         sentence_features = list(sentence_features)
         if self.embeds_in_mini_batches:
-            return self.forward_cached(sentence_features, labels)
+            return self.attach_own_gradients(self.forward_cached(sentence_features, labels))
         embeddings = embed_columns(self.model, sentence_features)
         return self.calculate_loss([[column] for column in embeddings], labels)
+
+    def attach_own_gradients(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """Let the backward pass of a cached step reach parameters of the loss itself, such as a temperature.
+
+        Their gradients are known before the backward pass, and are scaled by what it begins with, as those of the model.
+
+        Args:
+            loss: Loss of the step, from :meth:`forward_cached`.
+            share: Factor of the gradients, for a loss that is a mean of several. Defaults to 1.
+
+        Returns:
+            Tensor: The loss, with the same value.
+        """
+        for parameter, gradient in self._own_gradients:
+            term = (parameter * gradient * share).sum()
+            loss = loss + (term - term.detach())
+        self._own_gradients.clear()
+        return loss
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

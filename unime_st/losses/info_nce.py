@@ -135,6 +135,7 @@ class InfoNCELoss(CachedEmbeddingLoss):
         self.hardness_mode, self.hardness_strength = hardness_mode, check_strength(hardness_strength)
         self._temperature = temperature
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable_temperature else None
+        self._leaf: Tensor | None = None  # stands for the parameter in a cached step
         if self.log_scale is not None:
             self.log_scale.register_hook(_mean_over_devices)
 
@@ -150,6 +151,21 @@ class InfoNCELoss(CachedEmbeddingLoss):
                 f"InfoNCELoss takes the columns query, positive and optionally negatives, but got {num_columns} column(s)."
             )
 
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Compute the loss of a batch; the gradient of a learnable temperature waits for the backward pass."""
+        if self.log_scale is None or not with_backward:
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        leaf = self._leaf = self.log_scale.detach().clone().requires_grad_()
+        try:
+            loss = super().calculate_loss(reps, labels, with_backward=True)
+        finally:
+            self._leaf = None
+        assert leaf.grad is not None
+        self._own_gradients.append((self.log_scale, leaf.grad))
+        return loss
+
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
         """Arrange queries, positives and the candidates of the whole (gathered) batch; see the base class."""
         queries, *documents = columns
@@ -160,9 +176,10 @@ class InfoNCELoss(CachedEmbeddingLoss):
         if self.log_scale is not None:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(_LARGEST_SCALE))
+                if self._leaf is not None:
+                    self._leaf.copy_(self.log_scale)
             self.record("temperature", (-self.log_scale).exp())
-            # Shared, so that its gradient is exchanged once per batch and not once per chunk.
-            shared.append(self.log_scale.exp().to(queries))
+            shared.append((self.log_scale if self._leaf is None else self._leaf).exp().to(queries))
 
         def losses(chunk: slice, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
             own = torch.arange(chunk.start, chunk.stop, device=queries.device) + shards.offset

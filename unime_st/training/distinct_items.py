@@ -20,6 +20,7 @@ from unime_st.data.items import Item
 from unime_st.data.parquet_shards import Row
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_inputs import Features
+from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.memory import HeapTrimmer
 from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
@@ -168,7 +169,10 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
             else:
                 scheduled += [(number, True) for number in range(len(planned))]
         self._start(scheduled)
-        return self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
+        loss = self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
+        if isinstance(self.loss, CachedEmbeddingLoss):
+            loss = self.loss.attach_own_gradients(loss, 1 / len(self.matryoshka_dims or [1]))
+        return loss
 
     def _most_of_any_process(self, count: int) -> int:
         """Number of forward passes: with sharded weights, which each pass gathers, the same for all processes."""
