@@ -81,13 +81,9 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     from unime_st.reranking import UniMEReranker
 
     settings = {key: kwargs.pop(key) for key in ("top_k", "method", "pair_order", "alpha") if key in kwargs}
-    if order := os.environ.get(ORDER_VARIABLE):
-        settings.setdefault("pair_order", order)
-    if alpha := os.environ.get(ALPHA_VARIABLE):
-        try:
-            settings.setdefault("alpha", float(alpha))
-        except ValueError:
-            raise ValueError(f"{ALPHA_VARIABLE} must be a number, got {alpha!r}") from None
+    settings = {**_ranking_settings(), **settings}
+    if isinstance(alpha := settings.get("alpha"), str):
+        raise ValueError(f"{ALPHA_VARIABLE} must be a number, got {alpha!r}")
     if settings.keys() & {"pair_order", "alpha"}:
         settings.setdefault("method", "pairwise")
     embedder = load_embedder(name.removesuffix("+reranker"), revision, **dict(kwargs))
@@ -98,6 +94,17 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     if side is not None and getattr(theirs, "image_size", None) == "official":
         theirs.set_image_rule(theirs.image_rule, side, theirs.image_backend)
     return TwoStage(embedder, reranker, name=name, **settings)
+
+
+def _ranking_settings() -> dict[str, Any]:
+    """Settings of two-stage models in the environment; a fusion weight that is not a number stays a text."""
+    order, alpha = os.environ.get(ORDER_VARIABLE), os.environ.get(ALPHA_VARIABLE)
+    found: dict[str, Any] = {"pair_order": order} if order else {}
+    if alpha:
+        found["alpha"] = alpha
+        with suppress(ValueError):
+            found["alpha"] = float(alpha)
+    return found
 
 
 def cache_folder(folder: Path, dtype: str, settings: dict[str, object]) -> Path | None:
@@ -151,7 +158,9 @@ def metas() -> dict[str, ModelMeta]:
         found[alias] = model_meta(f"unime/{alias}", revision, loader=load_embedder, **_facts(alias))
         if alias.startswith("unime-v2") or (alias in (LOCAL_MODEL, TINY) and second):
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
-            found[name] = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
+            meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
+            # Part of mteb's result key: mteb puts this description in the place of the model's own.
+            found[name] = meta.model_copy(update={"experiment_kwargs": _ranking_settings() or None})
     return found
 
 

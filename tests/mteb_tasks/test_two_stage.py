@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mteb_tasks import TwoStage, evaluate, wrap
-from mteb_tasks.models import load_two_stage
+from mteb_tasks.models import load_two_stage, metas
 from mteb_tasks.scenes import ScenesCompositional, ScenesShortT2IRetrieval, ScenesVQA
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
@@ -113,11 +113,17 @@ def test_fusion_and_pair_order_reach_the_ranking_and_the_name_of_the_results(tin
     monkeypatch.setenv("UNIME_PAIR_ORDER", "candidate_first")
     loaded = load_two_stage("unime/unime-tiny+reranker", device="cpu")
     assert (loaded.alpha, loaded.method, loaded.judge.pair_order) == (20.0, "pairwise", "candidate_first")
+    described = metas()["unime-tiny+reranker"]
+    assert described.experiment_kwargs == {"alpha": 20.0, "pair_order": "candidate_first"}
+    assert described.load_model(device="cpu").mteb_model_meta.experiment_kwargs == described.experiment_kwargs
     given = load_two_stage("unime/unime-tiny+reranker", device="cpu", alpha=3.0)
     assert given.mteb_model_meta.experiment_kwargs["alpha"] == 3.0
     monkeypatch.setenv("UNIME_FUSION_ALPHA", "much")
     with pytest.raises(ValueError, match="UNIME_FUSION_ALPHA must be a number, got 'much'"):
         load_two_stage("unime/unime-tiny+reranker", device="cpu")
+    monkeypatch.delenv("UNIME_FUSION_ALPHA")
+    monkeypatch.delenv("UNIME_PAIR_ORDER")
+    assert metas()["unime-tiny+reranker"].experiment_kwargs is None
 
 
 @pytest.mark.parametrize(("method", "window"), [("listwise", 10), ("listwise", 4), ("hybrid", 4)])
