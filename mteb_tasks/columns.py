@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 
+from mteb_tasks.video_column import VIDEO_TYPE, VideoFeature, stored_video, video_of
 from unime_st.data.items import Item
 
 OFFICIAL_TEXT = "official_text"
@@ -32,7 +33,7 @@ SYSTEM_PROMPT = "system_prompt"
 PIXEL_RULE = "pixel_rule"
 """Column with the image size a benchmark prescribes, see `mteb_tasks.pixel_rule`."""
 
-Modality = Literal["text", "image"]
+Modality = Literal["text", "image", "video"]
 
 _ENCODED_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -83,9 +84,9 @@ def category_modalities(category: str) -> tuple[list[Modality], list[Modality]]:
         >>> category_modalities("it2t")
         (['text', 'image'], ['text'])
     """
-    names: dict[str, Modality] = {"t": "text", "i": "image"}
+    names: dict[str, Modality] = {"t": "text", "i": "image", "v": "video"}
     sides = [[names[code] for code in side] for side in category.split("2")]
-    queries, documents = (sorted(side, key=["text", "image"].index) for side in sides)
+    queries, documents = (sorted(side, key=["text", "image", "video"].index) for side in sides)
     return queries, documents
 
 
@@ -107,8 +108,8 @@ def to_dataset(
         setting: How all items of this side are encoded; None leaves it to the model.
 
     Returns:
-        A dataset with the columns ``id``, ``official_text``, ``image`` (when some item has one) and ``text`` (when
-        `modalities` names it). Images stay encoded: paths stay paths, bytes stay bytes.
+        A dataset with the columns ``id``, ``official_text``, ``image`` and ``video`` (when some item has one) and
+        ``text`` (when `modalities` names it). Images stay encoded: paths stay paths, bytes stay bytes.
 
     Example:
         >>> from unime_st.data.items import Item
@@ -129,6 +130,10 @@ def to_dataset(
     if any(item.image is not None for item in items.values()):
         arrays["image"] = pa.array([_encoded_image(item) for item in items.values()], _ENCODED_IMAGE)
         features["image"] = Image()
+    if any(item.video is not None for item in items.values()):
+        videos = [stored_video(item.video, item.image) for item in items.values()]
+        arrays["video"] = pa.array(videos, VIDEO_TYPE)
+        features["video"] = VideoFeature()
     return Dataset.from_dict(arrays, features=Features(features))
 
 
@@ -177,14 +182,17 @@ def iter_items(
     """
     if "image" in dataset.column_names:
         dataset = dataset.cast_column("image", Image(decode=False))
+    if "video" in dataset.column_names:
+        dataset = dataset.cast_column("video", VideoFeature(decode=False))
     for start in range(0, len(dataset), window):
         rows = dataset[start : start + window]
         images = rows.get("image") or [None] * len(rows["id"])
+        videos = rows.get("video") or [None] * len(rows["id"])
         names = rows.get(PROMPT_NAME) or [""] * len(rows["id"])
         texts = [text or (prompts or {}).get(name) for text, name in zip(rows[OFFICIAL_TEXT], names)]
-        yield [_item(text, image) for text, image in zip(texts, images)]
+        yield [_item(*parts) for parts in zip(texts, images, videos)]
 
 
-def _item(text: str | None, image: Mapping[str, Any] | None) -> Item:
+def _item(text: str | None, image: Mapping[str, Any] | None, video: Mapping[str, Any] | None) -> Item:
     source = None if image is None else (image["bytes"] if image["bytes"] is not None else image["path"])
-    return Item(text=text or None, image=source)
+    return Item(text or None, source, video_of(video))

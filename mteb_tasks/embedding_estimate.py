@@ -12,6 +12,7 @@ from datasets import Image
 from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_NAME, iter_items
+from mteb_tasks.video_column import VideoFeature
 from unime_st.data.items import Item
 from unime_st.encoding import TokenCounter
 
@@ -125,11 +126,14 @@ def estimate_embedding(
 
 def _contents(table: Dataset) -> Iterator[tuple[str, str, object]]:
     """Content of the rows of a table, without reading image files."""
+    if "video" in table.column_names:
+        table = table.cast_column("video", VideoFeature(decode=False))
     if "image" in table.column_names:
         table = table.cast_column("image", Image(decode=False))
     for rows in table.iter(_WINDOW):  # a table may hold the encoded images themselves
         size = len(rows[OFFICIAL_TEXT])
         images = rows.get("image") or [None] * size
+        videos = rows.get("video") or [None] * size
         prompts = rows.get(PROMPT_NAME) or [""] * size
-        for text, prompt, image in zip(rows[OFFICIAL_TEXT], prompts, images):
-            yield text or "", prompt, image and (image["path"] or hash(image["bytes"]))
+        for text, prompt, image, video in zip(rows[OFFICIAL_TEXT], prompts, images, videos):
+            yield text or "", prompt, (image and (image["path"] or hash(image["bytes"])), video and repr(video))

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from mteb_tasks.columns import Setting, iter_items, setting_of
 from mteb_tasks.embedding_estimate import estimate_embedding
 from mteb_tasks.embedding_store import EmbeddingStore, NewEmbeddings
-from mteb_tasks.mmeb.subsets import IMAGE_TOKEN
+from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, VIDEO_TOKEN
 from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ruled_images import RuledItem, prescribed_model
 from unime_st.data.items import Item
@@ -60,6 +60,7 @@ class ItemEmbedder:
         processor = getattr(self.model[0], "processor", None)
         self._template = str(getattr(processor, "chat_template", None))
         self._knows_token = IMAGE_TOKEN in self._template
+        self._knows_video_token = VIDEO_TOKEN in self._template
 
     def embed(
         self,
@@ -168,13 +169,15 @@ class ItemEmbedder:
         return prescribed_model(self.model, rule, setting.style)
 
     def _readable(self, item: Item) -> Item:
-        """Remove MMEB's image token from a text for a model whose chat template does not know it."""
+        """Remove MMEB's media tokens from a text for a model whose chat template does not know them."""
+        if item.video is not None and item.text is not None and not self._knows_video_token:
+            return Item(item.text.removeprefix(VIDEO_TOKEN).removeprefix(" ") or None, item.image, item.video)
         if self._knows_token or item.text is None or IMAGE_TOKEN not in item.text:
             return item
         return Item(text=clean_text(item.text), image=item.image)
 
 
 def _store_key(item: Item, setting: Setting) -> str:
-    pixels = setting.pixels if item.image is not None else None
+    pixels = setting.pixels if item.image is not None or item.video is not None else None
     prescribed = [part for part in (setting.style, setting.system, pixels) if part is not None]
     return digest(" ".join([item.id, *prescribed])) if prescribed else item.id

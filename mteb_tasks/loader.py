@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from mteb_tasks.columns import Setting, has_encoded_items, setting_of
 from mteb_tasks.foreign_rows import iter_rows, prompt_of
 from mteb_tasks.item_embedder import ItemEmbedder
-from mteb_tasks.metadata import model_meta
+from mteb_tasks.metadata import modalities_of, model_meta
 from mteb_tasks.ranking import rank_candidates, tie_order
 from unime_st.data.images import BadImageError
 from unime_st.encoding import weights_fingerprint
@@ -72,7 +72,7 @@ class UniMELoader(ItemEmbedder):
         if model is None:
             model = UniME(str(resolve(model_name.removeprefix("unime/"))), device=device, **model_kwargs)
         super().__init__(model, cache_folder)
-        self.mteb_model_meta = model_meta(model_name, revision)
+        self.mteb_model_meta = model_meta(model_name, revision, modalities=modalities_of(model))
         self._corpus: Dataset | None = None
 
     def encode(
@@ -190,7 +190,7 @@ def wrap(
     """
     revision = revision or model_digest(model)
     loader = UniMELoader(name, revision, model=model)
-    loader.mteb_model_meta = model_meta(name, revision, **fields)
+    loader.mteb_model_meta = model_meta(name, revision, **{"modalities": modalities_of(model), **fields})
     return loader
 
 

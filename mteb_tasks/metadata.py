@@ -8,8 +8,10 @@ from typing import Any
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.model_meta import ScoringFunction
+from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.local_data import LOCAL_PREFIX
+from unime_st.backbones.video_frames import accepts_video
 from unime_st.paths import home
 
 UNIME_V2_BIBTEX = r"""
@@ -60,7 +62,7 @@ def task_metadata(*, name: str, description: str, category: str, **fields: Any) 
         >>> task_metadata(name="Demo", description="d", category="t2i", dataset=dataset).modalities
         ['text', 'image']
     """
-    modalities = [word for letter, word in (("t", "text"), ("i", "image")) if letter in category]
+    modalities = [word for letter, word in (("t", "text"), ("i", "image"), ("v", "video")) if letter in category]
     known: dict[str, Any] = {
         "type": "Any2AnyRetrieval",
         "modalities": modalities,
@@ -78,6 +80,15 @@ def task_metadata(*, name: str, description: str, category: str, **fields: Any) 
         "bibtex_citation": UNIME_V2_BIBTEX,
     }
     return UniMETaskMetadata(**{**known, "name": name, "description": description, "category": category, **fields})
+
+
+def modalities_of(model: SentenceTransformer) -> list[str]:
+    """Modalities that our loader gives a model: text and image, and video for families with a video slot.
+
+    Args:
+        model: The model.
+    """
+    return ["text", "image", *(["video"] if accepts_video(getattr(model[0], "processor", None)) else [])]
 
 
 def model_meta(name: str, revision: str | None, *, loader: Any = None, **fields: Any) -> ModelMeta:

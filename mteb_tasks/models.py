@@ -37,6 +37,8 @@ _RELEASES = {
     "unime-v1-llava-ov": (3584, None, None),
 }
 """Width, parameters and date of the released models, None where unknown; those of Qwen2-VL follow from its sizes."""
+_VIDEO_FAMILIES = ("qwen2_vl", "llava_onevision")
+"""Families of released embedders that take videos."""
 RELEASED_RERANKER = "unime-v2-reranker"
 
 
@@ -207,6 +209,8 @@ def _facts(alias: str) -> dict[str, Any]:
     if recipe is not None:
         reference = f"https://huggingface.co/{recipe.hub_id}" if recipe.hub_id else None
         found |= {"license": recipe.license, "reference": reference, "adapted_from": recipe.base_model}
+    if recipe is not None and recipe.family in _VIDEO_FAMILIES:
+        found["modalities"] = ["text", "image", "video"]
     return {**found, "open_weights": True} if recipe is not None or alias == TINY else found
 
 

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mteb_tasks.pixel_rule import PixelRule
+from unime_st.backbones.video_frames import resize_frames
 from unime_st.data.images import MAX_ASPECT, MAX_PIXELS, BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.encoding.replicas import with_processor
@@ -77,7 +78,7 @@ class RuledItem(Item):
             item: The item.
             rule: The rule.
         """
-        made = cls(item.text, item.image)
+        made = cls(item.text, item.image, item.video)
         made.rule = rule
         return made
 
@@ -85,8 +86,9 @@ class RuledItem(Item):
         """Return what ``SentenceTransformer.encode`` takes, see `Item.to_input`."""
         if self.image is None:
             return super().to_input()
-        text = {} if self.text is None else {"text": self.text}
-        return {"image": open_image(self.image, self.rule), **text}
+        rest = {} if self.video is None else {"video": self.video.open()}
+        rest |= {} if self.text is None else {"text": self.text}
+        return {"image": open_image(self.image, self.rule), **rest}
 
 
 def prescribed_model(model: SentenceTransformer, rule: PixelRule | None, style: str | None) -> SentenceTransformer:
@@ -95,11 +97,16 @@ def prescribed_model(model: SentenceTransformer, rule: PixelRule | None, style: 
     Args:
         model: The model; it stays as it is.
         rule: Images keep their shape within these limits, and the square of a recipe is switched off. Limits have an
-            effect on image processors that have such limits (the Qwen-VL family); others resize as they always do.
+            effect on image processors that have such limits (the Qwen-VL family); others resize as they always do. A
+            rule with sizes of frames switches truncation off.
         style: Style of chat template, which the template must have; None keeps that of the model.
     """
     twin = with_processor(model, lambda processor: processor if rule is None else _limited(processor, rule))
     first: Any = twin[0]
+    if rule is not None and rule.frame_max_pixels and first is not model[0]:
+        before = getattr(first, "processing_kwargs", None) or {}
+        # The official code does not truncate inputs with media; the tokens of frames are more than some models' limit.
+        first.processing_kwargs = {**before, "text": {**before.get("text", {}), "truncation": False}}
     if style is not None and first is not model[0]:
         before = getattr(first, "processing_kwargs", None) or {}
         first.processing_kwargs = {**before, "chat_template": {**before.get("chat_template", {}), "style": style}}
@@ -110,6 +117,7 @@ def _limited(processor: Any, rule: PixelRule) -> Any:
     if hasattr(processor, "set_image_rule"):
         official = {**processor.image_rule, "exif": False, "alpha": "drop"}
         processor.set_image_rule(official, "native", processor.image_backend)
+    resize_frames(processor, rule.frames)
     images: Any = copy.copy(getattr(processor, "image_processor", None))
     size = dict(getattr(images, "size", None) or {})
     if {"shortest_edge", "longest_edge"} <= size.keys() and hasattr(images, "merge_size"):

@@ -85,7 +85,7 @@ def follow_environment(task: object) -> None:
 
 
 def check_modalities(name: str, modalities: list[str], metadata: TaskMetadata) -> None:
-    """Refuse a text-only model on a task with images: mteb would score it on the texts alone.
+    """Refuse a model on a task with images or videos that it does not take: mteb would score it on the rest alone.
 
     Args:
         name: The model as the message calls it.
@@ -93,13 +93,14 @@ def check_modalities(name: str, modalities: list[str], metadata: TaskMetadata) -
         metadata: The task's.
 
     Raises:
-        ValueError: If the task has images and the model takes none.
+        ValueError: If the task has images or videos and the model takes none.
     """
-    if "image" in metadata.modalities and "image" not in modalities:
-        raise ValueError(
-            f"{metadata.name} has images, and {name} takes only {', '.join(modalities) or 'text'}: evaluate a "
-            "multimodal model, or one of mteb's text tasks"
-        )
+    for medium in ("image", "video"):
+        if medium in metadata.modalities and medium not in modalities:
+            raise ValueError(
+                f"{metadata.name} has {medium}s, and {name} takes only {', '.join(modalities) or 'text'}: evaluate a "
+                "multimodal model, or one of mteb's text tasks"
+            )
 
 
 def with_images(model: MTEBModels, metadata: TaskMetadata) -> MTEBModels:
@@ -119,7 +120,8 @@ def with_images(model: MTEBModels, metadata: TaskMetadata) -> MTEBModels:
     wrappers = "mteb.models.sentence_transformer_wrapper"
     declared = list(getattr(getattr(model, "mteb_model_meta", None), "modalities", None) or [])
     is_wrapper = any(base.__module__ == wrappers for base in type(model).__mro__)
-    if not is_wrapper or "image" not in metadata.modalities or "image" in declared:
+    media = {"image", "video"} & set(metadata.modalities)
+    if not is_wrapper or media <= set(declared):
         return model
     from sentence_transformers import SentenceTransformer
 
@@ -133,8 +135,9 @@ def with_images(model: MTEBModels, metadata: TaskMetadata) -> MTEBModels:
     )
     if model not in _LOADERS:
         from mteb_tasks.loader import UniMELoader
+        from mteb_tasks.metadata import modalities_of
 
         loader = UniMELoader("unime/local", meta.revision, model=inner)  # mteb's own name may lack an organization
-        loader.mteb_model_meta = meta.model_copy(update={"modalities": ["text", "image"]})
+        loader.mteb_model_meta = meta.model_copy(update={"modalities": modalities_of(inner)})
         _LOADERS[model] = loader
     return _LOADERS[model]

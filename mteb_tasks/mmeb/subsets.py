@@ -11,6 +11,7 @@ from dataclasses import dataclass
 BENCHMARK = "MMEB(eng, v1)"
 """Name of the benchmark; mteb's ``-b`` takes it, ``-t`` takes the aggregate task ``MMEB``."""
 IMAGE_TOKEN = "<|image_1|>"
+VIDEO_TOKEN = "<|video_1|>"
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
 

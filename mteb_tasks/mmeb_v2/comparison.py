@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from mteb_tasks.mmeb_v2.leaderboard import AGGREGATE, LEADERBOARD, leaderboard_means
+from mteb_tasks.mmeb_v2.profiles import profile_name
 
 SubsetScores = Mapping[str, Mapping[str, Any]]
 """``{subset: {metric: value}}``"""
@@ -17,8 +18,8 @@ TaskScores = Mapping[str, SubsetScores]
 """``{task: {subset: {metric: value}}}``"""
 OFFICIAL_METRIC = "ndcg_at_5_official"
 _NO_OVERALL = (
-    "No overall score: {missing} of 78 tasks are missing (the 18 video tasks are not in this release). Published models "
-    "were each run with their own prompts, see docs/mmeb_v2.md."
+    "No overall score: {missing} of 78 tasks are missing. Published models were each run with their own prompts, see "
+    "docs/mmeb_v2.md."
 )
 
 
@@ -89,7 +90,7 @@ def profiles_of(scores: TaskScores) -> list[str]:
         scores: ``{task: {subset: scores}}``; other tasks are left out.
     """
     rows = (row for task in LEADERBOARD for row in scores.get(task.task_name, {}).values())
-    return list(dict.fromkeys(str(row.get("profile")) for row in rows))
+    return list(dict.fromkeys(profile_name(str(row.get("profile"))) for row in rows))
 
 
 def compared_rows(scores: TaskScores, profile: str) -> list[ComparedRow]:
@@ -105,7 +106,7 @@ def compared_rows(scores: TaskScores, profile: str) -> list[ComparedRow]:
     own, official = {}, {}
     for task in LEADERBOARD:
         for row in scores.get(task.task_name, {}).values():
-            if str(row.get("profile")) == profile:
+            if profile_name(str(row.get("profile"))) == profile:
                 own[task.key] = 100 * float(row["main_score"])
                 official[task.key] = 100 * float(row.get(OFFICIAL_METRIC, row["main_score"]))
     means = leaderboard_means(own)

@@ -99,7 +99,7 @@ class DataFolder:
         parts = self._parts(_IMAGE_ARCHIVE)
         if not parts or not self.unpack:
             return None
-        folder = _unpacked(parts)
+        folder = unpacked(parts)
         return folder / "MMEB" if (folder / "MMEB").is_dir() else folder
 
     def image_archives(self) -> list[Path]:
@@ -113,7 +113,7 @@ class DataFolder:
     def _archive_bases(self) -> Iterator[Path]:
         for name in self._page_archives() if self.unpack else ():
             if parts := self._parts(name):
-                folder = _unpacked(parts)
+                folder = unpacked(parts)
                 yield from (folder, folder / "visdoc-tasks")
 
     def _page_archives(self) -> Sequence[str]:
@@ -231,7 +231,7 @@ def archive_parts(archive: Path) -> list[Path]:
     return [numbered[number] for number in sorted(numbered)]
 
 
-def _unpacked(parts: Sequence[Path]) -> Path:
+def unpacked(parts: Sequence[Path]) -> Path:
     """Unpack an archive once, beside it or in the cache of this package, and return the folder."""
     states = [(str(part.resolve()), stat_signature(part.stat())) for part in parts]
     name, beside = f"unpacked-{digest(repr(states), length=16)}", parts[0].parent

@@ -6,11 +6,11 @@ Published rows compare models that were each run with their own prompts, so ever
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mteb_tasks.columns import Setting
-from mteb_tasks.mmeb.subsets import IMAGE_TOKEN
+from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, VIDEO_TOKEN
 from mteb_tasks.pixel_rule import PixelRule
 from unime_st.files import digest
 
@@ -31,6 +31,9 @@ class Profile:
         page_query: Instruction of the queries of visual-document tasks.
         candidates: Instruction of all candidates; None gives them the instruction of their task.
         source: Where the protocol is published.
+        frames: Frames that are sampled of a video, at most.
+        video_name: Name in results of video tasks, which says how many frames there are.
+        video_pixels: Pixel rule of video tasks; None for that of images.
     """
 
     name: str
@@ -40,6 +43,13 @@ class Profile:
     page_query: str
     candidates: str | None
     source: str
+    frames: int = 8
+    video_name: str = ""
+    video_pixels: PixelRule | None = None
+
+    def video_encoding(self, instruction: str) -> tuple[Setting, Setting]:
+        """Settings of the queries and of the candidates of a video task, see `encoding`."""
+        return replace(self, pixels=self.video_pixels or self.pixels).encoding(instruction, self.style)
 
     def encoding(self, instruction: str, style: str | None) -> tuple[Setting, Setting]:
         """Settings of the queries and of the candidates of a task.
@@ -76,6 +86,14 @@ PROFILES: dict[str, Profile] = {
             page_query=PAGE_QUERY,
             candidates=None,
             source=_REFERENCE,
+            video_name="vlm2vec-8",
+            video_pixels=PixelRule(
+                4 * 28 * 28,
+                1280 * 28 * 28,
+                small_side=28,
+                frame_min_pixels=4 * 28 * 28,
+                frame_max_pixels=1280 * 28 * 28,
+            ),
         ),
         Profile(
             name="qwen3-vl",
@@ -85,6 +103,15 @@ PROFILES: dict[str, Profile] = {
             page_query=PAGE_QUERY.replace(":", "."),
             candidates="Represent the user's input.",
             source="https://github.com/QwenLM/Qwen3-VL-Embedding at 8ce3aab",
+            frames=64,
+            video_name="qwen-64",
+            video_pixels=PixelRule(
+                4 * 32 * 32,
+                1800 * 32 * 32,
+                frame_min_pixels=128 * 32 * 32,
+                frame_max_pixels=768 * 32 * 32,
+                video_pixels=7_864_320,
+            ),
         ),
         Profile(
             name="model",
@@ -94,14 +121,41 @@ PROFILES: dict[str, Profile] = {
             page_query=PAGE_QUERY,
             candidates=None,
             source=_REFERENCE,
+            video_name="model",
         ),
     )
 }
 """The reference protocol, that of Qwen3-VL-Embedding, and the reference's texts with a model's own image size."""
 
 
+_VIDEO_NAMES = {profile.video_name: profile.name for profile in PROFILES.values()}
+
+
+def profile_name(name: str) -> str:
+    """Name of the profile that a result names, which of video tasks says how many frames there are.
+
+    Example:
+        >>> profile_name("vlm2vec-8"), profile_name("vlm2vec")
+        ('vlm2vec', 'vlm2vec')
+    """
+    return _VIDEO_NAMES.get(name, name)
+
+
+def spoken(instruction: str) -> str:
+    """Instruction as a system turn: ended by a full stop instead of a colon.
+
+    Example:
+        >>> spoken("Find the clip:")
+        'Find the clip.'
+    """
+    bare = instruction.strip()
+    return f"{bare[:-1]}." if bare.endswith(":") else bare
+
+
 def current_profile() -> Profile:
     """Return the profile named by ``$MMEB_V2_PROFILE``, ``vlm2vec`` where it is not set.
+
+    ``vlm2vec-8`` and ``qwen-64``, as results of video tasks are named, are other names of ``vlm2vec`` and ``qwen3-vl``.
 
     Raises:
         ValueError: If there is none of that name.
@@ -110,25 +164,27 @@ def current_profile() -> Profile:
         >>> current_profile().name
         'vlm2vec'
     """
-    name = os.environ.get(PROFILE_VARIABLE) or "vlm2vec"
+    name = profile_name(os.environ.get(PROFILE_VARIABLE) or "vlm2vec")
     if name not in PROFILES:
         raise ValueError(f"{PROFILE_VARIABLE}={name}: expected one of {', '.join(PROFILES)}")
     return PROFILES[name]
 
 
-def joined(instruction: str, text: str = "", *, image: bool = False) -> str:
-    """Join image token, instruction and text as the official code does.
+def joined(instruction: str, text: str = "", *, image: bool = False, video: bool = False) -> str:
+    """Join image or video token, instruction and text as the official code does.
 
     Args:
         instruction: Instruction of the task.
         text: What follows it, kept verbatim; an empty one adds nothing.
         image: Whether the input has an image.
+        video: Whether the input has a video.
 
     Example:
         >>> joined("Understand this page.", image=True)
         '<|image_1|> Understand this page.'
     """
-    return " ".join([*([IMAGE_TOKEN] if image else []), instruction, *([text] if text else [])])
+    media = [*([IMAGE_TOKEN] if image else []), *([VIDEO_TOKEN] if video else [])]
+    return " ".join([*media, instruction, *([text] if text else [])])
 
 
 def profiled(metadata: Any, profile: Profile) -> Any:

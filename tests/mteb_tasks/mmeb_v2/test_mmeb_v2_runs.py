@@ -189,7 +189,7 @@ def test_image_tasks_alone_in_the_folder_of_mmeb(one: Path, monkeypatch: pytest.
     monkeypatch.delenv("MMEB_V2_DIR", raising=False)
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")
     tasks = mmeb_v2_tasks()
-    assert [task.key for task in tasks if task.local_root()] == ["CIRR", "OVEN"] and len(tasks) == 26
+    assert [task.key for task in tasks if task.local_root()] == ["CIRR", "OVEN"] and len(tasks) == 44
     next(task for task in tasks if task.key == "OVEN").load_data()
 
 

@@ -114,7 +114,7 @@ def test_missing_tasks_are_named(kept_data: Path, monkeypatch: pytest.MonkeyPatc
     """All tasks of a run are checked before the first one is encoded."""
     monkeypatch.delenv("MMEB_ALLOW_MISSING")
     with pytest.raises(
-        MMEBDataError, match=r"(?s)58 MMEB-V2 tasks cannot.*MMEB_ALLOW_MISSING=1.*ViDoRe_tabfquad is missing"
+        MMEBDataError, match=r"(?s)76 MMEB-V2 tasks cannot.*MMEB_ALLOW_MISSING=1.*ViDoRe_tabfquad is missing"
     ):
         mmeb_v2_tasks()[-1].load_data()
 
@@ -183,12 +183,13 @@ def test_means_are_those_of_the_leaderboard(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("MMEB_V2_DIR", raising=False)
     aggregate = MMEBV2()
     parts: list[Any] = list(aggregate.tasks)
-    assert [task.key for task in parts] == [row.key for row in LEADERBOARD if row.modality != "Video"]
-    assert len(MMEB_V2_TASKS) == 60
+    assert [task.key for task in parts] == [row.key for row in LEADERBOARD]
+    assert len(MMEB_V2_TASKS) == 78
     benchmark = make_v2_benchmark()
     groups = {group.label: len(group.tasks) for grouping in benchmark.aggregations for group in grouping.groups}
     assert groups == {
         "Image CLS": 10, "Image QA": 10, "Image RET": 12, "Image VG": 4,
+        "Video CLS": 5, "Video QA": 5, "Video RET": 5, "Video MRET": 3,
         "ViDoRe-v1": 10, "ViDoRe-v2": 4, "VisRAG": 6, "VisDoc OOD": 4,
-        "Image": 36, "VisDoc": 24,
+        "Image": 36, "Video": 18, "VisDoc": 24,
     }  # fmt: skip
