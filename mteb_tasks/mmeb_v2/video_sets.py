@@ -79,18 +79,21 @@ def _classes(key: str, folder: str, rows: int, query: str, hub: str = "") -> Vid
     return VideoSet(key, "classification", f"video_cls/{folder}", f"VLM2Vec/{hub or key}", rows, query)
 
 
-def _questions(key: str, video: str, rows: int, options: Options, **named: str) -> VideoSet:
+def _questions(
+    key: str, video: str, rows: int, options: Options, config: str = "default", split: str = "test"
+) -> VideoSet:
     return VideoSet(
         key, "question", f"video_qa/{key}", f"VLM2Vec/{key}", rows, QUESTION,
-        video=video, text="question", options=options, **named,
+        config=config, split=split, video=video, text="question", options=options,
     )  # fmt: skip
 
 
-def _retrieval(key: str, video: str, text: str, rows: int, query: str, **named: str) -> VideoSet:
-    named = {"hub": f"VLM2Vec/{key}", **named}
+def _retrieval(
+    key: str, video: str, text: str, rows: int, query: str, config: str = "default", split: str = "test", hub: str = ""
+) -> VideoSet:
     return VideoSet(
-        key=key, layout="retrieval", frames=f"video_ret/{key}", rows=rows, query=query, candidate=VIDEO,
-        video=video, text=text, **named,  # type: ignore[arg-type]
+        key, "retrieval", f"video_ret/{key}", hub or f"VLM2Vec/{key}", rows, query, VIDEO,
+        config=config, split=split, video=video, text=text,
     )  # fmt: skip
 
 
