@@ -68,10 +68,10 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allow-urls",
-        nargs="+",
+        action="append",
         default=[],
         metavar="HOST",
-        help="public hosts from which images are fetched (default: none)",
+        help="public host from which images are fetched; repeat it for several (default: none)",
     )
     parser.set_defaults(mib=MIB)
 

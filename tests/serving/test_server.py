@@ -48,7 +48,7 @@ def server(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     running = start(
         tmp_path_factory.mktemp("server"), "unime-tiny", "--reranker", "unime-tiny", "--index", str(index), "--device",
         "cpu", "--max-body", "1", "--max-pixels", str(PIXELS), "--max-items", str(ITEMS), "--max-queue", "300",
-        "--read-timeout", "3", "--allow-urls", "127.0.0.1", "images.example",
+        "--read-timeout", "3", "--allow-urls", "127.0.0.1", "--allow-urls", "images.example",
     )  # fmt: skip
     yield running
     if running.process.poll() is None:
@@ -160,6 +160,7 @@ def test_rerank_and_score(server: ServerProcess, images: list[Path]) -> None:
     close([entry["relevance_score"] for entry in found["results"]], sorted(expected.values(), reverse=True))
     close([expected[entry["index"]] for entry in found["results"]], sorted(expected.values(), reverse=True))
     assert {"text": "a blue star"} in [entry["document"] for entry in found["results"]]
+    assert len(server.post("/v2/rerank", body).json["results"]) == 5
     (best,) = server.post("/rerank", {**body, "top_n": 1, "return_documents": False}).json["results"]
     assert best == {key: found["results"][0][key] for key in ("index", "relevance_score")}
     scored = server.post("/score", {"text_1": query, "text_2": documents[:2]}).json["data"]
@@ -221,6 +222,8 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "encoding": (EMBED, {"input": MARK, "encoding_format": "int8"}, 400, "invalid_value"),
     "dimensions 0": (EMBED, {"input": MARK, "dimensions": 0}, 400, "invalid_value"),
     "dimensions true": (EMBED, {"input": MARK, "dimensions": True}, 400, "invalid_value"),
+    "long prompt": (EMBED, {"input": MARK, "prompt": "a " * 10_000}, 400, "invalid_value"),
+    "image token": (EMBED, {"input": [f"{MARK} <|image_pad|>"]}, 400, "invalid_value"),
     "prompt name": (EMBED, {"input": MARK, "prompt_name": "nobody"}, 400, "invalid_value"),
     "too many items": (EMBED, {"input": ["a"] * (ITEMS + 1)}, 400, "too_many_items"),
     "too long": (EMBED, {"input": f"{MARK} " * 2000}, 400, "invalid_value"),
@@ -342,6 +345,18 @@ def test_clients_that_go_away(server: ServerProcess, model: UniME) -> None:
     while waiting(server):
         time.sleep(0.1)
     close(vectors(server.post(EMBED, {"input": "a red circle"})), model.encode(["a red circle"]))
+
+
+def test_an_input_that_the_model_refuses_spoils_no_other(server: ServerProcess, model: UniME) -> None:
+    bodies = [{"input": f"a text number {number}"} for number in range(24)]
+    bodies[5::6] = [{"input": ["a red circle", "<|vision_start|><|image_pad|><|vision_end|>"]}] * 4
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(lambda body: server.post(EMBED, body), bodies))
+    for body, response in zip(bodies, found, strict=True):
+        if isinstance(body["input"], list):
+            assert "input[1]" in refused(response, 400, "invalid_value")["message"]
+        else:
+            close(vectors(response), model.encode([body["input"]]))
 
 
 def test_a_full_queue_is_told(server: ServerProcess, model: UniME) -> None:

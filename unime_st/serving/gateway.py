@@ -46,7 +46,7 @@ logger = logging.getLogger("ray.serve")
 Body = dict[str, Any]
 """JSON object of a request or response."""
 
-POSTS = ("/v1/embeddings", "/v1/rerank", "/rerank", "/v1/score", "/score", "/v1/search", "/search")
+POSTS = ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/search", "/search")
 GETS = ("/v1/models", "/health", "/metrics")
 _IGNORED = ("model", "user", "priority", "request_id")
 _ATTEMPTS = 3
@@ -83,7 +83,7 @@ class Gateway:
 
     async def answer(self, request: Request) -> Response:
         """Answer a request."""
-        path = request.url.path.removeprefix("/v1")
+        path = f"/{request.url.path.rpartition('/')[2]}"
         if path == "/health":
             return await self._health()
         try:

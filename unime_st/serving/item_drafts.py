@@ -16,6 +16,9 @@ from unime_st.serving.api_errors import ApiError, bad_request
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Image formats that are accepted."""
 
+_LONGEST_FIELD = 10_000
+"""Characters of a field that is not an item, such as a prompt."""
+
 _TOKENS = (
     "token ids are not supported, because they belong to the tokenizer of another model: send texts (in LangChain: "
     "check_embedding_ctx_length=False)"
@@ -192,6 +195,8 @@ def text_field(body: Mapping[str, object], name: str) -> str | None:
     value = body.get(name)
     if value is not None and not isinstance(value, str):
         raise bad_request(f"{name}: expected a text, found {_kind(value)}", name)
+    if value is not None and len(value) > _LONGEST_FIELD:
+        raise bad_request(f"{name}: {len(value)} characters, expected at most {_LONGEST_FIELD}", name)
     if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise bad_request(f"{name}: not valid Unicode", name)
     return value

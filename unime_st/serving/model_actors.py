@@ -115,8 +115,6 @@ class Embedder:
         return await self.search_batch(call)
 
     def _embed(self, calls: Sequence[EmbedCall]) -> list[Answer]:
-        from unime_st.encoding import encode_items
-
         answers = [Answer(batch=len(calls)) for _ in calls]
         prompts = [call.prompt if call.prompt_name is None else self.model.prompts[call.prompt_name] for call in calls]
         with self._lock:
@@ -125,12 +123,8 @@ class Embedder:
                 items = list(chain.from_iterable(calls[index].items for index in members))
                 tokens, reasons = self._measured(items, prompt)
                 kept = [row for row in range(len(items)) if row not in reasons]
-                failed: dict[int, str] = {}
-                found, _ = encode_items(
-                    self.model, [items[row] for row in kept], prompt=prompt, on_error="skip", reasons=failed
-                )
                 vectors = np.full((len(items), self.dim), np.nan, dtype=np.float32)
-                vectors[kept] = found
+                vectors[kept], failed = self._encode([items[row] for row in kept], prompt)
                 reasons |= {kept[row]: reason for row, reason in failed.items()}
                 start = 0
                 for index in members:
@@ -140,6 +134,21 @@ class Embedder:
                     answers[index].tokens = int(tokens[start:end].sum())
                     start = end
         return answers
+
+    def _encode(self, items: list[Item], prompt: str | None) -> tuple[np.ndarray, dict[int, str]]:
+        """Vectors, and why items have none. What the model itself refuses is found by halving: others go on."""
+        from unime_st.encoding import encode_items
+
+        reasons: dict[int, str] = {}
+        try:
+            return encode_items(self.model, items, prompt=prompt, on_error="skip", reasons=reasons)[0], reasons
+        except Exception as error:
+            if len(items) < 2:
+                reason = f"the model refuses it ({type(error).__name__})"
+                return np.full((len(items), self.dim), np.nan, dtype=np.float32), {0: reason}
+        half = len(items) // 2
+        (left, reasons), (right, others) = self._encode(items[:half], prompt), self._encode(items[half:], prompt)
+        return np.concatenate([left, right]), reasons | {row + half: reason for row, reason in others.items()}
 
     def _measured(self, items: Sequence[Item], prompt: str | None) -> tuple[np.ndarray, dict[int, str]]:
         """Number of tokens of items, and why some are refused: one that is too long would hold up all others."""
@@ -204,7 +213,12 @@ class Reranker:
             if (error := image_error(call.query)) is not None:
                 answer.reasons[-1] = str(error)
         good = [index for index, answer in enumerate(answers) if not answer.reasons]
-        found = self.model.ranker().pairwise([(calls[index].query, calls[index].documents) for index in good])
+        try:
+            found = self.model.ranker().pairwise([(calls[index].query, calls[index].documents) for index in good])
+        except Exception as error:
+            if len(calls) > 1:
+                return [self._score([call])[0] for call in calls]
+            return [Answer(reasons={-1: f"the model refuses it or one of its documents ({type(error).__name__})"})]
         for index, (log_odds, reasons) in zip(good, found, strict=True):
             answers[index].scores = (1 / (1 + np.exp(-log_odds.astype(np.float64)))).tolist()
             answers[index].reasons = {row: str(reason) for row, reason in enumerate(reasons) if reason is not None}
