@@ -232,6 +232,9 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("serve a model over HTTP on Ray Serve", serve_commands.serve_arguments, serve_commands.serve),
     "merge": Command("average the weights of models", _merge_arguments, _merge),
     "export": Command("export a model for stock Sentence Transformers", _export_arguments, _export),
+    "parity": Command(
+        "compare a folder or server with a parity file", serve_commands.parity_arguments, serve_commands.parity
+    ),
     "report": Command("tabulate mteb results beside the published scores", _report_arguments, _report),
 }
 

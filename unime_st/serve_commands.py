@@ -1,4 +1,4 @@
-"""Subcommand `unime serve`: embeddings, reranking and search over HTTP."""
+"""Subcommands `unime serve` and `unime parity`: a model over HTTP, and whether a server gives the expected vectors."""
 
 from __future__ import annotations
 
@@ -136,3 +136,28 @@ def _threads(replicas: int) -> int:
     """CPU threads of a replica: OMP_NUM_THREADS, which Ray would set to 1, or its share of the cores."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() and int(named) else max(1, len(os.sched_getaffinity(0)) // replicas)
+
+
+def parity_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `unime parity`."""
+    parser.epilog = "example: unime parity http://localhost:8000/v1 --file exported/parity.json"
+    parser.add_argument("target", metavar="FOLDER_OR_URL", help="exported folder, or server up to /v1")
+    parser.add_argument("--file", metavar="FILE", help="parity file (default: parity.json in the folder)")
+    parser.add_argument("--model", metavar="NAME", help="name of the model on the server (default: the first)")
+    parser.add_argument(
+        "--least", type=float, default=0.99999, metavar="COSINE", help="lowest cosine that passes (default: 0.99999)"
+    )
+    parser.add_argument("--device", help="device of the folder's model, e.g. cpu or cuda (default: cuda if available)")
+
+
+def parity(options: argparse.Namespace) -> int:
+    """Compare a folder or server with a parity file."""
+    from unime_st.checkpoints.parity_check import check_parity
+
+    found = check_parity(options.target, options.file, model=options.model, device=options.device)
+    for comparison in found:
+        measure = "1 - difference" if comparison.kind == "pair" else "cosine"
+        causes = f"  likely cause: {', '.join(comparison.causes) or 'none of the usual ones'}"
+        passed = comparison.closeness >= options.least
+        sys.stdout.write(f"{measure} {comparison.closeness:.6f}  {comparison.kind}{'' if passed else causes}\n")
+    return 0 if all(comparison.closeness >= options.least for comparison in found) else 1

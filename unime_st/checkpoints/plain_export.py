@@ -8,10 +8,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,6 +22,7 @@ from unime_st.backbones.image_rules import prepare_image
 from unime_st.checkpoints.card import write_plain_card
 from unime_st.checkpoints.checks import sample_image
 from unime_st.checkpoints.native_folder import link_file, quiet_transformers
+from unime_st.checkpoints.parity import PARITY, Probe, mistaken_vectors
 from unime_st.checkpoints.source import CheckpointError, Source, read_source
 from unime_st.files import Json, atomic_folder, folder_lock, read_json, write_json
 from unime_st.paths import AliasError, find_model
@@ -32,47 +30,11 @@ from unime_st.recipes import ImageRule
 
 logger = logging.getLogger(__name__)
 
-PARITY = "parity.json"
-"""File in an exported folder: inputs, what the original model gives for them, and how close the export comes."""
 TOLERANCE = 1e-5
 """Largest cosine distance of a vector, or difference of a score, from the original in float32."""
 _OURS = "unime_"
 _BERT, _SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.json"
 _TEXTS = ("a red circle", "Which of the two squares on the left is larger, and what color is the circle?")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """An input of the parity file.
-
-    Args:
-        kind: ``"text"``, ``"image"``, ``"image and text"`` or ``"pair"``.
-        text: Text of the input, or of the document of a pair.
-        image: Whether the image of the parity file belongs to the input, or to the document of a pair.
-        prompt_name: Prompt that goes with it.
-        query: Query of a pair.
-    """
-
-    kind: str
-    text: str | None = None
-    image: bool = False
-    prompt_name: str | None = None
-    query: str | None = None
-
-    def run(self, model: Any, image: Image.Image) -> np.ndarray:
-        """Vector of the input, or score of the pair, as an array of one dimension; from an embedder or a reranker."""
-        parts = {"image": image if self.image else None, "text": self.text}
-        value: Any = {name: part for name, part in parts.items() if part is not None}
-        if isinstance(model, CrossEncoder):
-            return np.atleast_1d(model.predict([(self.query, value)], show_progress_bar=False))
-        return np.asarray(model.encode([value], prompt_name=self.prompt_name, show_progress_bar=False)[0])
-
-    def closeness(self, found: np.ndarray, expected: np.ndarray) -> float:
-        """Cosine similarity of two vectors; for the scores of a pair, 1 minus their difference."""
-        if self.kind == "pair":
-            return 1 - float(abs(found[0] - expected[0]))
-        a, b = found.astype(np.float64), expected.astype(np.float64)
-        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def export_plain(
@@ -225,20 +187,36 @@ def _write_parity(part: Path, folder: Path, processor: ProcessorMixin, device: s
     kind = CrossEncoder if settings.get("model_type") == "CrossEncoder" else SentenceTransformer
     side = getattr(processor, "image_side", None)
     prepared = prepare_image(image, ImageRule(**getattr(processor, "image_rule", {})), side)
-    results: list[Sequence[np.ndarray]] = []
+    results: list[list[np.ndarray]] = []
+    mistakes: list[dict[str, list[float]]] = [{} for _ in probes]
     for where, given in ((folder, image), (part, prepared)):  # one after the other: each may fill the memory
         with quiet_transformers():
             model = kind(str(where), device=device, model_kwargs={"dtype": "float32"}, local_files_only=True)
             results.append([probe.run(model, given) for probe in probes])
+            if where == part and isinstance(model, SentenceTransformer):
+                other = image if prepared.size != image.size else image.resize((image.width // 2, image.height // 2))
+                mistakes = mistaken_vectors(model, probes, prepared, other)
         del model
     measured: dict[str, float] = {}
     items = []
-    for probe, expected, found in zip(probes, *results, strict=True):
+    for probe, expected, found, causes in zip(probes, *results, mistakes, strict=True):
         measured[probe.kind] = min(measured.get(probe.kind, 1.0), probe.closeness(found, expected))
-        items.append({**vars(probe), "expected": [float(value) for value in expected]})
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    encoded = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    content = {"dtype": "float32", "image_side": side, "measured": measured, "image": encoded, "items": items}
+        prompt = settings.get("prompts", {}).get(probe.prompt_name)
+        values = [float(value) for value in expected]
+        items.append({**vars(probe), "prompt": prompt, "expected": values, "causes": causes})
+    content = {
+        "dtype": "float32",
+        "image_side": side,
+        "measured": measured,
+        "image": _data_uri(image),
+        "prepared": _data_uri(prepared),
+        "items": items,
+    }
     write_json(part / PARITY, content)
     return measured
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
