@@ -50,7 +50,7 @@ def with_prompt(folder: Path) -> None:
 MISTAKES: dict[str, Callable[[Path], None]] = {
     "pooling": lambda folder: change(folder, "1_Pooling/config.json", pooling_mode="mean"),
     "chat template": with_template(""),
-    "special tokens": with_template("<|im_end|><|im_start|><|endoftext|>"),
+    "special tokens": with_template("<|im_end|><|im_start|><|im_end|>"),
     "prompt": with_prompt,
     "data type": lambda folder: change(folder, "config.json", dtype="bfloat16"),
 }

@@ -8,8 +8,9 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from unime_st.serving.gateway import Gateway, build_app
+from unime_st.serving.gateway import Gateway
 from unime_st.serving.model_actors import Embedder, Reranker
+from unime_st.serving.routes import build_app
 from unime_st.serving.settings import ServeSettings
 
 _CALLS = 100_000

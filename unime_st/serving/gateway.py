@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
-import json
 import logging
 import math
 import time
@@ -15,15 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from unime_st.data.items import Item
 from unime_st.serving.api_errors import ApiError, bad_request
@@ -39,15 +33,11 @@ from unime_st.serving.item_drafts import (
 )
 from unime_st.serving.metrics import CONTENT_TYPE, Metrics
 from unime_st.serving.model_actors import Answer, EmbedCall, RerankCall, SearchCall
-from unime_st.serving.settings import MIB, PIECE, ServeSettings, key_digest
+from unime_st.serving.request_reader import Body, RequestReader, refusal, rendered
+from unime_st.serving.settings import PIECE, ServeSettings
 
 logger = logging.getLogger("ray.serve")
 
-Body = dict[str, Any]
-"""JSON object of a request or response."""
-
-POSTS = ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/search", "/search")
-GETS = ("/v1/models", "/health", "/metrics")
 _IGNORED = ("model", "user", "priority", "request_id")
 _ATTEMPTS = 3
 _HEALTH_SECONDS = 5.0
@@ -69,7 +59,8 @@ class Gateway:
         self.settings, self.embedder, self.reranker = settings, embedder, reranker
         self.metrics = Metrics()
         self.started = int(time.time())
-        self._bytes = self._waiting = self._running = 0
+        self.reader = RequestReader(settings)
+        self._waiting = self._running = 0
         self._draining = False
         self._info: Body | None = None
 
@@ -87,9 +78,9 @@ class Gateway:
         if path == "/health":
             return await self._health()
         try:
-            self._authorize(request)
+            self.reader.authorize(request)
         except ApiError as error:
-            return _failed(error)
+            return refusal(error)
         if path == "/metrics":
             self.metrics.waiting.set(self._waiting)
             return Response(self.metrics.text(), media_type=CONTENT_TYPE)
@@ -115,7 +106,7 @@ class Gateway:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 await asyncio.gather(*(model.info.remote() for model in (self.embedder, self.reranker) if model))
         except Exception:  # whatever it is, the server is not ready
-            return _failed(ApiError(503, "a model does not answer", retry_after=5))
+            return refusal(ApiError(503, "a model does not answer", retry_after=5))
         return JSONResponse({"status": "ok"})
 
     async def load_error(self) -> str | None:
@@ -132,71 +123,22 @@ class Gateway:
             if self._draining:
                 raise ApiError(503, "the server is shutting down", retry_after=5)
             async with asyncio.timeout(self.settings.timeout):
-                with self._reserved() as reserve:
-                    response = await _rendered(await handle(await self._read(request, reserve)))
+                with self.reader.reserved() as reserve:
+                    response = await rendered(await handle(await self.reader.read(request, reserve)))
         except ApiError as error:
-            response = _failed(error)
+            response = refusal(error)
         except TimeoutError:
-            response = _failed(ApiError(504, f"no result within {self.settings.timeout:g} seconds", retry_after=5))
+            response = refusal(ApiError(504, f"no result within {self.settings.timeout:g} seconds", retry_after=5))
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception as error:
             logger.error("%s: %s", path, type(error).__name__)  # its message may hold inputs
-            response = _failed(ApiError(500, "internal error", code="internal_error"))
+            response = refusal(ApiError(500, "internal error", code="internal_error"))
         finally:
             self._running -= 1
         self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
         self.metrics.requests.labels(path, str(response.status_code)).inc()
         return response
-
-    def _authorize(self, request: Request) -> None:
-        expected = self.settings.key_digest
-        if expected is None:
-            return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        # Digests have one length, so that the comparison takes the same time for every token.
-        if not hmac.compare_digest(key_digest(token.strip()), expected) or scheme.lower() != "bearer":
-            raise ApiError(401, "missing or wrong bearer token", code="invalid_api_key")
-
-    @contextmanager
-    def _reserved(self) -> Iterator[Callable[[int], None]]:
-        """Account for the bytes of a request body, which grow as it arrives, until the request is answered."""
-        held = 0
-
-        def reserve(size: int) -> None:
-            nonlocal held
-            if size > self.settings.max_body:
-                raise ApiError(
-                    413, f"the body is larger than {self.settings.max_body} bytes; send fewer items or smaller images"
-                )
-            if self._bytes + size - held > self.settings.max_bytes:
-                raise ApiError(429, "too many requests with large bodies; try again later", retry_after=1)
-            self._bytes, held = self._bytes + size - held, size
-
-        try:
-            yield reserve
-        finally:
-            self._bytes -= held
-
-    async def _read(self, request: Request, reserve: Callable[[int], None]) -> Body:
-        """JSON object in the body of a request."""
-        length = request.headers.get("content-length", "0")
-        reserve(int(length) if length.isascii() and length.isdigit() else 0)
-        content = bytearray()
-        try:
-            async with asyncio.timeout(self.settings.read_timeout):
-                async for chunk in request.stream():
-                    content += chunk
-                    reserve(max(len(content), 1))
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.settings.read_timeout:g} seconds") from None
-        try:
-            body = await asyncio.to_thread(json.loads, content) if len(content) > MIB else json.loads(content)
-        except (ValueError, RecursionError):
-            raise bad_request("the body is not valid JSON", code="invalid_json") from None
-        if not isinstance(body, dict):
-            raise bad_request("the body is not a JSON object", code="invalid_json")
-        return body
 
     async def _items(self, drafts: Sequence[ItemDraft]) -> list[Item]:
         """Items of a request, with the images of its URLs."""
@@ -410,40 +352,6 @@ class Gateway:
             hits.sort(key=lambda hit: -hit["score"])
         self.metrics.items.labels("/search").inc()
         return {"object": "list", "model": self.settings.model_id, "data": hits}
-
-
-def build_app() -> Starlette:
-    """ASGI application of the gateway in whose process it runs."""
-
-    async def answer(request: Request) -> Response:
-        gateway: Gateway = serve.get_replica_context().servable_object
-        return await gateway.answer(request)
-
-    async def no_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        found = ApiError(error.status_code, f"{request.method[:20]} {request.url.path[:100]}: {error.detail}")
-        return JSONResponse(found.body, found.status, {**(error.headers or {}), **found.headers})
-
-    posts = [Route(path, answer, methods=["POST"]) for path in POSTS]
-    gets = [Route(path, answer, methods=["GET"]) for path in GETS]
-    return Starlette(routes=[*posts, *gets], exception_handlers={HTTPException: no_route})
-
-
-async def _rendered(content: Body) -> Response:
-    """JSON of a result; many entries are written one by one in a thread, so that other requests go on meanwhile."""
-    if len(content.get("data", ())) < PIECE:
-        return JSONResponse(content)
-
-    def render() -> str:
-        entries = ",".join(json.dumps(entry, allow_nan=False) for entry in content["data"])
-        rest = json.dumps({name: value for name, value in content.items() if name != "data"})
-        return f'{rest[:-1]}, "data": [{entries}]}}'
-
-    return Response(await asyncio.to_thread(render), media_type="application/json")
-
-
-def _failed(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
 
 
 def _encoded(vector: np.ndarray, encoding: str) -> object:
