@@ -51,6 +51,7 @@ MISTAKES: dict[str, Callable[[Path], None]] = {
     "pooling": lambda folder: change(folder, "1_Pooling/config.json", pooling_mode="mean"),
     "chat template": with_template(""),
     "special tokens": with_template("<|im_end|><|im_start|><|im_end|>"),
+    "chat template or other special tokens": with_template("<|im_end|><|im_start|><|endoftext|>"),
     "prompt": with_prompt,
     "data type": lambda folder: change(folder, "config.json", dtype="bfloat16"),
 }

@@ -142,7 +142,7 @@ def compare(content: dict[str, Any], found: Sequence[np.ndarray]) -> list[Compar
     """Compare vectors with a parity file.
 
     A mistake explains a vector that is ten times closer to what the mistake gives than to what is expected. Where none
-    does, rounding explains small differences, and the image size those of images alone.
+    does, rounding explains small differences, the image size those of images alone, and other tokens the rest.
 
     Args:
         content: Content of the parity file.
@@ -172,17 +172,18 @@ def compare(content: dict[str, Any], found: Sequence[np.ndarray]) -> list[Compar
             cause = "data type" if close >= ROUNDING else ""
         if cause and cause not in comparison.causes:
             comparison.causes.append(cause)
-    _image_size(kinds)
+    _fill_gaps(kinds)
     return list(kinds.values())
 
 
-def _image_size(kinds: dict[str, Comparison]) -> None:
-    """Differences of images alone, which nothing else explains, come from another size."""
+def _fill_gaps(kinds: dict[str, Comparison]) -> None:
+    """Name a cause where no vector of the file does: the image size if only images differ, else the tokens."""
     text = kinds.get("text")
+    only_images = text is not None and text.closeness >= LEAST
     for comparison in kinds.values():
-        differs = not comparison.closeness >= LEAST and not comparison.causes
-        if differs and "image" in comparison.kind and text is not None and text.closeness >= LEAST:
-            comparison.causes.append("image size")
+        if comparison.closeness >= LEAST or comparison.causes or comparison.kind == "pair":
+            continue
+        comparison.causes.append("image size" if only_images else "chat template or other special tokens")
 
 
 def probes_of(content: dict[str, Any]) -> Iterator[tuple[Probe, np.ndarray]]:
