@@ -130,7 +130,7 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
             "include_dashboard": False,
             "object_store_memory": max(_MIN_STORE, 2 * settings.max_bytes),
         }
-    ray.init(log_to_driver=verbose, logging_level=level, **options)
+    _start_ray({"log_to_driver": verbose, "logging_level": level, **options})
     _on_signal(_raise_stopped)  # Ray sets its own
     quiet = LoggingConfig(log_level=logging.getLevelName(level), enable_access_log=False)
     serve.start(
@@ -141,3 +141,17 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
     handle = serve.run(build(settings, graceful_seconds=_STOP_SECONDS), name=_NAME, logging_config=quiet)
     found: str | None = handle.load_error.remote().result()
     return found
+
+
+def _start_ray(options: dict[str, object]) -> None:
+    """Start Ray; again if it gives up, as it does after 30 seconds on a busy machine."""
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a bare Exception
+            ray.shutdown()
+            if not attempts_left:
+                raise OSError(f"Ray did not start: {' '.join(str(error).split())}") from error
