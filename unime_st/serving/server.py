@@ -108,7 +108,6 @@ def _checked_port(host: str, port: int) -> int:
 
 def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> str | None:
     """Start Ray, or join the cluster of ``RAY_ADDRESS``, and the deployments; returns why a model did not load."""
-    import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
