@@ -278,6 +278,9 @@ def records(draw: random.Random, folder: Path) -> Iterator[Case]:
     for _ in range(60):
         parts = draw.choice(JUNK), draw.choice([None, None, *JUNK])
         yield Case(f"Item{parts!r:.120}", partial(_item, *parts))
+    for value in JUNK:
+        for name in ("query", "positive", "dataset", "negatives"):
+            yield Case(f"{name} {value!r:.60}", partial(_pair, name, value))
     for number in range(30):
         logits = draw.choice(
             ([], [1.0], [1.0, float("nan")], ["a", 2.0], [None, 1.0], [True, 1.0], [1.0, 2.0], 5, None)
@@ -291,6 +294,12 @@ def _item(text: Any, image: Any) -> bool:
     return (
         isinstance(item.text, str) and item.text == text and (image is None or isinstance(image, (str, bytes)))
     ) or (item.image is not None and text in (None, ""))
+
+
+def _pair(name: str, value: Any) -> bool:
+    parts: dict[str, Any] = {"query": Item("q"), "positive": Item("p"), name: value}
+    record = PairRecord(**parts)
+    return isinstance(record.dataset, str) and list(record.negatives) == []
 
 
 def _record(folder: Path, positive: Any, logits: Any) -> bool:

@@ -56,6 +56,14 @@ class ItemEmbedder:
     def __init__(self, model: SentenceTransformer, cache_folder: str | Path | None = None) -> None:
         self.model = model
         self.store = EmbeddingStore(cache_folder)
+        self._read_template()
+
+    def forget(self) -> None:
+        """Forget the embeddings, because the model has changed."""
+        self.store = EmbeddingStore(None)
+        self._read_template()
+
+    def _read_template(self) -> None:
         # UniME's templates put the image where MMEB's token stands; others would read the token as a word.
         processor = getattr(self.model[0], "processor", None)
         self._template = str(getattr(processor, "chat_template", None))

@@ -18,7 +18,8 @@ from mteb_tasks.item_embedder import ItemEmbedder
 from mteb_tasks.metadata import modalities_of, model_meta
 from mteb_tasks.ranking import rank_candidates, tie_order
 from unime_st.data.images import BadImageError
-from unime_st.encoding import weights_fingerprint
+from unime_st.encoding import model_fingerprint
+from unime_st.encoding.model_identity import model_state
 from unime_st.files import digest
 from unime_st.model import UniME
 from unime_st.registry import resolve
@@ -26,6 +27,7 @@ from unime_st.registry import resolve
 if TYPE_CHECKING:
     from datasets import Dataset
     from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import ModelMeta
     from mteb.models.models_protocols import EncoderProtocol
     from mteb.types import EncodeKwargs, PromptType, RetrievalOutputType
     from torch.utils.data import DataLoader
@@ -74,6 +76,31 @@ class UniMELoader(ItemEmbedder):
         super().__init__(model, cache_folder)
         self.mteb_model_meta = model_meta(model_name, revision, modalities=modalities_of(model))
         self._corpus: Dataset | None = None
+        self._state: object = None
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """Metadata under which mteb files results. The revision of a model that was wrapped follows its changes."""
+        self._follow_model()
+        return self._meta
+
+    @mteb_model_meta.setter
+    def mteb_model_meta(self, meta: ModelMeta) -> None:
+        self._meta, self._follows = meta, False
+
+    def follow_model(self, meta: ModelMeta) -> None:
+        """Set metadata whose revision is the digest of the model from now on, see `model_digest`."""
+        self._meta, self._follows, self._state = meta, True, None
+        self._follow_model()
+
+    def _follow_model(self) -> None:
+        """Forget the embeddings of a model in memory that has changed since they were computed."""
+        if not self._follows or (state := _state_of(self.model)) == self._state:
+            return
+        if self._state is not None:
+            self.forget()
+        self._state = state
+        self._meta = self._meta.model_copy(update={"revision": model_digest(self.model)})
 
     def encode(
         self,
@@ -90,6 +117,7 @@ class UniMELoader(ItemEmbedder):
         Returns:
             float32 array ``(num_rows, dim)``, rows in the order of the loader.
         """
+        self._follow_model()
         if has_encoded_items(inputs.dataset):
             return self.embed_tables([cast("Dataset", inputs.dataset)], **kwargs)
         prompt = prompt_of(self.model, task_metadata, prompt_type)
@@ -128,6 +156,7 @@ class UniMELoader(ItemEmbedder):
         Raises:
             ValueError: If `index` was not called, or a query has no candidates.
         """
+        self._follow_model()
         corpus, self._corpus = self._corpus, None
         if corpus is None:
             raise ValueError("call index(corpus) before search(queries)")
@@ -177,25 +206,29 @@ def wrap(
         model: The model.
         name: ``organisation/model`` under which results are filed.
         revision: Revision under which results are filed. Defaults to `model_digest`, so that mteb's cache does not
-            take the scores of one model for those of another.
+            take the scores of one model for those of another, or of this one before its weights, adapters or prompts
+            were changed.
         **fields: Further fields of mteb's ``ModelMeta``.
 
     Returns:
-        An object for ``mteb.evaluate``. Wrap again after changing the weights: embeddings are remembered.
+        An object for ``mteb.evaluate``.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
         >>> wrap(SentenceTransformer("unime-tiny", device="cpu"), "unime/tiny", "1").mteb_model_meta.name
         'unime/tiny'
     """
-    revision = revision or model_digest(model)
     loader = UniMELoader(name, revision, model=model)
-    loader.mteb_model_meta = model_meta(name, revision, **{"modalities": modalities_of(model), **fields})
+    meta = model_meta(name, revision, **{"modalities": modalities_of(model), **fields})
+    if revision is None:
+        loader.follow_model(meta)
+    else:
+        loader.mteb_model_meta = meta
     return loader
 
 
 def model_digest(model: SentenceTransformer) -> str:
-    """Digest of what decides the embeddings of a model in memory: weights, modules, prompts, template, image size.
+    """Digest of what decides the scores of a model in memory: its fingerprint, prompts, truncation and similarity.
 
     Args:
         model: The model.
@@ -203,21 +236,16 @@ def model_digest(model: SentenceTransformer) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    first: Any = model[0]
-    processor = getattr(first, "processor", None)
-    settings = [
-        weights_fingerprint(model),
-        [f"{type(module).__name__} {getattr(module, 'get_config_dict', dict)()}" for module in model],
-        sorted(model.prompts.items()),
-        model.default_prompt_name,
-        model.truncate_dim,
-        model.similarity_fn_name,
-        model.max_seq_length,
-        getattr(first, "processing_kwargs", None),
-        str(processor),
-        getattr(processor, "chat_template", None),
-    ]
-    return digest(repr(settings), length=16)
+    return digest(repr([model_fingerprint(model), *_settings_of(model)]), length=16)
+
+
+def _settings_of(model: SentenceTransformer) -> list[object]:
+    declared = [sorted(model.prompts.items()), model.default_prompt_name, model.truncate_dim, model.similarity_fn_name]
+    return [*declared, getattr(model[0], "processing_kwargs", None)]
+
+
+def _state_of(model: SentenceTransformer) -> object:
+    return model_state(model), repr(_settings_of(model))
 
 
 def _location_of(

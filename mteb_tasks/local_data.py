@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
-from unime_st.data.images import MAX_BYTES, MAX_PIXELS, BadImageError, ImageRef
+from unime_st.data.images import MAX_BYTES, MAX_PIXELS, ImageRef
 from unime_st.files import digest
 
 EVAL_FOLDER_VARIABLE = "UNIME_EVAL_DIR"
@@ -123,40 +124,45 @@ def resolve_within(folder: Path, name: str) -> Path | None:
     return folder / part
 
 
-def image_fault(file: Path) -> str | None:
-    """Fault of an image file, as far as its header, its end and, of PNG, its checksums show.
+def image_fault(source: Path | bytes) -> str | None:
+    """Fault of an encoded image, as far as its header, its end and, of PNG, its checksums show.
 
     Args:
-        file: Any path.
+        source: Any path, or the content of a file.
 
     Returns:
         The end of a sentence that begins with the name of the image; None if nothing seems wrong.
     """
-    if not os.path.lexists(file):
+    if isinstance(source, Path) and not os.path.lexists(source):
         return "is missing"
-    if _seems_whole(file):
+    if _seems_whole(source):
         return None
-    reference = ImageRef(path=str(file))
+    reference = ImageRef(data=source) if isinstance(source, bytes) else ImageRef(path=str(source))
     try:
         reference.open()  # unusual, but perhaps whole: decoding decides
-        with Image.open(file) as opened:
-            opened.verify()
-    except (BadImageError, OSError, SyntaxError, ValueError) as error:
+        with _opened(source) as file, Image.open(file) as image:
+            image.verify()
+    except Exception as error:  # decoders raise nearly any type on hostile bytes
         return f"is broken: {error}"
     return None
 
 
-def _seems_whole(file: Path) -> bool:
+def _opened(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def _seems_whole(source: Path | bytes) -> bool:
     """Whether a file is an image up to its end mark (a cheap test for downloads cut off in the middle)."""
     try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode) or not 12 <= found.st_size <= MAX_BYTES:
-            return False
-        with open(file, "rb") as opened:
-            opened.seek(-12, os.SEEK_END)
-            tail = opened.read()
-            opened.seek(0)
-            image = Image.open(opened)
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
+            return False  # opening a pipe would block
+        with _opened(source) as file:
+            if not 12 <= file.seek(0, os.SEEK_END) <= MAX_BYTES:
+                return False
+            file.seek(-12, os.SEEK_END)
+            tail = file.read()
+            file.seek(0)
+            image = Image.open(file)
             image.verify()
     except Exception:  # decoders raise nearly any type on hostile bytes; a closer look names the fault
         return False

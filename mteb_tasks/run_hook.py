@@ -19,6 +19,7 @@ from mteb_tasks.mmeb_v2.profiles import current_profile
 from mteb_tasks.models import check_variables
 from mteb_tasks.run_context import CurrentRun, new_run
 from mteb_tasks.scores import Scores, score_table
+from unime_st.memory import skip_final_collection
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def with_scores(run: RunCommand) -> RunCommand:
 
     @functools.wraps(run)
     def run_and_show(args: argparse.Namespace) -> None:
+        skip_final_collection()
         if args.verbosity in _LOG_LEVELS:
             logging.getLogger("mteb_tasks").setLevel(_LOG_LEVELS[args.verbosity])
         if args.model is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, cast
+from uuid import uuid4
 
 import numpy as np
 from mteb.models import ModelMeta
@@ -19,6 +21,9 @@ from mteb_tasks.foreign_rows import iter_table
 from mteb_tasks.item_embedder import WINDOW
 from mteb_tasks.loader import UniMELoader
 from unime_st.data.items import Item
+from unime_st.encoding import weights_fingerprint
+from unime_st.encoding.model_identity import model_settings
+from unime_st.files import digest
 from unime_st.judging import Group, Judge, LocalJudge
 from unime_st.reranking.ranker import sort_by_score
 from unime_st.reranking.search import check_fusion, fused, second_stage
@@ -93,22 +98,56 @@ class TwoStage:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.embedder, self.reranker, self.method, self.top_k = embedder, reranker, method, top_k
         check_fusion(alpha, method)
-        self.alpha = alpha
-        self._score = second_stage(reranker, method, window=window, batch_size=batch_size, pair_order=pair_order)
+        self.alpha, self._pair_order = alpha, pair_order
+        self._window, self._batch_size = window, batch_size
+        self._score = self._second_stage()
         self.judge: Judge = (
             LocalJudge(reranker, batch_size=batch_size, pair_order=pair_order)
             if isinstance(reranker, CrossEncoder)
             else cast(Judge, reranker)
         )
-        first = embedder.mteb_model_meta
-        # Part of mteb's result key, so that other settings do not pass for these.
-        settings = {"top_k": top_k, "method": method} | ({} if method == "pairwise" else {"window": window})
-        settings |= {} if pair_order == "query_first" else {"pair_order": pair_order}
-        settings |= {} if alpha is None else {"alpha": alpha}
-        self.mteb_model_meta: ModelMeta = first.model_copy(
-            update={"name": name or f"{first.name}+reranker", "experiment_kwargs": settings}
-        )
+        self._name = name or f"{embedder.mteb_model_meta.name}+reranker"
+        self._given_meta: ModelMeta | None = None
+        self._token = uuid4().hex
         self._corpus: Dataset | None = None
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """Metadata under which mteb files results, with a revision of both stages as they are now."""
+        if self._given_meta is not None:
+            return self._given_meta
+        first = self.embedder.mteb_model_meta
+        # Part of mteb's result key, so that other settings do not pass for these.
+        settings: dict[str, object] = {"top_k": self.top_k, "method": self.method}
+        settings |= {} if self.method == "pairwise" else {"window": self._window}
+        settings |= {} if self._pair_order == "query_first" else {"pair_order": self._pair_order}
+        settings |= {} if self.alpha is None else {"alpha": self.alpha}
+        revision = digest(f"{first.revision} {self._identity()}", length=16)
+        return first.model_copy(update={"name": self._name, "revision": revision, "experiment_kwargs": settings})
+
+    @mteb_model_meta.setter
+    def mteb_model_meta(self, meta: ModelMeta) -> None:
+        self._given_meta = meta
+
+    def _identity(self) -> str:
+        """What tells the second stage from another one: weights and settings of a model, name and prompt of a judge."""
+        if isinstance(self.reranker, CrossEncoder):
+            settings = json.dumps(model_settings(self.reranker), sort_keys=True, default=repr)
+            return f"{weights_fingerprint(self.reranker)} {settings}"
+        known = [getattr(self.reranker, name, None) for name in ("name", "revision", "prompt_hash")]
+        return repr(known) if None not in known else self._token
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_score": None}  # a function that holds the engine of the reranker
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._score = self._second_stage()
+
+    def _second_stage(self) -> Callable[..., list[PairScores]]:
+        return second_stage(
+            self.reranker, self.method, window=self._window, batch_size=self._batch_size, pair_order=self._pair_order
+        )
 
     @property
     def prompts(self) -> Mapping[str, str | None]:

@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mteb.results import ModelResult
     from PIL import Image
     from sentence_transformers.base.model import BaseModel
+    from sentence_transformers.base.modules import Transformer
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -41,13 +42,16 @@ logger = logging.getLogger(__name__)
 
 
 def patch_sentence_transformers(
-    resolve: Callable[[str, bool], str | None], card_data: Callable[[type, Path, bool], CardData | None]
+    resolve: Callable[[str, bool], str | None],
+    check: Callable[[type, Path], None],
+    card_data: Callable[[type, Path, bool], CardData | None],
 ) -> None:
     """Let every Sentence Transformers class resolve our aliases before it turns to the hub.
 
     Args:
         resolve: Gets a model name, and whether the hub may not be asked; returns the folder of an alias, None for
             folders and other names.
+        check: Gets the class and the folder; raises an error if the folder holds another kind of model.
         card_data: Gets the class, the folder and whether the hub may not be asked; returns the data of the model card,
             None for folders of others.
     """
@@ -61,6 +65,7 @@ def patch_sentence_transformers(
         if isinstance(model_name_or_path, str):
             model_name_or_path = resolve(model_name_or_path, offline) or model_name_or_path
         if model_name_or_path and (folder := Path(model_name_or_path)).is_dir():
+            check(type(self), folder)
             if (base := _base_of_adapter(folder)) is not None:
                 resolve(base, offline)  # so that it is on this machine, see patch_peft
             if kwargs.get("model_card_data") is None:
@@ -83,15 +88,12 @@ def patch_max_seq_length() -> None:
     stock: Any = Transformer.max_seq_length
     suffix = Transformer._chat_template_suffix_ids
 
-    def truncation(self: Transformer) -> object:
-        return (getattr(self, "processing_kwargs", None) or {}).get("text", {}).get("truncation")
-
     def get_max_seq_length(self: Transformer) -> int | None:
-        endless = truncation(self) is False and self.transformer_task == "feature-extraction"
+        endless = _truncation(self) is False and self.transformer_task == "feature-extraction"
         return None if endless else stock.fget(self)
 
     def set_max_seq_length(self: Transformer, value: int | None) -> None:
-        if truncation(self) in (False, _CUT_ON_REQUEST):
+        if _truncation(self) in (False, _CUT_ON_REQUEST):
             if self.transformer_task != "feature-extraction":
                 logger.warning("max_seq_length has no effect: a pair is never truncated, see docs/checkpoints.md")
             else:
@@ -103,7 +105,7 @@ def patch_max_seq_length() -> None:
 
     @functools.wraps(suffix)
     def chat_template_suffix_ids(self: Transformer, conversation: Any, *args: Any, **kwargs: Any) -> list[int]:
-        if truncation(self) == _CUT_ON_REQUEST:
+        if _truncation(self) == _CUT_ON_REQUEST:
             conversation = [_without_images(message) for message in conversation]
         return suffix(self, conversation, *args, **kwargs)
 
@@ -112,6 +114,34 @@ def patch_max_seq_length() -> None:
 
 
 _CUT_ON_REQUEST = "only_first"
+
+
+def patch_preprocess(error_of: Callable[[object], Exception | None]) -> None:
+    """Let errors of image decoders name the file in folders of bare backbones, whose processors are transformers' own.
+
+    Args:
+        error_of: Gets an input; returns an error that names the image file that cannot be decoded, None if all can.
+    """
+    from sentence_transformers.base.modules.transformer import Transformer
+
+    original = Transformer.preprocess
+
+    @functools.wraps(original)
+    def preprocess(self: Transformer, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return original(self, inputs, *args, **kwargs)
+        except Exception as error:
+            if _truncation(self) in (False, _CUT_ON_REQUEST):
+                for value in inputs:
+                    if (named := error_of(value)) is not None:
+                        raise named from error
+            raise
+
+    setattr(Transformer, "preprocess", preprocess)  # noqa: B010
+
+
+def _truncation(transformer: Transformer) -> object:
+    return (getattr(transformer, "processing_kwargs", None) or {}).get("text", {}).get("truncation")
 
 
 def _without_images(message: dict[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class UniME(ShardedByLayer, SentenceTransformer):
         raise_if_table(inputs)
         if "batch_size" in kwargs:
             check_count("batch_size", kwargs["batch_size"])
+        if not isinstance(kwargs.get("prompt"), str | None):
+            raise ValueError(f"prompt must be a text or None, got {kwargs['prompt']!r:.80}")
         if isinstance(inputs, os.PathLike):
             inputs = normalize_input(inputs)
         elif not isinstance(inputs, (list, tuple, np.ndarray, Tensor)) and not is_single(inputs):

@@ -38,6 +38,7 @@ PRIVATE_NAMES = tuple(
             "self conversation",
             "the end of the prompt is restored in rows with images",
         ),
+        ("sentence_transformers.base.modules:Transformer.preprocess", "self inputs", "errors name the image file"),
         ("transformers:AutoConfig.from_pretrained", "", "registers our model types first"),
         ("transformers:AutoProcessor.from_pretrained", "", "registers our model types first"),
         ("transformers:AutoImageProcessor.from_pretrained", "", "registers our model types first"),

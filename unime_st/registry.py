@@ -17,6 +17,7 @@ from unime_st import compat
 from unime_st._after_import import AfterImport, run
 from unime_st.paths import (
     ALIAS_PATTERN,
+    PACKAGED,
     RESERVED_PREFIX,
     TINY,
     AliasError,
@@ -118,8 +119,10 @@ def register() -> None:
     end of its own import, so this neither imports torch nor costs time.
     """
     actions: dict[str, Callable[[], None]] = {
-        "sentence_transformers": functools.partial(compat.patch_sentence_transformers, resolve_alias, _card_data),
-        "sentence_transformers.base.modules.transformer": compat.patch_max_seq_length,
+        "sentence_transformers": functools.partial(
+            compat.patch_sentence_transformers, resolve_alias, _check_kind, _card_data
+        ),
+        "sentence_transformers.base.modules.transformer": _patch_transformer,
         **{
             module: functools.partial(compat.patch_auto_class, module, name, _register_backbones)
             for module, name in _AUTO_CLASSES.items()
@@ -149,6 +152,40 @@ def _once(name: str, action: Callable[[], None]) -> None:
     if name not in _registered:
         _registered.add(name)
         action()
+
+
+def _patch_transformer() -> None:
+    compat.patch_max_seq_length()
+    compat.patch_preprocess(_image_error)
+
+
+def _image_error(value: object) -> Exception | None:
+    from unime_st.encoding.model_inputs import undecodable_image
+
+    return undecodable_image(value)
+
+
+def _check_kind(kind: type[BaseModel], folder: Path) -> None:
+    """Refuse a reranker as an embedder and the reverse, where Sentence Transformers would convert it.
+
+    The vectors of a reranker mean nothing, because they were never trained.
+    """
+    if not (folder / "config_sentence_transformers.json").is_file() or not (folder == PACKAGED or _made_here(folder)):
+        return
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+    from unime_st.files import read_json
+
+    saved = read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    if saved == "CrossEncoder" and issubclass(kind, SentenceTransformer):
+        raise ValueError(
+            f"{folder} holds a reranker, not an embedding model: load it with UniMEReranker or CrossEncoder"
+        )
+    if saved == "SentenceTransformer" and issubclass(kind, CrossEncoder):
+        raise ValueError(
+            f"{folder} holds an embedding model, not a reranker: load it with UniME or SentenceTransformer. "
+            "UniMEReranker also takes the generative checkpoint that it came from."
+        )
 
 
 def _card_data(kind: type[BaseModel], folder: Path, local_files_only: bool) -> CardData | None:

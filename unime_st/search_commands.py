@@ -111,6 +111,7 @@ def index(options: argparse.Namespace) -> int:
     from unime_st.data.records import RecordSet
     from unime_st.model import UniME
     from unime_st.retrieval import Index
+    from unime_st.retrieval.index_items import check_output
 
     _at_least_one(options, "truncate_dim", "batch_size")
     source = Path(options.source)
@@ -125,6 +126,7 @@ def index(options: argparse.Namespace) -> int:
         for_ids, for_items = tee(_nonempty(options))  # read in step, one item ahead
         what, chosen["ids"] = (item for _, item in for_items), (name for name, _ in for_ids)
         chosen["image_root"] = None if options.embed_images else source if source.is_dir() else source.parent
+    check_output(options.output, overwrite=options.overwrite)  # before the model is loaded
     model = UniME(options.model, device=options.device)
     built = Index.build(what, model, folder=options.output, show_progress_bar=True, **chosen)
     recall = "" if options.kind == "flat" else f", recall@10 {built.settings.recall:.3f} on a sample"

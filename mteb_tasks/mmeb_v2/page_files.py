@@ -16,7 +16,6 @@ from mteb_tasks.local_data import image_fault, stat_signature
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.data_folder import DataFolder
 from mteb_tasks.mmeb_v2.page_tables import PageTables
-from unime_st.data.images import MAX_PIXELS, ImageRef
 from unime_st.files import digest, make_once
 from unime_st.paths import home
 
@@ -139,8 +138,8 @@ def _for_each_page(tables: PageTables, use: Callable[[int, bytes], None]) -> Non
         number, content = numbered
         fault: str | None = "has no image"
         if content:
+            fault = image_fault(content)
             try:
-                fault = _bytes_fault(content)
                 if fault is None:
                     return use(number, content)
             except (ValueError, SyntaxError) as error:
@@ -151,18 +150,6 @@ def _for_each_page(tables: PageTables, use: Callable[[int, bytes], None]) -> Non
     with ThreadPoolExecutor(_THREADS) as pool:
         while block := list(islice(numbered, _AT_ONCE)):
             list(pool.map(check_and_use, block))
-
-
-def _bytes_fault(content: bytes) -> str | None:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()
-            small = image.width * image.height <= MAX_PIXELS
-        if not small or not (content.endswith(b"\xff\xd9") or b"IEND" in content[-12:]):
-            ImageRef(data=content).open()  # unusual, but perhaps whole: decoding decides
-    except Exception as error:  # decoders raise nearly any type on hostile bytes
-        return f"is broken: {error}"
-    return None
 
 
 def _cache(tables: PageTables) -> Path:

@@ -207,3 +207,14 @@ def test_a_converted_folder_can_be_converted_again(converted: Get, tmp_path: Pat
     first.save_pretrained(str(tmp_path / "saved"))
     again = convert(tmp_path / "saved", "unime-v2-2b", output=tmp_path / "again", image_size=84)
     assert np.abs(SentenceTransformer(str(again), device="cpu").encode(ROWS) - first.encode(ROWS)).max() < 1e-6
+
+
+def test_a_tokenizer_without_a_limit_gets_that_of_the_model(checkpoint: Get, tmp_path: Path) -> None:
+    name = "unime-v1-llava1.6"
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint(name), source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = int(1e30)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = SentenceTransformer(str(convert(source, name, output=tmp_path / "converted")), device="cpu")
+    assert model.max_seq_length == model[0].config.get_text_config().max_position_embeddings

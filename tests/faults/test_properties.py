@@ -122,6 +122,19 @@ def test_any_parts_of_an_item(text: Any, image: Any):
 
 
 @QUICK
+@given(VALUES, VALUES, VALUES)
+def test_any_parts_of_a_record(query: Any, dataset: Any, negatives: Any):
+    try:
+        record = PairRecord(query, Item("p"), dataset, negatives)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "dataset"
+        assert isinstance(record.query, Item) and isinstance(record.dataset, str)
+    assert "items" in message or "dataset" in message
+
+
+@QUICK
 @given(st.one_of(SCALARS, LOGITS), st.lists(st.one_of(SCALARS, LOGITS), max_size=3))
 def test_any_logits_of_a_record(positive: Any, logits: list[Any]):
     negatives = tuple(Item(f"n{number}") for number in range(len(logits)))

@@ -340,7 +340,7 @@ def test_any_number_of_candidates_trains_pairwise(model: UniMEReranker):
     [
         ({"pairwise_weight": 0, "listwise_weight": 0}, "not both 0"),
         ({"listwise_weight": -1}, "at least 0"),
-        ({"mini_batch_size": 0}, "mini_batch_size must be a positive integer"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be at least 1"),
         ({"min_list_length": 1}, "min_list_length must be at least 2"),
         ({"target_temperature": 0.0}, "target_temperature must be above 0"),
     ],

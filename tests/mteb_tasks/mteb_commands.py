@@ -36,7 +36,9 @@ def main(folder: Path, models: dict[str, str]) -> None:
 
     outcomes = {}
     for name, arguments in json.loads(sys.stdin.read()).items():
-        sys.argv = ["mteb", *arguments, "--output-folder", str(folder / name)]
+        sys.argv = ["mteb", *(word.replace("FOLDER", str(folder)) for word in arguments)]
+        if arguments[:1] == ["run"] and "--help" not in arguments:
+            sys.argv += ["--output-folder", str(folder / name)]
         print(f"<{name}>")
         try:
             mteb_main()
@@ -45,6 +47,8 @@ def main(folder: Path, models: dict[str, str]) -> None:
             outcomes[name] = f"{type(error).__name__}: {error}"
         print(f"</{name}>")
     outcomes["selected"] = sorted(task.metadata.name for task in mteb.get_tasks(modalities=["image"]))
+    known = [meta.name for meta in mteb.get_model_metas()] + [benchmark.name for benchmark in mteb.get_benchmarks()]
+    outcomes["known"] = sorted(str(name) for name in known)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 

@@ -27,6 +27,24 @@ STOCK = {
     "no-task": ["run", "-m", "org/text", "-t", "NoSuchTask"],
     "loud": ["run", "-m", "org/text", "-t", "ForeignSTS", "-v", "7"],
 }
+CARD = ["create-model-results", "--model-name", "org/text", "--tasks", "ForeignSTS", "--results-folder", "FOLDER/sts"]
+OTHER_COMMANDS = {
+    "help": ["--help"],
+    "run-help": ["run", "--help"],
+    "leaderboard-help": ["leaderboard", "--help"],
+    "mock-help": ["mock-run", "--help"],
+    "nothing": [],
+    "unknown-command": ["nope"],
+    "tasks": ["available-tasks", "-t", "STS12", "Banking77Classification"],
+    "tasks-of-a-type": ["available-tasks", "--task-types", "VisualSTS(eng)", "-l", "eng"],
+    "no-such-task": ["available-tasks", "-t", "NoSuchTask"],
+    "benchmark": ["available-benchmarks", "-b", "MTEB(eng, v2)"],
+    "no-such-benchmark": ["available-benchmarks", "-b", "NoSuchBenchmark"],
+    "card": [*CARD, "--output-path", "FOLDER/card.md"],
+    "card-again": [*CARD, "--output-path", "FOLDER/card.md"],
+    "card-anew": [*CARD, "--output-path", "FOLDER/card.md", "--overwrite"],
+    "card-from-card": [*CARD, "--output-path", "FOLDER/next.md", "--from-existing", "FOLDER/card.md"],
+}
 OURS = {
     "text-model": ["run", "-m", "org/text", "-t", "ScenesVQA"],
     "hub-model": ["run", "-m", "org/tiny", "-t", "ScenesVQA", "ForeignSTS"],
@@ -79,12 +97,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def hooked(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Commands:
-    return Commands(tmp_path_factory.mktemp("hooked") / "runs", STOCK | OURS, models, "1")
+    return Commands(tmp_path_factory.mktemp("hooked") / "runs", STOCK | OTHER_COMMANDS | OURS, models, "1")
 
 
 def test_stock_runs_are_the_same_with_and_without_the_hook(models, hooked, tmp_path):
     models = {**models, "org/tiny": str(ROOT / "unime_st" / "models" / "unime-tiny")}
-    plain = Commands(tmp_path / "runs", STOCK, models, "0")
+    plain = Commands(tmp_path / "runs", STOCK | OTHER_COMMANDS, models, "0")
     for name in STOCK:
         assert hooked.outcomes[name] == plain.outcomes[name]
         assert hooked.files(name) == plain.files(name)
@@ -94,6 +112,16 @@ def test_stock_runs_are_the_same_with_and_without_the_hook(models, hooked, tmp_p
         )
     assert hooked.outcomes["sts"] == "done" and hooked.files("two").keys() >= hooked.files("sts").keys()
     assert hooked.outcomes["selected"] == plain.outcomes["selected"]
+    for name in OTHER_COMMANDS:
+        outcomes = [found.outcomes[name].replace(str(found.folder), "FOLDER") for found in (hooked, plain)]
+        assert outcomes[0] == outcomes[1], name
+        shown = [found.shown(name).replace(str(found.folder), "FOLDER") for found in (hooked, plain)]
+        assert shown[0] == shown[1], name
+    for card in ("card.md", "next.md"):
+        assert (hooked.folder / card).read_text() == (plain.folder / card).read_text()
+    added = set(hooked.outcomes["known"]) - set(plain.outcomes["known"])
+    assert set(hooked.outcomes["known"]) > set(plain.outcomes["known"])
+    assert all(name.startswith(("unime/", "MMEB(eng, v")) for name in added), added
 
 
 def test_a_hub_model_runs_on_our_tasks_and_is_shown(hooked):

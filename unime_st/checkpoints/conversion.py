@@ -129,6 +129,9 @@ def convert_to(target: Path, folder: str | Path, recipe: Recipe, options: Option
     with atomic_folder(target, overwrite=overwrite) as part:
         config = _write_config(part, full, recipe, family, ours, options.dtype)
         processor = _processor(full, recipe, family, ours, options)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions and processor.tokenizer.model_max_length > positions:  # often "none", the number 1e30
+            _set_and_save(processor.tokenizer, "model_max_length", positions)
         processor.save_pretrained(part)
         if source.adapter is not None:
             from unime_st.checkpoints.adapter_merge import write_merged

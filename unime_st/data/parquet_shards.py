@@ -249,6 +249,9 @@ class ItemReader:
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.folder, self.image_root)
+
     def __len__(self) -> int:
         return len(self._ids)
 

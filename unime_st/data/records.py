@@ -47,7 +47,7 @@ class PairRecord:
         negative_logits: The same for each negative; empty if not judged.
 
     Raises:
-        ValueError: If logits are given, but not exactly one finite logit for the positive and each negative.
+        ValueError: If a field has a wrong type, or logits are given, but not exactly one finite logit for the positive and each negative.
 
     Example:
         >>> from unime_st.data import Item, PairRecord
@@ -63,6 +63,13 @@ class PairRecord:
     negative_logits: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.negatives, (tuple, list)):
+            raise ValueError(f"negatives must be a tuple of items, got {self.negatives!r:.80}")
+        for item in (self.query, self.positive, *self.negatives):
+            if not isinstance(item, Item):
+                raise ValueError(f"a record holds items, got {item!r:.80}: expected Item(text, image)")
+        if not isinstance(self.dataset, str):
+            raise ValueError(f"dataset must be the name of a dataset, got {self.dataset!r:.80}")
         if not isinstance(self.negative_logits, (tuple, list)):
             raise ValueError(f"negative_logits must be a tuple of judge logits, got {self.negative_logits!r:.80}")
         if self.positive_logit is None and not self.negative_logits:

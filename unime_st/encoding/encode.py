@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from unime_st.data.manifest import begin_stage, finish_stage
+from unime_st.data.manifest import StageConflictError, begin_stage, finish_stage
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding.engine import encode_into
+from unime_st.encoding.item_keys import ItemKeys
 from unime_st.encoding.model_identity import model_fingerprint
 from unime_st.encoding.model_inputs import ModelInput
 from unime_st.encoding.vector_shards import MemorySink, ShardSink, VectorShards, VectorSink
@@ -189,14 +190,14 @@ def encode_to_shards(
         dtype: Data type of the files. Defaults to "float32".
         on_error: As for :func:`encode_items`; rows without a vector are NaN.
         overwrite: Replace the vectors of another call. Defaults to False.
-        source: Identity of the stream, such as a digest; a folder begun with another one is refused. Defaults to None.
+        source: Identity of the stream, such as a digest; a folder begun with another one is refused. Defaults to None:
+            the items are compared one by one.
 
     Returns:
-        VectorShards: The vectors on disk. A finished folder of the same model is returned as it is; the stream itself
-        is not compared.
+        VectorShards: The vectors on disk. A finished folder of the same model and items is returned as it is.
 
     Raises:
-        StageConflictError: If the folder contains vectors of another model and ``overwrite`` is False.
+        StageConflictError: If the folder contains vectors of another model or other items and ``overwrite`` is False.
         BadImageError: If an image cannot be decoded and ``on_error`` is "raise".
 
     Example:
@@ -215,15 +216,26 @@ def encode_to_shards(
     prompt = resolve_prompt(model, prompt)
     options = {"model": model_fingerprint(model), "dtype": dtype, "prompt": prompt, "dim": dim}
     options |= {} if source is None else {"source": source}
+    keys = ItemKeys(folder) if source is None else None
+    length = _length(items)
     if not begin_stage(folder, "encode", inputs=[], options=options, overwrite=overwrite):
-        return VectorShards(folder)
-    shards = ShardSink(folder, dim, np.dtype(dtype))
+        found = VectorShards(folder)
+        if keys is not None:
+            if length is not None and length != len(found):
+                raise StageConflictError(f"{folder} holds {len(found)} vectors, not {length}: choose another folder")
+            keys.compare(items, len(found.shards()), len(found))
+        return found
+    shards = ShardSink(folder, dim, np.dtype(dtype), keys)
     with RejectedWriter(folder) as rejected:
         for row in shards.without_vector():
             rejected.add("no vector; the reason was reported by the interrupted run before this one", row=row)
-        length = _length(items)
         total = None if length is None else max(0, length - shards.before)
-        rest = islice(items, shards.before, None)
+        stream = iter(items)
+        if keys is None:
+            rest = islice(stream, shards.before, None)
+        else:
+            keys.compare(stream, len(shards.sizes), shards.before)
+            rest = keys.record(stream)
         failed = encode_into(
             model, rest, shards, on_error=on_error, batch_size=batch_size, token_budget=token_budget, workers=workers,
             device=device, prompt=prompt, progress=show_progress_bar, total=total, **_truncation(model, truncate_dim),

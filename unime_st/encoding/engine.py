@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
 from unime_st.encoding.content_keys import content_key
 from unime_st.encoding.model_inputs import (
+    copy_arrays,
     is_chat,
     is_media,
     looks_like_image_path,
@@ -107,7 +108,8 @@ class Engine:
             self._emit(open_windows, results, bar)
 
         # If the stream raises, the vectors of earlier windows are still emitted: shards resume from there.
-        ahead = _prefetch(self._windows(iter(inputs), window), on_failure=finish)
+        source = map(copy_arrays, inputs) if isinstance(inputs, Iterator) else iter(inputs)
+        ahead = _prefetch(self._windows(source, window), on_failure=finish)
         with bar, self.runner.threads() as pool, closing(ahead) as windows:
             try:
                 for upcoming in windows:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unime_st.compat import plain_image
 from unime_st.data.image_arrays import image_from_array
 from unime_st.data.image_urls import fetch_image, is_url
 from unime_st.data.images import MAX_PIXELS, BadImageError, ImageRef, decoding, label_of, padded_to_aspect, to_rgb
@@ -101,7 +102,8 @@ def _load_file(source: str) -> str | Image.Image:
         if image.format in _PASSED_ON and not deep and not getattr(image, "is_animated", False):
             return source
         with decoding(label):
-            return to_rgb(image) if deep else image.copy()
+            image.load()
+            return to_rgb(image) if deep else plain_image(image)
 
 
 def _open(source: str) -> Image.Image:

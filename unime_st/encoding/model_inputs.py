@@ -139,6 +139,15 @@ def _normalize_message(message: object) -> object:
     return {**message, "content": parts}
 
 
+def copy_arrays(value: object) -> object:
+    """Copy the arrays of an input from an iterator, which may fill one buffer again and again."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return {name: copy_arrays(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
 def _is_absent(value: object) -> bool:
     """Whether a value is None, or what pandas and Arrow put in its place: NaN, NaT or NA."""
     return (
@@ -304,6 +313,20 @@ def unreadable_image(value: object) -> BadImageError | None:
             video.check()
     except BadImageError as error:
         return error
+    return None
+
+
+def undecodable_image(value: object) -> BadImageError | None:
+    """Error that names the first image file of an input that transformers cannot decode; None if it can.
+
+    Its decoder takes neither animations nor rare formats, which :class:`~unime_st.UniME` decodes itself.
+    """
+    value = normalize_input(value)
+    if (error := unreadable_image(value)) is not None:
+        return error
+    for path in image_paths(value):
+        if not isinstance(load_image(path), str):
+            return BadImageError(f"image {path}: transformers cannot decode it; open it with Pillow, or use UniME")
     return None
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from unime_st.data.manifest import is_complete, is_whole_shard, open_stage, record_shard
+from unime_st.encoding.item_keys import ItemKeys
 from unime_st.files import atomic_write
 
 
@@ -65,8 +66,10 @@ class MemorySink:
 class ShardSink:
     """Sink that writes vectors to ``vectors-00000.npy``, ``vectors-00001.npy``, ... after existing shards."""
 
-    def __init__(self, folder: Path, dim: int, dtype: npt.DTypeLike = np.float32) -> None:
-        self.folder, self.dim, self.dtype = folder, dim, np.dtype(dtype)
+    def __init__(
+        self, folder: Path, dim: int, dtype: npt.DTypeLike = np.float32, keys: ItemKeys | None = None
+    ) -> None:
+        self.folder, self.dim, self.dtype, self.keys = folder, dim, np.dtype(dtype), keys
         folder.mkdir(parents=True, exist_ok=True)
         existing = takewhile(is_whole_shard, (shard_path(folder, number) for number in count()))
         self.sizes = [len(np.load(path, mmap_mode="r")) for path in existing]
@@ -79,6 +82,8 @@ class ShardSink:
             content = np.full((size, self.dim), np.nan, dtype=self.dtype)
         else:
             content = vectors.float().cpu().numpy().astype(self.dtype)
+        if self.keys is not None:
+            self.keys.write(len(self.sizes), size)
         write_shard(self.folder, len(self.sizes), content)
         self.sizes.append(size)
 

@@ -16,6 +16,8 @@ from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
+from unime_st.options import check_count
+
 ROWS_AT_ONCE = 32
 """Rows of the similarity matrix computed at a time where no ``mini_batch_size`` is given."""
 
@@ -37,20 +39,6 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
     if embeddings.dtype != torch.float64:
         embeddings = embeddings.float()
     return F.normalize(embeddings, p=2, dim=-1)
-
-
-def is_count(value: object, at_least: int = 1) -> bool:
-    """Whether a value is an integer of at least ``at_least``; a boolean is not.
-
-    Args:
-        value: The value.
-        at_least: Smallest count. Defaults to 1.
-
-    Example:
-        >>> is_count(8), is_count(True), is_count(1.5)
-        (True, False, False)
-    """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def check_positive(name: str, value: float) -> float:
@@ -162,8 +150,8 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and not is_count(value):
-                raise ValueError(f"{name} must be a positive integer or None, but is {value!r}.")
+            if value is not None:
+                check_count(name, value)
         self.model = model
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens

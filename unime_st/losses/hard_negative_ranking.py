@@ -9,8 +9,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from unime_st.losses.base import CachedEmbeddingLoss, RowwiseLoss, Shards, check_positive, is_count
+from unime_st.losses.base import CachedEmbeddingLoss, RowwiseLoss, Shards, check_positive
 from unime_st.losses.citations import UNIME_CITATION
+from unime_st.options import check_count
 
 
 class HardNegativeRankingLoss(CachedEmbeddingLoss):
@@ -108,8 +109,7 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
         )
         if not math.isfinite(false_negative_margin):
             raise ValueError(f"false_negative_margin must be a finite number, but is {false_negative_margin}.")
-        if not is_count(num_negatives):
-            raise ValueError(f"num_negatives must be at least 1, but is {num_negatives!r}; expected an integer.")
+        check_count("num_negatives", num_negatives)
         self.temperature = check_positive("temperature", temperature)
         self.false_negative_margin = false_negative_margin
         self.num_negatives = num_negatives

@@ -13,7 +13,6 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
-from unime_st.losses.base import is_count
 from unime_st.losses.citations import UNIME_V2_CITATION
 from unime_st.losses.list_answers import (
     answer_cross_entropy,
@@ -23,6 +22,7 @@ from unime_st.losses.list_answers import (
     second_positions,
 )
 from unime_st.losses.random_lists import draw_lists, evaluation_seed, list_targets, training_seed
+from unime_st.options import check_count
 
 Prompts = dict[str, Any]
 """A column of prompts: queries, their candidates and what else shapes the prompt."""
@@ -137,10 +137,10 @@ class RerankerLoss(CachedLossMixin, nn.Module):
                 "pairwise_weight and listwise_weight must be at least 0 and not both 0, but are "
                 f"{pairwise_weight} and {listwise_weight}."
             )
-        if mini_batch_size is not None and not is_count(mini_batch_size):
-            raise ValueError(f"mini_batch_size must be a positive integer or None, but is {mini_batch_size}.")
-        if min_list_length is not None and not is_count(min_list_length, at_least=2):
-            raise ValueError(f"min_list_length must be at least 2 or None, but is {min_list_length}.")
+        if mini_batch_size is not None:
+            check_count("mini_batch_size", mini_batch_size)
+        if min_list_length is not None:
+            check_count("min_list_length", min_list_length, at_least=2)
         if target_temperature is not None and not 0 < target_temperature < float("inf"):
             raise ValueError(f"target_temperature must be above 0 or None, but is {target_temperature}.")
         self.model = model

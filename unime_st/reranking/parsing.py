@@ -14,6 +14,7 @@ from sentence_transformers.base.modality import is_image_url_or_path
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.image_urls import fetch_bytes
 from unime_st.data.images import decoding, label_of, padded_to_aspect, to_rgb
+from unime_st.encoding.model_inputs import normalize_input
 from unime_st.scoring.prompts import as_item
 
 _LONGEST_PATH = 4096
@@ -51,6 +52,7 @@ def to_item(value: Any) -> Item:
         value = {"text" if isinstance(value, str) else "image": value}
     if not isinstance(value, dict):
         return as_item(value)
+    value = normalize_input(value)
     if value.get("image") is not None:
         return as_item({**value, "image": _image(value["image"])})
     text = value.get("text")
@@ -136,8 +138,10 @@ def plain_input(value: object, opened: dict[object, Any]) -> Any:
             opened[value] = padded_to_aspect(ImageRef(path=value).open())
         return opened[value]
     if isinstance(value, dict) and "role" not in value:
-        parts = {key: part if key == "text" else plain_input(part, opened) for key, part in value.items()}
-        return {key: part for key, part in parts.items() if part is not None}
+        parts = normalize_input(value)
+        return {key: part if key == "text" else plain_input(part, opened) for key, part in parts.items()}
+    if isinstance(value, ImageRef):
+        return padded_to_aspect(value.open())
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 
 from unime_st.data import BadImageError
-from unime_st.encoding.model_inputs import Features
+from unime_st.encoding.model_inputs import Features, raise_if_single, raise_if_table
 from unime_st.options import check_count
 from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
 from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse_inputs, plain_input, to_item
@@ -217,7 +217,14 @@ class UniMEReranker(CrossEncoder):
             self._ranker = Ranker(self)
         return self._ranker
 
-    def listwise_scores(self, query: object, documents: Sequence[object], *, permutations: int = 1) -> np.ndarray:
+    def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Score pairs, see :meth:`CrossEncoder.predict`; they may also come as an iterator or a pandas Series."""
+        raise_if_table(inputs)
+        if not isinstance(inputs, (list, tuple, np.ndarray)) and isinstance(inputs, Iterable):
+            inputs = list(inputs)
+        return super().predict(inputs, *args, **kwargs)
+
+    def listwise_scores(self, query: object, documents: Iterable[object], *, permutations: int = 1) -> np.ndarray:
         """Score all candidates of a query in one list.
 
         The prompt ends with ``Ans: (``; the scores are the logits of the tokens 1, 2, ..., n at that position, so
@@ -239,7 +246,8 @@ class UniMEReranker(CrossEncoder):
             ValueError: If there are no candidates or too many to number, or the prompt is too long.
             FloatingPointError: If a logit is not finite.
         """
-        if not len(documents):
+        documents = _listed(documents)
+        if not documents:
             raise ValueError("a list needs at least 1 candidate, got 0")
         check_count("permutations", permutations)
         self.check_lists()
@@ -248,7 +256,7 @@ class UniMEReranker(CrossEncoder):
     def rank(  # type: ignore[override]
         self,
         query: object,
-        documents: Sequence[object],
+        documents: Iterable[object],
         top_k: int | None = None,
         return_documents: bool = False,
         *,
@@ -300,7 +308,8 @@ class UniMEReranker(CrossEncoder):
             check_count("top_k", top_k, at_least=0)
         if method != "pairwise" and kwargs:
             raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
-        if not len(documents):
+        documents = _listed(documents)
+        if not documents:
             return []
         activation = cast(torch.nn.Module, kwargs.pop("activation_fn", None) or self.activation_fn)
         parsed = parse_inputs([query, *documents])
@@ -389,3 +398,8 @@ class UniMEReranker(CrossEncoder):
             found = cast(Ranking, super().rank(query, [documents[index] for index in readable], **options))
             scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]
         return PairScores(scores, [*reasons[1:]])
+
+
+def _listed(documents: Iterable[object]) -> list[Any]:
+    raise_if_single(documents)
+    return list(documents)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import faiss
 import numpy as np
@@ -19,9 +18,9 @@ from unime_st.data.manifest import is_complete, write_manifest
 from unime_st.data.parquet_shards import ItemWriter, ShardWriter
 from unime_st.data.records import RecordSet
 from unime_st.encoding import encode_items, model_fingerprint
-from unime_st.encoding.model_identity import model_state
-from unime_st.encoding.model_inputs import ModelInput, as_item
+from unime_st.encoding.model_inputs import ModelInput, as_item, raise_if_single
 from unime_st.files import atomic_folder, folder_lock
+from unime_st.options import check_count
 from unime_st.retrieval.faiss_engine import (
     GPU_LIMIT,
     Kind,
@@ -35,6 +34,7 @@ from unime_st.retrieval.faiss_engine import (
 from unime_st.retrieval.index_items import (
     EncodingOptions,
     IndexedItems,
+    check_output,
     encode_named,
     encode_records,
     with_ids,
@@ -43,6 +43,7 @@ from unime_st.retrieval.index_items import (
 from unime_st.retrieval.index_settings import (
     FAISS_FILE,
     ROW_SCHEMA,
+    CheckedModels,
     IndexFolder,
     IndexSettings,
     declared_prompts,
@@ -108,7 +109,7 @@ class Index:
         self._engine, self._ids, self._items, self._image_root, self._mapped = engine, ids, items, image_root, False
         self._removed: set[int] = set()
         self._gpu: Any = None
-        self._checked: WeakKeyDictionary[SentenceTransformer, object] = WeakKeyDictionary()
+        self._checked = CheckedModels(settings)
 
     @classmethod
     def build(
@@ -167,8 +168,8 @@ class Index:
             (['0', '1', '2'], 128)
         """
         check_kind(kind)
-        if folder is not None and Path(folder).exists() and not overwrite:
-            raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True (--overwrite)")
+        raise_if_single(items)
+        check_output(folder, overwrite=overwrite)
         normalized, fingerprint = needs_normalization(model), model_fingerprint(model)
         declared = declared_prompts(model)
         document = declared[0] if prompt is None else prompt or None
@@ -206,6 +207,9 @@ class Index:
                 return index
             index.save(folder, overwrite=overwrite)
         return cls.load(folder, model)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_gpu": None}  # copied again from the CPU when needed
 
     def __len__(self) -> int:
         return len(self._ids) - len(self._removed)
@@ -289,10 +293,8 @@ class Index:
             ValueError: If ``k`` is below 1, or the model has changed since the index was built.
             BadImageError: If the image of a query cannot be read.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if isinstance(queries, (str, bytes, Item, dict)):
-            raise TypeError("queries must be a list of queries, got a single one: search([query])")
+        check_count("k", k)
+        raise_if_single(queries)
         if k > len(self):
             logger.warning("k is %d, but the index has %d items: all are returned", k, len(self))
         parsed = [as_item(query) for query in queries]
@@ -370,10 +372,7 @@ class Index:
 
     def check_model(self, model: SentenceTransformer) -> None:
         """Raise ValueError if the weights, settings or prompts of a model are not those of this index."""
-        state = (model_state(model), declared_prompts(model))
-        if self._checked.get(model) != state:  # all weights are read once, not at every search
-            self.settings.check_model(model)
-            self._checked[model] = state
+        self._checked.check(model)
 
     def _encode(self, items: list[Item], prompt: str | None, batch_size: int) -> np.ndarray:
         vectors = encode_items(

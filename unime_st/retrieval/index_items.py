@@ -104,6 +104,21 @@ def work_folder(folder: str | Path | None) -> Iterator[Path]:
         shutil.rmtree(kept, ignore_errors=True)
 
 
+def check_output(folder: str | Path | None, *, overwrite: bool) -> None:
+    """Refuse a folder for a new index.
+
+    Raises:
+        FileExistsError: If it exists and ``overwrite`` is False.
+        FolderInUseError: If another process builds an index there.
+    """
+    if folder is None:
+        return
+    if Path(folder).exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True (--overwrite)")
+    with folder_lock(unfinished_build(folder), wait=False):
+        pass
+
+
 def unfinished_build(folder: str | Path) -> Path:
     """Folder of the intermediate files of an index in ``folder``."""
     return Path(f"{folder}.build")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 from sentence_transformers import SentenceTransformer
@@ -12,6 +13,7 @@ from unime_st.data.manifest import is_complete, read_manifest
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import model_fingerprint
 from unime_st.encoding.encode import resolve_prompt
+from unime_st.encoding.model_identity import model_state
 from unime_st.paths import alias_of
 from unime_st.retrieval.faiss_engine import Kind
 from unime_st.retrieval.index_items import unfinished_build
@@ -64,6 +66,24 @@ class IndexSettings:
                 f"the index was built when the model declared the prompts {self.model_prompts} for documents and "
                 f"queries, now they are {declared}: build it again, or restore model.prompts"
             )
+
+
+class CheckedModels:
+    """Models that were found to be the one of an index: all weights are read once, not at every search."""
+
+    def __init__(self, settings: IndexSettings) -> None:
+        self._settings = settings
+        self._states: WeakKeyDictionary[SentenceTransformer, object] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self._settings,)  # copies of the models are other ones
+
+    def check(self, model: SentenceTransformer) -> None:
+        """Raise ValueError if the weights, settings or prompts of a model are not those of the index."""
+        state = (model_state(model), declared_prompts(model))
+        if self._states.get(model) != state:
+            self._settings.check_model(model)
+            self._states[model] = state
 
 
 def declared_prompts(model: SentenceTransformer) -> tuple[str | None, ...]:

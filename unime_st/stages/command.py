@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from unime_st.declarations import docstring
 from unime_st.former_names import current_names
+from unime_st.memory import skip_final_collection
 from unime_st.options import Option, OptionError, check_required, options_of, read_options, unknown_option
 from unime_st.stages import STAGES
 from unime_st.stages.configs import find_config, read_config
@@ -58,6 +59,7 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
 
 def exit_status(action: Callable[[], int | None], program: str, *, verbose: bool = False) -> int:
     """Run the action of a command; an error that the user can mend becomes a line on stderr and an exit status."""
+    skip_final_collection()
     try:
         return action() or 0
     except OptionError as error:
@@ -151,6 +153,8 @@ def _pairs(words: Sequence[str], options: Mapping[str, Option]) -> dict[str, lis
             name, equals, value = negated, "=", "false"
         if name not in options and name not in former:
             raise unknown_option(name, options)
+        if name in pairs:
+            raise OptionError(f"{name} is given twice: --{name} {' '.join(pairs[name])} and {word}")
         pairs[name] = [value] if equals else []
     return pairs
 

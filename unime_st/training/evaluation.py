@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import Any
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 _CUTOFF = 10
 
 
-class HeldOutEvaluator(BaseEvaluator):
+class HeldOutEvaluator(BaseEvaluator, ABC):
     """Evaluator over held-out pair records, for the stock trainers' ``evaluator``."""
 
     def __init__(self, records: RecordSet, *, batch_size: int = 64, name: str = "") -> None:
@@ -27,9 +28,9 @@ class HeldOutEvaluator(BaseEvaluator):
         self.records, self.batch_size, self.name = records, batch_size, name
         self.primary_metric = f"mrr@{_CUTOFF}"
 
+    @abstractmethod
     def ranks(self, model: Any) -> np.ndarray:
         """Rank of the positive of every query, from 1; 0 where it is beyond the cutoff. int64 of shape (queries,)."""
-        raise NotImplementedError
 
     def __call__(
         self, model: BaseModel, output_path: str | None = None, epoch: int = -1, steps: int = -1

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 StageT = TypeVar("StageT", bound="TrainingStage[Any, Any]")
 
 
-class TrainingStage(Generic[ArgumentsT, ModelT]):
+class TrainingStage(ABC, Generic[ArgumentsT, ModelT]):
     """A training stage: records in, native model folder out, resumable, on one process or many.
 
     A context manager. Entering opens the output folder and the records; leaving without an error writes the manifest
@@ -122,11 +123,13 @@ class TrainingStage(Generic[ArgumentsT, ModelT]):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         return model
 
+    @abstractmethod
     def _load(self, **options: Any) -> ModelT:
-        raise NotImplementedError
+        """Load the model with the given options."""
 
+    @abstractmethod
     def _evaluator(self, records: RecordSet) -> BaseEvaluator:
-        raise NotImplementedError
+        """Evaluator for held-out records."""
 
     def _inputs(self) -> list[str]:
         """Folders that decide the result."""

@@ -1,0 +1,48 @@
+"""Options: the values of public reports are refused in one line, by file, by command line and in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from unime_st.options import OptionError, read_options
+from unime_st.stages import STAGES
+from unime_st.stages.command import read_values
+
+REPORTED: list[tuple[str, str, Any, str]] = [
+    ("in_batch", "batch_size", 0, "integer of at least 1, found 0"),
+    ("in_batch", "batch_size", True, "integer of at least 1, found true"),
+    ("in_batch", "learning_rate", float("nan"), "number above 0, found nan"),
+    ("in_batch", "epochs", -1, "number above 0, found -1"),
+    ("in_batch", "save_every", 0, "number above 0, found 0"),
+    ("in_batch", "warmup_ratio", 5, "at least 0 and below 1"),
+    ("in_batch", "lora_dropout", -1, "at least 0 and below 1"),
+    ("in_batch", "token_budget", 0, "integer of at least 1"),
+    ("judge", "score_divisor", -1, "number above 0, found -1"),
+    ("judge", "margin", -1, "number of at least 0, found -1"),
+    ("judge", "shard_size", -1, "integer of at least 1, found -1"),
+    ("judge", "strong_band", -1, "number of at least 0, found -1"),
+    ("import_data", "pairs", [], "list of mappings"),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "value", "message"), REPORTED)
+def test_reported_options(tmp_path: Path, stage: str, name: str, value: Any, message: str):
+    known = read_options(f"unime_st.stages.{stage}", STAGES[stage].options)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({name: value}), encoding="utf-8")
+    with pytest.raises(OptionError, match=f"line 1: .*{message}") as found:
+        read_values([str(path)], known)
+    assert "\n" not in str(found.value)
+    if not isinstance(value, list):
+        with pytest.raises(OptionError, match=message):
+            read_values([f"--{name}", str(value).lower()], known)
+
+
+@pytest.mark.parametrize("words", ["--seed 1 --seed 2", "--seed 1 --seed=1", "--overwrite --no_overwrite"])
+def test_option_given_twice(words: str):
+    with pytest.raises(OptionError, match="given twice"):
+        read_values(words.split(), read_options("unime_st.stages.in_batch", STAGES["in_batch"].options))

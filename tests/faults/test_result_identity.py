@@ -1,0 +1,148 @@
+"""Result identity: scores and vectors are reused only for the model, the second stage and the items they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import mteb
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import Image
+
+from mteb_tasks import TwoStage, wrap
+from mteb_tasks.scenes import ScenesVQA
+from unime_st import Item, UniME, UniMEReranker
+from unime_st.data import StageConflictError
+from unime_st.encoding import encode_items, encode_to_shards
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mteb's default cache, empty."""
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "mteb"))
+    monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+
+
+def tiny() -> UniME:
+    return UniME("unime-tiny", device="cpu")
+
+
+def ruin(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def score(model: object, **options: object) -> float:
+    found = mteb.evaluate(model, ScenesVQA(size=60), co2_tracker=False, show_progress_bar=False, **options)  # type: ignore[arg-type]
+    return float(found.task_results[0].get_score())
+
+
+def switch_off(model: UniME) -> None:
+    model.disable_adapters()
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "plain"])
+@pytest.mark.parametrize("change", [ruin, switch_off], ids=lambda change: change.__name__)
+def test_scores_of_a_model_before_it_changed(change: Callable[[UniME], None], wrapped: bool):
+    inner = tiny()
+    torch.manual_seed(0)
+    options = {"r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    inner.add_adapter(LoraConfig(**options))  # type: ignore[arg-type]
+    model = wrap(inner) if wrapped else inner
+    before = score(model)
+    assert score(model) == before
+    change(inner)
+    assert score(model) == score(wrap(inner), cache=None) != before
+
+
+def test_embeddings_of_a_wrapped_model_before_it_changed():
+    inner = tiny()
+    model = wrap(inner)
+    first = score(model, cache=None)
+    ruin(inner)
+    assert score(model, cache=None) == score(wrap(inner), cache=None) != first
+
+
+def test_scores_of_another_second_stage():
+    embedder, good, bad = (
+        wrap(tiny()),
+        UniMEReranker("unime-tiny", device="cpu"),
+        UniMEReranker("unime-tiny", device="cpu"),
+    )
+    ruin(bad)
+    first, second = (TwoStage(embedder, reranker, top_k=3) for reranker in (good, bad))
+    assert first.mteb_model_meta.revision != second.mteb_model_meta.revision
+    assert score(first) == score(first, cache=None) != score(second, cache=None) == score(second)
+    assert TwoStage(embedder, good, top_k=3).mteb_model_meta == first.mteb_model_meta
+
+
+def test_a_revision_that_was_given_stays():
+    inner = tiny()
+    model = wrap(inner, "unime/tiny", "1")
+    ruin(inner)
+    assert model.mteb_model_meta.revision == "1"
+
+
+def other_items(folder: Path) -> dict[str, tuple[Iterable[object], str]]:
+    """Items that are not those of the folder, and what the error says."""
+    return {
+        "text": (["a", "c"], "item 1 is not 'c'"),
+        "iterator": (iter(["x", "b"]), "item 0 is not 'x'"),
+        "fewer": (["a"], "holds 2 vectors, not 1"),
+        "more": (["a", "b", "c"], "holds 2 vectors, not 3"),
+        "image": ([Item("a"), Item(image=Image.new("RGB", (56, 56)))], "item 0 is not"),
+    }
+
+
+@pytest.mark.parametrize("name", other_items(Path()))
+def test_stored_vectors_of_other_items(tmp_path: Path, name: str):
+    stored = encode_to_shards(tiny(), ["a", "b"], tmp_path / "vectors", show_progress_bar=False)[:]
+    items, message = other_items(tmp_path)[name]
+    with pytest.raises(StageConflictError, match=message):
+        encode_to_shards(tiny(), items, tmp_path / "vectors", show_progress_bar=False)  # type: ignore[arg-type]
+    again = encode_to_shards(tiny(), iter(["a", "b"]), tmp_path / "vectors", show_progress_bar=False)
+    assert np.array_equal(again[:], stored)
+
+
+def test_stored_vectors_of_an_image_file_that_was_replaced(tmp_path: Path):
+    path = tmp_path / "image.png"
+    for value in ({"image": str(path)}, Item(image=path)):
+        Image.new("RGB", (56, 56), "red").save(path)
+        folder = tmp_path / type(value).__name__
+        encode_to_shards(tiny(), [value], folder, show_progress_bar=False)
+        Image.new("RGB", (56, 56), "blue").save(path)
+        fresh = Item(image=path) if isinstance(value, Item) else value
+        with pytest.raises(StageConflictError, match="item 0 is not"):
+            encode_to_shards(tiny(), [fresh], folder, show_progress_bar=False)
+
+
+def test_interrupted_vectors_of_other_items(tmp_path: Path):
+    def broken() -> Iterator[str]:
+        yield from (f"text {row}" for row in range(5000))
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "vectors"
+    with pytest.raises(KeyboardInterrupt):
+        encode_to_shards(tiny(), broken(), folder, show_progress_bar=False)
+    assert list(folder.glob("vectors-*.npy"))
+    with pytest.raises(StageConflictError, match="item 0 is not 'other 0'"):
+        encode_to_shards(tiny(), (f"other {row}" for row in range(5000)), folder, show_progress_bar=False)
+    finished = encode_to_shards(tiny(), (f"text {row}" for row in range(5000)), folder, show_progress_bar=False)
+    assert np.allclose(finished[[0, 4999]], tiny().encode(["text 0", "text 4999"]), atol=1e-5)
+
+
+def test_one_array_that_an_iterator_fills_again_and_again():
+    buffer = np.zeros((56, 56, 3), np.uint8)
+
+    def frames() -> Iterator[dict[str, np.ndarray]]:
+        for value in (0, 120, 255):
+            buffer[:] = value
+            yield {"image": buffer}
+
+    expected = tiny().encode([{"image": np.full_like(buffer, value)} for value in (0, 120, 255)])
+    assert np.allclose(encode_items(tiny(), frames()), expected, atol=1e-5)
