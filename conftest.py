@@ -33,6 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Parquet files of the emoji dataset (default: %(default)s); tests that need them are skipped where the "
         "folder does not exist",
     )
+    group.addoption(
+        "--mteb-source",
+        metavar="DIR",
+        type=Path,
+        default=ROOT.parent / "shared" / "mteb",
+        help="unpacked source distribution of the installed mteb (default: %(default)s), whose tests of commands and "
+        "evaluation run with and without this package; skipped where the folder does not exist",
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -97,10 +97,10 @@ class UniMELoader(ItemEmbedder):
         """Forget the embeddings of a model in memory that has changed since they were computed."""
         if not self._follows or (state := _state_of(self.model)) == self._state:
             return
-        if self._state is not None:
+        self._state, revision = state, model_digest(self.model)
+        if revision != self._meta.revision:
             self.forget()
-        self._state = state
-        self._meta = self._meta.model_copy(update={"revision": model_digest(self.model)})
+            self._meta = self._meta.model_copy(update={"revision": revision})
 
     def encode(
         self,
