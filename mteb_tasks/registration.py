@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from unime_st import compat
 from unime_st._after_import import AfterImport
+from unime_st.memory import prepare_exit
 from unime_st.recipes import RELEASED
 
 logger = logging.getLogger(__name__)
@@ -63,4 +64,5 @@ def _wrap_run() -> None:
     """Let ``mteb run`` end with a table of our tasks' scores: mteb's own command prints none."""
     from mteb_tasks.run_hook import with_scores
 
+    prepare_exit()
     compat.patch_mteb_run(with_scores)

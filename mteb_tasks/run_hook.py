@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from mteb_tasks.mmeb_v2.profiles import current_profile
 from mteb_tasks.models import check_variables
 from mteb_tasks.run_context import CurrentRun, new_run
 from mteb_tasks.scores import Scores, score_table
-from unime_st.memory import skip_final_collection
+from unime_st.memory import leave_quickly
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ def with_scores(run: RunCommand) -> RunCommand:
 
     @functools.wraps(run)
     def run_and_show(args: argparse.Namespace) -> None:
-        skip_final_collection()
         if args.verbosity in _LOG_LEVELS:
             logging.getLogger("mteb_tasks").setLevel(_LOG_LEVELS[args.verbosity])
         if args.model is not None:
@@ -53,7 +53,11 @@ def with_scores(run: RunCommand) -> RunCommand:
             current_profile()  # of an unknown one mteb would say that the task was not found
         args.tasks = _without_missing(args.tasks)
         with new_run(args.output_folder) as current:
-            run(args)
+            try:
+                run(args)
+            except KeyboardInterrupt:
+                leave_quickly(-signal.SIGINT)  # as Python itself, after the traceback
+                raise
         if current.tasks:
             try:
                 _show(current, args.model.removeprefix("unime/"))

@@ -23,8 +23,8 @@ from unime_st import compat
 from unime_st.private_names import CHECKED, PRIVATE_NAMES, PrivateName
 
 ROOT = Path(__file__).parents[1]
-STABLE = {"_modules", "_forward_hooks", "_version", "_initializing"}
-"""Underscored attributes of torch's modules and tensors and of Python's module specs, as old as these themselves."""
+STABLE = {"_modules", "_forward_hooks", "_version", "_initializing", "_exit"}
+"""Underscored attributes of torch's modules and tensors, of module specs and of `os`, as old as these themselves."""
 
 
 @pytest.mark.parametrize("private", PRIVATE_NAMES, ids=lambda private: private.path)

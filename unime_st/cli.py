@@ -11,9 +11,10 @@ from pathlib import Path
 
 from unime_st import search_commands, serve_commands
 from unime_st.declarations import docstring
+from unime_st.memory import prepare_exit
 from unime_st.options import OptionError
 from unime_st.stages import STAGES
-from unime_st.stages.command import exit_status
+from unime_st.stages.command import exit_status, leave_if_interrupted
 from unime_st.stages.command import main as run_stage
 from unime_st.stages.configs import configs, find_config
 
@@ -251,11 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 for success, 1 for failed checks or an error that the user can mend, 2 for a wrong call.
     """
+    prepare_exit()
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = words[:1] if words[:1] in (["-v"], ["--verbose"]) else []
     name = next(iter(words[len(verbose) :]), "")
     if (stage := _STAGE_OF.get(name, name)) in STAGES:
-        return run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {name}")
+        status = run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {name}")
+        if arguments is None:
+            leave_if_interrupted(status)
+        return status
     parser = argparse.ArgumentParser(
         prog="unime",
         description="UniME models for sentence-transformers and mteb.",
@@ -272,7 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     command = COMMANDS[options.command]
-    return exit_status(lambda: command.run(options), f"unime {options.command}", verbose=options.verbose)
+    status = exit_status(lambda: command.run(options), f"unime {options.command}", verbose=options.verbose)
+    if arguments is None:
+        leave_if_interrupted(status)
+    return status
 
 
 if __name__ == "__main__":

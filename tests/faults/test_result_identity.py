@@ -37,8 +37,8 @@ def ruin(model: torch.nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def score(model: object, **options: object) -> float:
-    found = mteb.evaluate(model, ScenesVQA(size=60), co2_tracker=False, show_progress_bar=False, **options)  # type: ignore[arg-type]
+def score(model: object, size: int = 60, **options: object) -> float:
+    found = mteb.evaluate(model, ScenesVQA(size=size), co2_tracker=False, show_progress_bar=False, **options)  # type: ignore[arg-type]
     return float(found.task_results[0].get_score())
 
 
@@ -77,7 +77,7 @@ def test_scores_of_another_second_stage():
     ruin(bad)
     first, second = (TwoStage(embedder, reranker, top_k=3) for reranker in (good, bad))
     assert first.mteb_model_meta.revision != second.mteb_model_meta.revision
-    assert score(first) == score(first, cache=None) != score(second, cache=None) == score(second)
+    assert score(first, 300) == score(first, 300, cache=None) != score(second, 300, cache=None) == score(second, 300)
     assert TwoStage(embedder, good, top_k=3).mteb_model_meta == first.mteb_model_meta
 
 

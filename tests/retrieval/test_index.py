@@ -277,7 +277,7 @@ def test_more_results_than_items(model: UniME, caplog: pytest.LogCaptureFixture)
     index = Index.build(TEXTS[:3], model)
     assert len(index.search(["a"], 20)[0]) == 3
     assert "k is 20, but the index has 3 items: all are returned" in caplog.text
-    with pytest.raises(TypeError, match="must be a list of queries"):
+    with pytest.raises(TypeError, match="a list or an iterator of inputs, got a single"):
         index.search("a")
     index.remove(["0", "1", "2"])
     assert index.search(["a"]) == [[]]

@@ -52,7 +52,7 @@ def to_item(value: Any) -> Item:
         value = {"text" if isinstance(value, str) else "image": value}
     if not isinstance(value, dict):
         return as_item(value)
-    value = normalize_input(value)
+    value = normalize_input(value) if value else value
     if value.get("image") is not None:
         return as_item({**value, "image": _image(value["image"])})
     text = value.get("text")

@@ -13,9 +13,11 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 
+from unime_st.checkpoints.card import card_data
 from unime_st.data import BadImageError
 from unime_st.encoding.model_inputs import Features, raise_if_single, raise_if_table
 from unime_st.options import check_count
+from unime_st.paths import alias_of
 from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
 from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse_inputs, plain_input, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
@@ -91,6 +93,8 @@ class UniMEReranker(CrossEncoder):
             prepare_saved(self, folder, template, image_tokens)
             return
         own = {key: kwargs.pop(key) for key in ("model_kwargs", "processor_kwargs", "config_kwargs") if key in kwargs}
+        if kwargs.get("model_card_data") is None:
+            kwargs["model_card_data"] = card_data(type(self), Path(folder), base=alias_of(folder))
         modules = generative_modules(folder, template=template, image_tokens=image_tokens, **own)
         super().__init__(modules=modules, num_labels=1, **kwargs)
 
@@ -402,4 +406,4 @@ class UniMEReranker(CrossEncoder):
 
 def _listed(documents: Iterable[object]) -> list[Any]:
     raise_if_single(documents)
-    return list(documents)
+    return documents.to_pylist() if hasattr(documents, "to_pylist") else list(documents)  # Arrow

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from unime_st.declarations import docstring
 from unime_st.former_names import current_names
-from unime_st.memory import skip_final_collection
+from unime_st.memory import leave_quickly, prepare_exit
 from unime_st.options import Option, OptionError, check_required, options_of, read_options, unknown_option
 from unime_st.stages import STAGES
 from unime_st.stages.configs import find_config, read_config
@@ -34,6 +34,7 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
     Returns:
         Exit status: 0 for success, 1 for an error while it ran, 2 for wrong options.
     """
+    prepare_exit()
     words = list(sys.argv[1:] if argv is None else argv)
     program = program or f"python {sys.argv[0]}"
     verbose = words[:1] in (["-v"], ["--verbose"])
@@ -54,12 +55,20 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
         home = import_module(module)
         getattr(home, entry.function)(getattr(home, entry.options)(**values))
 
-    return exit_status(run, program, verbose=verbose)
+    status = exit_status(run, program, verbose=verbose)
+    if argv is None:
+        leave_if_interrupted(status)
+    return status
+
+
+def leave_if_interrupted(status: int) -> None:
+    """Let this process, which is that of a command, end at once after Ctrl-C or SIGTERM."""
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        leave_quickly(status)
 
 
 def exit_status(action: Callable[[], int | None], program: str, *, verbose: bool = False) -> int:
     """Run the action of a command; an error that the user can mend becomes a line on stderr and an exit status."""
-    skip_final_collection()
     try:
         return action() or 0
     except OptionError as error:
