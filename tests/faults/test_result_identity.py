@@ -19,11 +19,11 @@ from unime_st.data import StageConflictError
 from unime_st.encoding import encode_items, encode_to_shards
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mteb's default cache, empty."""
-    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "mteb"))
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mteb.ResultCache:
+    """An empty cache of results; embeddings are kept beside it."""
     monkeypatch.setenv("UNIME_HOME", str(tmp_path / "home"))
+    return mteb.ResultCache(tmp_path / "results")
 
 
 def tiny() -> UniME:
@@ -37,8 +37,8 @@ def ruin(model: torch.nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def score(model: object, size: int = 60, **options: object) -> float:
-    found = mteb.evaluate(model, ScenesVQA(size=size), co2_tracker=False, show_progress_bar=False, **options)  # type: ignore[arg-type]
+def score(model: object, cache: mteb.ResultCache | None = None, size: int = 60) -> float:
+    found = mteb.evaluate(model, ScenesVQA(size=size), cache=cache, co2_tracker=False, show_progress_bar=False)  # type: ignore[arg-type]
     return float(found.task_results[0].get_score())
 
 
@@ -48,27 +48,27 @@ def switch_off(model: UniME) -> None:
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "plain"])
 @pytest.mark.parametrize("change", [ruin, switch_off], ids=lambda change: change.__name__)
-def test_scores_of_a_model_before_it_changed(change: Callable[[UniME], None], wrapped: bool):
+def test_scores_of_a_model_before_it_changed(cache: mteb.ResultCache, change: Callable[[UniME], None], wrapped: bool):
     inner = tiny()
     torch.manual_seed(0)
     options = {"r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     inner.add_adapter(LoraConfig(**options))  # type: ignore[arg-type]
     model = wrap(inner) if wrapped else inner
-    before = score(model)
-    assert score(model) == before
+    before = score(model, cache)
+    assert score(model, cache) == before
     change(inner)
-    assert score(model) == score(wrap(inner), cache=None) != before
+    assert score(model, cache) == score(wrap(inner)) != before
 
 
 def test_embeddings_of_a_wrapped_model_before_it_changed():
     inner = tiny()
     model = wrap(inner)
-    first = score(model, cache=None)
+    first = score(model)
     ruin(inner)
-    assert score(model, cache=None) == score(wrap(inner), cache=None) != first
+    assert score(model) == score(wrap(inner)) != first
 
 
-def test_scores_of_another_second_stage():
+def test_scores_of_another_second_stage(cache: mteb.ResultCache):
     embedder, good, bad = (
         wrap(tiny()),
         UniMEReranker("unime-tiny", device="cpu"),
@@ -77,7 +77,9 @@ def test_scores_of_another_second_stage():
     ruin(bad)
     first, second = (TwoStage(embedder, reranker, top_k=3) for reranker in (good, bad))
     assert first.mteb_model_meta.revision != second.mteb_model_meta.revision
-    assert score(first, 300) == score(first, 300, cache=None) != score(second, 300, cache=None) == score(second, 300)
+    score(first, cache, 20)
+    assert cache.load_task_result("ScenesVQA", first.mteb_model_meta) is not None
+    assert cache.load_task_result("ScenesVQA", second.mteb_model_meta) is None
     assert TwoStage(embedder, good, top_k=3).mteb_model_meta == first.mteb_model_meta
 
 
