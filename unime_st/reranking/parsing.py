@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -14,7 +14,7 @@ from sentence_transformers.base.modality import is_image_url_or_path
 from unime_st.data import BadImageError, ImageRef, Item
 from unime_st.data.image_urls import fetch_bytes
 from unime_st.data.images import decoding, label_of, padded_to_aspect, to_rgb
-from unime_st.encoding.model_inputs import normalize_input
+from unime_st.encoding.model_inputs import normalize_input, raise_if_single
 from unime_st.scoring.prompts import as_item
 
 _LONGEST_PATH = 4096
@@ -97,6 +97,15 @@ def parse_inputs(values: Sequence[object]) -> ParsedInputs:
         parsed.items.append(item)
         parsed.errors.append(error)
     return parsed
+
+
+def listed(inputs: Iterable[object]) -> Any:
+    """Inputs as a list, which may come as an iterator, a Series or an Arrow array; TypeError for a single one."""
+    raise_if_single(inputs)
+    if isinstance(inputs, (list, tuple)):
+        return inputs
+    convert = getattr(inputs, "to_pylist", None) or getattr(inputs, "tolist", None)  # Arrow; numpy and pandas
+    return list(inputs) if convert is None else convert()
 
 
 def image_error(item: Item) -> BadImageError | None:

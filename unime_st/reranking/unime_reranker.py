@@ -15,11 +15,11 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 
 from unime_st.checkpoints.card import card_data
 from unime_st.data import BadImageError
-from unime_st.encoding.model_inputs import Features, raise_if_single, raise_if_table
+from unime_st.encoding.model_inputs import Features
 from unime_st.options import check_count
 from unime_st.paths import alias_of
 from unime_st.reranking.chat_features import IMAGE_INDEX, ChatEncoder, group_by_length, is_plain, run_in_parts
-from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, parse_inputs, plain_input, to_item
+from unime_st.reranking.parsing import ParsedInputs, image_error, is_pair, listed, parse_inputs, plain_input, to_item
 from unime_st.reranking.ranker import Method, Ranker, Ranking, sort_by_score
 from unime_st.scoring.chat_tokenizer import check_length
 from unime_st.scoring.forward_counter import ForwardCounter
@@ -29,7 +29,6 @@ from unime_st.scoring.pair_scorer import PairScores
 from unime_st.scoring.prompts import check_template
 
 logger = logging.getLogger(__name__)
-
 
 _LOWEST_LOG_ODDS = -1e4  # of a document whose image cannot be read: below all others, and finite
 
@@ -93,8 +92,7 @@ class UniMEReranker(CrossEncoder):
             prepare_saved(self, folder, template, image_tokens)
             return
         own = {key: kwargs.pop(key) for key in ("model_kwargs", "processor_kwargs", "config_kwargs") if key in kwargs}
-        if kwargs.get("model_card_data") is None:
-            kwargs["model_card_data"] = card_data(type(self), Path(folder), base=alias_of(folder))
+        kwargs.setdefault("model_card_data", card_data(type(self), Path(folder), base=alias_of(folder)))
         modules = generative_modules(folder, template=template, image_tokens=image_tokens, **own)
         super().__init__(modules=modules, num_labels=1, **kwargs)
 
@@ -223,10 +221,7 @@ class UniMEReranker(CrossEncoder):
 
     def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Score pairs, see :meth:`CrossEncoder.predict`; they may also come as an iterator or a pandas Series."""
-        raise_if_table(inputs)
-        if not isinstance(inputs, (list, tuple, np.ndarray)) and isinstance(inputs, Iterable):
-            inputs = list(inputs)
-        return super().predict(inputs, *args, **kwargs)
+        return super().predict(listed(inputs), *args, **kwargs)
 
     def listwise_scores(self, query: object, documents: Iterable[object], *, permutations: int = 1) -> np.ndarray:
         """Score all candidates of a query in one list.
@@ -250,7 +245,7 @@ class UniMEReranker(CrossEncoder):
             ValueError: If there are no candidates or too many to number, or the prompt is too long.
             FloatingPointError: If a logit is not finite.
         """
-        documents = _listed(documents)
+        documents = listed(documents)
         if not documents:
             raise ValueError("a list needs at least 1 candidate, got 0")
         check_count("permutations", permutations)
@@ -312,7 +307,7 @@ class UniMEReranker(CrossEncoder):
             check_count("top_k", top_k, at_least=0)
         if method != "pairwise" and kwargs:
             raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
-        documents = _listed(documents)
+        documents = listed(documents)
         if not documents:
             return []
         activation = cast(torch.nn.Module, kwargs.pop("activation_fn", None) or self.activation_fn)
@@ -402,8 +397,3 @@ class UniMEReranker(CrossEncoder):
             found = cast(Ranking, super().rank(query, [documents[index] for index in readable], **options))
             scores[[readable[entry["corpus_id"]] for entry in found]] = [entry["score"] for entry in found]
         return PairScores(scores, [*reasons[1:]])
-
-
-def _listed(documents: Iterable[object]) -> list[Any]:
-    raise_if_single(documents)
-    return documents.to_pylist() if hasattr(documents, "to_pylist") else list(documents)  # Arrow
