@@ -25,6 +25,8 @@ REPORTED: list[tuple[str, str, Any, str]] = [
     ("judge", "margin", -1, "number of at least 0, found -1"),
     ("judge", "shard_size", -1, "integer of at least 1, found -1"),
     ("judge", "strong_band", -1, "number of at least 0, found -1"),
+    ("hard_negatives", "parallelism_config", 7, "found 7"),
+    ("in_batch", "batch_sampler", 7, "found 7"),
     ("import_data", "pairs", [], "list of mappings"),
 ]
 

@@ -26,7 +26,7 @@ class _BlankText(Item):
     __slots__ = ()
 
     def __init__(self, text: str) -> None:
-        self._text, self._image, self._id = text, None, None
+        self._text, self._image, self._video, self._id = text, None, None, None
 
 
 def to_item(value: Any) -> Item:
