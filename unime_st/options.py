@@ -213,7 +213,7 @@ class Option:
                 return os.fspath(value)
             if isinstance(value, str):
                 return value
-        plain = isinstance(value, (int, float)) or (isinstance(value, (list, tuple, Mapping)) and "str" in self.kinds)
+        plain = type(value) in (str, int, float) or (isinstance(value, (list, tuple, Mapping)) and "str" in self.kinds)
         if ("object" in self.kinds and not plain) or (
             self.stock and not isinstance(value, (str, int, float, list, tuple, Mapping))
         ):
