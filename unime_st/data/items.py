@@ -152,6 +152,22 @@ class Item:
         return Item, (self._text, self._image, *video)
 
 
+def raise_for_video(item: Item, where: str) -> None:
+    """Refuse an item with a video where only texts and images are taken, lest its text be taken for the whole.
+
+    Args:
+        item: The item.
+        where: What does not take it, for the message.
+
+    Raises:
+        ValueError: If the item has a video.
+    """
+    if item.video is not None:
+        raise ValueError(
+            f"{where} takes texts and images, and {item!r} has a video: leave it out, or encode it directly"
+        )
+
+
 def check_unicode(text: str) -> None:
     """Refuse a text with lone surrogates, which cannot be stored.
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unime_st.data.images import ImageRef, resolve_inside
-from unime_st.data.items import Item
+from unime_st.data.items import Item, raise_for_video
 from unime_st.data.manifest import record_shard
 from unime_st.files import commit_file, temporary_path
 
@@ -215,7 +215,12 @@ class ItemWriter:
         self._seen: set[bytes] = set()
 
     def add(self, item: Item) -> str:
-        """Store an item unless it was stored before, and return its id; BadImageError if its image cannot be read."""
+        """Store an item unless it was stored before, and return its id; BadImageError if its image cannot be read.
+
+        Raises:
+            ValueError: If the item has a video, which is not stored.
+        """
+        raise_for_video(item, "a record folder or an index")
         key = bytes.fromhex(item.id)
         if key not in self._seen:
             image = None if item.image is None else self._image(item.image)

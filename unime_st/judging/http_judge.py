@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from unime_st.data import BadImageError, Item
+from unime_st.data.items import raise_for_video
 from unime_st.options import check_count
 from unime_st.scoring.groups import Group, PairError, PairOrder, orders_of, record_error
 from unime_st.scoring.prompts import (
@@ -290,6 +291,7 @@ def _log_probability(value: object) -> float:
 def _parts(item: Item) -> list[dict[str, object]]:
     """Return the content of a message, image before text."""
     parts: list[dict[str, object]] = []
+    raise_for_video(item, "a judge or reranker")
     if item.image is not None:
         image = item.image.open()  # an unreadable image is an error of the pair, not of the server
         data = item.image.read()

@@ -117,4 +117,7 @@ def show_item(item: Item, *below: Content, style: str = "") -> Html:
     if text is not None and len(text) > _LONG_TEXT:
         shown = element("details", element("summary", text[: _LONG_TEXT - 20].rstrip() + " …"), text)
     image = None if item.image is None else embed_image(item.image)
-    return element("div", image, shown, *below, class_=f"item {style}".rstrip())
+    # A strip of frames; of a file or decoder only the name, because decoding may need what is not installed.
+    frames = [] if item.video is None else [embed_image(frame, side=84) for frame in item.video.frames]
+    strip = element("div", *(frames or [item.video.label])) if item.video is not None else None
+    return element("div", image, strip, shown, *below, class_=f"item {style}".rstrip())

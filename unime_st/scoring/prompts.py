@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from unime_st.data import Item
+from unime_st.data.items import raise_for_video
 from unime_st.files import digest
 from unime_st.losses.list_answers import check_list_prompt
 from unime_st.paths import TINY
@@ -139,6 +140,7 @@ def as_item(value: ItemLike) -> Item:
         'text'
     """
     if isinstance(value, Item):
+        raise_for_video(value, "a judge or reranker")
         return value
     if isinstance(value, str):
         return Item(text=value)
@@ -182,6 +184,8 @@ def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True)
         >>> [m["role"] for m in conversation(Item("a cat"), [Item("cat"), Item("dog")])]
         ['query', 'document', 'document']
     """
+    for item in (query, *documents):
+        raise_for_video(item, "a judge or reranker")
     items = [("query", query), *(("document", document) for document in documents)]
     return [message(role, item.text, item.image and (item.image.open() if decode else True)) for role, item in items]
 
