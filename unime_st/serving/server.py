@@ -115,6 +115,7 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no request to another server
     os.environ.setdefault("RAY_worker_niceness", "0")  # replicas are not background jobs
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(level)
@@ -124,7 +125,6 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
         models = 1 if settings.reranker is None else 2
         options = {
             "address": "local",
-            "_node_ip_address": "127.0.0.1",  # the ports of Ray ask for no token
             "num_cpus": max(cores, models * (settings.max_replicas or settings.replicas)),
             "include_dashboard": False,
             "object_store_memory": max(_MIN_STORE, 2 * settings.max_bytes),
