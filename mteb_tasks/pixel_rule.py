@@ -49,7 +49,8 @@ class PixelRule:
             text: For instance ``"3136-1003520-28"``.
 
         Example:
-            >>> PixelRule.parse(str(PixelRule(3136, 1003520, 28)))
-            PixelRule(min_pixels=3136, max_pixels=1003520, small_side=28)
+            >>> rule = PixelRule(3136, 1003520, 28)
+            >>> str(rule), PixelRule.parse(str(rule)) == rule
+            ('3136-1003520-28', True)
         """
         return cls(*map(int, text.split("-")))
