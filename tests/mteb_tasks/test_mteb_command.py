@@ -76,7 +76,8 @@ class Commands:
 
     def shown(self, name: str) -> str:
         """What a command wrote to standard output."""
-        return self.output.split(f"<{name}>")[1].split(f"</{name}>")[0]
+        shown = self.output.split(f"<{name}>")[1].split(f"</{name}>")[0]
+        return re.sub(r"\[[\d/]+ [\d:]+\]", "[time]", shown)
 
     def files(self, name: str) -> dict[str, object]:
         """Every file that a command wrote; of results the scores."""
