@@ -82,7 +82,9 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     from mteb_tasks.two_stage import TwoStage
     from unime_st.reranking import UniMEReranker
 
-    settings = {key: kwargs.pop(key) for key in ("top_k", "method", "pair_order", "alpha") if key in kwargs}
+    settings: dict[str, Any] = {
+        key: kwargs.pop(key) for key in ("top_k", "method", "pair_order", "alpha") if key in kwargs
+    }
     settings = {**_ranking_settings(), **settings}
     if isinstance(alpha := settings.get("alpha"), str):
         raise ValueError(f"{ALPHA_VARIABLE} must be a number, got {alpha!r}")

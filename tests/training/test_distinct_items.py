@@ -15,6 +15,7 @@ from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.losses import HardNegativeRankingLoss, InfoNCELoss, SoftLabelDistillationLoss
+from unime_st.losses.quantization import fake_quantize
 from unime_st.model import UniME
 from unime_st.stages import InBatchArguments
 from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator
@@ -118,7 +119,7 @@ def test_a_temperature_gets_the_mean_gradient_of_all_prefixes(
 ) -> None:
     rows = [{key: row[key] for key in ("query", "positive")} for row in judged_rows(records, 2)]
     gradients = []
-    for dims in ([192], [16], [192, 16]):
+    for dims in ([128], [16], [128, 16]):
         inner = InfoNCELoss(model, 0.1, learnable_temperature=True)
         collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=4), lazy=True)
         loss = DistinctItemsLoss(inner, Feed(records, model.preprocess), matryoshka_dims=dims)
@@ -128,6 +129,52 @@ def test_a_temperature_gets_the_mean_gradient_of_all_prefixes(
     model.zero_grad()
     assert gradients[2] == pytest.approx((gradients[0] + gradients[1]) / 2, rel=1e-4)
     assert abs(gradients[0] - gradients[1]) > 1e-5
+
+
+def test_rounded_embeddings_are_trained_with_straight_through_gradients(
+    records: RecordSet, model: UniME, costs: np.ndarray
+) -> None:
+    rows = [{key: row[key] for key in ("query", "positive")} for row in judged_rows(records, 2)]
+    collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=4), lazy=True)
+    inner = HardNegativeRankingLoss(model, 0.1, num_negatives=3)
+    batch = collator(rows)
+    found = {}
+    for precisions in (None, ["int8"], ["binary"], ["int8", "binary"]):
+        model.zero_grad()
+        distinct = DistinctItemsLoss(inner, Feed(records, model.preprocess), [32, 8], precisions=precisions)
+        value = distinct(_features(batch))
+        value.backward()
+        found[str(precisions)] = (value.item(), _gradient(model))
+    plain, both = found["None"], found["['int8', 'binary']"]
+    for precision in ("int8", "binary"):  # the mean of the loss as it is and of the rounded one
+        rounded = [2 * part - whole for part, whole in zip(found[f"['{precision}']"], plain, strict=True)]
+        found[precision] = (rounded[0], rounded[1])
+    expected = [(plain[n] + found["int8"][n] + found["binary"][n]) / 3 for n in range(2)]
+    assert both[0] == pytest.approx(float(expected[0]), rel=1e-4)
+    assert torch.allclose(both[1], torch.as_tensor(expected[1]), rtol=1e-3, atol=1e-4 * float(both[1].abs().max()))
+    assert found["int8"][0] == pytest.approx(plain[0], rel=0.1) and abs(found["binary"][0] - plain[0]) > 1e-3
+
+
+def test_fake_quantization_rounds_and_lets_gradients_pass() -> None:
+    columns = [torch.randn(20, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    units = [torch.nn.functional.normalize(column, dim=1) for column in columns]
+    every = torch.cat(units).detach()
+    step = (every.max(dim=0).values - every.min(dim=0).values) / 255
+    for precision in ("int8", "binary"):
+        rounded = fake_quantize(columns, precision)
+        for unit, value in zip(units, rounded, strict=True):
+            if precision == "int8":
+                assert ((value - unit).abs() <= step / 2 + 1e-12).all() and not torch.equal(value, unit)
+                levels = (value - every.min(dim=0).values) / step
+                assert torch.allclose(levels, levels.round(), atol=1e-6)
+            else:
+                assert torch.allclose(value, torch.sign(unit) / 6**0.5)
+        weights = torch.randn(20, 6, dtype=torch.float64)
+        found = torch.autograd.grad((rounded[0] * weights).sum(), columns[0], retain_graph=True)[0]
+        wanted = torch.autograd.grad((units[0] * weights).sum(), columns[0], retain_graph=True)[0]
+        assert torch.allclose(found, wanted)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        fake_quantize(columns, "int4")  # type: ignore[arg-type]
 
 
 class _Collated(EmbedderStage):

@@ -266,6 +266,7 @@ def test_in_batch_with_todays_options(run: Path, tmp_path: Path) -> None:
         "plain": {},
         "stock": {"directions": directions, "hardness_mode": "all_negatives", "hardness_strength": 5.0},
         "unmasked": {"false_negative_margin": 1.99},
+        "rounded": {"matryoshka_dims": [128, 32], "quantization_aware": ["int8", "binary"]},
         "masked": {"false_negative_margin": 0.0, "directions": directions, "learnable_temperature": True},
     }.items():
         folder = stages.train_in_batch(stages.InBatchArguments(**common, **options, output=str(tmp_path / name)))

@@ -121,7 +121,7 @@ class LocalJudge:
         tokenizer = cast(PreTrainedTokenizerBase, transformer.tokenizer)
         answers = tokenizer.convert_ids_to_tokens(answer_ids)
         cut = [] if max_text_tokens is None else [max_text_tokens]
-        self._prompt = (source, answers, sorted(options.items()), *cut)
+        self._template, self._prompt_options = source, (answers, sorted(options.items()), *cut)
         self._set_order(pair_order)
         self.max_text_tokens = max_text_tokens
         self.shortened = 0
@@ -130,7 +130,8 @@ class LocalJudge:
     def _set_order(self, pair_order: PairOrder) -> None:
         self.pair_order = pair_order
         # The hash of the paper's order is that of scores which were stored before there was a choice.
-        self.prompt_hash = prompt_hash(*self._prompt, *([] if pair_order == "query_first" else [pair_order]))
+        order = [] if pair_order == "query_first" else [pair_order]
+        self.prompt_hash = prompt_hash(self._template, *self._prompt_options, *order)
 
     def in_order(self, pair_order: PairOrder) -> LocalJudge:
         """Return this judge, with the same model, for another order of the two items.

@@ -263,6 +263,10 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
     matryoshka_dims: list[int] | None = option(
         None, "Embedding prefixes to train as well, e.g. 1536 512 128.", unit="dimensions", at_least=1
     )
+    quantization_aware: list[str] | None = option(
+        None, "Precisions of the embeddings to train as well, rounded with straight-through gradients.",
+        choices=("int8", "binary"),
+    )  # fmt: skip
     gather_across_devices: bool = option(True, "In-batch negatives from all devices.")
     vision_cache: str | None = option(
         None, "Folder that keeps the visual tokens of images; for a frozen vision tower and projector."

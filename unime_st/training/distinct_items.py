@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from unime_st.data.parquet_shards import Row
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_inputs import Features
 from unime_st.losses.base import CachedEmbeddingLoss
+from unime_st.losses.quantization import Precision, fake_quantize
 from unime_st.memory import HeapTrimmer
 from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
@@ -94,6 +95,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         feed: Decodes the mini-batches of a lazy :class:`ItemCollator`.
         matryoshka_dims: Train the mean of the losses of these prefixes of the embedding. None (default): the whole
             embedding.
+        precisions: Train the mean of the losses of the embedding and of its roundings to these precisions, for each
+            prefix. None (default): the embedding alone.
         frozen_tower: Runs a frozen vision tower once a step. None (default): the vision tower runs in both passes.
 
     Attributes:
@@ -110,11 +113,13 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         feed: Feed | None = None,
         matryoshka_dims: list[int] | None = None,
         frozen_tower: FrozenTowerCache | None = None,
+        precisions: Sequence[Precision] | None = None,
     ) -> None:
         super().__init__()
         self.loss: Any = loss
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
+        self.precisions = list(precisions or [])
         self.frozen_tower = frozen_tower
         self._heap_trimmer = HeapTrimmer()
         self.tokens = self.items = 0
@@ -171,7 +176,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._start(scheduled)
         loss = self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
         if isinstance(self.loss, CachedEmbeddingLoss):
-            loss = self.loss.attach_own_gradients(loss, 1 / len(self.matryoshka_dims or [1]))
+            loss = self.loss.attach_own_gradients(loss, 1 / self._views)
         return loss
 
     def _most_of_any_process(self, count: int) -> int:
@@ -234,22 +239,28 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         embeddings = torch.cat(parts[: self._used])
         columns = [embeddings[rows] for rows in self._columns]
         if not with_backward:
-            return self._over_prefixes(columns, labels, with_backward=False)
+            return self._over_views(columns, labels, with_backward=False)
         leaves = [column.detach().requires_grad_() for column in columns]
-        loss = self._over_prefixes(leaves, labels, with_backward=True)
+        loss = self._over_views(leaves, labels, with_backward=True)
         torch.autograd.backward(columns, [leaf.grad for leaf in leaves])
         for repeated in parts[self._used :]:
             repeated.grad = torch.zeros_like(repeated)
         return loss
 
-    def _over_prefixes(self, columns: list[Tensor], labels: Tensor | None, with_backward: bool) -> Tensor:
-        if self.matryoshka_dims is None:
+    @property
+    def _views(self) -> int:
+        """Number of prefixes and precisions that the embedding is trained in."""
+        return len(self.matryoshka_dims or [0]) * (1 + len(self.precisions))
+
+    def _over_views(self, columns: list[Tensor], labels: Tensor | None, with_backward: bool) -> Tensor:
+        if self._views == 1 and self.matryoshka_dims is None:
             return self.loss.calculate_loss([[column] for column in columns], labels, with_backward=with_backward)
-        count = len(self.matryoshka_dims)
-        total = columns[0].new_zeros(())
-        for dim in self.matryoshka_dims:
-            prefixes = [[column[:, :dim]] for column in columns]
-            total = total + self.loss.calculate_loss(prefixes, labels, with_backward=with_backward) / count
+        count, total = self._views, columns[0].new_zeros(())
+        for dim in self.matryoshka_dims or [columns[0].shape[1]]:
+            prefixes = [column[:, :dim] for column in columns]
+            for view in (prefixes, *(fake_quantize(prefixes, precision) for precision in self.precisions)):
+                parts = [[column] for column in view]
+                total = total + self.loss.calculate_loss(parts, labels, with_backward=with_backward) / count
         if with_backward:
             for column in columns:
                 assert column.grad is not None
@@ -258,7 +269,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
 
     def get_config_dict(self) -> dict[str, object]:
         """Name and options of the inner loss, for the model card."""
-        extra = {"matryoshka_dims": self.matryoshka_dims} if self.matryoshka_dims else {}
+        extra: dict[str, object] = {"matryoshka_dims": self.matryoshka_dims} if self.matryoshka_dims else {}
+        extra |= {"precisions": self.precisions} if self.precisions else {}
         return {"loss": type(self.loss).__name__, **self.loss.get_config_dict(), **extra}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
@@ -13,6 +13,7 @@ from torch import nn
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.losses.base import CachedEmbeddingLoss
+from unime_st.losses.quantization import Precision
 from unime_st.model import UniME
 from unime_st.options import OptionError
 from unime_st.retrieval.mining import Pools
@@ -110,7 +111,13 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         self.fit(
             model,
             rows.remove_columns("dataset") if "dataset" in rows.column_names else rows,
-            DistinctItemsLoss(loss, feed if passes.cached else None, args.matryoshka_dims, tower),
+            DistinctItemsLoss(
+                loss,
+                feed if passes.cached else None,
+                args.matryoshka_dims,
+                tower,
+                cast("list[Precision] | None", args.quantization_aware),
+            ),
             ItemCollator(
                 preprocess,
                 records=self.records,

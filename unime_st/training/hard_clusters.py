@@ -153,8 +153,8 @@ def mined_edges(
                     f"{pools.folder}: item {missing[0]} of its pools is not in the records {records.folder}: mine these "
                     "records (unime mine)"
                 )
-            row = row_of.get((pool["query"], pool["positive"]))
-            if row is None:
+            index = row_of.get((pool["query"], pool["positive"]))
+            if index is None:
                 continue
             found += 1
             own = []
@@ -162,7 +162,7 @@ def mined_edges(
                 if others := rows_with.get(candidate):
                     own.append(others[turn[candidate] % len(others)])
                     turn[candidate] += 1
-            edges[row] = np.array([other for other in own if other != row], dtype=np.int64)
+            edges[index] = np.array([other for other in own if other != index], dtype=np.int64)
     if not found:
         raise ValueError(f"{pools.folder}: no pool belongs to a row of {records.folder}: mine these records")
     logger.info("clusters: %d of %d rows have a pool, %d edges", found, len(edges), sum(map(len, edges)))
