@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -232,7 +232,7 @@ def encode_to_shards(
         total = None if length is None else max(0, length - shards.before)
         stream = iter(items)
         if keys is None:
-            rest = islice(stream, shards.before, None)
+            rest: Iterator[ModelInput] = islice(stream, shards.before, None)
         else:
             keys.compare(stream, len(shards.sizes), shards.before)
             rest = keys.record(stream)

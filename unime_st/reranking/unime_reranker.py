@@ -307,11 +307,11 @@ class UniMEReranker(CrossEncoder):
             check_count("top_k", top_k, at_least=0)
         if method != "pairwise" and kwargs:
             raise TypeError(f"rank(method={method!r}) takes no {', '.join(sorted(kwargs))}")
-        documents = listed(documents)
-        if not documents:
+        listing: list[object] = listed(documents)
+        if not listing:
             return []
         activation = cast(torch.nn.Module, kwargs.pop("activation_fn", None) or self.activation_fn)
-        parsed = parse_inputs([query, *documents])
+        parsed = parse_inputs([query, *listing])
         whole_pairs = method == "pairwise" and (bool(kwargs) or not self._supports(parsed))
         if orders_of(pair_order) != ["query_first"] and (whole_pairs or method == "listwise"):
             raise ValueError(
@@ -319,7 +319,7 @@ class UniMEReranker(CrossEncoder):
                 "it out, or use method='pairwise' alone"
             )
         if not whole_pairs:
-            parsed.raise_for_invalid(["query", *(f"document {index}" for index in range(len(documents)))])
+            parsed.raise_for_invalid(["query", *(f"document {index}" for index in range(len(listing)))])
             self.ranker()  # made before the cost is counted: it runs the model once
         if method != "pairwise":
             self.check_lists()
@@ -328,17 +328,17 @@ class UniMEReranker(CrossEncoder):
         with ForwardCounter(self) as count:
             if whole_pairs:
                 options = {"activation_fn": activation, "batch_size": batch_size, **kwargs}
-                scores, reasons = self._rank_whole_pairs([query, *documents], parsed, options)
+                scores, reasons = self._rank_whole_pairs([query, *listing], parsed, options)
             else:
                 scores, reasons = self._rank_items(parsed, method, window, permutations, batch_size, pair_order)
         if method == "pairwise" and not whole_pairs:
             scores = activation(torch.from_numpy(np.nan_to_num(scores, nan=_LOWEST_LOG_ODDS))).numpy()
         elif method != "pairwise":
             scores = np.nan_to_num(scores)
-        logger.info("ranked %d documents, %s: %s", len(documents), method, count)
-        ranking = sort_by_score(range(len(documents)), scores, reasons, "document {}")[:top_k]
+        logger.info("ranked %d documents, %s: %s", len(listing), method, count)
+        ranking = sort_by_score(range(len(listing)), scores, reasons, "document {}")[:top_k]
         for entry in ranking if return_documents else ():
-            entry["text"] = documents[entry["corpus_id"]]
+            entry["text"] = listing[entry["corpus_id"]]
         return ranking
 
     def _supports(self, parsed: ParsedInputs) -> bool:
