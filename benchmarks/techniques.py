@@ -106,8 +106,13 @@ class Seed:
 
 def trainings(run: Seed) -> dict[str, Callable[[], None]]:
     """The arms by name; later ones may need earlier ones."""
-    clusters = {"cluster_pools": run.path("pools"), "cluster_size": 8, "cluster_skip": 1, "cluster_candidates": 8}
-    masked = {"false_negative_margin": 0.1}
+    clusters: dict[str, Any] = {
+        "cluster_pools": run.path("pools"),
+        "cluster_size": 8,
+        "cluster_skip": 1,
+        "cluster_candidates": 8,
+    }
+    masked: dict[str, Any] = {"false_negative_margin": 0.1}
     equal = run.options.steps * (2 + NEGATIVES) // 2
     return {
         CONTROL: lambda: run.in_batch(CONTROL),

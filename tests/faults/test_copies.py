@@ -153,7 +153,7 @@ def named_task(name: str) -> Any:
 
 
 def shards(sources: Sources) -> VectorShards:
-    return encode_to_shards(tiny(), ["a", "b"], sources.folder / "vectors", show_progress_bar=False)[0]
+    return encode_to_shards(tiny(), ["a", "b"], sources.folder / "vectors", show_progress_bar=False)
 
 
 def http_judge(sources: Sources) -> HttpJudge:

@@ -112,6 +112,7 @@ def test_fusion_and_pair_order_reach_the_ranking_and_the_name_of_the_results(tin
     monkeypatch.setenv("UNIME_FUSION_ALPHA", "20")
     monkeypatch.setenv("UNIME_PAIR_ORDER", "candidate_first")
     loaded = load_two_stage("unime/unime-tiny+reranker", device="cpu")
+    assert isinstance(loaded.judge, LocalJudge)
     assert (loaded.alpha, loaded.method, loaded.judge.pair_order) == (20.0, "pairwise", "candidate_first")
     described = metas()["unime-tiny+reranker"]
     assert described.experiment_kwargs == {"alpha": 20.0, "pair_order": "candidate_first"}

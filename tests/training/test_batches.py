@@ -195,6 +195,8 @@ def test_clusters_with_items_that_come_twice(size: int) -> None:
 
 
 def test_rows_without_candidates_are_drawn_as_well() -> None:
-    clusters = hard_clusters([f"q{n}" for n in range(21)], [f"p{n}" for n in range(21)], [[]] * 21, 4)
+    clusters = hard_clusters(
+        [f"q{n}" for n in range(21)], [f"p{n}" for n in range(21)], [np.array([], dtype=int)] * 21, 4
+    )
     assert sorted(chain.from_iterable(cluster.tolist() for cluster in clusters)) == list(range(21))
     assert [len(cluster) for cluster in clusters] == [4] * 5 + [1]

@@ -80,6 +80,7 @@ def test_distinct_items_equal_columns(
     if name != "soft":
         rows = [{key: row[key] for key in ("query", "positive")} for row in rows]
     inner = LOSSES[name](model)
+    assert isinstance(inner, torch.nn.Module)
     columns = [key for key in rows[0] if key != "label"]
     labels = torch.tensor([row["label"] for row in rows]) if name == "soft" else None
     model.zero_grad()

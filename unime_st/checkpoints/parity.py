@@ -75,7 +75,7 @@ def mistaken_vectors(
         list[dict]: For each probe, vectors by mistake: "prompt", "chat template", "special tokens", "pooling", "image
         size" and "data type".
     """
-    pooling = next(module for module in model if hasattr(module, "pooling_mode"))
+    pooling: Any = next(module for module in model if hasattr(module, "pooling_mode"))
     prompts = [model.prompts.get(probe.prompt_name or model.default_prompt_name or "") for probe in probes]
     found: list[dict[str, list[float]]] = [{} for _ in probes]
 

@@ -118,6 +118,8 @@ def show_item(item: Item, *below: Content, style: str = "") -> Html:
         shown = element("details", element("summary", text[: _LONG_TEXT - 20].rstrip() + " …"), text)
     image = None if item.image is None else embed_image(item.image)
     # A strip of frames; of a file or decoder only the name, because decoding may need what is not installed.
-    frames = [] if item.video is None else [embed_image(frame, side=84) for frame in item.video.frames]
-    strip = element("div", *(frames or [item.video.label])) if item.video is not None else None
+    strip: Content = None
+    if item.video is not None:
+        frames: list[Content] = [embed_image(frame, side=84) for frame in item.video.frames]
+        strip = element("div", *(frames or [item.video.label]))
     return element("div", image, strip, shown, *below, class_=f"item {style}".rstrip())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from unime_st.serving.gateway import Gateway
 from unime_st.serving.model_actors import Embedder, Reranker
@@ -48,11 +48,14 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
         gpus = float(settings.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
     actor: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     models = [
-        serve.deployment(kind, name=name, ray_actor_options=actor, **common, **copies).bind(settings)
+        _deployment(kind, name, actor, **common, **copies).bind(settings)
         for kind, name, wanted in ((Embedder, "embedder", True), (Reranker, "reranker", settings.reranker is not None))
         if wanted
     ]
-    ingress = serve.deployment(
-        serve.ingress(build_app)(Gateway), name="gateway", ray_actor_options={"num_cpus": 0}, **common
-    )
+    ingress = _deployment(serve.ingress(build_app)(Gateway), "gateway", {"num_cpus": 0}, **common)
     return ingress.bind(settings, *models)
+
+
+def _deployment(kind: type, name: str, actor: dict[str, Any], **options: Any) -> Deployment:
+    """Deployment of a class; Ray's types know ``serve.deployment`` only as a decorator."""
+    return cast("Deployment", serve.deployment(kind, name=name, ray_actor_options=actor, **options))

@@ -341,7 +341,7 @@ class Gateway:
             answer = await self._call(self.embedder.search, SearchCall(query, top, prompt))
         if answer.reasons:
             raise bad_request(f"query: {_public(answer.reasons[-1])}", "query")
-        hits = [
+        hits: list[Body] = [
             {"id": name, "score": similarity, "similarity": similarity, "text": item.text}
             for name, similarity, item in answer.hits
         ]

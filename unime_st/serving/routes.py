@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ray import serve
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,7 +31,7 @@ def build_app() -> Starlette:
     """ASGI application of the gateway in whose process it runs."""
 
     async def answer(request: Request) -> Response:
-        gateway: Gateway = serve.get_replica_context().servable_object
+        gateway = cast("Gateway", serve.get_replica_context().servable_object)
         return await gateway.answer(request)
 
     async def no_route(request: Request, error: Exception) -> Response:

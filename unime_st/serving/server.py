@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -50,9 +51,9 @@ def run_server(settings: ServeSettings, host: str, port: int, *, verbose: bool =
     port = _checked_port(host, port)
     _on_signal(_raise_stopped)
     try:
-        error = _start(settings, host, port, verbose=verbose)
-        if error is not None:
-            sys.stderr.write(f"unime serve: {' '.join(error.split())}\n")
+        reason = _start(settings, host, port, verbose=verbose)
+        if reason is not None:
+            sys.stderr.write(f"unime serve: {' '.join(reason.split())}\n")
             return 1
         sys.stdout.write(f"Ready: http://{host}:{port}/v1\n")
         sys.stdout.flush()
@@ -142,7 +143,7 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
     return found
 
 
-def _start_ray(options: dict[str, object]) -> None:
+def _start_ray(options: dict[str, Any]) -> None:
     """Start Ray; again if it gives up, as it does after 30 seconds on a busy machine."""
     import ray
 

@@ -223,7 +223,7 @@ class Foreign:
         self.collator, self.shapes, self.texts = collator, [], []
 
     def encode(self, inputs: Any, **kwargs: Any) -> np.ndarray:
-        rows = []
+        rows: list[list[float]] = []
         if "video" in inputs.dataset.column_names:
             inputs.collate_fn = self.collator
         for batch in inputs:
