@@ -223,7 +223,7 @@ def encode_to_shards(
         if keys is not None:
             if length is not None and length != len(found):
                 raise StageConflictError(f"{folder} holds {len(found)} vectors, not {length}: choose another folder")
-            keys.compare(items, len(found.shards()), len(found))
+            keys.compare(iter(items), len(found.shards()), len(found), finished=True)
         return found
     shards = ShardSink(folder, dim, np.dtype(dtype), keys)
     with RejectedWriter(folder) as rejected:
