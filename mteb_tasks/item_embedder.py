@@ -182,7 +182,7 @@ class ItemEmbedder:
             return Item(item.text.removeprefix(VIDEO_TOKEN).removeprefix(" ") or None, item.image, item.video)
         if self._knows_token or item.text is None or IMAGE_TOKEN not in item.text:
             return item
-        return Item(text=clean_text(item.text), image=item.image)
+        return Item(clean_text(item.text), item.image, item.video)
 
 
 def _store_key(item: Item, setting: Setting) -> str:

@@ -92,8 +92,9 @@ class FrameReader:
 
     def get_frames_at(self, indices: Sequence[int]) -> SimpleNamespace:
         """Read frames: an object with ``data``, uint8 of shape (n, 3, height, width)."""
-        images = [Image.new("RGB", _BLANK)] if self.video is None else self.video.open()
-        chosen = [np.asarray(images[int(index)].convert("RGB")) for index in indices]
+        frames = () if self.video is None else self.video.frames  # only those that are asked for are read
+        images = [VideoRef((frames[i],)).open()[0] if frames else Image.new("RGB", _BLANK) for i in map(int, indices)]
+        chosen = [np.asarray(image.convert("RGB")) for image in images]
         seconds = torch.tensor([float(index) / _FRAMES_PER_SECOND for index in indices])
         data = torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2)
         return SimpleNamespace(data=data, pts_seconds=seconds, duration_seconds=torch.ones_like(seconds))

@@ -78,6 +78,19 @@ def test_frame_sizes_are_those_of_the_released_code(kept_golden: Path) -> None:
         assert list(size) == case["resized"]
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_stored_frames_are_decoded_one_by_one(embedder: Get, tmp_path: Path, suffix: str) -> None:
+    """The frames of a batch stay encoded; their pixels are those of the decoded frames."""
+    for number, frame in enumerate(clip(4)):
+        frame.save(tmp_path / f"{number}.{suffix}")
+    processor = embedder("unime-v2-2b").processor.video_processor
+    stored, decoded = (VideoRef.of_folder(tmp_path).open() for _ in range(2))
+    expected = processor.preprocess([[frame.convert("RGB") for frame in decoded]])["pixel_values_videos"]
+    assert np.array_equal(processor.preprocess([stored])["pixel_values_videos"], expected)
+    assert all(frame.fp is not None for frame in stored) and not any(frame.fp for frame in decoded)
+    assert np.array_equal(processor.preprocess([stored])["pixel_values_videos"], expected), "used again"
+
+
 def test_forms_of_input_and_shared_decoding(embedder: Get, tmp_path: Path) -> None:
     """A folder, a list of paths, frames in memory and an item are one video."""
     model, frames = embedder("unime-v2-2b"), clip(4)

@@ -7,6 +7,7 @@ model only normalizes and cuts patches: pairs of frames, of which the last is re
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class _ResizedFrames:
         arrays = []
         for frame in frames:
             with decoding(label_of(frame)):
-                rgb = frame.convert("RGB")
+                rgb = _without_pixels(frame).convert("RGB")
                 arrays.append(np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BICUBIC)))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
@@ -224,6 +225,12 @@ def _images(video: np.ndarray | torch.Tensor) -> list[Image.Image]:
     if array.shape[-1] != 3:
         array = np.moveaxis(array, 1, -1)
     return [Image.fromarray(np.ascontiguousarray(frame, dtype=np.uint8)) for frame in array]
+
+
+def _without_pixels(frame: Image.Image) -> Image.Image:
+    """A stored frame opened again, so that the pixels are dropped with it and not kept by the list of frames."""
+    source = getattr(frame, "fp", None)
+    return Image.open(source) if isinstance(source, io.BytesIO) else frame
 
 
 def _smart_size(width: int, height: int, factor: int, least: int, most: int) -> tuple[int, int]:
