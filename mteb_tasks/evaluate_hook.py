@@ -17,7 +17,7 @@ from mteb.results import ModelResult
 
 from mteb_tasks.mmeb.base_tasks import checked_together
 from mteb_tasks.run_context import current_run
-from mteb_tasks.task_base import check_modalities, follow_environment, is_ours
+from mteb_tasks.task_base import UniMETask, check_modalities, follow_environment, is_ours
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -59,6 +59,27 @@ def with_our_tasks(evaluate: Evaluate) -> Evaluate:
             return _merged(result, evaluate(loader, ours, *args, **kwargs), listed)
 
     return evaluate_with_our_tasks
+
+
+def without_other_data(check_cache: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap mteb's look at stored scores, which compares the names of subsets and not the revision of the data.
+
+    Args:
+        check_cache: mteb's function.
+
+    Returns:
+        A function that finds none of other data for tasks that tell their data by the revision.
+    """
+
+    @functools.wraps(check_cache)
+    def check_cache_of_data(task: AbsTask, meta: object, cache: object, overwrite_strategy: object) -> Any:
+        found, missing = check_cache(task, meta, cache, overwrite_strategy)
+        follows = isinstance(task, UniMETask) and task.scores_follow_revision
+        if follows and found is not None and found.dataset_revision != task.metadata.revision:
+            return check_cache(task, meta, None, overwrite_strategy)
+        return found, missing
+
+    return check_cache_of_data
 
 
 def _listed(tasks: object) -> Sequence[AbsTask]:

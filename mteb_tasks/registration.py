@@ -30,7 +30,7 @@ def register_all() -> None:
     # First, because importing tasks and models asks mteb for tasks, which may come back here.
     _done = True
     from mteb_tasks.catalog import registered_tasks
-    from mteb_tasks.evaluate_hook import with_our_tasks
+    from mteb_tasks.evaluate_hook import with_our_tasks, without_other_data
     from mteb_tasks.models import metas
 
     for task in registered_tasks():
@@ -39,7 +39,7 @@ def register_all() -> None:
         compat.add_mteb_model(name, meta)
         if (recipe := RELEASED.get(name)) is not None and recipe.hub_id:
             compat.add_mteb_model(recipe.hub_id, meta)
-    compat.patch_mteb_evaluate(with_our_tasks)
+    compat.patch_mteb_evaluate(with_our_tasks, without_other_data)
     # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
     _once_imported(_BENCHMARKS, _add_mmeb)
     _once_imported(_CLI, _wrap_run)

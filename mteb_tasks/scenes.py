@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from mteb_tasks.local_data import LOCAL_PREFIX
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.preference_task import CaptionPreferenceTask
 from mteb_tasks.retrieval_task import ItemRetrievalTask
+from mteb_tasks.task_base import UniMETask
 from unime_st.data.scenes import FOIL_CATEGORIES, Foil, RetrievalData, foils, retrieval_data
 
 SCENES_REVISION = "1"
@@ -24,7 +26,29 @@ def _metadata(name: str, description: str, category: str, **fields: Any) -> Any:
     )
 
 
-class _ScenesRetrieval(ItemRetrievalTask):
+class _DrawnTask(UniMETask):
+    """Mixin of the tasks on scenes: another number of scenes, or other scenes, have a revision of their own."""
+
+    scores_follow_revision = True
+    size: int
+    data_seed: int
+
+    def set_sample(self, size: int, data_seed: int, official: int) -> None:
+        """Set which scenes are drawn.
+
+        Args:
+            size: Number of queries or pairs.
+            data_seed: Seed.
+            official: Number of the official task, which has the seed 0.
+        """
+        self.size, self.data_seed = size, data_seed
+        if (size, data_seed) != (official, 0):
+            revision = f"{LOCAL_PREFIX}{SCENES_REVISION}-size-{size}-seed-{data_seed}"
+            dataset = {**self.metadata.dataset, "revision": revision}
+            self.metadata = self.metadata.model_copy(update={"dataset": dataset})
+
+
+class _ScenesRetrieval(_DrawnTask, ItemRetrievalTask):
     """Scenes as a retrieval task.
 
     Args:
@@ -37,7 +61,7 @@ class _ScenesRetrieval(ItemRetrievalTask):
 
     def __init__(self, *, size: int = 300, data_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.size, self.data_seed = size, data_seed
+        self.set_sample(size, data_seed, 300)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Draw the scenes of the split."""
@@ -117,7 +141,7 @@ class ScenesClassification(_ScenesRetrieval):
     )
 
 
-class ScenesCompositional(CaptionPreferenceTask):
+class ScenesCompositional(_DrawnTask, CaptionPreferenceTask):
     """Tell a caption from a foil that differs in one object, attribute or relation.
 
     Args:
@@ -138,7 +162,7 @@ class ScenesCompositional(CaptionPreferenceTask):
 
     def __init__(self, *, size: int = 150, data_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.size, self.data_seed = size, data_seed
+        self.set_sample(size, data_seed, 150)
 
     def foils(self, category: str, split: str) -> Sequence[Foil]:
         """Draw the pairs of one category."""

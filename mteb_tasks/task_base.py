@@ -27,6 +27,8 @@ class UniMETask:
     data_loaded: bool
     follows_environment: ClassVar[bool] = False
     """Whether environment variables name the folder of the data, or the protocol, when the task is made."""
+    scores_follow_revision: ClassVar[bool] = False
+    """Whether stored scores of another revision are those of other data; otherwise the names of subsets tell."""
 
     def evaluate(
         self,

@@ -367,13 +367,17 @@ def add_mteb_benchmark(benchmark: Benchmark) -> None:
         lookup._build_aliases_registry.cache_clear()
 
 
-def patch_mteb_evaluate(wrap: Callable[[Callable[..., ModelResult]], Callable[..., ModelResult]]) -> None:
-    """Wrap ``mteb.evaluate``: ``wrap`` gets mteb's function and returns the one to call in its place."""
+def patch_mteb_evaluate(
+    wrap: Callable[[Callable[..., ModelResult]], Callable[..., ModelResult]],
+    wrap_cache: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Wrap ``mteb.evaluate``, and its look at stored scores: both get mteb's function and return the one to call."""
     import mteb
 
     # The attribute `mteb.evaluate` is the function of that name, which hides the module.
     home: Any = sys.modules["mteb.evaluate"]
     home.evaluate = mteb.evaluate = wrap(home.evaluate)
+    home._check_cache = wrap_cache(home._check_cache)
 
 
 def patch_mteb_run(wrap: Callable[[Callable[[Namespace], None]], Callable[[Namespace], None]]) -> None:

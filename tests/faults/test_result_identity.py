@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import mteb
@@ -68,6 +69,31 @@ def test_embeddings_of_a_wrapped_model_before_it_changed():
     assert score(model) == score(wrap(inner)) != first
 
 
+def test_scores_of_other_scenes(cache: mteb.ResultCache):
+    model = wrap(tiny())
+
+    def found(**options: int) -> float:
+        result = mteb.evaluate(model, ScenesVQA(**options), cache=cache, co2_tracker=False, show_progress_bar=False)
+        entry = result.task_results[0].scores["test"][0]
+        return float(entry["chance"]) + float(entry["ndcg_at_10"])
+
+    drawn: list[dict[str, int]] = [{"size": 20}, {"size": 40}, {"size": 40, "data_seed": 1}]
+    expected = [found(**options) for options in drawn]
+    assert min(abs(a - b) for a, b in combinations(expected, 2)) > 1e-3
+    again = [found(**options) for options in drawn[::-1]]
+    assert np.allclose(again[::-1], expected, atol=1e-4), "stored scores are rounded"
+    assert ScenesVQA().metadata is ScenesVQA.metadata and ScenesVQA(size=20).metadata.revision.endswith("20-seed-0")
+
+
+def test_scores_of_the_same_scenes_are_reused(cache: mteb.ResultCache):
+    model = wrap(tiny())
+    score(model, cache, 20)
+    file = cache.get_task_result_path("ScenesVQA", model.mteb_model_meta)
+    before = file.stat().st_mtime_ns
+    score(model, cache, 20)
+    assert file.stat().st_mtime_ns == before
+
+
 def test_scores_of_another_second_stage(cache: mteb.ResultCache):
     embedder, good, bad = (
         wrap(tiny()),
@@ -97,6 +123,8 @@ def other_items(folder: Path) -> dict[str, tuple[Iterable[object], str]]:
         "iterator": (iter(["x", "b"]), "item 0 is not 'x'"),
         "fewer": (["a"], "holds 2 vectors, not 1"),
         "more": (["a", "b", "c"], "holds 2 vectors, not 3"),
+        "shorter iterator": (iter(["a"]), "there are 2 of them, and the items end after 1"),
+        "longer iterator": (iter(["a", "b", "c"]), "there are 2 of them, and item 2 is 'c'"),
         "image": ([Item("a"), Item(image=Image.new("RGB", (56, 56)))], "item 0 is not"),
     }
 
@@ -123,6 +151,26 @@ def test_stored_vectors_of_an_image_file_that_was_replaced(tmp_path: Path):
             encode_to_shards(tiny(), [fresh], folder, show_progress_bar=False)
 
 
+def test_stored_vectors_of_image_files_that_were_copied(tmp_path: Path):
+    path, copied = tmp_path / "image.png", tmp_path / "copy.png"
+    Image.new("RGB", (56, 56), "red").save(path)
+    for number, value in enumerate(({"image": str(path)}, str(path))):
+        stored = encode_to_shards(tiny(), [value], tmp_path / str(number), show_progress_bar=False)[:]
+        copied.write_bytes(path.read_bytes())
+        copied.replace(path)  # another file of the same content
+        again = encode_to_shards(tiny(), [value], tmp_path / str(number), show_progress_bar=False)
+        assert np.array_equal(again[:], stored)
+
+
+def test_an_image_file_that_was_not_there_keeps_its_empty_row(tmp_path: Path):
+    items = ["a", {"image": str(tmp_path / "late.png")}]
+    options = {"on_error": "skip", "show_progress_bar": False}
+    encode_to_shards(tiny(), items, tmp_path / "vectors", **options)  # type: ignore[arg-type]
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "late.png")
+    found = encode_to_shards(tiny(), items, tmp_path / "vectors", **options)  # type: ignore[arg-type]
+    assert np.isnan(found[1]).all() and not np.isnan(found[0]).any()
+
+
 def test_interrupted_vectors_of_other_items(tmp_path: Path):
     def broken() -> Iterator[str]:
         yield from (f"text {row}" for row in range(5000))
@@ -134,6 +182,9 @@ def test_interrupted_vectors_of_other_items(tmp_path: Path):
     assert list(folder.glob("vectors-*.npy"))
     with pytest.raises(StageConflictError, match="item 0 is not 'other 0'"):
         encode_to_shards(tiny(), (f"other {row}" for row in range(5000)), folder, show_progress_bar=False)
+    for short in (0, 10):
+        with pytest.raises(StageConflictError, match=f"the items end after {short}"):
+            encode_to_shards(tiny(), (f"text {row}" for row in range(short)), folder, show_progress_bar=False)
     finished = encode_to_shards(tiny(), (f"text {row}" for row in range(5000)), folder, show_progress_bar=False)
     assert np.allclose(finished[[0, 4999]], tiny().encode(["text 0", "text 4999"]), atol=1e-5)
 
