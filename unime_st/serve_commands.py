@@ -38,7 +38,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-replica",
         type=float,
         metavar="N",
-        help="GPUs of a copy, e.g. 0.5 (default: 1 if available, else 0)",
+        help="GPUs of a copy, e.g. 0.5 (default: an equal share of what is there, at most 1)",
     )
     parser.add_argument("--device", help="device of the models, e.g. cpu or cuda (default: cuda if available)")
     parser.add_argument(
@@ -90,6 +90,10 @@ def serve(options: argparse.Namespace) -> int:
             raise OptionError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
     if options.gpus_per_replica is not None and not 0 <= options.gpus_per_replica < float("inf"):
         raise OptionError(f"--gpus-per-replica must be at least 0, got {options.gpus_per_replica}")
+    if options.gpus_per_replica is not None and options.gpus_per_replica > 1 and options.gpus_per_replica % 1:
+        raise OptionError(f"--gpus-per-replica above 1 must be a whole number, got {options.gpus_per_replica}")
+    if options.max_replicas is not None and options.max_replicas < options.replicas:
+        raise OptionError(f"--max-replicas {options.max_replicas} is below --replicas {options.replicas}")
     if not 0 <= options.port < 1 << 16:
         raise OptionError(f"--port must be between 0 and 65535, got {options.port}")
     token = os.environ.get(API_KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from unime_st import UniME
 from unime_st.cli import main
 from unime_st.retrieval import Index
+from unime_st.serving import ServeSettings
 
 WRONG = {
     "unknown model": (["no-such-model"], 1, "Unknown model 'no-such-model'"),
@@ -24,6 +26,12 @@ WRONG = {
     "nan": (["unime-tiny", "--timeout", "nan"], 2, "--timeout must be above 0, got nan"),
     "port": (["unime-tiny", "--port", "65536"], 2, "--port must be between 0 and 65535"),
     "GPUs": (["unime-tiny", "--gpus-per-replica", "-1"], 2, "--gpus-per-replica must be at least 0"),
+    "parts of GPUs": (["unime-tiny", "--gpus-per-replica", "1.5"], 2, "above 1 must be a whole number, got 1.5"),
+    "fewer replicas": (
+        ["unime-tiny", "--replicas", "4", "--max-replicas", "2"],
+        2,
+        "--max-replicas 2 is below --replicas 4",
+    ),
 }
 
 
@@ -55,6 +63,32 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["serve", "--help"])
     out = capsys.readouterr().out
     assert "example: unime serve unime-tiny" in out and "UNIME_API_KEY" in out
+
+
+@pytest.mark.parametrize(
+    ("replicas", "available", "expected"),
+    [(1, 0.0, 0.0), (1, 1.0, 0.5), (1, 2.0, 1.0), (1, 8.0, 1.0), (3, 4.0, 0.5), (3, 1.0, 0.1666)],
+)
+def test_all_models_find_room_on_the_gpus(replicas: int, available: float, expected: float) -> None:
+    pytest.importorskip("ray.serve")  # in the extra [serve]
+    from unime_st.serving.deployments import gpus_per_copy
+
+    settings = ServeSettings("unime-v2", reranker="unime-v2-reranker", replicas=replicas)
+    assert gpus_per_copy(settings, available) == expected
+    assert gpus_per_copy(dataclasses.replace(settings, device="cpu"), available) == 0.0
+
+
+def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.serve")  # in the extra [serve]
+    from unime_st.serving.deployments import gpus_per_copy
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = ServeSettings("unime-v2", replicas=3, gpus=0.4)  # two on one GPU
+    assert gpus_per_copy(settings, 2.0) == 0.4
+    with pytest.raises(ValueError, match=r"3 copies of models with 0\.4 GPUs each do not fit 1 GPUs"):
+        gpus_per_copy(settings, 1.0)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert gpus_per_copy(settings, 0.0) == 0.4
 
 
 @pytest.mark.slow

@@ -22,7 +22,10 @@ from PIL import Image
 from server_process import MARK, TOKEN, ServerProcess, data_uri, png, start
 
 from unime_st import UniME, UniMEReranker
+from unime_st.checkpoints.plain_export import export_plain
+from unime_st.cli import main
 from unime_st.data.scenes import write_example_images
+from unime_st.files import read_json, write_json
 from unime_st.retrieval import Index
 
 openai = pytest.importorskip("openai")  # in the extra [dev]
@@ -181,6 +184,47 @@ def test_search(server: ServerProcess, index: Path, model: UniME, images: list[P
     found = server.post("/search", {"query": "purple star", "top_k": 5, "rerank": True}).json["data"]
     close([entry["score"] for entry in found], [hit.score for hit in reranked])
     assert len(server.post("/search", {"query": "purple star", "top_k": 1000}).json["data"]) == len(images)
+
+
+def test_parity_of_the_server(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export_plain("unime-tiny", tmp_path / "plain", device="cpu")
+    words = ["parity", server.url, "--file", str(folder / "parity.json")]
+    monkeypatch.setenv("UNIME_API_KEY", "wrong")
+    assert main(words) == 1
+    assert "answers 401" in capsys.readouterr().err
+    monkeypatch.setenv("UNIME_API_KEY", TOKEN)
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["text", "image", "image and text"]
+    assert all(line.startswith("cosine 1.000000") for line in lines)
+    content = read_json(folder / "parity.json")
+    for item in content["items"]:
+        item["prompt"] = "Represent the user's input."  # is what "prompt" of the causes holds
+    write_json(tmp_path / "prompts.json", content)
+    assert main([*words[:3], str(tmp_path / "prompts.json")]) == 1
+    assert all(line.endswith("likely cause: prompt") for line in capsys.readouterr().out.splitlines())
+
+
+def test_parity_of_scores(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = Image.new("RGB", (56, 56), "red")
+    documents: list[Any] = [{"text": "a red circle"}, {"image": image}, {"image": image, "text": "a square"}]
+    scores = UniMEReranker("unime-tiny", device="cpu").predict([("a red square", document) for document in documents])
+    items = [
+        {"kind": "pair", "query": "a red square", "text": document.get("text"), "image": "image" in document}
+        | {"prompt_name": None, "expected": [float(score)]}
+        for document, score in zip(documents, scores, strict=True)
+    ]
+    write_json(tmp_path / "parity.json", {"prepared": data_uri(png(image)), "items": items})
+    monkeypatch.setenv("UNIME_API_KEY", TOKEN)
+    assert main(["parity", server.url, "--file", str(tmp_path / "parity.json")]) == 0
+    assert capsys.readouterr().out.startswith("1 - difference 1.00000")
+    items[1]["expected"] = [float(scores[1]) + 0.01]
+    write_json(tmp_path / "parity.json", {"prepared": data_uri(png(image)), "items": items})
+    assert main(["parity", server.url, "--file", str(tmp_path / "parity.json")]) == 1
 
 
 def bomb() -> bytes:

@@ -164,8 +164,10 @@ def compare(content: dict[str, Any], found: Sequence[np.ndarray]) -> list[Compar
             if len(values) == len(vector)
         }
         nearest = min(distances, key=lambda name: distances[name], default=None)
-        if close != close:
+        if vector.shape != expected.shape:
             cause = f"dimension: {len(vector)}, expected {len(expected)}"
+        elif close != close:
+            cause = "vector of zeros or NaN"
         elif nearest is not None and distances[nearest] < 0.1 * (1 - close):
             cause = nearest
         else:

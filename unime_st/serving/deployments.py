@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any, cast
 
 import ray
@@ -17,6 +19,7 @@ _CALLS = 100_000
 """Calls that a replica takes; the gateway bounds the queue in items."""
 _BUSY = 16
 """Calls per replica that autoscaling aims at."""
+_GPU_UNITS = 10_000  # in which Ray counts parts of a GPU
 
 
 def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Application:
@@ -43,10 +46,8 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
                 "target_ongoing_requests": _BUSY,
             }
         }
-    gpus = settings.gpus
-    if gpus is None:
-        gpus = float(settings.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-    actor: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+    available = float(ray.cluster_resources().get("GPU", 0))
+    actor: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus_per_copy(settings, available)}
     models = [
         _deployment(kind, name, actor, **common, **copies).bind(settings)
         for kind, name, wanted in ((Embedder, "embedder", True), (Reranker, "reranker", settings.reranker is not None))
@@ -54,6 +55,28 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
     ]
     ingress = _deployment(serve.ingress(build_app)(Gateway), "gateway", {"num_cpus": 0}, **common)
     return ingress.bind(settings, *models)
+
+
+def gpus_per_copy(settings: ServeSettings, available: float) -> float:
+    """GPUs of a copy of a model: the number of the settings, or so much that all copies find room, at most 1.
+
+    Raises:
+        ValueError: If there are too few GPUs, for which Ray would wait; not with ``RAY_ADDRESS``, as clusters grow.
+
+    Example:
+        >>> gpus_per_copy(ServeSettings("unime-v2", reranker="unime-v2-reranker"), available=1.0)
+        0.5
+    """
+    gpus, copies = settings.gpus, settings.models * settings.replicas
+    if gpus is None:
+        if not available or settings.device == "cpu":
+            return 0.0
+        most = settings.models * (settings.max_replicas or settings.replicas)
+        return math.floor(_GPU_UNITS / math.ceil(most / available)) / _GPU_UNITS
+    room = math.inf if not gpus else available // gpus if gpus >= 1 else available * (1 // gpus)
+    if room < copies and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(f"{copies} copies of models with {gpus:g} GPUs each do not fit {available:g} GPUs")
+    return gpus
 
 
 def _deployment(kind: type, name: str, actor: dict[str, Any], **options: Any) -> Deployment:

@@ -123,10 +123,9 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
     options: dict[str, object] = {"address": os.environ.get("RAY_ADDRESS")}
     if options["address"] is None:
         cores = os.cpu_count() or 1
-        models = 1 if settings.reranker is None else 2
         options = {
             "address": "local",
-            "num_cpus": max(cores, models * (settings.max_replicas or settings.replicas)),
+            "num_cpus": max(cores, settings.models * (settings.max_replicas or settings.replicas)),
             "include_dashboard": False,
             "object_store_memory": max(_MIN_STORE, 2 * settings.max_bytes),
         }

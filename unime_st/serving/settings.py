@@ -25,7 +25,8 @@ class ServeSettings:
         index: Folder of an index of the embedding model. Defaults to None, no search.
         replicas: Copies of each model.
         max_replicas: Largest number of copies, which Ray starts under load. Defaults to None, no autoscaling.
-        gpus: GPUs of a copy; may be a fraction. Defaults to None: 1 if Ray has any and the device is not "cpu".
+        gpus: GPUs of a copy; may be a fraction. Defaults to None: an equal share for all copies, at most 1; 0 if Ray has
+            none, or the device is "cpu".
         threads: CPU threads of a copy.
         device: Device of the models. Defaults to None, the choice of Sentence Transformers.
         max_body: Largest request body in bytes.
@@ -61,6 +62,11 @@ class ServeSettings:
     def max_bytes(self) -> int:
         """Largest total size in bytes of the request bodies that are held in memory."""
         return 8 * self.max_body
+
+    @property
+    def models(self) -> int:
+        """Number of models: the embedding model, and the reranker if there is one."""
+        return 1 if self.reranker is None else 2
 
     @property
     def model_id(self) -> str:
