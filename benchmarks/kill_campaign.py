@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from benchmarks.harness import machine, save, where
 from unime_st import UniME
 from unime_st.checkpoints import convert
+from unime_st.checkpoints.plain_export import export_plain
 from unime_st.data import RecordSet
 from unime_st.data.importing import import_records
 from unime_st.data.scenes import training_records
@@ -36,8 +37,12 @@ from unime_st.judging.judge_pools import judge_pools
 from unime_st.judging.select_rows import select_rows
 from unime_st.retrieval import Index, mine
 from unime_st.stages import InBatchArguments, train_in_batch
+from unime_st.training.model_merge import merge_models
 
-SHARES = {"import": 20, "mine": 16, "judge": 16, "select": 6, "encode": 14, "index": 10, "convert": 8, "training": 10}
+SHARES = {
+    "import": 14, "mine": 12, "judge": 14, "select": 6, "encode": 12, "index": 10, "convert": 8, "export": 8, "merge": 6,
+    "training": 10,
+}  # fmt: skip
 """Kills of each stage, in percent."""
 CHECKPOINT = Path(__file__).parents[1] / "tests" / "golden" / "checkpoints" / "tiny-unime-v2-qwen2vl"
 Stage = Callable[[Path], Any]
@@ -73,6 +78,8 @@ def stages(folder: Path, model: UniME, judge: LocalJudge) -> dict[str, Stage]:
         "encode": lambda output: encode_to_shards(model, texts, output, batch_size=8, show_progress_bar=False),
         "index": lambda output: Index.build(texts, model).save(output, overwrite=output.exists()),
         "convert": lambda output: convert(CHECKPOINT, "unime-v2-2b", output=output, overwrite=True),
+        "export": lambda output: export_plain("unime-tiny", output, device="cpu", overwrite=True),
+        "merge": lambda output: merge_models(["unime-tiny", "unime-tiny"], output, overwrite=True),
         "training": train,
     }
     for name, output in (("mine", pools), ("judge", scores)):
