@@ -164,7 +164,8 @@ def metas() -> dict[str, ModelMeta]:
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
             meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
             # Part of mteb's result key: mteb puts this description in the place of the model's own.
-            found[name] = meta.model_copy(update={"experiment_kwargs": _ranking_settings() or None})
+            changed = {"experiment_kwargs": _ranking_settings() or None, "modalities": ["text", "image"]}
+            found[name] = meta.model_copy(update=changed)
     return found
 
 
@@ -186,6 +187,20 @@ def check_variables(name: str) -> None:
     unset = [variable for variable in needed if not os.environ.get(variable)]
     if unset:
         raise ValueError(f"{name} takes its folders from {' and '.join(needed)}: set {' and '.join(unset)}")
+
+
+def follows_variables(name: str) -> bool:
+    """Whether environment variables name the folders of a model, so that its description may change.
+
+    Args:
+        name: Name for mteb.
+
+    Example:
+        >>> follows_variables("unime-v2"), follows_variables("unime/unime-local")
+        (False, True)
+    """
+    alias, two_stages, _ = name.removeprefix("unime/").partition("+reranker")
+    return alias == LOCAL_MODEL or (bool(two_stages) and is_alias(alias))
 
 
 def _embeds(alias: str) -> bool:

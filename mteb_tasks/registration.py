@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from unime_st import compat
 from unime_st._after_import import AfterImport
 from unime_st.memory import prepare_exit
 from unime_st.recipes import RELEASED
+
+if TYPE_CHECKING:
+    from mteb.models import ModelMeta
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +36,37 @@ def register_all() -> None:
     _done = True
     from mteb_tasks.catalog import registered_tasks
     from mteb_tasks.evaluate_hook import with_our_tasks, without_other_data
-    from mteb_tasks.models import metas
 
     for task in registered_tasks():
         compat.add_mteb_task(task)
+    _add_models()
+    compat.patch_mteb_functions(with_our_tasks, without_other_data, _with_current_models)
+    # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
+    _once_imported(_BENCHMARKS, _add_mmeb)
+    _once_imported(_CLI, _wrap_run)
+
+
+def _add_models() -> None:
+    from mteb_tasks.models import metas
+
     for name, meta in metas().items():
         compat.add_mteb_model(name, meta)
         if (recipe := RELEASED.get(name)) is not None and recipe.hub_id:
             compat.add_mteb_model(recipe.hub_id, meta)
-    compat.patch_mteb_evaluate(with_our_tasks, without_other_data)
-    # mteb imports these two late, because the first makes all tasks of all benchmarks: neither is imported for us.
-    _once_imported(_BENCHMARKS, _add_mmeb)
-    _once_imported(_CLI, _wrap_run)
+
+
+def _with_current_models(get_model_meta: Callable[..., ModelMeta]) -> Callable[..., ModelMeta]:
+    """Wrap ``mteb.get_model_meta``: models of variables are those of the folders that are named now."""
+    from mteb_tasks.models import check_variables, follows_variables
+
+    @functools.wraps(get_model_meta)
+    def get_current_meta(model_name: str, *args: Any, **kwargs: Any) -> ModelMeta:
+        if isinstance(model_name, str) and follows_variables(model_name):
+            check_variables(model_name)
+            _add_models()
+        return get_model_meta(model_name, *args, **kwargs)
+
+    return get_current_meta
 
 
 def _once_imported(module: str, action: Callable[[], None]) -> None:

@@ -21,14 +21,11 @@ from typing import TYPE_CHECKING, Any
 from unime_st.private_names import CHECKED
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     import torch
     from huggingface_hub import CardData
     from mteb.abstasks import AbsTask
     from mteb.benchmarks.benchmark import Benchmark
     from mteb.models import ModelMeta
-    from mteb.results import ModelResult
     from PIL import Image
     from sentence_transformers.base.model import BaseModel
     from sentence_transformers.base.modules import Transformer
@@ -347,7 +344,9 @@ def add_mteb_model(name: str, meta: ModelMeta) -> None:
     """Make mteb find a model by its full name, and by another one; a name that mteb already has stays mteb's."""
     from mteb.models.model_implementations import MODEL_REGISTRY
 
-    MODEL_REGISTRY.setdefault(str(meta.name), meta)
+    known = MODEL_REGISTRY.setdefault(str(meta.name), meta)
+    if known.loader is meta.loader and known != meta:  # ours, of another folder
+        MODEL_REGISTRY[str(meta.name)] = meta
     if name not in MODEL_REGISTRY:  # an entry of its own would list the model twice
         # The attribute `mteb.models.get_model_meta` may be the function of that name.
         importlib.import_module("mteb.models.get_model_meta")._MODEL_RENAMES.setdefault(name, str(meta.name))
@@ -367,20 +366,22 @@ def add_mteb_benchmark(benchmark: Benchmark) -> None:
         lookup._build_aliases_registry.cache_clear()
 
 
-def patch_mteb_evaluate(
-    wrap: Callable[[Callable[..., ModelResult]], Callable[..., ModelResult]],
-    wrap_cache: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> None:
-    """Wrap ``mteb.evaluate``, and its look at stored scores: both get mteb's function and return the one to call."""
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # gets a function; returns the one to call in its place
+
+
+def patch_mteb_functions(evaluate: Wrap, check_cache: Wrap, get_model_meta: Wrap) -> None:
+    """Wrap ``mteb.evaluate``, its look at stored scores, and ``mteb.get_model_meta``, which ``mteb.get_model`` calls."""
     import mteb
 
-    # The attribute `mteb.evaluate` is the function of that name, which hides the module.
+    # The attributes of `mteb` are the functions of these names, which hide the modules.
     home: Any = sys.modules["mteb.evaluate"]
-    home.evaluate = mteb.evaluate = wrap(home.evaluate)
-    home._check_cache = wrap_cache(home._check_cache)
+    home.evaluate = mteb.evaluate = evaluate(home.evaluate)
+    home._check_cache = check_cache(home._check_cache)
+    models: Any = importlib.import_module("mteb.models.get_model_meta")
+    models.get_model_meta = mteb.get_model_meta = get_model_meta(models.get_model_meta)
 
 
-def patch_mteb_run(wrap: Callable[[Callable[[Namespace], None]], Callable[[Namespace], None]]) -> None:
+def patch_mteb_run(wrap: Wrap) -> None:
     """Wrap the command ``mteb run`` in the same way."""
     from mteb.cli import build_cli
 

@@ -38,6 +38,23 @@ def test_all_names_of_a_model(name: str):
         assert mteb.get_model_meta(name).name == "unime/unime-v2-2b"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_model_whose_folder_is_named_late_or_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("UNIME_MODEL", raising=False)
+    with pytest.raises(ValueError, match="set UNIME_MODEL"):
+        mteb.get_model_meta("unime-local")
+    monkeypatch.setenv("UNIME_MODEL", "unime-tiny")
+    first = mteb.get_model_meta("unime-local")
+    assert first.revision == mteb.get_model_meta("unime-tiny").revision
+    SentenceTransformer("unime-tiny", device="cpu").save_pretrained(str(tmp_path / "other"))
+    monkeypatch.setenv("UNIME_MODEL", str(tmp_path / "other"))
+    for name in ("unime-local", "unime/unime-local"):
+        assert mteb.get_model_meta(name).revision not in (None, first.revision)
+    assert mteb.get_model("unime-local", device="cpu").mteb_model_meta.revision != first.revision
+    with pytest.raises(ValueError, match="set UNIME_RERANKER"):
+        mteb.get_model_meta("unime-local+reranker")
+
+
 def test_benchmark_that_was_asked_for_before_its_data_were_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: SentenceTransformer
 ):

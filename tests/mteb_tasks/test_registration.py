@@ -60,7 +60,8 @@ def test_every_alias_is_a_model_that_takes_images():
     mteb_tasks.register()
     for alias in ("unime-v2", "unime-v2-2b", "unime-v1-phi3.5", "unime-tiny", "unime-v2+reranker"):
         meta = mteb.get_model_meta(alias)
-        assert meta.name == f"unime/{alias}" and meta.modalities == ["text", "image"]
+        video = [] if alias in ("unime-v1-phi3.5", "unime-tiny", "unime-v2+reranker") else ["video"]
+        assert meta.name == f"unime/{alias}" and meta.modalities == ["text", "image", *video]
         assert mteb.get_model_meta(meta.name) is meta
     assert mteb.get_model_meta("unime-v2").revision != "main"
 
@@ -70,7 +71,7 @@ def test_the_benchmark_has_the_columns_of_the_papers():
     benchmark = mteb.get_benchmark("MMEB(eng, v1)")
     assert mteb.get_benchmark("MMEB") is benchmark
     assert len(benchmark.tasks) == 36
-    assert len(mteb.get_benchmark("MMEB(eng, v2)").tasks) == 60
+    assert len(mteb.get_benchmark("MMEB(eng, v2)").tasks) == 78
     groups = {found.name: [group.label for group in found.groups] for found in benchmark.aggregations[1:]}
     assert groups == {
         "Meta-task": ["Classification", "Vqa", "Retrieval", "Grounding"],
