@@ -173,7 +173,7 @@ class CaptionRetrieval(ItemRetrievalTask):
     read: ClassVar[Callable[[Path], Iterator[Captioned]]]
     to_image: ClassVar[bool]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         if os.environ.get(EVAL_FOLDER_VARIABLE):
             try:
                 revision = folder_digest(evaluation_folder(*self.folder_names))

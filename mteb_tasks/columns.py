@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 
-from mteb_tasks.video_column import VIDEO_TYPE, VideoFeature, stored_video, video_of
+from mteb_tasks.video_column import VIDEO_TYPE, StoredImage, StoredVideo, VideoFeature, stored_video, video_of
 from unime_st.data.items import Item
 
 OFFICIAL_TEXT = "official_text"
@@ -117,7 +117,7 @@ def to_dataset(
         {'id': 'd0', 'official_text': 'a cat', 'text': 'a cat'}
     """
     texts = [item.text or "" for item in items.values()]
-    columns: dict[str, Sequence[Any]] = {"id": list(items), OFFICIAL_TEXT: texts}
+    columns: dict[str, Sequence[str | None]] = {"id": list(items), OFFICIAL_TEXT: texts}
     if "text" in modalities:
         columns["text"] = texts if body is None else [body(text) for text in texts]
     prescribed = {column: getattr(setting, name, None) for name, column in _SETTING_COLUMNS.items()}
@@ -126,7 +126,7 @@ def to_dataset(
             columns[name] = [value] * len(texts)
     # Arrow arrays: datasets would look at every value of a list.
     arrays: dict[str, pa.Array] = {name: pa.array(values, pa.string()) for name, values in columns.items()}
-    features: dict[str, Any] = {name: Value("string") for name in arrays}
+    features: dict[str, Value | Image | VideoFeature] = {name: Value("string") for name in arrays}
     if any(item.image is not None for item in items.values()):
         arrays["image"] = pa.array([_encoded_image(item) for item in items.values()], _ENCODED_IMAGE)
         features["image"] = Image()
@@ -137,7 +137,7 @@ def to_dataset(
     return Dataset.from_dict(arrays, features=Features(features))
 
 
-def _encoded_image(item: Item) -> dict[str, Any] | None:
+def _encoded_image(item: Item) -> StoredImage | None:
     if item.image is None:
         return None
     if item.image.path is not None and item.image.member is None:
@@ -145,7 +145,7 @@ def _encoded_image(item: Item) -> dict[str, Any] | None:
     return {"path": None, "bytes": item.image.read()}
 
 
-def has_encoded_items(dataset: Any) -> bool:
+def has_encoded_items(dataset: object) -> bool:
     """Whether rows of `dataset` can be read as items without decoding (a plain table with our exact-text column).
 
     Args:
@@ -193,6 +193,6 @@ def iter_items(
         yield [_item(*parts) for parts in zip(texts, images, videos)]
 
 
-def _item(text: str | None, image: Mapping[str, Any] | None, video: Mapping[str, Any] | None) -> Item:
+def _item(text: str | None, image: StoredImage | None, video: StoredVideo | None) -> Item:
     source = None if image is None else (image["bytes"] if image["bytes"] is not None else image["path"])
     return Item(text or None, source, video_of(video))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from mteb.abstasks import AbsTask
 from mteb.benchmarks.benchmark import Benchmark
@@ -39,7 +39,7 @@ def with_our_tasks(evaluate: Evaluate) -> Evaluate:
     """
 
     @functools.wraps(evaluate)
-    def evaluate_with_our_tasks(model: Any, tasks: Any, *args: Any, **kwargs: Any) -> ModelResult:
+    def evaluate_with_our_tasks(model: object, tasks: object, *args: object, **kwargs: object) -> ModelResult:
         listed = _listed(tasks)
         ours = [task for task in listed if is_ours(task)]
         for task in ours:

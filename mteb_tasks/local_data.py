@@ -49,7 +49,7 @@ def folder_digest(*folders: Path) -> str:
     """Digest of the names, sizes and times of change of all files in some folders.
 
     Args:
-        *folders: Any folders, links to folders below them included; one that does not exist is an empty one.
+        *folders: Folders, links to folders below them included; one that does not exist is an empty one.
 
     Returns:
         12 hexadecimal digits.
@@ -128,7 +128,7 @@ def image_fault(source: Path | bytes) -> str | None:
     """Fault of an encoded image, as far as its header, its end and, of PNG, its checksums show.
 
     Args:
-        source: Any path, or the content of a file.
+        source: Path, or the content of a file.
 
     Returns:
         The end of a sentence that begins with the name of the image; None if nothing seems wrong.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.model_meta import ScoringFunction
+from mteb.models.models_protocols import MTEBModels
 from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.local_data import LOCAL_PREFIX
@@ -45,7 +47,7 @@ class UniMETaskMetadata(TaskMetadata):
         return Path(__file__).parent / "descriptive_stats" / f"{self.name}.json"
 
 
-def task_metadata(*, name: str, description: str, category: str, **fields: Any) -> UniMETaskMetadata:
+def task_metadata(*, name: str, description: str, category: str, **fields: object) -> UniMETaskMetadata:
     """Fill the metadata of a task.
 
     Args:
@@ -91,7 +93,9 @@ def modalities_of(model: SentenceTransformer) -> list[str]:
     return ["text", "image", *(["video"] if accepts_video(getattr(model[0], "processor", None)) else [])]
 
 
-def model_meta(name: str, revision: str | None, *, loader: Any = None, **fields: Any) -> ModelMeta:
+def model_meta(
+    name: str, revision: str | None, *, loader: Callable[..., MTEBModels] | None = None, **fields: object
+) -> ModelMeta:
     """Describe one of our embedding models to mteb.
 
     Args:
@@ -108,7 +112,7 @@ def model_meta(name: str, revision: str | None, *, loader: Any = None, **fields:
         >>> model_meta("unime/local", "1").modalities
         ['text', 'image']
     """
-    known: dict[str, Any] = {
+    known: dict[str, object] = {
         "loader": loader,
         "name": name,
         "revision": revision,

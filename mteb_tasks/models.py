@@ -100,10 +100,10 @@ def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> Two
     return TwoStage(embedder, reranker, name=name, **settings)
 
 
-def _ranking_settings() -> dict[str, Any]:
+def _ranking_settings() -> dict[str, str | float]:
     """Settings of two-stage models in the environment; a fusion weight that is not a number stays a text."""
     order, alpha = os.environ.get(ORDER_VARIABLE), os.environ.get(ALPHA_VARIABLE)
-    found: dict[str, Any] = {"pair_order": order} if order else {}
+    found: dict[str, str | float] = {"pair_order": order} if order else {}
     if alpha:
         found["alpha"] = alpha
         with suppress(ValueError):
@@ -211,10 +211,10 @@ def _embeds(alias: str) -> bool:
     return not settings.is_file() or read_json(settings).get("model_type") != "CrossEncoder"
 
 
-def _facts(alias: str) -> dict[str, Any]:
+def _facts(alias: str) -> dict[str, object]:
     """What mteb's filters ask for: sizes measured in the folder of the model, or those of the release."""
     recipe = RELEASED.get(alias)
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if alias in _RELEASES:
         width, parameters, date = _RELEASES[alias]
         found = {"embed_dim": width, "n_parameters": parameters, "release_date": date}
@@ -231,7 +231,7 @@ def _facts(alias: str) -> dict[str, Any]:
     return {**found, "open_weights": True} if recipe is not None or alias == TINY else found
 
 
-def _measured(folder: Path) -> dict[str, Any]:
+def _measured(folder: Path) -> dict[str, int | float]:
     config = read_json(folder / "config.json")
     files, parameters = list(folder.glob("*.safetensors")), 0
     for file in files:

@@ -25,7 +25,7 @@ from unime_st.data.items import Item
 
 if TYPE_CHECKING:
     from mteb.models.models_protocols import MTEBModels
-    from mteb.types import EncodeKwargs
+    from mteb.types import EncodeKwargs, HFSubset, ScoresDict
 
     from mteb_tasks.item_embedder import ItemEmbedder
     from mteb_tasks.two_stage import TwoStage
@@ -65,7 +65,7 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
             Image, caption and foil of each pair.
         """
 
-    def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
+    def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: object) -> None:
         """Load all categories; see `mteb.AbsTask.load_data`. A second call does nothing."""
         if self.data_loaded:
             return
@@ -80,7 +80,7 @@ class CaptionPreferenceTask(UniMETask, AbsTaskImageTextPairClassification):
 
     def evaluate(
         self, model: MTEBModels, split: str = "test", subsets_to_run: list[str] | None = None, **kwargs: Any
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[HFSubset, ScoresDict]:
         """Evaluate all categories; see `mteb.AbsTask.evaluate`. The cost of models of this package is logged first."""
         from mteb_tasks.item_embedder import ItemEmbedder
         from mteb_tasks.two_stage import TwoStage
@@ -178,7 +178,7 @@ def _groups(model: TwoStage, data: Dataset) -> list[Group]:
 
 
 def _embedded(
-    model: EncoderProtocol, data: Dataset, encode_kwargs: EncodeKwargs, context: dict[str, Any]
+    model: EncoderProtocol, data: Dataset, encode_kwargs: EncodeKwargs, context: dict[str, object]
 ) -> np.ndarray:
     """Cosine of each image with caption and foil: float32 ``(num_pairs, 2)``."""
     images, captions, foils = _items(data)

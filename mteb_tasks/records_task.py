@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mteb_tasks.local_data import with_digest, without_digest
 from mteb_tasks.metadata import task_metadata
@@ -39,7 +38,7 @@ class RecordsRetrieval(ItemRetrievalTask):
         >>> mteb.evaluate(wrap(model), RecordsRetrieval("runs/emoji/test"), cache=None)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, folder: str | Path, *, name: str | None = None, **kwargs: object) -> None:
         self.records = RecordSet.load(folder)
         if len(self.records) == 0:
             raise ValueError(f"{folder} holds no records: there is nothing to evaluate")
@@ -80,7 +79,7 @@ class RecordsRetrieval(ItemRetrievalTask):
         corpus = {page.name: self.records.item(page.item) for page in pages}
         return RetrievalData(queries=self._items(relevant), corpus=corpus, relevant=relevant)
 
-    def _items(self, ids: dict[str, Any]) -> dict[str, Item]:
+    def _items(self, ids: Iterable[str]) -> dict[str, Item]:
         return {item_id: self.records.item(item_id) for item_id in ids}
 
 

@@ -139,7 +139,7 @@ class ItemRetrievalTask(UniMETask, AbsTaskRetrieval):
         """
         return retrieval_split(data, self.metadata.category or "it2it")
 
-    def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: Any) -> None:
+    def load_data(self, num_proc: int | None = None, *, timer: TimingStack | None = None, **kwargs: object) -> None:
         """Load all subsets; see `mteb.AbsTask.load_data`. A second call does nothing."""
         if self.data_loaded:
             return

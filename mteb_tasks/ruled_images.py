@@ -86,7 +86,7 @@ class RuledItem(Item):
         """Return what ``SentenceTransformer.encode`` takes, see `Item.to_input`."""
         if self.image is None:
             return super().to_input()
-        rest: dict[str, Any] = {} if self.video is None else {"video": self.video.open()}
+        rest: dict[str, object] = {} if self.video is None else {"video": self.video.open()}
         rest |= {} if self.text is None else {"text": self.text}
         return {"image": open_image(self.image, self.rule), **rest}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mteb_tasks.local_data import LOCAL_PREFIX
-from mteb_tasks.metadata import task_metadata
+from mteb_tasks.metadata import UniMETaskMetadata, task_metadata
 from mteb_tasks.preference_task import CaptionPreferenceTask
 from mteb_tasks.retrieval_task import ItemRetrievalTask
 from mteb_tasks.task_base import UniMETask
@@ -16,7 +16,7 @@ SCENES_REVISION = "1"
 """Part of the result key; raise it when the drawings or texts of the test split change."""
 
 
-def _metadata(name: str, description: str, category: str, **fields: Any) -> Any:
+def _metadata(name: str, description: str, category: str, **fields: object) -> UniMETaskMetadata:
     return task_metadata(
         name=name,
         description=description,

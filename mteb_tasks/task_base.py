@@ -14,8 +14,9 @@ from mteb_tasks.run_context import current_run
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.models.models_protocols import MTEBModels
+    from mteb.types import HFSubset, ScoresDict
 
-_LOADERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_LOADERS: weakref.WeakKeyDictionary[MTEBModels, MTEBModels] = weakref.WeakKeyDictionary()
 """Our loader for each of mteb's wrappers that was replaced: mteb evaluates one subset after the other."""
 
 
@@ -38,7 +39,7 @@ class UniMETask:
         *,
         prediction_folder: Path | None = None,
         **kwargs: Any,
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[HFSubset, ScoresDict]:
         """See `mteb.AbsTask.evaluate`.
 
         A text-only model is refused or, if its SentenceTransformer takes images, run with our loader. In ``mteb run``
@@ -74,7 +75,7 @@ def follow_environment(task: object) -> None:
     subsets carry the digest of local data and the profile.
 
     Args:
-        task: Any task object.
+        task: Task object.
     """
     if not getattr(task, "follows_environment", False):
         return

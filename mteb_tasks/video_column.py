@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,20 @@ _BLANK = (56, 56)
 _FRAMES_PER_SECOND = 1.0
 _NO_VIDEO = 0
 """Number of frames of a row without video."""
+
+
+class StoredImage(TypedDict):
+    """An image of a table: encoded bytes or a path."""
+
+    bytes: bytes | None
+    path: str | None
+
+
+class StoredVideo(TypedDict):
+    """A video of a table, see :data:`VIDEO_TYPE`."""
+
+    frames: list[StoredImage]
+    num_frames: int | None
 
 
 @dataclass
@@ -48,7 +62,7 @@ class VideoFeature:
         """Return a value as it is stored."""
         return value
 
-    def decode_example(self, value: Mapping[str, Any] | None, token_per_repo_id: object = None) -> FrameReader:
+    def decode_example(self, value: StoredVideo | None, token_per_repo_id: object = None) -> FrameReader:
         """Return a reader; a row without video has one black frame, because mteb's collators take no row without one."""
         return FrameReader(_frames_of(value) if value is not None and value["frames"] else None)
 
@@ -104,7 +118,7 @@ class FrameReader:
         return self.get_frames_at(range(start, stop, step))
 
 
-def stored_video(video: VideoRef | None, stand_in: ImageRef | None = None) -> dict[str, Any]:
+def stored_video(video: VideoRef | None, stand_in: ImageRef | None = None) -> StoredVideo:
     """Make the value of a column of a video: paths stay paths.
 
     Args:
@@ -121,7 +135,7 @@ def stored_video(video: VideoRef | None, stand_in: ImageRef | None = None) -> di
     return {"frames": list(map(_stored, video.frames)), "num_frames": video.num_frames}
 
 
-def video_of(value: Mapping[str, Any] | None) -> VideoRef | None:
+def video_of(value: StoredVideo | None) -> VideoRef | None:
     """Make a video of the value of a column, see `stored_video`.
 
     Args:
@@ -130,12 +144,12 @@ def video_of(value: Mapping[str, Any] | None) -> VideoRef | None:
     return None if value is None or value["num_frames"] == _NO_VIDEO else _frames_of(value)
 
 
-def _frames_of(value: Mapping[str, Any]) -> VideoRef:
+def _frames_of(value: StoredVideo) -> VideoRef:
     frames = tuple(ImageRef(path=frame["path"], data=frame["bytes"]) for frame in value["frames"])
     return VideoRef(frames, num_frames=value["num_frames"] or None)
 
 
-def _stored(frame: ImageRef) -> dict[str, Any]:
+def _stored(frame: ImageRef) -> StoredImage:
     if frame.path is not None and frame.member is None:
         return {"bytes": None, "path": frame.path}
     return {"bytes": frame.read(), "path": None}

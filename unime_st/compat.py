@@ -141,7 +141,7 @@ def _truncation(transformer: Transformer) -> object:
     return (getattr(transformer, "processing_kwargs", None) or {}).get("text", {}).get("truncation")
 
 
-def _without_images(message: dict[str, Any]) -> dict[str, Any]:
+def _without_images(message: dict[str, object]) -> dict[str, object]:
     if not isinstance(content := message.get("content"), list):
         return message
     return {**message, "content": [part for part in content if part.get("type") == "text"]}
@@ -257,7 +257,7 @@ class OutputHook:
         getattr(install, "__wrapped__", install)(probe, *args, **kwargs)
         (self._hook,) = probe._forward_hooks.values()
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> Any:
+    def __call__(self, module: nn.Module, args: object, output: object) -> object:
         """Record the output of a module; see :meth:`torch.nn.Module.register_forward_hook`."""
         return self._hook(module, args, output)
 

@@ -35,7 +35,7 @@ class OptionError(ValueError):
 
 
 def option(
-    default: Any,
+    default: object,
     help: str,
     *,
     unit: str = "",

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
@@ -19,6 +19,7 @@ from unime_st.files import digest
 
 if TYPE_CHECKING:
     from mteb.results import TaskResult
+    from mteb.types import ScoresDict
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class BenchmarkTask(ItemRetrievalTask):
     checked = ""
     """Digest of the data that were checked with those of the run."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         root = self.local_root()
         if root is not None:
             self.metadata = with_digest(self.metadata, self.data_digest(root))
@@ -142,7 +143,7 @@ def checked_together(tasks: Iterable[object]) -> Iterator[None]:
     """Check the data of all tasks of an evaluation before the first one is encoded.
 
     Args:
-        tasks: Any task objects; those that are part of a run keep it.
+        tasks: Task objects; those that are part of a run keep it.
     """
     alone = [task for task in tasks if isinstance(task, BenchmarkTask) and not task.run]
     for task in alone:
@@ -205,14 +206,14 @@ class BenchmarkAggregate(AbsTaskAggregate):
     keys: ClassVar[Sequence[str]]
     """Names of all tasks on the leaderboard."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         tasks = run_of(self.classes)
         self.metadata = self.metadata.model_copy(update={"tasks": tasks})
         if any(task.local_root() is not None for task in tasks):
             self.metadata = with_digest(self.metadata, digest(*(task.metadata.revision for task in tasks), length=12))
         super().__init__(**kwargs)
 
-    def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, Mapping[str, Any]]:
+    def task_results_to_scores(self, task_results: list[TaskResult]) -> dict[str, ScoresDict]:
         """Average the results of the tasks.
 
         Args:
@@ -233,7 +234,7 @@ class BenchmarkAggregate(AbsTaskAggregate):
         return {"test": {self.hf_subsets[0]: {**self.means(score_of), **facts}}}
 
     @abstractmethod
-    def means(self, score_of: Mapping[str, float]) -> dict[str, Any]:
+    def means(self, score_of: Mapping[str, float]) -> dict[str, object]:
         """Means of the benchmark.
 
         Args:

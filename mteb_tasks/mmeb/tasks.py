@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
@@ -221,7 +221,7 @@ class MMEB(BenchmarkAggregate):
     classes = MMEB_TASKS
     keys = tuple(subset.name for subset in SUBSETS)
 
-    def means(self, score_of: Mapping[str, float]) -> dict[str, Any]:
+    def means(self, score_of: Mapping[str, float]) -> dict[str, object]:
         """See `BenchmarkAggregate.means` and `mean_scores`."""
         found = mean_scores(score_of)
         return {**found, "hit_rate_at_1": found["mean"], "main_score": found["mean"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.benchmarks.benchmark import Benchmark, CustomGroup, CustomGrouping
@@ -37,7 +36,7 @@ class MMEBV2(BenchmarkAggregate):
     classes = MMEB_V2_TASKS
     keys = tuple(task.key for task in LEADERBOARD)
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         self.profile = current_profile()
         self.metadata = profiled(self.metadata, self.profile)
         super().__init__(**kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mteb_tasks.mmeb.content_digest import files_digest
 from mteb_tasks.mmeb.location import ImageFolders, MMEBDataError, parquet_files
@@ -33,7 +33,7 @@ class MMEBV2ImageTask(MMEBV2Task, SubsetTask):
     Data come from ``$MMEB_V2_DIR``; where that has no image tasks, from ``$MMEB_EVAL_DIR``; else from the hub.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         if self.profile.instruction_in == "system":
             asks = {"query": system_turn(self.subset), "document": self.profile.candidates}

@@ -19,7 +19,7 @@ class MMEBV2Task(BenchmarkTask):
 
     kind = "MMEB-V2 task"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         self.profile = current_profile()
         self.metadata = profiled(self.metadata, self.profile)
         super().__init__(**kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.mmeb.location import MMEBDataError
@@ -30,7 +30,7 @@ class VideoTask(MMEBV2Task):
 
     row: ClassVar[VideoSet]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         asks = {"query": self._asked(self.row.query), "document": self.profile.candidates or self.row.candidate or ""}
         self.metadata = self.metadata.model_copy(update={"prompt": asks})

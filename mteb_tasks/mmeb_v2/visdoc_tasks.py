@@ -34,7 +34,7 @@ class VisDocTask(MMEBV2Task):
 
     row: ClassVar[VisDocSet]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         asks = {"query": self.profile.page_query, "document": self.profile.candidates or PAGE}
         self.metadata = self.metadata.model_copy(update={"prompt": asks})

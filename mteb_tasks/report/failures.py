@@ -60,7 +60,7 @@ def gallery(model: ModelResults, per_task: int) -> Iterator[Html]:
 
 
 def _misses(task: str, predictions: Mapping[str, Any]) -> tuple[list[_Miss], int]:
-    made: Any = mteb.get_task(task)
+    made = mteb.get_task(task)
     subsets = [name for name in made.hf_subsets if name in predictions]
     if not subsets:
         raise ValueError("the predictions were made on other data than those at hand, or by another protocol")

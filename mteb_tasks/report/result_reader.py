@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mteb_tasks.scores import Row, Scores, caption_metrics, score_rows
+from unime_st.files import Json
 
 _PREDICTIONS = "_predictions.json"
 
@@ -88,7 +89,7 @@ def read_results(folders: Iterable[str | Path]) -> list[ModelResults]:
     return found
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> Json | None:
     """Content of a result file, None if it is another kind of file."""
     if file.name == "model_meta.json":
         return None
@@ -118,7 +119,7 @@ def _identity(file: Path) -> tuple[str, str, str]:
     return file.parent.parent.name.replace("__", "/"), file.parent.name, ""
 
 
-def _add(model: ModelResults, content: dict[str, Any], file: Path) -> None:
+def _add(model: ModelResults, content: Json, file: Path) -> None:
     task = str(content["task_name"])
     try:
         rows = [row for split in content["scores"].values() for row in split]

@@ -89,14 +89,14 @@ class UniMEProcessorMixin:
         return parts
 
     def prepare_inputs_layout(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> Any:
+        self, images: object = None, text: object = None, videos: object = None, audio: object = None, **kwargs: object
+    ) -> object:
         """Apply the image rule before anything else sees the images."""
         return super().prepare_inputs_layout(  # type: ignore[misc]
             images=self._prepare(images), text=text, videos=videos, audio=audio, **kwargs
         )
 
-    def _prepare(self, images: Any) -> Any:
+    def _prepare(self, images: object) -> object:
         if images is None:
             return None
         if isinstance(images, (list, tuple)):
@@ -145,7 +145,7 @@ class UniMEProcessorMixin:
             features["batch_num_images"] = torch.tensor([len(row) for row in images])
         return features
 
-    def _check_videos(self, videos: Any, texts: list[str]) -> None:
+    def _check_videos(self, videos: object, texts: list[str]) -> None:
         """Raise a ValueError for videos that the chat template has dropped."""
         if videos is None:
             return

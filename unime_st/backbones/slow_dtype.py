@@ -35,7 +35,7 @@ def warn_of_slow_dtype(model: PreTrainedModel) -> None:
 class WarnsOfSlowDtype:
     """Mixin for a transformers model, before it in the list of bases: :func:`warn_of_slow_dtype` at every image."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         original: Any = cls.get_image_features  # type: ignore[attr-defined]
 

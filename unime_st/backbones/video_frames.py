@@ -156,9 +156,9 @@ class _ResizedFrames:
     patch_size: int
     merge_size: int
 
-    def preprocess(self, videos: Any, **kwargs: Any) -> Any:
+    def preprocess(self, videos: object, **kwargs: object) -> object:
         found = list(flat_videos(videos))
-        stock: Callable[..., Any] = super().preprocess  # type: ignore[misc]
+        stock: Callable[..., object] = super().preprocess  # type: ignore[misc]
         if any(isinstance(video, str) for video in found):
             return stock(videos, **kwargs)
         prepared = [self._resized(video) for video in found]
@@ -183,7 +183,7 @@ class _ResizedFrames:
             return FrameLimits(-(-least // even), most // even).frame_size(even, size, factor)
         return (self.limits or FrameLimits(least, most)).frame_size(count, size, factor)
 
-    def _resized(self, video: Any) -> torch.Tensor:
+    def _resized(self, video: list[Image.Image] | tuple[Image.Image, ...] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """Frames of a video as uint8 of shape (n, 3, height, width)."""
         frames = video if isinstance(video, (list, tuple)) else _images(video)
         if len(sizes := {frame.size for frame in frames}) > 1:
@@ -200,11 +200,11 @@ class _ResizedFrames:
         return _with_frames, (self.base_class, dict(vars(self)), self.limits)
 
 
-def _with_frames(base: type, state: dict[str, object], limits: FrameLimits | None) -> Any:
+def _with_frames(base: type, state: dict[str, object], limits: FrameLimits | None) -> object:
     """Video processor of a subclass that has the name of its base, under which transformers stores it."""
     members = {"base_class": base, "limits": limits, "__module__": base.__module__}
-    made: Any = object.__new__(type(base.__name__, (_ResizedFrames, base), members))
-    made.__dict__.update(state)
+    made: object = object.__new__(type(base.__name__, (_ResizedFrames, base), members))
+    vars(made).update(state)
     return made
 
 

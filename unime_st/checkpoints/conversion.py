@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from unime_st import backbones
 from unime_st._version import __version__
@@ -213,7 +212,7 @@ def _write_config(
     return config
 
 
-def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options: Options) -> Any:
+def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options: Options) -> ProcessorMixin:
     """Load tokenizer and image processor, with the template and limits of the recipe."""
     where = Path(options.processor) if options.processor is not None else full.folder
     if not any((where / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -255,7 +254,7 @@ def _set_and_save(tokenizer: PreTrainedTokenizerBase, name: str, value: object) 
     tokenizer.init_kwargs[name] = value
 
 
-def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor: Any) -> dict[str, object]:
+def _processing_kwargs(recipe: Recipe, ours: bool, style: str | None, processor: ProcessorMixin) -> dict[str, object]:
     variables = dict(recipe.template_kwargs)
     if style is not None:
         if f"'{style}'" not in (processor.chat_template or ""):

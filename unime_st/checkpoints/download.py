@@ -110,7 +110,7 @@ def _fetch(recipe: Recipe, repo: str, revision: str | None, offline: bool, *, wi
 
 def _missing_weights(recipe: Recipe, options: dict[str, Any]) -> list[str]:
     """Check that the disk has space for what is missing, and return the weight files among it."""
-    listed: Any = snapshot_download(**options, dry_run=True)
+    listed = snapshot_download(**options, dry_run=True)
     wanted = [info for info in listed if info.will_download]
     missing = sum(info.file_size or 0 for info in wanted) - resuming.partial_bytes(options["repo_id"])
     cache = Path(constants.HF_HUB_CACHE)

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from unime_st.encoding.model_inputs import Features
+from unime_st.files import Json
 
 PARITY = "parity.json"
 """File in an exported folder: inputs, what the original model gives for them, and how close the export comes."""
@@ -19,8 +23,6 @@ ROUNDING = 0.99
 """Cosine below which the data type alone does not explain other vectors."""
 
 _SOME_PROMPT = "Represent the user's input."  # a usual default of servers
-
-Features = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Probe:
     prompt_name: str | None = None
     query: str | None = None
 
-    def value(self, image: Image.Image) -> dict[str, Any]:
+    def value(self, image: Image.Image) -> dict[str, object]:
         """The input, or the document of a pair."""
         parts = {"image": image if self.image else None, "text": self.text}
         return {name: part for name, part in parts.items() if part is not None}
@@ -75,7 +77,7 @@ def mistaken_vectors(
         list[dict]: For each probe, vectors by mistake: "prompt", "chat template", "special tokens", "pooling", "image
         size" and "data type".
     """
-    pooling: Any = next(module for module in model if hasattr(module, "pooling_mode"))
+    pooling = next(module for module in model if isinstance(module, Pooling))
     prompts = [model.prompts.get(probe.prompt_name or model.default_prompt_name or "") for probe in probes]
     found: list[dict[str, list[float]]] = [{} for _ in probes]
 
@@ -138,7 +140,7 @@ class Comparison:
     causes: list[str] = field(default_factory=list)
 
 
-def compare(content: dict[str, Any], found: Sequence[np.ndarray]) -> list[Comparison]:
+def compare(content: Json, found: Sequence[np.ndarray]) -> list[Comparison]:
     """Compare vectors with a parity file.
 
     A mistake explains a vector that is ten times closer to what the mistake gives than to what is expected. Where none
@@ -188,7 +190,7 @@ def _fill_gaps(kinds: dict[str, Comparison]) -> None:
         comparison.causes.append("image size" if only_images else "chat template or other special tokens")
 
 
-def probes_of(content: dict[str, Any]) -> Iterator[tuple[Probe, np.ndarray]]:
+def probes_of(content: Json) -> Iterator[tuple[Probe, np.ndarray]]:
     """Inputs of a parity file with the expected vectors or scores."""
     names = ("kind", "text", "image", "prompt_name", "query")
     for item in content["items"]:

@@ -9,7 +9,6 @@ import os
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +16,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from unime_st.checkpoints.native_folder import quiet_transformers
 from unime_st.checkpoints.parity import PARITY, Comparison, Probe, compare, probes_of
-from unime_st.files import read_json
+from unime_st.files import Json, read_json
 
 KEYS = ("UNIME_API_KEY", "OPENAI_API_KEY")
 """Environment variables with the bearer token, in the order in which they are looked for."""
@@ -62,7 +61,7 @@ def check_parity(
     path = Path(target, PARITY) if file is None else Path(file)
     if not path.is_file():
         raise ParityError(f"{path} does not exist; `unime export MODEL --output DIR` writes it")
-    content: dict[str, Any] = read_json(path)
+    content: Json = read_json(path)
     if not {"items", "prepared"} <= content.keys():
         raise ParityError(f"{path} is not a parity file of this version; write it again with `unime export`")
     probes = [probe for probe, _ in probes_of(content)]
@@ -104,7 +103,7 @@ class _Server:
             body |= {"model": self._model} if self._model else {}
             return np.array([self._send("/score", body)["data"][0]["score"]])
         if self._chats or probe.image:
-            messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+            messages: list[Json] = [{"role": "user", "content": parts}]
             messages[:0] = [{"role": "system", "content": prompt}] if prompt else []
             try:
                 return self._vector({"messages": messages})
@@ -114,13 +113,13 @@ class _Server:
                 self._chats = False
         return self._vector({"input": f"{prompt or ''}{probe.text}"})
 
-    def _vector(self, body: dict[str, Any]) -> np.ndarray:
+    def _vector(self, body: Json) -> np.ndarray:
         if self._model is None:
             self._model = str(self._send("/models")["data"][0].get("id"))
         answer = self._send("/embeddings", {**body, "model": self._model, "encoding_format": "float"})
         return np.array(answer["data"][0]["embedding"], dtype=np.float64)
 
-    def _send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _send(self, path: str, body: Json | None = None) -> Json:
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {self._key}"} if self._key else {}
         )

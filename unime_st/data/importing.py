@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -39,7 +38,7 @@ def import_records(
     source: str | Path,
     output: str | Path,
     *,
-    pairs: Sequence[Mapping[str, Any]] | None = None,
+    pairs: Sequence[Mapping[str, object]] | None = None,
     image_root: str | Path | None = None,
     embed_images: bool = False,
     limit: int | None = None,
@@ -154,7 +153,7 @@ def _pairs_of(
             rejected.add(str(error), **where)
 
 
-def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, Any]], root: Path) -> PairRecord:
+def _build(spec: PairSpec, rows: Mapping[str, Mapping[str, object]], root: Path) -> PairRecord:
     query = build_item(spec.query, rows, "query", root)
     positive = build_item(spec.positive, rows, "positive", root)
     row = rows["positive"]

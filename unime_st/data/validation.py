@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
@@ -28,7 +27,7 @@ class Candidate:
 
     where: dict[str, object]
     record: PairRecord
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
 
 class RejectedWriter:

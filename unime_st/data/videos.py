@@ -118,7 +118,7 @@ class VideoRef:
         return cls(tuple(as_image_ref(frames[index]) for index in indices), num_frames=num_frames)
 
     @classmethod
-    def of(cls, video: VideoRef | FrameDecoder | str | Path | np.ndarray | Sequence[Any]) -> VideoRef:
+    def of(cls, video: VideoRef | FrameDecoder | str | Path | np.ndarray | Sequence[ImageLike]) -> VideoRef:
         """Refer to a video in any form that an :class:`~unime_st.Item` takes; 8 frames are sampled unless it is a list.
 
         Args:
@@ -302,7 +302,7 @@ def missing_frame(names: Sequence[str]) -> str | None:
     return f"{matches[last][1]}{numbers[last] + 1:0{len(matches[last][2])}d}"
 
 
-def is_frame_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+def is_frame_list(value: object) -> TypeGuard[list[ImageLike] | tuple[ImageLike, ...]]:
     """Whether a value is a list or tuple of images, which are the frames of one video."""
     return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_frame, value))
 
@@ -319,7 +319,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(False, int(part), "") if part.isdecimal() else (True, 0, part.lower()) for part in parts]
 
 
-def _num_stored(metadata: Any, label: str) -> int:
+def _num_stored(metadata: object, label: str) -> int:
     count = getattr(metadata, "num_frames", None)
     if not count:
         raise BadVideoError(f"video {label}: the decoder finds no frames")

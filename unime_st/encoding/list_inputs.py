@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -20,7 +19,7 @@ def encode_list(
     *,
     progress: bool = False,
     on_cpu: bool = True,
-    **options: Any,
+    **options: object,
 ) -> torch.Tensor:
     """Encode a list of inputs to a tensor of shape (len(inputs), dim) in the dtype of the model.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sentence_transformers.base.modality_types import SingleInput
 
 from unime_st.data.image_urls import is_url
 from unime_st.data.images import BadImageError, ImageRef
-from unime_st.data.items import Item
+from unime_st.data.items import Item, VideoLike
 from unime_st.data.videos import FrameDecoder, VideoRef, is_frame_list
 from unime_st.encoding.input_images import image_of_array, image_size, load_image
 
@@ -99,11 +99,11 @@ def _normalize_part(name: str, part: object) -> object:
         if isinstance(part, Mapping) and part.keys() <= {"bytes", "path"}:
             return _struct_image(part)
     if name == "video" and _is_reference(part):
-        return VideoRef.of(cast("Any", part))
+        return VideoRef.of(part)
     return part
 
 
-def _is_reference(video: object) -> bool:
+def _is_reference(video: object) -> TypeGuard[VideoLike]:
     """Whether a video is one of files or a decoder; frames in memory and URLs are passed on as they are."""
     if isinstance(video, (str, os.PathLike)):
         return not is_url(str(video))
@@ -167,7 +167,7 @@ def as_item(value: ModelInput) -> Item:
     value = normalize_input(value)
     if isinstance(value, Item):
         return value
-    parts: Mapping[str, Any]
+    parts: Mapping[str, object]
     if isinstance(value, str):
         parts = {"image" if is_image_url_or_path(value) else "text": value}
     else:
@@ -182,7 +182,7 @@ def as_item(value: ModelInput) -> Item:
         raise ValueError(f"image {image:.100}: download or decode it first; an index stores files and bytes")
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = image_of_array(image)
-    return Item(text, cast("Any", image), video)  # Item checks the types
+    return Item(text, image, video)  # Item checks the types
 
 
 def texts_and_sizes(value: object) -> tuple[list[str], list[tuple[int, int]]]:
@@ -260,12 +260,12 @@ def has_video(value: object) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(part, Mapping) and has_video(part) for part in value)
 
 
-def load_input(value: object) -> Any:
+def load_input(value: object) -> object:
     """Load the images of a normalized input with :func:`~unime_st.encoding.input_images.load_image`."""
     return value.to_input() if isinstance(value, Item) else _load(value, None)
 
 
-def _load(value: object, name: str | None) -> Any:
+def _load(value: object, name: str | None) -> object:
     if isinstance(value, str):
         return load_image(value) if name == "image" or (name is None and is_image_url_or_path(value)) else value
     if isinstance(value, Mapping):

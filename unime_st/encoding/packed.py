@@ -23,7 +23,7 @@ def has_packed_attention(model: SentenceTransformer) -> bool:
         >>> has_packed_attention(UniME("unime-tiny"))  # sdpa
         False
     """
-    first: Any = model[0]
+    first = model[0]
     config = getattr(getattr(first, "model", None), "config", None)
     return (
         isinstance(first, Transformer)
@@ -53,7 +53,7 @@ def without_padding(model: SentenceTransformer) -> SentenceTransformer:
 
 
 class _PackedRows(Transformer):
-    def forward(self, features: Features, **kwargs: Any) -> Features:
+    def forward(self, features: Features, **kwargs: object) -> Features:
         mask = features["attention_mask"].bool()
         lengths = mask.sum(dim=1)
         packed = {

@@ -31,7 +31,7 @@ class TextFastPath:
     """
 
     def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
-        self._tokenizer: Any = model.tokenizer
+        self._tokenizer = model.tokenizer
         self._special = False
         self._frame: TemplateFrame | None = None
         self.usable = (

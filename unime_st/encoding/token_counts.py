@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +47,10 @@ class TokenCounter:
         [5, 11]
     """
 
-    def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
+    def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: object) -> None:
         self._preprocess = model.preprocess
         self._tokenizer = model.tokenizer
-        self._processor: Any = resize_frames(copy.copy(getattr(model[0], "processor", None)))
+        self._processor = resize_frames(copy.copy(getattr(model[0], "processor", None)))
         self._images: dict[Size, int] = {}
         probe = model.preprocess(["0"], prompt=prompt, **options)
         # From the attention mask rather than the width, because some processors pad to a multiple.

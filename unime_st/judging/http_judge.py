@@ -18,12 +18,12 @@ import urllib.request
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 
 from unime_st.data import BadImageError, Item
 from unime_st.data.items import raise_for_video
+from unime_st.files import Json
 from unime_st.options import check_count
 from unime_st.scoring.groups import Group, PairError, PairOrder, orders_of, record_error
 from unime_st.scoring.prompts import (
@@ -212,7 +212,7 @@ class HttpJudge:
         request |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": _TOP}
         return json.dumps(request).encode()
 
-    def _post(self, body: bytes, stopped: threading.Event) -> Any:
+    def _post(self, body: bytes, stopped: threading.Event) -> Json:
         """Send a request until it is answered."""
         reason = ""
         for wait in self._pauses():
@@ -245,7 +245,7 @@ class HttpJudge:
             wait = min(_LONGEST_PAUSE, self.pause * 2**number)
             yield 0.0 if number == self.retries else random.uniform(wait / 2, wait)
 
-    def _log_odds(self, answer: Any) -> float:
+    def _log_odds(self, answer: Json) -> float:
         try:
             top = list(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
             found = {str(entry["token"]).strip(): _log_probability(entry["logprob"]) for entry in reversed(top)}

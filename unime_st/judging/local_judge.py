@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from sentence_transformers import CrossEncoder
@@ -93,7 +93,7 @@ class LocalJudge:
         cache_bytes: int = 256 * 2**20,
         max_text_tokens: int | None = None,
         pair_order: PairOrder = "query_first",
-        model_kwargs: dict[str, Any] | None = None,
+        model_kwargs: Mapping[str, object] | None = None,
         name: str | None = None,
         show_progress_bar: bool = False,
     ) -> None:

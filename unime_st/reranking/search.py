@@ -56,7 +56,7 @@ def search(
             image file is opened.
         corpus: Documents to search, of the same kinds; or an :class:`~unime_st.retrieval.Index` of them, whose vectors
             are used: only the queries are embedded.
-        embedder: Any embedding model that takes the inputs; for an index, that of the index.
+        embedder: Embedding model that takes the inputs; for an index, that of the index.
         reranker: A :class:`~unime_st.UniMEReranker` or other generative ``CrossEncoder``, or a judge.
         top_k: Number of documents to retrieve and rerank per query. Defaults to 10, as in the paper.
         method: "pairwise" scores each of the retrieved documents, for all queries together; "listwise" and "hybrid"

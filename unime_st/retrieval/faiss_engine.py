@@ -32,7 +32,7 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
 
 
-def make_engine(kind: Kind, vectors: np.ndarray) -> Any:
+def make_engine(kind: Kind, vectors: np.ndarray) -> faiss.Index:
     """Create a faiss index for inner products, train it on float32 vectors of shape (n, dim), and add them.
 
     Example:
@@ -41,7 +41,6 @@ def make_engine(kind: Kind, vectors: np.ndarray) -> Any:
         >>> make_engine("hnsw", np.eye(8, dtype=np.float32)).ntotal
         8
     """
-    engine: Any
     module: Any = faiss  # its stubs are incomplete
     count, dim = vectors.shape
     metric = faiss.METRIC_INNER_PRODUCT
@@ -66,7 +65,7 @@ def make_engine(kind: Kind, vectors: np.ndarray) -> Any:
     return engine
 
 
-def sample_recall(engine: Any, vectors: np.ndarray, k: int = 10) -> float:
+def sample_recall(engine: faiss.Index, vectors: np.ndarray, k: int = 10) -> float:
     """Recall of an index on a sample of its own vectors, each searched among all others.
 
     Example:
@@ -86,7 +85,7 @@ def sample_recall(engine: Any, vectors: np.ndarray, k: int = 10) -> float:
     return float(np.mean([len(set(own) & set(true)) / k for own, true in zip(others, exact, strict=True)]))
 
 
-def map_engine(path: Path) -> Any:
+def map_engine(path: Path) -> faiss.Index:
     """Map a faiss index into memory, read-only."""
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -120,7 +119,7 @@ def _matrix_products(dim: int) -> Iterator[None]:
     Since 1.15 its threshold is 128,000 components of queries (older: 20 queries): 249 queries of 512 dimensions would
     take ten times as long as 250.
     """
-    settings: Any = faiss.cvar
+    settings = faiss.cvar
     threshold = settings.distance_compute_blas_threshold
     settings.distance_compute_blas_threshold = min(threshold, _MATRIX_QUERIES * dim)
     try:
@@ -129,7 +128,7 @@ def _matrix_products(dim: int) -> Iterator[None]:
         settings.distance_compute_blas_threshold = threshold
 
 
-def on_gpu(engine: Any, kind: Kind) -> Any:
+def on_gpu(engine: faiss.Index, kind: Kind) -> faiss.Index:
     """Copy of an index on all GPUs; the index itself if faiss has no GPU, or no GPU version of the kind."""
     if kind not in ("flat", "ivf") or not hasattr(faiss, "StandardGpuResources"):
         return engine

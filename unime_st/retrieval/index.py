@@ -108,7 +108,7 @@ class Index:
         self.settings, self.model = settings, model
         self._engine, self._ids, self._items, self._image_root, self._mapped = engine, ids, items, image_root, False
         self._removed: set[int] = set()
-        self._gpu: Any = None
+        self._gpu: faiss.Index | None = None
         self._checked = CheckedModels(settings)
 
     @classmethod

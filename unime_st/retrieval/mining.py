@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.data.items import Item
 from unime_st.data.manifest import begin_stage, finish_stage, link_items
-from unime_st.data.parquet_shards import ShardWriter
+from unime_st.data.parquet_shards import Row, ShardWriter
 from unime_st.data.records import RecordSet, RowFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import VectorShards, model_fingerprint
@@ -78,7 +78,7 @@ class Pools(RowFolder[Pool]):
     content = "candidate pools"
     row_columns = tuple(POOL_SCHEMA.names)
 
-    def _build(self, row: dict[str, Any]) -> Pool:
+    def _build(self, row: Row) -> Pool:
         query, positive, *candidates = map(self.item, (row["query"], row["positive"], *row["candidates"]))
         return Pool(query, positive, row["dataset"], candidates, row["positive_similarity"], row["similarities"])
 

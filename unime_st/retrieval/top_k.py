@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -17,7 +17,7 @@ _RESCORE_BYTES = 1 << 20  # fits in the cache of a core
 _PART = 32  # adjacent similarities that are inspected one by one only if their maximum is among the best
 
 
-def paired_similarity(left: Any, right: Any) -> np.ndarray:
+def paired_similarity(left: ArrayLike, right: ArrayLike) -> np.ndarray:
     """Dot product of each row of ``left`` with the same row of ``right``.
 
     :func:`top_k` ranks candidates by exactly this arithmetic, so that equal vectors have equal similarities.
@@ -38,8 +38,8 @@ def paired_similarity(left: Any, right: Any) -> np.ndarray:
 
 
 def top_k(
-    queries: Any,
-    corpus: Any,
+    queries: ArrayLike | torch.Tensor,
+    corpus: ArrayLike | torch.Tensor,
     k: int,
     *,
     max_similarity: float | Sequence[float] | np.ndarray | None = None,
@@ -282,7 +282,7 @@ class _Search:
         return similarity[index[order]], index[order]
 
 
-def _matrix(values: Any, name: str) -> np.ndarray:
+def _matrix(values: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
     """Convert to a 2-d array in the precision of the values, without a copy if possible."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,9 @@ def generative_modules(
     template: str | None = None,
     image_tokens: ImageTokens | None = None,
     listwise: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
-    processor_kwargs: dict[str, Any] | None = None,
-    config_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Mapping[str, object] | None = None,
+    processor_kwargs: Mapping[str, object] | None = None,
+    config_kwargs: Mapping[str, object] | None = None,
 ) -> list[nn.Module]:
     """Build the modules ``[Transformer, LogitScore(Yes, No)]`` from a bare generative vision-language checkpoint.
 

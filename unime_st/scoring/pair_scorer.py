@@ -99,7 +99,7 @@ class PairScorer:
         template: str,
         token_ids: Sequence[int],
         *,
-        image_options: dict[str, Any] | None = None,
+        image_options: dict[str, object] | None = None,
         batch_size: int = 32,
         cache_bytes: int = 256 * 2**20,
     ) -> None:

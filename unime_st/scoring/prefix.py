@@ -249,7 +249,7 @@ class _Positions:
         # Prompts of one shape are many: the model's own function takes about a millisecond for each.
         self._of_shape = lru_cache(maxsize=1 << 14)(self._compute)
 
-    def __reduce__(self) -> tuple[type[_Positions], tuple[Any]]:
+    def __reduce__(self) -> tuple[type[_Positions], tuple[object]]:
         return _Positions, (self.base,)  # the cache of a function cannot be pickled
 
     def __call__(self, prompts: list[Prompt], width: int, starts: torch.Tensor | None) -> torch.Tensor:

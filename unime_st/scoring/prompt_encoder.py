@@ -89,7 +89,7 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, transformer: Transformer, template: str, image_options: dict[str, Any], cache_bytes: int
+        self, transformer: Transformer, template: str, image_options: dict[str, object], cache_bytes: int
     ) -> None:
         self.transformer = transformer
         self.render = PairRenderer(transformer.processor, template)
@@ -182,7 +182,7 @@ def readable_images(images: Sequence[ImageFeatures | BadImageError]) -> list[Ima
 class WholePromptEncoder:
     """Features of whole prompts for the model's own forward, without sharing."""
 
-    def __init__(self, transformer: Transformer, template: str, image_options: dict[str, Any]) -> None:
+    def __init__(self, transformer: Transformer, template: str, image_options: dict[str, object]) -> None:
         self.transformer = transformer
         self.template = template
         self.image_options = image_options

@@ -32,12 +32,12 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
     Returns:
         Application: The gateway, bound to the models.
     """
-    common: dict[str, Any] = {
+    common: dict[str, object] = {
         "max_ongoing_requests": _CALLS,
         "graceful_shutdown_timeout_s": graceful_seconds,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
-    copies: dict[str, Any] = {"num_replicas": settings.replicas}
+    copies: dict[str, object] = {"num_replicas": settings.replicas}
     if settings.max_replicas is not None and settings.max_replicas > settings.replicas:
         copies = {
             "autoscaling_config": {
@@ -47,7 +47,7 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
             }
         }
     available = float(ray.cluster_resources().get("GPU", 0))
-    actor: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus_per_copy(settings, available)}
+    actor: dict[str, object] = {"num_cpus": 1, "num_gpus": gpus_per_copy(settings, available)}
     models = [
         _deployment(kind, name, actor, **common, **copies).bind(settings)
         for kind, name, wanted in ((Embedder, "embedder", True), (Reranker, "reranker", settings.reranker is not None))

@@ -7,15 +7,15 @@ import hmac
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from unime_st.files import Json
 from unime_st.serving.api_errors import ApiError, bad_request
 from unime_st.serving.settings import MIB, PIECE, ServeSettings, key_digest
 
-Body = dict[str, Any]
+Body = Json
 """JSON object of a request or response."""
 
 

@@ -116,7 +116,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         precisions: Sequence[Precision] | None = None,
     ) -> None:
         super().__init__()
-        self.loss: Any = loss
+        self.loss = loss
         self.feed = feed
         self.matryoshka_dims = matryoshka_dims
         self.precisions = list(precisions or [])

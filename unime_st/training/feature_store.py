@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +94,7 @@ class FeatureStore:
 
 
 @lru_cache(maxsize=256)
-def _opened(path: str) -> tuple[Any, list[str]]:
+def _opened(path: str) -> tuple[safe_open, list[str]]:
     """A memory-mapped shard, and the names of its tensors."""
     try:
         shard = safe_open(path, framework="pt")

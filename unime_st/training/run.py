@@ -67,7 +67,7 @@ class TrainingStage(ABC, Generic[ArgumentsT, ModelT]):
         self.done = False
         self._lock = ExitStack()
         self._repository = ""
-        self._options: dict[str, Any] = {}
+        self._options: dict[str, object] = {}
         self._facts: dict[str, object] | None = None
 
     def __enter__(self: StageT) -> StageT:

@@ -59,7 +59,7 @@ class VisionCache:
             write_json(self.store.folder / "made_by.json", identity)
         first: Any = model[0]
         self._images = _StoredImages(first.processor.image_processor)
-        self._twin: Any = with_processor(cast(SentenceTransformer, model), self._with_stored_images)
+        self._twin = with_processor(cast(SentenceTransformer, model), self._with_stored_images)
         model.register_forward_pre_hook(inject_visual_tokens)
 
     def _with_stored_images(self, processor: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import CLIPVisionConfig, Phi3Config, PreTrainedConfig
 
@@ -41,7 +40,7 @@ class UniMEPhi3VConfig(Phi3Config):
     vision_feature_layer: int = -2
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         kwargs.pop("img_processor", None)
         kwargs.pop("embd_layer", None)
         if self.vision_config is None:
