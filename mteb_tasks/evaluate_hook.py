@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from mteb.abstasks import AbsTask
 from mteb.benchmarks.benchmark import Benchmark
-from mteb.results import ModelResult
+from mteb.results import ModelResult, TaskResult
 
 from mteb_tasks.mmeb.base_tasks import checked_together
 from mteb_tasks.run_context import current_run
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mteb_tasks.loader import UniMELoader
 
 Evaluate = Callable[..., ModelResult]
+CheckCache = Callable[..., tuple[TaskResult | None, dict[str, list[str]]]]
 
 
 def with_our_tasks(evaluate: Evaluate) -> Evaluate:
@@ -61,7 +62,7 @@ def with_our_tasks(evaluate: Evaluate) -> Evaluate:
     return evaluate_with_our_tasks
 
 
-def without_other_data(check_cache: Callable[..., Any]) -> Callable[..., Any]:
+def without_other_data(check_cache: CheckCache) -> CheckCache:
     """Wrap mteb's look at stored scores, which compares the names of subsets and not the revision of the data.
 
     Args:
@@ -72,7 +73,9 @@ def without_other_data(check_cache: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(check_cache)
-    def check_cache_of_data(task: AbsTask, meta: object, cache: object, overwrite_strategy: object) -> Any:
+    def check_cache_of_data(
+        task: AbsTask, meta: object, cache: object, overwrite_strategy: object
+    ) -> tuple[TaskResult | None, dict[str, list[str]]]:
         found, missing = check_cache(task, meta, cache, overwrite_strategy)
         follows = isinstance(task, UniMETask) and task.scores_follow_revision
         if follows and found is not None and found.dataset_revision != task.metadata.revision:
