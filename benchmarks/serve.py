@@ -133,10 +133,10 @@ def throughput(options: Any, work: Path) -> dict[str, Any]:
     """Throughput beside `encode` on the same items, in turns."""
     folder = str(random_qwen2_vl(work, options.size))
     items = mixed(work / "images", options.items, repeats=0.0)
-    model, bodies = UniME(folder, device="cpu"), list(map(request_of, items))
+    model, bodies = UniME(folder, device=options.device), list(map(request_of, items))
     expected = model.encode(items)
     rounds: dict[str, list[dict[str, Any]]] = {}
-    with served(folder, work, "--device", "cpu") as server:
+    with served(folder, work, "--device", options.device) as server:
         load(server, bodies[:8], expected, 8)
         for _ in range(options.repeats):
             began = time.perf_counter()
@@ -154,7 +154,7 @@ def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:
 def soak(options: Any, work: Path) -> dict[str, Any]:
     """Many requests of `unime-tiny` with malformed ones between them and a killed replica: every vector is checked."""
     texts = sentences(500, least=3, most=40)
-    expected = UniME("unime-tiny", device="cpu").encode(texts)
+    expected = UniME("unime-tiny", device=options.device).encode(texts)
     bad: list[Callable[[int], Body | bytes]] = [
         lambda number: b'{"input": ',
         lambda number: {"input": {"image": "data:image/png;base64,aGVsbG8="}},
@@ -179,7 +179,7 @@ def soak(options: Any, work: Path) -> dict[str, Any]:
             if status == 200:
                 lowest[0] = min(lowest[0], float(vector_of(content) @ expected[row]))
 
-    with served("unime-tiny", work, "--device", "cpu") as server, ThreadPoolExecutor(16) as pool:
+    with served("unime-tiny", work, "--device", options.device) as server, ThreadPoolExecutor(16) as pool:
         warm = max(1, options.soak // 5)
         list(pool.map(one, range(warm)))
         before, began = server.megabytes(), time.perf_counter()

@@ -82,20 +82,7 @@ def serve(options: argparse.Namespace) -> int:
     from unime_st.serving.server import run_server
     from unime_st.serving.settings import API_KEY, ServeSettings, key_digest
 
-    for name in ("replicas", "max_replicas", "max_pixels", "max_items", "max_tokens", "max_queue"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    for name in ("max_body", "timeout", "read_timeout"):
-        if not 0 < getattr(options, name) < float("inf"):
-            raise OptionError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
-    if options.gpus_per_replica is not None and not 0 <= options.gpus_per_replica < float("inf"):
-        raise OptionError(f"--gpus-per-replica must be at least 0, got {options.gpus_per_replica}")
-    if options.gpus_per_replica is not None and options.gpus_per_replica > 1 and options.gpus_per_replica % 1:
-        raise OptionError(f"--gpus-per-replica above 1 must be a whole number, got {options.gpus_per_replica}")
-    if options.max_replicas is not None and options.max_replicas < options.replicas:
-        raise OptionError(f"--max-replicas {options.max_replicas} is below --replicas {options.replicas}")
-    if not 0 <= options.port < 1 << 16:
-        raise OptionError(f"--port must be between 0 and 65535, got {options.port}")
+    _check_numbers(options)
     token = os.environ.get(API_KEY)
     if token is not None and not token.strip():
         raise OptionError(f"{API_KEY} is empty: set it to a token, or unset it to serve without one")
@@ -129,6 +116,24 @@ def serve(options: argparse.Namespace) -> int:
         key_digest=None if token is None else key_digest(token.strip()),
     )
     return run_server(settings, options.host, options.port, verbose=options.verbose)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers outside their range; OptionError."""
+    for name in ("replicas", "max_replicas", "max_pixels", "max_items", "max_tokens", "max_queue"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    for name in ("max_body", "timeout", "read_timeout"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise OptionError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
+    if options.gpus_per_replica is not None and not 0 <= options.gpus_per_replica < float("inf"):
+        raise OptionError(f"--gpus-per-replica must be at least 0, got {options.gpus_per_replica}")
+    if options.gpus_per_replica is not None and options.gpus_per_replica > 1 and options.gpus_per_replica % 1:
+        raise OptionError(f"--gpus-per-replica above 1 must be a whole number, got {options.gpus_per_replica}")
+    if options.max_replicas is not None and options.max_replicas < options.replicas:
+        raise OptionError(f"--max-replicas {options.max_replicas} is below --replicas {options.replicas}")
+    if not 0 <= options.port < 1 << 16:
+        raise OptionError(f"--port must be between 0 and 65535, got {options.port}")
 
 
 def _absolute(name: str) -> str:

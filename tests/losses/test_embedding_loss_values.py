@@ -258,6 +258,10 @@ def test_options_of_in_batch_terms_that_are_refused(model: SentenceTransformer) 
         ({"directions": ("query_to_doc", "doc_to_doc"), "partition_mode": "per_direction"}, "use 'joint'"),
         ({"partition_mode": "none"}, "partition_mode must be one of"),
         ({"temperature": 0.0}, "temperature must be a positive"),
+        (
+            {"temperature": 0.005, "learnable_temperature": True},
+            "a learnable temperature must begin at 0.01 or more, but is 0.005.",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             InfoNCELoss(model, **options)

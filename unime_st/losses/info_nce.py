@@ -130,6 +130,10 @@ class InfoNCELoss(CachedEmbeddingLoss):
         if hardness_mode not in get_args(HardnessMode):
             raise ValueError(f"hardness_mode must be one of {get_args(HardnessMode)}, but is {hardness_mode!r}.")
         check_positive("temperature", temperature)
+        if learnable_temperature and temperature < 1 / _LARGEST_SCALE:
+            raise ValueError(
+                f"a learnable temperature must begin at {1 / _LARGEST_SCALE} or more, but is {temperature}."
+            )
         self.false_negative_margin = check_margin(false_negative_margin)
         self.directions, self.partition_mode = tuple(directions), partition_mode
         self.hardness_mode, self.hardness_strength = hardness_mode, check_strength(hardness_strength)

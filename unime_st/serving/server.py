@@ -21,6 +21,17 @@ _NAME = "unime"
 _STOP_SECONDS = 2.0
 """Time for running requests to finish after a signal."""
 _MIN_STORE = 256 << 20
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no request to another server
+    "RAY_worker_niceness": "0",  # replicas are not background jobs
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 are too few on a busy machine
+    # What Ray records for its dashboard, which does not run, takes a tenth of a core.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
+"""Environment variables of Ray, for what is not set."""
 
 
 class _Stopped(BaseException):
@@ -114,9 +125,8 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
 
     from unime_st.serving.deployments import build
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no request to another server
-    os.environ.setdefault("RAY_worker_niceness", "0")  # replicas are not background jobs
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(level)

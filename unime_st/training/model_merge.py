@@ -289,7 +289,7 @@ def _check_related(total: Mapping[str, torch.Tensor], other: BaseModel, first_fo
     if cosine < _LEAST_COSINE:  # not with NaN, where the first model has the weight 0
         raise ValueError(
             f"{first_folder} and {folder} have different bases: their weights are unrelated (cosine {cosine:.2f}), so their "
-            "average is no model. Merge models that were fine-tuned from one base."
+            "average is not a model. Merge models that were fine-tuned from one base."
         )
 
 
