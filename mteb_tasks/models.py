@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from mteb_tasks.metadata import model_meta
+from unime_st.backbones.video_frames import VIDEO_PROCESSORS
 from unime_st.files import digest, file_digests, read_json
 from unime_st.paths import PACKAGED, TINY, home, local_folder
 from unime_st.recipes import RELEASED
@@ -220,13 +221,15 @@ def _facts(alias: str) -> dict[str, object]:
         found = {"embed_dim": width, "n_parameters": parameters, "release_date": date}
         # Weights are released in 16 bits.
         found["memory_usage_mb"] = None if parameters is None else parameters * 2 / 2**20
-    folder = PACKAGED if alias == TINY else local_folder(alias) if is_alias(alias) else None
+    folder = _folder_here(os.environ[MODEL_VARIABLE] if alias == LOCAL_MODEL else alias)
     with suppress(ValueError, OSError, KeyError, SafetensorError):
         found |= _measured(folder) if folder is not None else {}
+    with suppress(ValueError, OSError):
+        found |= {"modalities": _modalities(folder)} if folder is not None else {}
     if recipe is not None:
         reference = f"https://huggingface.co/{recipe.hub_id}" if recipe.hub_id else None
         found |= {"license": recipe.license, "reference": reference, "adapted_from": recipe.base_model}
-    if recipe is not None and recipe.family in _VIDEO_FAMILIES:
+    if folder is None and recipe is not None and recipe.family in _VIDEO_FAMILIES:
         found["modalities"] = ["text", "image", "video"]
     return {**found, "open_weights": True} if recipe is not None or alias == TINY else found
 
@@ -242,6 +245,13 @@ def _measured(folder: Path) -> dict[str, int | float]:
     return {"embed_dim": width, "n_parameters": parameters, "memory_usage_mb": size}
 
 
+def _modalities(folder: Path) -> list[str]:
+    videos = read_json(folder / "processor_config.json").get("video_processor") or {}
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    takes_video = videos.get("video_processor_type") in VIDEO_PROCESSORS and "video" in template
+    return ["text", "image", *(["video"] if takes_video else [])]
+
+
 def _folder(alias: str) -> Path:
     if alias != LOCAL_MODEL:
         return resolve(alias)
@@ -251,13 +261,17 @@ def _folder(alias: str) -> Path:
     return resolve(named)
 
 
+def _folder_here(name: str) -> Path | None:
+    """Folder that an alias or a path stands for; None for a model that is not on this machine."""
+    folders = [Path(name).expanduser()]
+    folders += [local_folder(name)] if is_alias(name) else []
+    folders += [PACKAGED] if name == TINY else []
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def _revision(name: str) -> str:
     """Digest of the folder that an alias or a path stands for; the pinned commit of a model that is not here yet."""
-    indices = [Path(name).expanduser()]
-    indices += [local_folder(name)] if is_alias(name) else []
-    indices += [PACKAGED] if name == TINY else []
-    for folder in indices:
-        if folder.is_dir():
-            return folder_revision(folder)
+    if (folder := _folder_here(name)) is not None:
+        return folder_revision(folder)
     recipe = RELEASED.get(name)
     return (recipe.revision if recipe else None) or "main"

@@ -69,6 +69,11 @@ def test_a_family_without_video_is_refused(embedder: Get, name: str) -> None:
     assert found.tolist() == [False, True]
 
 
+def test_a_family_whose_template_has_no_video_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes no video: .* has a video slot"):
+        UniME("unime-tiny", device="cpu").encode([Item("a red circle", video=clip(2)), Item("a")])
+
+
 def test_frame_sizes_are_those_of_the_released_code(kept_golden: Path) -> None:
     golden = json.loads((kept_golden / "v2" / "texts" / "behaviour.json").read_text())
     cases = [case for case in golden["sizes"] if case["kind"] == "video"]

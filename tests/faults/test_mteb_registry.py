@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import mteb
@@ -10,6 +11,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.synthetic_mmeb import write_synthetic_mmeb
+from mteb_tasks.metadata import modalities_of
 from mteb_tasks.mmeb.subsets import subset_named
 
 
@@ -53,6 +55,18 @@ def test_model_whose_folder_is_named_late_or_changed(tmp_path: Path, monkeypatch
     assert mteb.get_model("unime-local", device="cpu").mteb_model_meta.revision != first.revision
     with pytest.raises(ValueError, match="set UNIME_RERANKER"):
         mteb.get_model_meta("unime-local+reranker")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "takes_video"), [("unime-v2-2b", True), ("llava-1.6", False)])
+def test_local_models_say_whether_they_take_videos(
+    converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, takes_video: bool
+):
+    monkeypatch.setenv("UNIME_MODEL", str(converted(name)))
+    found = mteb.get_model_meta("unime-local")
+    model = SentenceTransformer(str(converted(name)), device="cpu")
+    assert ("video" in found.modalities) == takes_video and found.modalities == modalities_of(model)
+    assert found.embed_dim == model.get_embedding_dimension()
 
 
 def test_benchmark_that_was_asked_for_before_its_data_were_named(

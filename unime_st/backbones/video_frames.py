@@ -74,13 +74,14 @@ UNIME_LIMITS = FrameLimits(4 * 28 * 28, 1280 * 28 * 28)
 
 
 def accepts_video(processor: object) -> bool:
-    """Whether a processor is of a family with a video slot here.
+    """Whether a processor is of a family with a video slot here, and its chat template has the slot.
 
     Example:
         >>> accepts_video(None)
         False
     """
-    return _kind(getattr(processor, "video_processor", None)) is not None
+    template = getattr(processor, "chat_template", None)
+    return _kind(getattr(processor, "video_processor", None)) is not None and "video" in str(template)
 
 
 def raise_without_video(processor: object) -> None:
@@ -88,7 +89,7 @@ def raise_without_video(processor: object) -> None:
     if not accepts_video(processor):
         raise ValueError(
             f"this model ({type(processor).__name__.removesuffix('Processor')}) takes no video: use one of the "
-            f"families {VIDEO_FAMILIES}"
+            f"families {VIDEO_FAMILIES}, whose chat template has a video slot (convert folders of earlier versions again)"
         )
 
 
@@ -137,14 +138,18 @@ def times_of_frames(processor: Any, count: int) -> str:
     return "".join(f"<{pair / _FRAMES_PER_SECOND:.1f} seconds>{marks}" for pair in pairs)
 
 
+VIDEO_PROCESSORS = {
+    "Qwen2VLVideoProcessor": "qwen2",
+    "Qwen3VLVideoProcessor": "qwen3",
+    "LlavaOnevisionVideoProcessor": "llava",
+}
+"""Row of size rules by the class of a video processor."""
+
+
 def _kind(videos: object) -> str | None:
     """Row of size rules for a video processor; by name, because importing transformers' classes takes a second."""
-    kinds = {
-        "Qwen2VLVideoProcessor": "qwen2",
-        "Qwen3VLVideoProcessor": "qwen3",
-        "LlavaOnevisionVideoProcessor": "llava",
-    }
-    return next((kinds[base.__name__] for base in type(videos).__mro__ if base.__name__ in kinds), None)
+    names = (base.__name__ for base in type(videos).__mro__)
+    return next((VIDEO_PROCESSORS[name] for name in names if name in VIDEO_PROCESSORS), None)
 
 
 class _ResizedFrames:
