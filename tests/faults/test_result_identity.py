@@ -189,13 +189,14 @@ def test_interrupted_vectors_of_other_items(tmp_path: Path):
     assert np.allclose(finished[[0, 4999]], tiny().encode(["text 0", "text 4999"]), atol=1e-5)
 
 
-def test_one_array_that_an_iterator_fills_again_and_again():
+@pytest.mark.parametrize("form", [lambda array: array, lambda array: [array]], ids=["array", "list"])
+def test_one_array_that_an_iterator_fills_again_and_again(form: Callable[[np.ndarray], object]):
     buffer = np.zeros((56, 56, 3), np.uint8)
 
-    def frames() -> Iterator[dict[str, np.ndarray]]:
+    def frames() -> Iterator[dict[str, object]]:
         for value in (0, 120, 255):
             buffer[:] = value
-            yield {"image": buffer}
+            yield {"image": form(buffer)}
 
     expected = tiny().encode([{"image": np.full_like(buffer, value)} for value in (0, 120, 255)])
     assert np.allclose(encode_items(tiny(), frames()), expected, atol=1e-5)

@@ -145,6 +145,8 @@ def copy_arrays(value: object) -> object:
         return value.copy()
     if isinstance(value, torch.Tensor):
         return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(copy_arrays, value))
     return {name: copy_arrays(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
