@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import mteb
 import numpy as np
@@ -154,7 +155,8 @@ def test_stored_vectors_of_an_image_file_that_was_replaced(tmp_path: Path):
 def test_stored_vectors_of_image_files_that_were_copied(tmp_path: Path):
     path, copied = tmp_path / "image.png", tmp_path / "copy.png"
     Image.new("RGB", (56, 56), "red").save(path)
-    for number, value in enumerate(({"image": str(path)}, str(path))):
+    forms: list[Any] = [{"image": str(path)}, str(path)]
+    for number, value in enumerate(forms):
         stored = encode_to_shards(tiny(), [value], tmp_path / str(number), show_progress_bar=False)[:]
         copied.write_bytes(path.read_bytes())
         copied.replace(path)  # another file of the same content
@@ -163,11 +165,11 @@ def test_stored_vectors_of_image_files_that_were_copied(tmp_path: Path):
 
 
 def test_an_image_file_that_was_not_there_keeps_its_empty_row(tmp_path: Path):
-    items = ["a", {"image": str(tmp_path / "late.png")}]
-    options = {"on_error": "skip", "show_progress_bar": False}
-    encode_to_shards(tiny(), items, tmp_path / "vectors", **options)  # type: ignore[arg-type]
+    items: list[Any] = ["a", {"image": str(tmp_path / "late.png")}]
+    options: Any = {"on_error": "skip", "show_progress_bar": False}
+    encode_to_shards(tiny(), items, tmp_path / "vectors", **options)
     Image.new("RGB", (56, 56), "red").save(tmp_path / "late.png")
-    found = encode_to_shards(tiny(), items, tmp_path / "vectors", **options)  # type: ignore[arg-type]
+    found = encode_to_shards(tiny(), items, tmp_path / "vectors", **options)
     assert np.isnan(found[1]).all() and not np.isnan(found[0]).any()
 
 
