@@ -145,8 +145,10 @@ def copy_arrays(value: object) -> object:
         return value.copy()
     if isinstance(value, torch.Tensor):
         return value.clone()
-    if type(value) in (list, tuple):
-        return type(value)(map(copy_arrays, value))
+    if type(value) is list:
+        return [copy_arrays(part) for part in value]
+    if type(value) is tuple:
+        return tuple(copy_arrays(part) for part in value)
     return {name: copy_arrays(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
