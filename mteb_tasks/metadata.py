@@ -93,6 +93,13 @@ def modalities_of(model: SentenceTransformer) -> list[str]:
     return ["text", "image", *(["video"] if accepts_video(getattr(model[0], "processor", None)) else [])]
 
 
+class _UniMEModelMeta(ModelMeta):
+    """Metadata of our models; their video tasks have stored frames, which need none of mteb's packages for videos."""
+
+    def _resolve_extras_groups(self) -> list[str]:
+        return [group for group in super()._resolve_extras_groups() if group != "video"]
+
+
 def model_meta(
     name: str, revision: str | None, *, loader: Callable[..., MTEBModels] | None = None, **fields: object
 ) -> ModelMeta:
@@ -123,4 +130,4 @@ def model_meta(
         "languages": ["eng-Latn"],
     }
     empty = ModelMeta.create_empty().model_dump()
-    return ModelMeta(**{**empty, **known, **fields})
+    return _UniMEModelMeta(**{**empty, **known, **fields})

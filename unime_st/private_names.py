@@ -54,6 +54,7 @@ PRIVATE_NAMES = tuple(
         ("mteb.benchmarks.get_benchmark:_build_registry.cache_clear", "", "mteb has no plug-in interface"),
         ("mteb.benchmarks.get_benchmark:_build_aliases_registry.cache_clear", "", "mteb has no plug-in interface"),
         ("mteb.evaluate:evaluate", "model tasks", "drops the images of a SentenceTransformer object"),
+        ("mteb.models:ModelMeta._resolve_extras_groups", "", "demands torchcodec of models that take videos"),
         ("mteb.models.get_model_meta:get_model_meta", "model_name", "models of folders that variables name later"),
         ("mteb.evaluate:_check_cache", "task meta cache overwrite_strategy", "ignores the revision of the data"),
         ("mteb.cli.build_cli:run", "args", "prints no scores"),
