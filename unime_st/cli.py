@@ -134,9 +134,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--greedy", action="store_true", help="merge only models that improve the average's MRR@10 on --eval-data"
     )
-    parser.add_argument(
-        "--eval-data", "--eval_data", metavar="RECORDS", help="folder of held-out records; for --greedy"
-    )
+    parser.add_argument("--eval-data", metavar="RECORDS", help="folder of held-out records; for --greedy")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
@@ -243,6 +241,12 @@ _STAGE_OF = {"import": "import_data"}
 """Subcommands that are not called as the file of their stage, because Python does not allow it as the name of a file."""
 
 
+def _hyphenated(word: str) -> str:
+    """An option as commands spell it, e.g. ``--fit-alpha``; stages and their configurations write ``--fit_alpha``."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -274,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stage in STAGES:  # for the help; their words are read by run_stage
         title = docstring(f"unime_st.stages.{stage}").splitlines()[0]
         commands.add_parser("import" if stage == _STAGE_OF["import"] else stage, help=f"stage: {title}")
-    options = parser.parse_args(words)
+    options = parser.parse_args([_hyphenated(word) for word in words])
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     command = COMMANDS[options.command]
     status = exit_status(lambda: command.run(options), f"unime {options.command}", verbose=options.verbose)

@@ -170,7 +170,6 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reranker", metavar="MODEL", help="reranks the results, e.g. unime-v2-reranker")
     parser.add_argument(
         "--pair-order",
-        "--pair_order",
         choices=("query_first", "candidate_first", "both"),
         default="query_first",
         help="order of query and result in the reranker's prompt (default: query_first)",
@@ -179,9 +178,7 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     weight.add_argument(
         "--alpha", type=float, metavar="A", help="rank by A x similarity + the reranker's log-odds (default: log-odds)"
     )
-    weight.add_argument(
-        "--fit-alpha", "--fit_alpha", metavar="RECORDS", help="record folder of labeled pairs to fit A on"
-    )
+    weight.add_argument("--fit-alpha", metavar="RECORDS", help="record folder of labeled pairs to fit A on")
     parser.add_argument("--model", help="embedding model (default: the model of the index)")
     parser.add_argument("--html", metavar="FILE", help="write a gallery that opens offline")
     parser.add_argument("--json", action="store_true", help="print JSON")

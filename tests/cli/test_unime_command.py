@@ -68,6 +68,15 @@ def test_wrong_calls(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert "usage: unime" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--pair-order", "--pair_order"])
+def test_options_are_taken_with_hyphens_and_underscores(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages write underscores; the value stays as it is."""
+    assert main(["search", "no/where", "a star", f"{option}=candidate_first"]) == 1
+    assert "no/where" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["search", "no/where", "a star", f"{option}=candidate-first"])
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
