@@ -121,8 +121,11 @@ def test_config_and_citation(model: SentenceTransformer) -> None:
         {
             "temperature": 0.02,
             "divergence": "symmetric_kl",
+            "labels": "scores",
             "label_temperature": 0.02,
             "in_batch_weight": 0.0,
+            "false_negative_margin": None,
+            "hardness_strength": 0.0,
             **DEFAULTS,
         },
     ]
