@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from PIL import Image
 
+EMBED = "/v1/embeddings"
+PIXELS, ITEMS, QUEUE, BODY = 250_000, 200, 160, 1 << 20
+"""Limits of the server of the tests; a request may be larger than the queue."""
 TOKEN = "sk-zyxwv-token"
 MARK = "zyxwvmark"
 """Stands in texts of bad requests, and must not be found in a log."""
@@ -62,6 +67,12 @@ class ServerProcess:
     def post(self, path: str, body: Any, **headers: str) -> Response:
         return self.request("POST", path, body, **headers)
 
+    def raw_post(self, rest: str) -> socket.socket:
+        """Connection on which the beginning of a request was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=600)
+        connection.sendall(f"POST {EMBED} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n{rest}".encode())
+        return connection
+
     def children(self, name: str = "") -> list[psutil.Process]:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -72,12 +83,15 @@ class ServerProcess:
                 continue
         return found
 
-    def session(self) -> Path:
-        """Folder of Ray's logs."""
-        for process in self.children("gcs_server"):
-            if found := re.search(r"/\S*?/session_[\d_-]+", " ".join(process.cmdline())):
-                return Path(found[0])
-        raise AssertionError("no session folder")
+    def check_logs(self) -> None:
+        """Check that neither the server's log nor Ray's hold :data:`MARK` or the token."""
+        commands = (" ".join(process.cmdline()) for process in self.children("gcs_server"))
+        session = next(filter(None, (re.search(r"/\S*?/session_[\d_-]+", command) for command in commands)))
+        logs = [path for path in Path(session[0], "logs").rglob("*") if path.is_file()]
+        assert logs
+        for path in (self.log, *logs):
+            content = path.read_bytes()
+            assert MARK.encode() not in content and TOKEN.encode() not in content, path
 
     def stop(self) -> int:
         self.process.terminate()
@@ -109,3 +123,31 @@ def png(image: Image.Image) -> bytes:
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
+
+
+def vectors(response: Any) -> list[Any]:
+    assert response.status == 200, response.text
+    assert [entry["index"] for entry in response.json["data"]] == list(range(len(response.json["data"])))
+    return [entry["embedding"] for entry in response.json["data"]]
+
+
+def chat(*parts: Any, system: str | None = None) -> dict[str, Any]:
+    messages: list[Any] = [{"role": "system", "content": system}] if system is not None else []
+    return {"messages": [*messages, {"role": "user", "content": list(parts)}]}
+
+
+def image_part(uri: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": uri}}
+
+
+def refused(response: Any, status: int, code: str) -> dict[str, Any]:
+    assert response.status == status, response.text
+    assert "\n" not in response.text and response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = response.json["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert error["code"] == code, error
+    return error
