@@ -145,6 +145,8 @@ def test_wrong_calls(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "cannot be used" in capsys.readouterr().err
     assert main(["parity", str(tmp_path)]) == 1
     assert "does not exist; `unime export" in capsys.readouterr().err
+    assert main(["parity", str(exported), "--least", "99.9"]) == 2
+    assert "--least must be between -1 and 1, got 99.9" in capsys.readouterr().err
     write_json(tmp_path / "parity.json", {"items": []})
     assert main(["parity", str(tmp_path)]) == 1
     assert "is not a parity file of this version" in capsys.readouterr().err

@@ -71,24 +71,24 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_all_models_find_room_on_the_gpus(replicas: int, available: float, expected: float) -> None:
     pytest.importorskip("ray.serve")  # in the extra [serve]
-    from unime_st.serving.deployments import gpus_per_copy
+    from unime_st.serving.deployments import gpus_per_replica
 
     settings = ServeSettings("unime-v2", reranker="unime-v2-reranker", replicas=replicas)
-    assert gpus_per_copy(settings, available) == expected
-    assert gpus_per_copy(dataclasses.replace(settings, device="cpu"), available) == 0.0
+    assert gpus_per_replica(settings, available) == expected
+    assert gpus_per_replica(dataclasses.replace(settings, device="cpu"), available) == 0.0
 
 
 def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.serve")  # in the extra [serve]
-    from unime_st.serving.deployments import gpus_per_copy
+    from unime_st.serving.deployments import gpus_per_replica
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     settings = ServeSettings("unime-v2", replicas=3, gpus=0.4)  # two on one GPU
-    assert gpus_per_copy(settings, 2.0) == 0.4
-    with pytest.raises(ValueError, match=r"3 copies of models with 0\.4 GPUs each do not fit 1 GPUs"):
-        gpus_per_copy(settings, 1.0)
+    assert gpus_per_replica(settings, 2.0) == 0.4
+    with pytest.raises(ValueError, match=r"3 replicas with 0\.4 GPUs each do not fit 1 GPUs"):
+        gpus_per_replica(settings, 1.0)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert gpus_per_copy(settings, 0.0) == 0.4
+    assert gpus_per_replica(settings, 0.0) == 0.4
 
 
 @pytest.mark.slow

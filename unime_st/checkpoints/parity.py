@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ class Probe:
         parts = {"image": image if self.image else None, "text": self.text}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def run(self, model: Any, image: Image.Image) -> np.ndarray:
+    def run(self, model: SentenceTransformer | CrossEncoder, image: Image.Image) -> np.ndarray:
         """Vector of the input, or score of the pair, as an array of one dimension; from an embedder or a reranker."""
         if isinstance(model, CrossEncoder):
             return np.atleast_1d(model.predict([(self.query, self.value(image))], show_progress_bar=False))

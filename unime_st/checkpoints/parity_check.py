@@ -96,8 +96,8 @@ class _Server:
 
     def ask(self, probe: Probe, prompt: str | None, image: str) -> np.ndarray:
         """Vector of a probe, or score of a pair."""
-        parts = [{"type": "image_url", "image_url": {"url": image}}] if probe.image else []
-        parts += [{"type": "text", "text": probe.text}] if probe.text else []  # type: ignore[dict-item]
+        parts: list[Json] = [{"type": "image_url", "image_url": {"url": image}}] if probe.image else []
+        parts += [{"type": "text", "text": probe.text}] if probe.text else []
         if probe.kind == "pair":
             body = {"text_1": probe.query, "text_2": {"content": parts} if probe.image else probe.text}
             body |= {"model": self._model} if self._model else {}

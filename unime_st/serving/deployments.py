@@ -37,9 +37,9 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
         "graceful_shutdown_timeout_s": graceful_seconds,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
-    copies: dict[str, object] = {"num_replicas": settings.replicas}
+    scaling: dict[str, object] = {"num_replicas": settings.replicas}
     if settings.max_replicas is not None and settings.max_replicas > settings.replicas:
-        copies = {
+        scaling = {
             "autoscaling_config": {
                 "min_replicas": settings.replicas,
                 "max_replicas": settings.max_replicas,
@@ -47,35 +47,36 @@ def build(settings: ServeSettings, *, graceful_seconds: float = 2.0) -> Applicat
             }
         }
     available = float(ray.cluster_resources().get("GPU", 0))
-    actor: dict[str, object] = {"num_cpus": 1, "num_gpus": gpus_per_copy(settings, available)}
-    models = [
-        _deployment(kind, name, actor, **common, **copies).bind(settings)
-        for kind, name, wanted in ((Embedder, "embedder", True), (Reranker, "reranker", settings.reranker is not None))
-        if wanted
-    ]
+    actor: dict[str, object] = {"num_cpus": 1, "num_gpus": gpus_per_replica(settings, available)}
+    kinds: dict[str, type] = {"embedder": Embedder}
+    if settings.reranker is not None:
+        kinds["reranker"] = Reranker
+    models = [_deployment(kind, name, actor, **common, **scaling).bind(settings) for name, kind in kinds.items()]
     ingress = _deployment(serve.ingress(build_app)(Gateway), "gateway", {"num_cpus": 0}, **common)
     return ingress.bind(settings, *models)
 
 
-def gpus_per_copy(settings: ServeSettings, available: float) -> float:
-    """GPUs of a copy of a model: the number of the settings, or so much that all copies find room, at most 1.
+def gpus_per_replica(settings: ServeSettings, available: float) -> float:
+    """GPUs of a replica: the number of the settings, or so much that all replicas find room, at most 1.
 
     Raises:
         ValueError: If there are too few GPUs, for which Ray would wait; not with ``RAY_ADDRESS``, as clusters grow.
 
     Example:
-        >>> gpus_per_copy(ServeSettings("unime-v2", reranker="unime-v2-reranker"), available=1.0)
+        >>> gpus_per_replica(ServeSettings("unime-v2", reranker="unime-v2-reranker"), available=1.0)
         0.5
     """
-    gpus, copies = settings.gpus, settings.models * settings.replicas
+    gpus, replicas = settings.gpus, settings.num_models * settings.replicas
     if gpus is None:
         if not available or settings.device == "cpu":
             return 0.0
-        most = settings.models * (settings.max_replicas or settings.replicas)
+        most = settings.num_models * (settings.max_replicas or settings.replicas)
         return math.floor(_GPU_UNITS / math.ceil(most / available)) / _GPU_UNITS
     room = math.inf if not gpus else available // gpus if gpus >= 1 else available * (1 // gpus)
-    if room < copies and not os.environ.get("RAY_ADDRESS"):
-        raise ValueError(f"{copies} copies of models with {gpus:g} GPUs each do not fit {available:g} GPUs")
+    if room < replicas and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"{replicas} replicas with {gpus:g} GPUs each do not fit {available:g} GPUs; lower --gpus-per-replica"
+        )
     return gpus
 
 

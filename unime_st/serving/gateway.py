@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,25 @@ from unime_st.data.items import Item
 from unime_st.serving.api_errors import ApiError, bad_request
 from unime_st.serving.item_drafts import (
     ItemDraft,
+    boolean_field,
     check_fields,
     check_model,
-    flag,
-    integer,
+    integer_field,
     read_item,
     read_messages,
     text_field,
 )
 from unime_st.serving.metrics import CONTENT_TYPE, Metrics
 from unime_st.serving.model_actors import Answer, EmbedCall, RerankCall, SearchCall
-from unime_st.serving.request_reader import Body, RequestReader, refusal, rendered
-from unime_st.serving.settings import PIECE, ServeSettings
+from unime_st.serving.request_reader import Body, RequestReader, error_response, json_response
+from unime_st.serving.settings import CHUNK, ServeSettings
 
 logger = logging.getLogger("ray.serve")
 
 _IGNORED = ("model", "user", "priority", "request_id")
 _ATTEMPTS = 3
 _HEALTH_SECONDS = 5.0
-_MOST_HITS = 1000
+_MAX_HITS = 1000
 
 
 class Gateway:
@@ -80,7 +81,7 @@ class Gateway:
         try:
             self.reader.authorize(request)
         except ApiError as error:
-            return refusal(error)
+            return error_response(error)
         if path == "/metrics":
             self.metrics.waiting.set(self._waiting)
             return Response(self.metrics.text(), media_type=CONTENT_TYPE)
@@ -106,7 +107,7 @@ class Gateway:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 await asyncio.gather(*(model.info.remote() for model in (self.embedder, self.reranker) if model))
         except Exception:  # whatever it is, the server is not ready
-            return refusal(ApiError(503, "a model does not answer", retry_after=5))
+            return error_response(ApiError(503, "a model does not answer", retry_after=5))
         return JSONResponse({"status": "ok"})
 
     async def load_error(self) -> str | None:
@@ -124,16 +125,18 @@ class Gateway:
                 raise ApiError(503, "the server is shutting down", retry_after=5)
             async with asyncio.timeout(self.settings.timeout):
                 with self.reader.reserved() as reserve:
-                    response = await rendered(await handle(await self.reader.read(request, reserve)))
+                    response = await json_response(await handle(await self.reader.read(request, reserve)))
         except ApiError as error:
-            response = refusal(error)
+            response = error_response(error)
         except TimeoutError:
-            response = refusal(ApiError(504, f"no result within {self.settings.timeout:g} seconds", retry_after=5))
+            response = error_response(
+                ApiError(504, f"no result within {self.settings.timeout:g} seconds", retry_after=5)
+            )
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception as error:
             logger.error("%s: %s", path, type(error).__name__)  # its message may hold inputs
-            response = refusal(ApiError(500, "internal error", code="internal_error"))
+            response = error_response(ApiError(500, "internal error", code="internal_error"))
         finally:
             self._running -= 1
         self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
@@ -156,6 +159,7 @@ class Gateway:
 
     @contextmanager
     def _queued(self, count: int) -> Iterator[None]:
+        """Count items as waiting; a request that is larger than the queue is taken when nothing else waits."""
         if self._waiting and self._waiting + count > self.settings.max_queue:
             raise ApiError(
                 429, f"{self._waiting} items are waiting; try again later", code="queue_full", retry_after=1
@@ -196,7 +200,7 @@ class Gateway:
         if encoding not in ("float", "base64"):
             raise bad_request("encoding_format: expected 'float' or 'base64'", "encoding_format")
         facts = await self._facts()
-        dim = integer(body, "dimensions", None, at_most=facts["dim"])
+        dim = integer_field(body, "dimensions", at_most=facts["dim"])
         prompt, name = text_field(body, "prompt"), text_field(body, "prompt_name")
         if name is not None and (prompt is not None or name not in facts["prompts"]):
             known = ", ".join(facts["prompts"]) or "none"
@@ -208,14 +212,9 @@ class Gateway:
             prompt = system
         items = await self._items(drafts)
         with self._queued(len(items)):
-            pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
-            answers = await asyncio.gather(
-                *(self._call(self.embedder.embed, EmbedCall(piece, prompt, name)) for piece in pieces)
-            )
-        for number, answer in enumerate(answers):
-            for row, reason in answer.reasons.items():
-                param = drafts[number * PIECE + row].param
-                raise bad_request(f"{param}: {_public(reason)}", param)
+            calls = [EmbedCall(chunk, prompt, name) for chunk in _chunks(items)]
+            answers = await asyncio.gather(*(self._call(self.embedder.embed, call) for call in calls))
+        _check_rows(answers, drafts)
         vectors = np.concatenate([answer.vectors for answer in answers if answer.vectors is not None])
         if dim is not None and dim < vectors.shape[1]:
             vectors = vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)
@@ -225,7 +224,7 @@ class Gateway:
         return {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": index, "embedding": _encoded(vector, encoding)}
+                {"object": "embedding", "index": index, "embedding": _encode_vector(vector, encoding)}
                 for index, vector in enumerate(vectors)
             ],
             "model": self.settings.model_id,
@@ -252,10 +251,11 @@ class Gateway:
         if "query" not in body or not isinstance(documents, list) or not documents:
             raise bad_request("expected a query and a list of documents", "documents")
         drafts = [read_item(document, f"documents[{index}]") for index, document in enumerate(documents)]
-        top = integer(body, "top_n", None) or len(documents)
-        returned = flag(body, "return_documents", True)
+        top = integer_field(body, "top_n") or len(documents)
+        returned = boolean_field(body, "return_documents", True)
         query, *items = await self._items([read_item(body["query"], "query"), *drafts])
-        scores = await self._scores("/rerank", query, items, drafts)
+        with self._queued(len(items)):
+            scores = await self._scores("/rerank", query, items, drafts)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])[:top]
         results: list[Body] = [{"index": index, "relevance_score": scores[index]} for index in order]
         if returned:
@@ -279,14 +279,15 @@ class Gateway:
             raise bad_request(f"{names[0]}: expected 1 entry or {len(right)}, as many as {names[1]}", names[0])
         items = await self._items([*left, *right])
         queries, documents = items[: len(left)], items[len(left) :]
-        if len(left) == 1:
-            scores = await self._scores("/score", queries[0], documents, right, left[0].param)
-        else:
-            parts = (
-                self._scores("/score", query, [document], [draft], own.param)
-                for query, document, own, draft in zip(queries, documents, left, right, strict=True)
-            )
-            scores = [score for part in await asyncio.gather(*parts) for score in part]
+        with self._queued(len(documents)):
+            if len(left) == 1:
+                scores = await self._scores("/score", queries[0], documents, right, left[0].param)
+            else:
+                parts = (
+                    self._scores("/score", query, [document], [draft], own.param)
+                    for query, document, own, draft in zip(queries, documents, left, right, strict=True)
+                )
+                scores = list(chain.from_iterable(await asyncio.gather(*parts)))
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
         return {
             "id": f"score-{uuid.uuid4().hex}",
@@ -312,16 +313,10 @@ class Gateway:
         param: str = "query",
     ) -> list[float]:
         """Scores of documents in their order; without drafts unreadable ones get 0."""
-        with self._queued(len(items)):
-            pieces = [list(items[start : start + PIECE]) for start in range(0, len(items), PIECE)]
-            assert self.reranker is not None
-            calls = (self._call(self.reranker.rerank, RerankCall(query, piece)) for piece in pieces)
-            answers = await asyncio.gather(*calls)
-        for number, answer in enumerate(answers):
-            for row, reason in answer.reasons.items():
-                if row < 0 or drafts is not None:
-                    where = param if row < 0 or drafts is None else drafts[number * PIECE + row].param
-                    raise bad_request(f"{where}: {_public(reason)}", where)
+        assert self.reranker is not None
+        calls = [RerankCall(query, chunk) for chunk in _chunks(items)]
+        answers = await asyncio.gather(*(self._call(self.reranker.rerank, call) for call in calls))
+        _check_rows(answers, drafts, param)
         self.metrics.items.labels(endpoint).inc(len(items))
         return [0.0 if math.isnan(score) else score for answer in answers for score in answer.scores]
 
@@ -330,8 +325,8 @@ class Gateway:
         check_model(body, self.settings.model_id)
         if self.settings.index is None:
             raise ApiError(404, "no index is served; start the server with --index DIR", code="no_index")
-        top = integer(body, "top_k", 10, at_most=_MOST_HITS) or 10
-        prompt, rerank = text_field(body, "query_prompt"), flag(body, "rerank", False)
+        top = integer_field(body, "top_k", at_most=_MAX_HITS) or 10
+        prompt, rerank = text_field(body, "query_prompt"), boolean_field(body, "rerank", False)
         if rerank and self.reranker is None:
             raise bad_request("rerank: no reranker is served; start the server with --reranker NAME", "rerank")
         if "query" not in body:
@@ -347,14 +342,32 @@ class Gateway:
         ]
         if rerank and hits:
             items = [item for _, _, item in answer.hits]
-            for hit, score in zip(hits, await self._scores("/search", query, items, None), strict=True):
+            with self._queued(len(items)):
+                scores = await self._scores("/search", query, items, None)
+            for hit, score in zip(hits, scores, strict=True):
                 hit["score"] = score
             hits.sort(key=lambda hit: -hit["score"])
         self.metrics.items.labels("/search").inc()
         return {"object": "list", "model": self.settings.model_id, "data": hits}
 
 
-def _encoded(vector: np.ndarray, encoding: str) -> object:
+def _chunks(items: Sequence[Item]) -> list[list[Item]]:
+    """Items of the calls of a request."""
+    return [list(items[start : start + CHUNK]) for start in range(0, len(items), CHUNK)]
+
+
+def _check_rows(answers: Sequence[Answer], drafts: Sequence[ItemDraft] | None, query_param: str = "query") -> None:
+    """Refuse a request one of whose items, or whose query, has no result; without drafts items are not looked at."""
+    for number, answer in enumerate(answers):
+        for row, reason in answer.reasons.items():
+            if row < 0:
+                raise bad_request(f"{query_param}: {_public(reason)}", query_param)
+            if drafts is not None:
+                param = drafts[number * CHUNK + row].param
+                raise bad_request(f"{param}: {_public(reason)}", param)
+
+
+def _encode_vector(vector: np.ndarray, encoding: str) -> object:
     """Vector as a list of numbers, or base64 of little-endian float32."""
     if encoding == "float":
         return vector.tolist()

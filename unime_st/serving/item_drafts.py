@@ -179,11 +179,11 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def integer(body: Mapping[str, object], name: str, default: int | None, at_most: int | None = None) -> int | None:
+def integer_field(body: Mapping[str, object], name: str, at_most: int | None = None) -> int | None:
     """Field of a request that is a count of at least 1."""
     value = body.get(name)
     if value is None:
-        return default
+        return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (at_most is not None and value > at_most):
         limit = "" if at_most is None else f" and at most {at_most}"
         raise bad_request(f"{name}: expected an integer of at least 1{limit}", name)
@@ -202,7 +202,7 @@ def text_field(body: Mapping[str, object], name: str) -> str | None:
     return value
 
 
-def flag(body: Mapping[str, object], name: str, default: bool) -> bool:
+def boolean_field(body: Mapping[str, object], name: str, default: bool) -> bool:
     """Field of a request that is true or false."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):

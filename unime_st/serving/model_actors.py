@@ -14,12 +14,12 @@ import numpy as np
 
 from unime_st.data.items import Item
 from unime_st.serving.batcher import Batcher
-from unime_st.serving.settings import PIECE, ServeSettings
+from unime_st.serving.settings import CHUNK, ServeSettings
 
 if TYPE_CHECKING:  # the gateway imports this file, and no torch
     from sentence_transformers import SentenceTransformer
 
-_BATCH = 4 * PIECE
+_BATCH = 4 * CHUNK
 """Items that are given to the encoding engine at once; it splits them by its token budget."""
 
 
@@ -80,7 +80,7 @@ class Embedder:
         self.error: str | None = None
         self._lock = Lock()
         self.embed_batch = Batcher(self._embed, size=lambda call: len(call.items), limit=_BATCH)
-        self.search_batch = Batcher(self._search, size=lambda call: 1, limit=PIECE)
+        self.search_batch = Batcher(self._search, size=lambda call: 1, limit=CHUNK)
         try:
             self._load(settings)
         except (ValueError, OSError, ImportError) as error:
@@ -91,12 +91,12 @@ class Embedder:
         from unime_st.model import UniME
         from unime_st.retrieval import Index
 
-        quiet(settings.threads)
+        _configure_process(settings.threads)
         self.model = UniME(settings.model, device=settings.device)
         self.index = None if settings.index is None else Index.load(settings.index, self.model)
         self.counter = lru_cache(maxsize=32)(lambda prompt: TokenCounter(self.model, prompt))
         self.dim = int(self.model.get_embedding_dimension() or 0)
-        self.max_tokens = settings.max_tokens or _longest(self.model)
+        self.max_tokens = settings.max_tokens or _max_tokens(self.model)
         self._embed([EmbedCall([Item("warm-up")])])
 
     async def info(self) -> dict[str, object]:
@@ -191,7 +191,7 @@ class Reranker:
         try:
             from unime_st.reranking import UniMEReranker
 
-            quiet(settings.threads)
+            _configure_process(settings.threads)
             self.model = UniMEReranker(settings.reranker, device=settings.device)
             self._score([RerankCall(Item("warm-up"), [Item("warm-up")])])
         except (ValueError, OSError, ImportError) as error:
@@ -225,7 +225,7 @@ class Reranker:
         return answers
 
 
-def _longest(model: SentenceTransformer) -> int:
+def _max_tokens(model: SentenceTransformer) -> int:
     """Largest number of tokens that a model takes."""
     config = getattr(model[0], "config", None)
     text = getattr(config, "text_config", config)
@@ -233,7 +233,7 @@ def _longest(model: SentenceTransformer) -> int:
     return int(min(limit for limit in (*limits, 1 << 20) if limit))
 
 
-def quiet(threads: int) -> None:
+def _configure_process(threads: int) -> None:
     """Set the number of threads, and log errors only: warnings of the engine name inputs."""
     import torch
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from unime_st.files import Json
 from unime_st.serving.api_errors import ApiError, bad_request
-from unime_st.serving.settings import MIB, PIECE, ServeSettings, key_digest
+from unime_st.serving.settings import CHUNK, MIB, ServeSettings, key_digest
 
 Body = Json
 """JSON object of a request or response."""
@@ -78,9 +78,9 @@ class RequestReader:
         return body
 
 
-async def rendered(content: Body) -> Response:
+async def json_response(content: Body) -> Response:
     """JSON of a result; many entries are written one by one in a thread, so that other requests go on meanwhile."""
-    if len(content.get("data", ())) < PIECE:
+    if len(content.get("data", ())) < CHUNK:
         return JSONResponse(content)
 
     def render() -> str:
@@ -91,6 +91,6 @@ async def rendered(content: Body) -> Response:
     return Response(await asyncio.to_thread(render), media_type="application/json")
 
 
-def refusal(error: ApiError) -> Response:
+def error_response(error: ApiError) -> Response:
     """Response for an error."""
     return JSONResponse(error.body, error.status, error.headers)

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -64,7 +65,7 @@ def run_server(settings: ServeSettings, host: str, port: int, *, verbose: bool =
     try:
         reason = _start(settings, host, port, verbose=verbose)
         if reason is not None:
-            sys.stderr.write(f"unime serve: {' '.join(reason.split())}\n")
+            sys.stderr.write(f"unime serve: {_line(reason)}\n")
             return 1
         sys.stdout.write(f"Ready: http://{host}:{port}/v1\n")
         sys.stdout.flush()
@@ -99,9 +100,9 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
     raise _Stopped
 
 
-def _on_signal(handler: object) -> None:
+def _on_signal(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)
 
 
 def _checked_port(host: str, port: int) -> int:
@@ -135,32 +136,46 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
         cores = os.cpu_count() or 1
         options = {
             "address": "local",
-            "num_cpus": max(cores, settings.models * (settings.max_replicas or settings.replicas)),
+            "num_cpus": max(cores, settings.num_models * (settings.max_replicas or settings.replicas)),
             "include_dashboard": False,
             "object_store_memory": max(_MIN_STORE, 2 * settings.max_bytes),
         }
-    _start_ray({"log_to_driver": verbose, "logging_level": level, **options})
-    _on_signal(_raise_stopped)  # Ray sets its own
     quiet = LoggingConfig(log_level=logging.getLevelName(level), enable_access_log=False)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": port, "keep_alive_timeout_s": 75},
-        logging_config=quiet,
+    _start_ray(
+        {"log_to_driver": verbose, "logging_level": level, **options},
+        {
+            "proxy_location": "HeadOnly",
+            "http_options": {"host": host, "port": port, "keep_alive_timeout_s": 75},
+            "logging_config": quiet,
+        },
     )
-    handle = serve.run(build(settings, graceful_seconds=_STOP_SECONDS), name=_NAME, logging_config=quiet)
-    found: str | None = handle.load_error.remote().result()
+    application = build(settings, graceful_seconds=_STOP_SECONDS)
+    try:
+        handle = serve.run(application, name=_NAME, logging_config=quiet)
+        found: str | None = handle.load_error.remote().result()
+    except Exception as error:  # Ray raises many kinds, also a bare RuntimeError
+        raise OSError(f"the models did not start: {_line(error)}") from error
     return found
 
 
-def _start_ray(options: dict[str, Any]) -> None:
-    """Start Ray; again if it gives up, as it does after 30 seconds on a busy machine."""
+def _start_ray(ray_options: dict[str, Any], serve_options: dict[str, Any]) -> None:
+    """Start Ray and Ray Serve; again if one gives up, as Ray does after 30 and Ray Serve after 60 seconds."""
     import ray
+    from ray import serve
 
     for attempts_left in (2, 1, 0):
         try:
-            ray.init(**options)
+            ray.init(**ray_options)
+            _on_signal(_raise_stopped)  # Ray sets its own
+            serve.start(**serve_options)
             return
         except Exception as error:  # Ray raises a bare Exception
             ray.shutdown()
             if not attempts_left:
-                raise OSError(f"Ray did not start: {' '.join(str(error).split())}") from error
+                message = f"Ray Serve did not start: {_line(error)}. Try again when the machine is less busy."
+                raise OSError(message) from error
+
+
+def _line(text: object) -> str:
+    """A text or error on one line."""
+    return " ".join(str(text).split())

@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-API_KEY = "UNIME_API_KEY"
+API_KEY_VARIABLE = "UNIME_API_KEY"
 """Environment variable with the bearer token that clients have to send."""
 
-PIECE = 64
+CHUNK = 64
 """Largest number of items in one call of a model; larger requests are spread over the replicas."""
 
 MIB = 1 << 20
@@ -23,17 +23,17 @@ class ServeSettings:
         model: Alias or folder of the embedding model.
         reranker: Alias or folder of the reranker. Defaults to None, no reranking.
         index: Folder of an index of the embedding model. Defaults to None, no search.
-        replicas: Copies of each model.
-        max_replicas: Largest number of copies, which Ray starts under load. Defaults to None, no autoscaling.
-        gpus: GPUs of a copy; may be a fraction. Defaults to None: an equal share for all copies, at most 1; 0 if Ray has
-            none, or the device is "cpu".
-        threads: CPU threads of a copy.
+        replicas: Replicas of each model.
+        max_replicas: Largest number of replicas, which Ray starts under load. Defaults to None, no autoscaling.
+        gpus: GPUs of a replica; may be a fraction. Defaults to None: an equal share for all replicas, at most 1; 0 if
+            Ray has none, or the device is "cpu".
+        threads: CPU threads of a replica.
         device: Device of the models. Defaults to None, the choice of Sentence Transformers.
         max_body: Largest request body in bytes.
         max_pixels: Largest number of pixels of an image.
         max_items: Largest number of items in a request.
         max_tokens: Largest number of tokens of an item. Defaults to None, what the model takes.
-        max_queue: Largest number of items that are waiting or being computed.
+        max_queue: Largest number of items that are waiting or being computed; a larger request is taken alone.
         timeout: Seconds until a request is given up.
         read_timeout: Seconds in which a request body has to arrive.
         allow_urls: Hosts from which images are fetched. Defaults to none.
@@ -64,7 +64,7 @@ class ServeSettings:
         return 8 * self.max_body
 
     @property
-    def models(self) -> int:
+    def num_models(self) -> int:
         """Number of models: the embedding model, and the reranker if there is one."""
         return 1 if self.reranker is None else 2
 
