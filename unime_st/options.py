@@ -46,6 +46,7 @@ def option(
     below: float | None = None,
     required: bool = False,
     unless: Sequence[str] = (),
+    needs: str = "",
     path: str = "",
     made_by: str = "",
     old: str = "",
@@ -66,6 +67,7 @@ def option(
         below: smallest value that is too large.
         required: The command cannot do without it,
         unless: except where one of these options is set.
+        needs: Option that must differ from its default, else this one has no effect.
         path: ``file``, ``folder``, ``any`` (file or folder) or ``stage`` (folder of a finished stage): what the path
             must lead to.
         made_by: Command that makes the path.
@@ -107,6 +109,7 @@ class Option:
     below: float | None = None
     required: bool = False
     unless: tuple[str, ...] = ()
+    needs: str = ""
     path: str = ""
     made_by: str = ""
     old: str = ""
@@ -228,7 +231,10 @@ class Option:
             return None
         if not isinstance(value, (list, tuple)) or (not value and not self.stock):
             raise self._refused(value)
-        return [entry.convert(part, text=text) for part in value]
+        found = [entry.convert(part, text=text) for part in value]
+        if repeated := [part for index, part in enumerate(found) if part in found[:index] and not self.stock]:
+            raise OptionError(f"{self.name}: expected each value once, found {repeated[0]} twice")
+        return found
 
     def _mapping(self, value: object) -> dict[str, Any]:
         if isinstance(value, Mapping):
@@ -321,6 +327,7 @@ def check_options(arguments: object) -> None:
         value = getattr(arguments, name)
         if value != declared.default or isinstance(value, (bool, float)):
             setattr(arguments, name, declared.convert(value))
+    check_needs(vars(arguments), options_of(type(arguments)))
 
 
 def require_options(arguments: object) -> None:
@@ -328,8 +335,19 @@ def require_options(arguments: object) -> None:
     check_required(vars(arguments), options_of(type(arguments)))
 
 
+def check_needs(values: Mapping[str, object], options: Mapping[str, Option]) -> None:
+    """Refuse options that have no effect, because the option that they need has its default."""
+    changed = {name for name, declared in options.items() if values.get(name, declared.default) != declared.default}
+    for name, declared in options.items():
+        if name in changed and declared.needs and declared.needs not in changed:
+            raise OptionError(
+                f"{name} has no effect without {declared.needs}: set {declared.needs}, or leave out {name}."
+            )
+
+
 def check_required(values: Mapping[str, object], options: Mapping[str, Option]) -> None:
-    """Refuse options whose paths are missing or lead nowhere, in an OptionError of one line that says what to do."""
+    """Refuse options that are missing, have no effect or lead nowhere, in an OptionError that says what to do."""
+    check_needs(values, options)
     for name, declared in options.items():
         value = values.get(name, declared.default)
         advice = f" Make it with `{declared.made_by}`." if declared.made_by else ""

@@ -210,6 +210,7 @@ def test_every_config_is_read_by_its_stage(
     stage = config.split("/")[0]
     kind = getattr(stages, STAGES[stage].options)
     words = ["--image_root", str(ROOT)] if config.endswith("released.yaml") else []
+    words += ["--cluster_pools", str(ROOT)] if config.endswith("clusters.yaml") else []
     if "bf16: true" in (CONFIGS / config).read_text():
         words += ["--use_cpu", "true"]
     assert parse(kind, None, [str(CONFIGS / config), *words])

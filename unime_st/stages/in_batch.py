@@ -37,11 +37,12 @@ class InBatchArguments(TrainArguments):
         choices=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
     )  # fmt: skip
     partition_mode: Literal["joint", "per_direction"] = option(
-        "joint", "One softmax over all directions, or the mean of one for each."
+        "joint", "One softmax over all directions, or the mean of one for each.", needs="directions"
     )
     hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] = option(
-        "in_batch_negatives", "Negatives with a hardness weight; hard_negatives are those stored with the row."
-    )
+        "in_batch_negatives", "Negatives with a hardness weight; hard_negatives are those stored with the row.",
+        needs="hardness_strength",
+    )  # fmt: skip
     hardness_strength: float = option(0.0, "Hardness weight alpha (LLaVE: 9); 0: none.", at_least=0)
 
     def _check_together(self) -> None:

@@ -50,10 +50,10 @@ class JudgeArguments(EngineArguments):
         0, "Truncation of texts; 0: pairs that are too long are rejected.", unit="tokens", at_least=0
     )
     url: str = option("", "OpenAI-compatible server (.../v1) that is asked for `model`, in place of this process.")
-    concurrency: int = option(32, "Simultaneous requests to the server.", unit="requests", at_least=1)
+    concurrency: int = option(32, "Simultaneous requests to the server.", unit="requests", at_least=1, needs="url")
     strong_model: str = option("", "Second judge, for pairs that the first one is unsure about.")
     strong_band: float = option(
-        2.0, "Pairs with abs(log-odds) below this are judged again by strong_model.", at_least=0
+        2.0, "Pairs with abs(log-odds) below this are judged again by strong_model.", at_least=0, needs="strong_model"
     )
     shard: str = option("", "Part of the shards, i/n: every n-th from the i-th on (0/4 ... 3/4).")
     dry_run: bool = option(False, "Print the cost and stop.")

@@ -24,8 +24,8 @@ class EngineArguments:
     """Options of where a stage between the trainings runs."""
 
     engine: Literal["local", "ray"] = option("local", "Where it runs: this process, or a Ray cluster (extra `ray`).")
-    workers: int = option(2, "With ray: actors at most.", unit="actors", at_least=1)
-    gpus_per_worker: float = option(0.0, "With ray: GPUs of an actor.", unit="GPUs", at_least=0)
+    workers: int = option(2, "With ray: actors at most.", unit="actors", at_least=1, needs="engine")
+    gpus_per_worker: float = option(0.0, "With ray: GPUs of an actor.", unit="GPUs", at_least=0, needs="engine")
 
 
 def cluster_of(args: EngineArguments) -> Cluster | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from unime_st.losses import SoftLabelDistillationLoss
-from unime_st.options import OptionError, option
+from unime_st.options import option
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.embedders import EmbedderStage
 from unime_st.training.rows import judged_rows
@@ -38,18 +38,12 @@ class SoftLabelArguments(TrainArguments):
     in_batch_weight: float = option(0.0, "Weight of an added in-batch InfoNCE term.", at_least=0)
     false_negative_margin: float | None = option(
         None, "Margin: mask candidates of the in-batch term more similar than positive + margin; none: no mask.",
-        above=-2,
+        above=-2, needs="in_batch_weight",
     )  # fmt: skip
     hardness_strength: float = option(
-        0.0, "Hardness weight alpha of the in-batch term's negatives (LLaVE: 9); 0: none.", at_least=0
-    )
-
-    def _check_together(self) -> None:
-        super()._check_together()
-        if not self.in_batch_weight and (self.false_negative_margin is not None or self.hardness_strength):
-            raise OptionError(
-                "false_negative_margin and hardness_strength are those of the in-batch term: set in_batch_weight."
-            )
+        0.0, "Hardness weight alpha of the in-batch term's negatives (LLaVE: 9); 0: none.", at_least=0,
+        needs="in_batch_weight",
+    )  # fmt: skip
 
 
 def train_soft_labels(args: SoftLabelArguments) -> Path:

@@ -253,12 +253,13 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         None, "Folder of pools mined among the records: batches are made of clusters of mutual hard negatives.",
         path="stage", made_by="unime mine --data RECORDS --output FOLDER",
     )  # fmt: skip
-    cluster_size: int = option(8, "With cluster_pools: rows of a cluster.", unit="rows", at_least=2)
+    cluster_size: int = option(8, "Rows of a cluster.", unit="rows", at_least=2, needs="cluster_pools")
     cluster_skip: int = option(
-        0, "With cluster_pools: nearest candidates left out, as likely false negatives.", unit="candidates", at_least=0
-    )
+        0, "Nearest candidates left out of clusters, as likely false negatives.", unit="candidates", at_least=0,
+        needs="cluster_pools",
+    )  # fmt: skip
     cluster_candidates: int = option(
-        10, "With cluster_pools: candidates behind those that count.", unit="candidates", at_least=1
+        10, "Candidates behind those that count for clusters.", unit="candidates", at_least=1, needs="cluster_pools"
     )
     matryoshka_dims: list[int] | None = option(
         None, "Embedding prefixes to train as well, e.g. 1536 512 128.", unit="dimensions", at_least=1
