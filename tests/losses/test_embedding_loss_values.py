@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import loss_reference as reference
 import pytest
 import torch
+from loss_checks import CACHED, assert_same, expect, run
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unime_st.losses import (
     HardNegativeRankingLoss,
-    InfoNCELoss,
     SimilarityDistillationLoss,
     SoftLabelDistillationLoss,
 )
 from unime_st.losses.base import CachedEmbeddingLoss
 
 rows = reference.random_rows
-
-
-def run(loss: CachedEmbeddingLoss, columns: list[Tensor], labels: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradients as ``forward`` gets them: in mini-batches if gradients are cached, else in one piece."""
-    leaves = [column.detach().clone().requires_grad_() for column in columns]
-    if loss.embeds_in_mini_batches:
-        pieces = [[part.detach().requires_grad_() for part in leaf.split(2)] for leaf in leaves]
-        value = loss.calculate_loss(pieces, labels, with_backward=True)
-        assert not value.requires_grad
-        return value, [torch.cat([part.grad for part in column]) for column in pieces]
-    value = loss.calculate_loss([[leaf] for leaf in leaves], labels)
-    value.backward()
-    return value.detach(), [leaf.grad for leaf in leaves]
-
-
-def expect(columns: list[Tensor], formula: Callable[[list[Tensor]], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    leaves = [column.detach().clone().requires_grad_() for column in columns]
-    value = formula(leaves)
-    value.backward()
-    return value.detach(), [leaf.grad for leaf in leaves]
-
-
-def assert_same(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]], rtol: float = 1e-6) -> None:
-    torch.testing.assert_close(found[0].double(), wanted[0], rtol=rtol, atol=1e-12)
-    scale = max(float(gradient.abs().max()) for gradient in wanted[1])
-    for gradient, other in zip(found[1], wanted[1]):
-        torch.testing.assert_close(gradient.double(), other, rtol=rtol, atol=max(rtol * scale, 1e-12))
-
-
-CACHED = pytest.mark.parametrize("cached", [None, 3], ids=["plain", "cached"])
 
 
 @CACHED
@@ -130,90 +98,6 @@ def test_all_negatives_filtered_gives_zero_and_zero_gradients(model: SentenceTra
     assert run(loss, [rows(1, 1, 4), rows(2, 1, 4)])[0] == 0  # a single pair has no candidates at all
 
 
-DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-
-
-@CACHED
-@pytest.mark.parametrize("margin", [None, 2.0, 0.1, -0.2])
-@pytest.mark.parametrize(
-    ("directions", "partition"),
-    [(DIRECTIONS[:1], "joint"), (DIRECTIONS, "joint"), (DIRECTIONS[::2], "per_direction"), (DIRECTIONS[::3], "joint")],
-)
-@pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
-def test_info_nce(
-    model: SentenceTransformer,
-    cached: int | None,
-    margin: float | None,
-    directions: tuple[str, ...],
-    partition: str,
-    mode: str,
-) -> None:
-    columns = [rows(seed, 6, 5) for seed in range(4)]
-    columns[2][0] = columns[1][3]  # row 3's positive is mined by row 0, ...
-    columns[1][4] = columns[1][5] * 2.0  # ... and two rows share one
-    options = {"directions": directions, "partition_mode": partition, "hardness_mode": mode, "hardness_strength": 3.0}
-    loss = InfoNCELoss(model, 0.1, false_negative_margin=margin, mini_batch_size=cached, **options)
-    wanted = expect(
-        columns,
-        lambda c: reference.info_nce(c, 0.1, margin, directions, (mode, 3.0), partition == "per_direction"),
-    )
-    found = run(loss, columns)
-    assert_same(found, wanted)
-    statistics = loss.pop_statistics()
-    assert ("masked_candidates" in statistics) == (margin is not None)
-    if margin is None:
-        stock = MultipleNegativesRankingLoss(model, scale=10.0, **options)
-        leaves = [column.detach().clone().requires_grad_() for column in columns]
-        value = stock.compute_loss_from_embeddings(leaves, None)
-        value.backward()
-        assert_same(found, (value.detach(), [leaf.grad for leaf in leaves]))
-
-
-@CACHED
-def test_a_learnable_temperature_gets_the_gradient_of_the_formula(
-    model: SentenceTransformer, cached: int | None
-) -> None:
-    columns = [rows(seed, 7, 5) for seed in range(3)]
-    loss = InfoNCELoss(model, 0.1, learnable_temperature=True, mini_batch_size=cached).double()
-    found = run(loss, columns)
-    if cached:  # as in a step: the gradient is scaled by what the backward pass begins with
-        assert loss.log_scale is not None and loss.log_scale.grad is None
-        attached = loss.attach_own_gradients(found[0].clone().requires_grad_())
-        assert attached == found[0]
-        (0.5 * attached).backward()
-        loss.log_scale.grad *= 2.0
-    log_scale = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
-    value = reference.info_nce(columns, torch.exp(-log_scale), 0.1)
-    value.backward()
-    assert_same(found, expect(columns, lambda c: reference.info_nce(c, 0.1, 0.1)))
-    assert loss.log_scale is not None
-    torch.testing.assert_close(loss.log_scale.grad, log_scale.grad, rtol=1e-6, atol=1e-12)
-    assert loss.temperature == pytest.approx(0.1) and loss.get_config_dict()["learnable_temperature"]
-    assert loss.pop_statistics()["temperature"] == pytest.approx(0.1, abs=1e-6)
-    with torch.no_grad():
-        loss.log_scale.fill_(9.0)
-    run(loss, columns)
-    assert loss.temperature == pytest.approx(0.01)  # not smaller
-    assert not [name for name, _ in InfoNCELoss(model).named_parameters() if "model" not in name]
-
-
-@CACHED
-@pytest.mark.parametrize(("margin", "hardness"), [(0.1, 0.0), (None, 3.0), (-0.1, 3.0)])
-def test_mask_and_hardness_of_the_soft_labels_in_batch_term(
-    model: SentenceTransformer, cached: int | None, margin: float | None, hardness: float
-) -> None:
-    columns = [rows(seed, 7, 6) for seed in range(4)]
-    columns[2][0] = columns[1][3]
-    scores = torch.rand(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    options = {"false_negative_margin": margin, "hardness_strength": hardness, "mini_batch_size": cached}
-    loss = SoftLabelDistillationLoss(model, 0.1, in_batch_weight=0.7, **options)
-    wanted = expect(
-        columns,
-        lambda c: reference.soft_label_distillation(c, scores, 0.1, "symmetric_kl", 0.1, 0.7, margin, hardness),
-    )
-    assert_same(run(loss, columns, scores), wanted)
-
-
 @CACHED
 @pytest.mark.parametrize("divergence", ["kl", "symmetric_kl"])
 def test_log_odds_of_a_reranker_as_labels(model: SentenceTransformer, cached: int | None, divergence: str) -> None:
@@ -229,44 +113,6 @@ def test_log_odds_of_a_reranker_as_labels(model: SentenceTransformer, cached: in
         run(loss, columns, log_odds)
     with pytest.raises(ValueError, match="labels must be one of"):
         SoftLabelDistillationLoss(model, labels="logits")
-
-
-@CACHED
-def test_a_margin_that_masks_everything_is_refused(model: SentenceTransformer, cached: int | None) -> None:
-    columns = [rows(seed, 4, 5) for seed in range(3)]
-    close = [columns[0], columns[0] + 1e-3 * columns[1], columns[2]]
-    with pytest.raises(
-        ValueError, match=r"InfoNCELoss: false_negative_margin -1.9 masks every candidate of this batch"
-    ):
-        run(InfoNCELoss(model, false_negative_margin=-1.9, mini_batch_size=cached), close)
-    with pytest.raises(ValueError, match="masks every candidate of this batch"):
-        loss = SoftLabelDistillationLoss(
-            model, in_batch_weight=1.0, false_negative_margin=-1.9, mini_batch_size=cached
-        )
-        run(loss, close, torch.rand(4, 2))
-    run(InfoNCELoss(model, false_negative_margin=0.1, mini_batch_size=cached), [column[:1] for column in columns[:2]])
-
-
-def test_options_of_in_batch_terms_that_are_refused(model: SentenceTransformer) -> None:
-    for options, message in (
-        ({"false_negative_margin": -2.0}, "above -2"),
-        ({"false_negative_margin": float("nan")}, "above -2"),
-        ({"hardness_strength": -1.0}, "hardness_strength must be a finite number >= 0"),
-        ({"hardness_mode": "all"}, "hardness_mode must be one of"),
-        ({"directions": ("doc_to_query",)}, "must contain 'query_to_doc'"),
-        ({"directions": ("query_to_doc", "up")}, r"got \['up'\]"),
-        ({"directions": ("query_to_doc", "doc_to_doc"), "partition_mode": "per_direction"}, "use 'joint'"),
-        ({"partition_mode": "none"}, "partition_mode must be one of"),
-        ({"temperature": 0.0}, "temperature must be a positive"),
-        (
-            {"temperature": 0.005, "learnable_temperature": True},
-            "a learnable temperature must begin at 0.01 or more, but is 0.005.",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            InfoNCELoss(model, **options)
-    with pytest.raises(ValueError, match="set in_batch_weight"):
-        SoftLabelDistillationLoss(model, false_negative_margin=0.1)
 
 
 @CACHED

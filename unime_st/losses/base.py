@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 
@@ -159,6 +160,7 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         self.show_progress_bar = show_progress_bar
         self._statistics: dict[str, tuple[Tensor | float, int]] = {}
         self._candidates: Tensor | None = None
+        self._whole_columns: list[Tensor] | None = None
         self._own_gradients: list[tuple[nn.Parameter, Tensor]] = []
         self.uses_gradient_cache = self.embeds_in_mini_batches
         if self.embeds_in_mini_batches and has_static_embedding_input(model):
@@ -211,6 +213,17 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
                 f"{type(self).__name__}: false_negative_margin {getattr(self, 'false_negative_margin', None)} masks every "
                 "candidate of this batch, so that nothing is learned from it: raise the margin."
             )
+
+    def identities(self, documents: list[Tensor], pool: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+        """Embeddings that tell equal documents: of the positives of the own rows, and of the gathered pool.
+
+        Prefixes and roundings of different documents may be equal, so that the whole embeddings decide where they are
+        known.
+        """
+        if self._whole_columns is None:
+            return documents[0].detach(), pool.detach()
+        whole = [normalize_rows(column.detach()) for column in self._whole_columns[1:]]
+        return whole[0], torch.cat([shards.gather(column, with_grad=False) for column in whole])
 
     @abstractmethod
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
@@ -324,3 +337,21 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
             "gather_across_devices": self.gather_across_devices,
         }
+
+
+@contextmanager
+def whole_columns(loss: nn.Module, columns: list[Tensor]) -> Iterator[None]:
+    """Tell a loss the whole embeddings of its columns, while it is computed on prefixes or roundings of them.
+
+    Args:
+        loss: The loss; one that is not a :class:`CachedEmbeddingLoss` is left as it is.
+        columns: ``(rows, dim)`` each, the embeddings of each input column.
+    """
+    if not isinstance(loss, CachedEmbeddingLoss):
+        yield
+        return
+    loss._whole_columns = columns
+    try:
+        yield
+    finally:
+        loss._whole_columns = None

@@ -176,6 +176,7 @@ class InfoNCELoss(CachedEmbeddingLoss):
         pool = torch.cat([shards.gather(column) for column in documents])
         compares_queries = bool({"query_to_query", "doc_to_query"} & set(self.directions))
         compares_positives = bool({"doc_to_query", "doc_to_doc"} & set(self.directions))
+        known = self.identities(documents, pool, shards) if self.false_negative_margin is not None else None
         shared = [pool, *([shards.gather(queries)] if compares_queries else [])]
         if self.log_scale is not None:
             with torch.no_grad():
@@ -189,8 +190,9 @@ class InfoNCELoss(CachedEmbeddingLoss):
             own = torch.arange(chunk.start, chunk.stop, device=queries.device) + shards.offset
             scale = 1.0 / self._temperature if self.log_scale is None else shared[-1]
             asked = shared[1] if compares_queries else None
-            positive = rows[1] if compares_positives else documents[0].detach()[chunk]
-            return self._row_losses(rows[0], positive, shared[0], asked, own, scale, len(documents))
+            positive = rows[1] if compares_positives else None
+            same = same_documents(known[0][chunk], known[1]) if known is not None else None
+            return self._row_losses(rows[0], positive, shared[0], asked, own, scale, len(documents), same)
 
         rows = [queries, documents[0]] if compares_positives else [queries]
         return RowwiseLoss(rows=rows, shared=shared, losses=losses)
@@ -198,14 +200,18 @@ class InfoNCELoss(CachedEmbeddingLoss):
     def _row_losses(
         self,
         query: Tensor,
-        positive: Tensor,
+        positive: Tensor | None,
         pool: Tensor,
         queries: Tensor | None,
         own: Tensor,
         scale: Tensor | float,
         columns: int,
+        same: Tensor | None,
     ) -> Tensor:
-        """InfoNCE of each row: ``own`` are the global indices of the rows, ``pool`` the documents column by column."""
+        """InfoNCE of each row: ``own`` are the global indices of the rows, ``pool`` the documents column by column.
+
+        ``same`` tells which of the pool are the document of each row; None: no mask.
+        """
         total = len(pool) // columns
         row = torch.arange(len(query), device=query.device)
         own_row = torch.zeros(len(query), total, dtype=torch.bool, device=query.device)
@@ -215,13 +221,12 @@ class InfoNCELoss(CachedEmbeddingLoss):
         excluded = {"query_to_doc": torch.zeros_like(own_documents)}
         if queries is not None and "query_to_query" in self.directions:
             tables["query_to_query"], excluded["query_to_query"] = query @ queries.T, own_row
-        if queries is not None and "doc_to_query" in self.directions:
+        if queries is not None and positive is not None and "doc_to_query" in self.directions:
             tables["doc_to_query"], excluded["doc_to_query"] = positive @ queries.T, torch.zeros_like(own_row)
-        if "doc_to_doc" in self.directions:
+        if positive is not None and "doc_to_doc" in self.directions:
             tables["doc_to_doc"], excluded["doc_to_doc"] = positive @ pool.T, own_documents
         positives = tables["query_to_doc"][row, own]
         self.record("positive_similarity", positives)
-        same = same_documents(positive, pool) if self.false_negative_margin is not None else None
         logits = []
         for direction, similarities in tables.items():
             left_out, candidates = excluded[direction], ~excluded[direction]

@@ -182,6 +182,7 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
         queries, *documents = columns
         log_judge = (labels.detach().to(queries) / self.label_temperature).log_softmax(dim=1)
         in_batch = [torch.cat([shards.gather(column) for column in documents])] if self.in_batch_weight > 0 else []
+        known = self.identities(documents, in_batch[0], shards) if in_batch else None
 
         def losses(chunk: slice, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
             query, candidates = rows
@@ -190,25 +191,27 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
             self.record("negative_similarity", similarities[:, 1:])
             log_model = (similarities / self.temperature).log_softmax(dim=1)
             loss = _divergence(self.divergence, log_model, log_judge[chunk])
-            if shared:
+            if known is not None:
                 indices = torch.arange(chunk.start, chunk.stop, device=query.device) + shards.offset
-                logits = self._in_batch_logits(query, candidates[:, 0], shared[0], indices, len(documents))
+                same = same_documents(known[0][chunk], known[1])
+                logits = self._in_batch_logits(query, shared[0], indices, len(documents), same)
                 loss = loss + self.in_batch_weight * F.cross_entropy(logits, indices, reduction="none")
             return loss
 
         return RowwiseLoss(rows=[queries, torch.stack(documents, dim=1)], shared=in_batch, losses=losses)
 
-    def _in_batch_logits(self, query: Tensor, positive: Tensor, pool: Tensor, own: Tensor, columns: int) -> Tensor:
+    def _in_batch_logits(self, query: Tensor, pool: Tensor, own: Tensor, columns: int, same: Tensor) -> Tensor:
         """Logits ``(rows, pool)`` of queries against the positives, then the negatives, of all rows.
 
-        Candidates of the own row, duplicates of its positive and false negatives are -inf, the own positive excepted.
+        ``same`` tells which of the pool are the positive of each row. Candidates of the own row, duplicates of its
+        positive and false negatives are -inf, the own positive excepted.
         """
         similarities = query @ pool.T
         total, row = len(pool) // columns, torch.arange(len(own), device=own.device)
         candidates = torch.ones_like(similarities, dtype=torch.bool)
         for column in range(columns):
             candidates[row, own + column * total] = False
-        masked = same_documents(positive, pool)
+        masked = same
         if self.false_negative_margin is not None:
             masked = false_negatives(similarities, similarities[row, own], self.false_negative_margin, masked)
             self.count_masked(masked & candidates, candidates)

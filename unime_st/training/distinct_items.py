@@ -20,7 +20,7 @@ from unime_st.data.items import Item
 from unime_st.data.parquet_shards import Row
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_inputs import Features
-from unime_st.losses.base import CachedEmbeddingLoss
+from unime_st.losses.base import CachedEmbeddingLoss, whole_columns
 from unime_st.losses.quantization import Precision, fake_quantize
 from unime_st.memory import HeapTrimmer
 from unime_st.training.feed import Feed
@@ -256,11 +256,12 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         if self._views == 1 and self.matryoshka_dims is None:
             return self.loss.calculate_loss([[column] for column in columns], labels, with_backward=with_backward)
         count, total = self._views, columns[0].new_zeros(())
-        for dim in self.matryoshka_dims or [columns[0].shape[1]]:
-            prefixes = [column[:, :dim] for column in columns]
-            for view in (prefixes, *(fake_quantize(prefixes, precision) for precision in self.precisions)):
-                parts = [[column] for column in view]
-                total = total + self.loss.calculate_loss(parts, labels, with_backward=with_backward) / count
+        with whole_columns(self.loss, columns):
+            for dim in self.matryoshka_dims or [columns[0].shape[1]]:
+                prefixes = [column[:, :dim] for column in columns]
+                for view in (prefixes, *(fake_quantize(prefixes, precision) for precision in self.precisions)):
+                    parts = [[column] for column in view]
+                    total = total + self.loss.calculate_loss(parts, labels, with_backward=with_backward) / count
         if with_backward:
             for column in columns:
                 assert column.grad is not None
