@@ -13,15 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from small_stage import SMALL, changed
 from transformers import TrainerCallback
 
-import unime_st
-from train_scripts.reranker_distillation import DistillationArguments, run_distillation
 from unime_st import stages
 from unime_st.data.items import Item
 from unime_st.data.manifest import StageConflictError
@@ -29,52 +27,11 @@ from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
-from unime_st.options import OptionError
 from unime_st.reranking import UniMEReranker
 from unime_st.training.resume import last_whole_checkpoint, seal_checkpoint
-from unime_st.training.rows import judged_rows
 from unime_st.training.trainer import EmbedderTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
-    "model": "unime-tiny",
-    "per_device_train_batch_size": 8,
-    "max_steps": 2,
-    "learning_rate": 1e-3,
-    "lora_dropout": 0.0,
-}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records, pools, scores and judged rows of the real pipeline."""
-    unime_st.register()
-    folder = tmp_path_factory.mktemp("run")
-    RecordSet.write(folder / "records", training_records(40), {})
-    stages.run_mine(
-        stages.MineArguments(
-            data=str(folder / "records"), output=str(folder / "pools"), num_candidates=8, max_similarity="none"
-        )
-    )
-    stages.run_judge(
-        stages.JudgeArguments(
-            data=str(folder / "pools"),
-            template="tiny",
-            scores=str(folder / "scores"),
-            output=str(folder / "rows"),
-            stride=1,
-            num_negatives=5,
-        )
-    )
-    return folder
-
-
-def _changed(folder: Path) -> float:
-    """How far the embedding of a text moved from the embedded default's."""
-    texts = ["find an image: a red circle", "a large blue star above a small green ring"]
-    before, after = (SentenceTransformer(name, device="cpu").encode(texts) for name in ("unime-tiny", str(folder)))
-    assert np.allclose(np.linalg.norm(after, axis=1), 1.0, atol=1e-5)
-    return float(np.abs(after - before).max())
 
 
 @pytest.mark.parametrize("stage", ["hard_negatives", "in_batch", "soft_labels"])
@@ -91,7 +48,7 @@ def test_embedding_stages_leave_a_native_folder(run: Path, tmp_path: Path, stage
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
     assert not list(folder.glob("**/adapter*")) and not (folder / "checkpoints").exists()
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
-    assert _changed(folder) > 1e-4
+    assert changed(folder) > 1e-4
 
 
 def test_distillation_from_another_embedding_width(run: Path, tmp_path: Path) -> None:
@@ -102,7 +59,7 @@ def test_distillation_from_another_embedding_width(run: Path, tmp_path: Path) ->
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "distilled")}
     folder = stages.train_distill(stages.DistillArguments(**common, teacher=teacher))
     assert SentenceTransformer(teacher, device="cpu").get_embedding_dimension() == 384
-    assert _changed(folder) > 1e-4
+    assert changed(folder) > 1e-4
 
 
 def test_the_reranker_loads_in_the_plain_class(run: Path, tmp_path: Path) -> None:
@@ -129,7 +86,7 @@ def test_lists_are_trained_as_long_as_they_are_ranked(run: Path, tmp_path: Path)
 
 def test_full_fine_tuning_needs_no_adapter(run: Path, tmp_path: Path) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "full"), "lora_rank": 0}
-    assert _changed(stages.train_in_batch(stages.InBatchArguments(**common))) > 1e-4
+    assert changed(stages.train_in_batch(stages.InBatchArguments(**common))) > 1e-4
 
 
 def test_a_quantised_backbone_leaves_an_unquantised_folder(run: Path, tmp_path: Path) -> None:
@@ -137,7 +94,7 @@ def test_a_quantised_backbone_leaves_an_unquantised_folder(run: Path, tmp_path: 
     folder = stages.train_in_batch(stages.InBatchArguments(**common, mini_batch_size=6))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert all(weight.dtype == torch.float32 for weight in load_file(folder / "model.safetensors").values())
-    assert _changed(folder) > 1e-4
+    assert changed(folder) > 1e-4
 
 
 def test_half_precision_keeps_the_adapter_in_float32_and_prefixes_are_trained(run: Path, tmp_path: Path) -> None:
@@ -150,7 +107,7 @@ def test_half_precision_keeps_the_adapter_in_float32_and_prefixes_are_trained(ru
     }
     common |= {"matryoshka_dims": [128, 32], "gradient_checkpointing": True, "logging_steps": 1, "weights": "fp32"}
     folder = stages.train_soft_labels(stages.SoftLabelArguments(**common, num_negatives=5, mini_batch_size=14))
-    assert _changed(folder) > 1e-4
+    assert changed(folder) > 1e-4
     curve = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     wanted = {"loss", "grad_norm", "positive_similarity", "negative_similarity", "examples_per_second", "mfu"}
     assert all(wanted <= entry.keys() for entry in curve[1:])
@@ -257,91 +214,6 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path, too
         assert abs(logs[0]["temperature"] - 0.02) > 1e-5 and 0 <= logs[0]["masked_candidates"] < 1
 
 
-def test_in_batch_with_todays_options(run: Path, tmp_path: Path) -> None:
-    """Directions and hardness weights are Sentence Transformers' own, mask and learned temperature are ours."""
-    common = {**SMALL, "data": str(run / "rows"), "logging_steps": 1, "num_negatives": 2}
-    directions = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
-    losses = {}
-    for name, options in {
-        "plain": {},
-        "stock": {"directions": directions, "hardness_mode": "all_negatives", "hardness_strength": 5.0},
-        "unmasked": {"false_negative_margin": 1.99},
-        "rounded": {"matryoshka_dims": [128, 32], "quantization_aware": ["int8", "binary"]},
-        "masked": {"false_negative_margin": 0.0, "directions": directions, "learnable_temperature": True},
-    }.items():
-        folder = stages.train_in_batch(stages.InBatchArguments(**common, **options, output=str(tmp_path / name)))
-        losses[name] = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-    assert losses["plain"]["loss"] < losses["stock"]["loss"]
-    assert losses["masked"]["masked_candidates"] > losses["unmasked"]["masked_candidates"]
-
-
-def test_soft_labels_with_a_masked_in_batch_term(run: Path, tmp_path: Path) -> None:
-    common = {
-        **SMALL,
-        "data": str(run / "rows"),
-        "logging_steps": 1,
-        "num_negatives": 2,
-        "output": str(tmp_path / "a"),
-    }
-    common |= {"in_batch_weight": 1.0, "false_negative_margin": 0.1, "hardness_strength": 9.0}
-    folder = stages.train_soft_labels(stages.SoftLabelArguments(**common, cluster_pools=str(run / "pools")))
-    assert "masked_candidates" in json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-
-
-@pytest.mark.slow
-def test_a_reranker_is_distilled_and_merged_with_the_contrastive_model(run: Path, tmp_path: Path) -> None:
-    options = DistillationArguments(
-        records=str(run / "records"), pools=str(run / "pools"), output=str(tmp_path), eval_data=str(run / "records"),
-        pair_order="both", num_negatives=2, max_steps=2, per_device_train_batch_size=8, learning_rate=1e-3,
-    )  # fmt: skip
-    merged = run_distillation(options)
-    parts = json.loads((merged / "unime.json").read_text())["merged"]
-    assert [Path(part["model"]).name for part in parts] == ["distilled", "contrastive"]
-    assert sum(part["weight"] for part in parts) == 1 and _changed(merged) > 1e-4
-    scores = Scores(tmp_path / "scores")
-    rows = judged_rows(RecordSet.load(tmp_path / "rows"), 2, log_odds=True)
-    stored = {(pool.query.id, pool.positive.id): pool for pool in scores}
-    for row in rows:
-        pool = stored[row["query"], row["positive"]]
-        odds = dict(zip([item.id for item in pool.candidates], pool.logits, strict=True))
-        assert row["label"][0] == pytest.approx(pool.positive_logit)
-        expected = [min(pool.positive_logit, odds[row[f"negative_{n}"]]) for n in (1, 2)]
-        assert row["label"][1:] == pytest.approx(expected)
-    assert run_distillation(options) == merged  # nothing is done again
-
-
-def test_options_of_the_toolbox_that_are_refused(run: Path, tmp_path: Path) -> None:
-    common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "none")}
-    for options, message in (
-        ({"directions": ["doc_to_doc"]}, "must contain 'query_to_doc'"),
-        ({"directions": ["query_to_doc", "doc_to_doc"], "partition_mode": "per_direction"}, "use 'joint'"),
-        ({"directions": ["query_to_document"]}, "did you mean query_to_doc?"),
-        ({"hardness_mode": "hard_negatives", "hardness_strength": 5.0}, "set num_negatives"),
-        ({"false_negative_margin": -2}, "false_negative_margin: expected a number above -2"),
-        ({"cluster_pools": str(run / "pools"), "sub_batch_size": 4}, "leave out sub_batch_size"),
-    ):
-        with pytest.raises(OptionError, match=message):
-            stages.InBatchArguments(**common, **options)
-    with pytest.raises(OptionError, match="set in_batch_weight"):
-        stages.SoftLabelArguments(**{**common, "data": str(run / "rows")}, false_negative_margin=0.1)
-    with pytest.raises(ValueError, match="masks every candidate of this batch"):
-        stages.train_in_batch(stages.InBatchArguments(**common, false_negative_margin=-1.9))
-    assert not list((tmp_path / "none").glob("checkpoints/checkpoint-*"))
-    with pytest.raises(OptionError, match="cluster_pools is for losses that compare the rows"):
-        stages.train_soft_labels(
-            stages.SoftLabelArguments(
-                **{**common, "data": str(run / "rows"), "output": str(tmp_path / "soft"), "num_negatives": 2},
-                cluster_pools=str(run / "pools"),
-            )
-        )
-    RecordSet.write(tmp_path / "others", training_records(12, seed=9), {})
-    stages.run_mine(stages.MineArguments(data=str(tmp_path / "others"), output=str(tmp_path / "pools")))
-    for data, pools in ((run / "records", tmp_path / "pools"), (tmp_path / "others", run / "pools")):
-        options = {**common, "data": str(data), "output": str(tmp_path / pools.parent.name / "o"), "overwrite": True}
-        with pytest.raises(ValueError, match=r"is not in the records .*: mine these records"):
-            stages.train_in_batch(stages.InBatchArguments(**options, cluster_pools=str(pools)))
-
-
 class _FullDisk(TrainerCallback):
     """From an event on the system refuses to write files of the size of a model's."""
 
@@ -388,7 +260,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert last_whole_checkpoint(checkpoints) == str(checkpoints / kept)
     (tmp_path / "out" / "token_budget.json").write_text('{"token_budget": 321}')  # other memory was free then
     folder = stages.train_in_batch(stages.InBatchArguments(**common))
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 2 and _changed(folder) > 1e-4
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2 and changed(folder) > 1e-4
     manifest = json.loads((folder / "manifest.json").read_text())
     card = (folder / "README.md").read_text()
     assert '"stage": "in_batch"' in card and not re.search(r"\b[0-9a-f]{32}\b", card.partition("## Manifest")[0])
