@@ -42,6 +42,19 @@ _QWEN: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
             "num_position_embeddings": 64,
         },
     ),
+    "Qwen3_5": (
+        16,
+        {
+            "rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        {"out_hidden_size": 32, "intermediate_size": 48, "num_position_embeddings": 64},
+    ),
 }
 """Patch size, and what the text and vision configuration add to the common ones."""
 _PINPOINTS = [[56, 112], [112, 56], [112, 112]]
@@ -109,7 +122,7 @@ def qwen(
     vision_depth: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Write a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+    """Write a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5.
 
     Args:
         folder: Where to write.
@@ -125,9 +138,10 @@ def qwen(
     """
     patch, own_text, own_vision = _QWEN[kind]
     pixels = {"size": dict(zip(("shortest_edge", "longest_edge"), (side**2 for side in sides))), "patch_size": patch}
-    videos = transformers.Qwen3VLVideoProcessor if kind == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    third = kind in ("Qwen3VL", "Qwen3_5")
+    videos = transformers.Qwen3VLVideoProcessor if third else transformers.Qwen2VLVideoProcessor
     tok = qwen_tokenizer(words)
-    processor = getattr(transformers, f"{kind}Processor")(
+    processor = getattr(transformers, "Qwen3VLProcessor" if third else f"{kind}Processor")(
         transformers.Qwen2VLImageProcessor(**pixels), tok, videos(**pixels), chat_template=template
     )
     config = getattr(transformers, f"{kind}Config")(
@@ -269,6 +283,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen2-vl": qwen,
     "qwen2.5-vl": partial(qwen, kind="Qwen2_5_VL"),
     "qwen3-vl": partial(qwen, kind="Qwen3VL"),
+    "qwen3.5-vl": partial(qwen, kind="Qwen3_5"),
     "llava-1.6": llava_next,
     "llava-onevision": llava_onevision,
     "internvl3": internvl,

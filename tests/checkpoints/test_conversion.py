@@ -37,7 +37,8 @@ def test_bare_backbones_pool_the_last_token(checkpoint: Get, converted: Get, tmp
     assert model.processor.tokenizer.padding_side == "left"
     together = model.encode(ROWS, batch_size=len(ROWS))
     alone = np.stack([model.encode(row) for row in ROWS])
-    assert np.abs(together - alone).max() < 1e-5
+    linear = name == "qwen3.5-vl"  # its linear attention sums in chunks, which padding moves
+    assert np.abs(together - alone).max() < (3e-5 if linear else 1e-5)
     assert np.abs(np.linalg.norm(together, axis=1) - 1).max() < 1e-5
     assert np.abs(together @ together.T - np.eye(len(ROWS))).max() > 1e-3
     rendered = model.tokenizer.decode(model.preprocess(["a cat"])["input_ids"][0])

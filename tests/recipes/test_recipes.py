@@ -25,9 +25,9 @@ def test_every_recipe_refers_to_what_exists(name: str) -> None:
     assert recipe.family in FAMILIES
     recipe.read_template()
     family = FAMILIES[recipe.family]
-    if recipe.image is not None:
+    if recipe.image is not None and not recipe.image.stock:
         assert family.load("processor").__module__.startswith("unime_st.")
-    if recipe.task == "reranker":
+    if recipe.task == "reranker" and family.generator:
         assert family.load("generator").__name__.endswith("ForConditionalGeneration")
 
 

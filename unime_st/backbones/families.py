@@ -71,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         Family("llava_onevision", "unime_st.backbones.llava", "UniMELlavaOnevision"),
         Family("phi3_v", "unime_st.backbones.phi3_v", "UniMEPhi3V", native=False),
         Family("qwen3_vl"),
+        Family("qwen3_5"),
         Family("internvl"),
         Family("smolvlm"),
         Family("any"),

@@ -183,18 +183,20 @@ def _full_source(source: Source, base: str | Path | None) -> Source:
 def _needs_our_classes(recipe: Recipe, family: Family, options: Options) -> bool:
     """Whether transformers' own classes cannot do what the recipe and the options ask for."""
     asked = options.asks_for_image_rule
-    if (recipe.image is not None or asked) and family.module is None:
+    rule = recipe.image is not None and not recipe.image.stock
+    if (rule or asked) and family.module is None:
         raise ValueError(
             f"{family.name} has no image rule here: its images go to its own image processor as they are. Leave "
             "--image-size and --image-backend out."
         )
-    return recipe.image is not None or recipe.positions != "native" or asked or not family.native
+    return rule or recipe.positions != "native" or asked or not family.native
 
 
 def _write_config(
     part: Path, full: Source, recipe: Recipe, family: Family, ours: bool, dtype: str | None
 ) -> PreTrainedConfig:
     config: PreTrainedConfig = family.read_config(full.folder)
+    vars(config).pop("auto_map", None)  # names of the publisher's own classes, which are never run
     if ours and config.model_type in family.model_types:
         content = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         config = family.load("config").from_dict(content)
@@ -230,11 +232,12 @@ def _processor(full: Source, recipe: Recipe, family: Family, ours: bool, options
             image_size=options.image_size or "official",
             image_backend=options.image_backend,
         )
-        limits = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
-        if limits := {key: value for key, value in limits.items() if value is not None}:
-            processor.image_processor.size = {**dict(processor.image_processor.size), **limits}
     else:
         processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
+    if recipe.image is not None:
+        limits = {"shortest_edge": recipe.image.min_pixels, "longest_edge": recipe.image.max_pixels}
+        if limits := {key: value for key, value in limits.items() if value is not None}:
+            processor.image_processor.size = {**dict(processor.image_processor.size), **limits}
     text = recipe.read_template()
     if text is not None:
         processor.chat_template, processor.tokenizer.chat_template = text, None

@@ -21,6 +21,7 @@ BARE: dict[str, Recipe] = {
         _bare("qwen2-vl", "qwen2_vl", "Qwen2-VL"),
         _bare("qwen2.5-vl", "qwen2_5_vl", "Qwen2.5-VL"),
         _bare("qwen3-vl", "qwen3_vl", "Qwen3-VL"),
+        _bare("qwen3.5-vl", "qwen3_5", "Qwen3.5"),
         _bare("llava-1.6", "llava_next", "LLaVA-1.6"),
         _bare("llava-onevision", "llava_onevision", "LLaVA-OneVision"),
         _bare("internvl3", "internvl", "InternVL3"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,16 @@ class ImageRule:
     min_pixels: int | None = None
     max_pixels: int | None = None
     backend: Literal["pil", "torchvision"] = "pil"
+
+    @property
+    def stock(self) -> bool:
+        """Whether transformers' own processor does all of it: nothing but limits of the size.
+
+        Example:
+            >>> ImageRule(min_pixels=4096, backend="torchvision").stock, ImageRule(training=336).stock
+            (True, False)
+        """
+        return replace(self, min_pixels=None, max_pixels=None) == ImageRule(backend="torchvision")
 
     def side(self, size: str | int | None) -> int | None:
         """Side in pixels of the square that a user's ``--image-size`` asks for, None for the native size.
