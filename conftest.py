@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Before anybody imports torch: with one worker per core, more threads would only wait for each other.
@@ -14,33 +15,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent
 
 
+DATA = {
+    "--golden": (ROOT.parent / "shared" / "golden", "reference outputs of the authors' code"),
+    "--emoji": (ROOT.parent / "shared" / "data" / "emoji", "Parquet files of the emoji dataset"),
+    "--mteb-source": (
+        ROOT / "build" / f"mteb-{version('mteb')}",
+        "source distribution of the installed mteb, unpacked as `make test` does it",
+    ),
+}
+"""Options that name a folder with data outside the repository: default, and what it holds."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Folders with data that is not part of the repository."""
     group = parser.getgroup("unime-st")
-    group.addoption(
-        "--golden",
-        metavar="DIR",
-        type=Path,
-        default=ROOT.parent / "shared" / "golden",
-        help="reference outputs of the authors' code (default: %(default)s); tests that need them are skipped "
-        "where the folder does not exist",
-    )
-    group.addoption(
-        "--emoji",
-        metavar="DIR",
-        type=Path,
-        default=ROOT.parent / "shared" / "data" / "emoji",
-        help="Parquet files of the emoji dataset (default: %(default)s); tests that need them are skipped where the "
-        "folder does not exist",
-    )
-    group.addoption(
-        "--mteb-source",
-        metavar="DIR",
-        type=Path,
-        default=ROOT.parent / "shared" / "mteb",
-        help="unpacked source distribution of the installed mteb (default: %(default)s), whose tests of commands and "
-        "evaluation run with and without this package; skipped where the folder does not exist",
-    )
+    for name, (folder, content) in DATA.items():
+        text = f"{content} (default: %(default)s); tests that need it are skipped where the folder does not exist"
+        group.addoption(name, metavar="DIR", type=Path, default=folder, help=text)
 
 
 @pytest.fixture(autouse=True)

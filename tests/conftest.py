@@ -57,6 +57,12 @@ def emoji(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mteb_source(pytestconfig: pytest.Config) -> Path:
+    """Source distribution of mteb (`--mteb-source`); without it the test is skipped."""
+    return _existing(pytestconfig, "--mteb-source")
+
+
+@pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Make], Path]:
     """Makes a folder once per run: the first worker that asks makes it, the others wait. Read-only for tests."""
     base = tmp_path_factory.getbasetemp()

@@ -72,7 +72,7 @@ def test_stream_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wind
     np.testing.assert_allclose(shards[:], expected, atol=1e-6)
     np.testing.assert_allclose(shards[[8, 0, 3]], expected[[8, 0, 3]], atol=1e-6)
     np.testing.assert_allclose(shards[-1], expected[-1], atol=1e-6)
-    assert len(encode_to_shards(model, iter([]), tmp_path / "vectors")) == len(items), "a finished folder is kept"
+    assert len(encode_to_shards(model, iter(items), tmp_path / "vectors")) == len(items), "a finished folder is kept"
     with pytest.raises(StageConflictError):
         encode_to_shards(model, items, tmp_path / "vectors", dtype="float16")
     half = encode_to_shards(model, items, tmp_path / "vectors", dtype="float16", overwrite=True)
@@ -99,7 +99,7 @@ def test_a_killed_stream_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     encode_to_shards(model, iter(items), tmp_path / "vectors", on_error="skip")
     after = [path.stat().st_mtime_ns for path in sorted((tmp_path / "vectors").glob("vectors-*.npy"))]
     assert after[:kept] == before and len(after) == len(items) / 2
-    shards = encode_to_shards(model, iter([]), tmp_path / "vectors", on_error="skip")
+    shards = encode_to_shards(model, iter(items), tmp_path / "vectors", on_error="skip")
     np.testing.assert_allclose(shards[:], expected, atol=1e-6)
     lines = (tmp_path / "vectors" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == np.flatnonzero(~readable).tolist()

@@ -125,6 +125,7 @@ def other_items(folder: Path) -> dict[str, tuple[Iterable[object], str]]:
         "fewer": (["a"], "holds 2 vectors, not 1"),
         "more": (["a", "b", "c"], "holds 2 vectors, not 3"),
         "shorter iterator": (iter(["a"]), "there are 2 of them, and the items end after 1"),
+        "iterator that was read before": (iter([]), "the items end after 0, as those of an iterator"),
         "longer iterator": (iter(["a", "b", "c"]), "there are 2 of them, and item 2 is 'c'"),
         "image": ([Item("a"), Item(image=Image.new("RGB", (56, 56)))], "item 0 is not"),
     }

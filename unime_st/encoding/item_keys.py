@@ -38,8 +38,7 @@ class ItemKeys:
             items: The items; those that are compared are taken from the iterator.
             shards: Number of shards of the folder.
             rows: Number of their rows.
-            finished: Whether there may be no more items. An iterator without any is then accepted as one that was
-                read before.
+            finished: Whether there may be no more items.
 
         Raises:
             StageConflictError: If an item is another one, or there are fewer or more; the message says which.
@@ -50,8 +49,9 @@ class ItemKeys:
         for count, (key, value) in enumerate(zip(islice(stored, rows), items), 1):
             if key != _UNREADABLE and key != _key(value):
                 raise self._conflict(f"item {count - 1} is not {value!r:.80}")
-        if count < rows and (count or not finished):
-            raise self._conflict(f"there are {rows} of them, and the items end after {count}")
+        if count < rows:
+            used = "" if count else ", as those of an iterator that was read before do"
+            raise self._conflict(f"there are {rows} of them, and the items end after {count}{used}")
         if finished and (more := list(islice(items, 1))):
             raise self._conflict(f"there are {rows} of them, and item {rows} is {more[0]!r:.80}")
 
