@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
 import re
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unime_st.paths import adapter_base
 from unime_st.private_names import CHECKED
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def patch_sentence_transformers(
             model_name_or_path = resolve(model_name_or_path, offline) or model_name_or_path
         if model_name_or_path and (folder := Path(model_name_or_path)).is_dir():
             check(type(self), folder)
-            if (base := _base_of_adapter(folder)) is not None:
+            if (base := adapter_base(folder)) is not None:
                 resolve(base, offline)  # so that it is on this machine, see patch_peft
             if kwargs.get("model_card_data") is None:
                 kwargs["model_card_data"] = card_data(type(self), folder, offline)
@@ -202,17 +202,8 @@ def patch_adapter_revision(folder_of: Callable[[str], Path | None]) -> None:
     auto_factory.resolve_revision = resolve_revision
 
 
-def _base_of_adapter(folder: str | Path) -> str | None:
-    """Base model that the adapter in a folder names; None where there is no adapter, or a whole model beside it."""
-    path = Path(folder)
-    if (path / "config.json").is_file() or not (path / "adapter_config.json").is_file():
-        return None
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return base if isinstance(base, str) else None
-
-
 def patch_peft(folder_of: Callable[[str], Path | None], alias_of: Callable[[str], str | None]) -> None:
-    """Let adapters name an alias as their base on disk, in place of a path of this machine, and its folder in memory.
+    """Let adapters name the alias of their base on disk, not a path of this machine, and its folder in memory.
 
     Args:
         folder_of: Gets the name of a base; returns the folder of an alias that is on this machine, else None.
@@ -366,7 +357,7 @@ def add_mteb_benchmark(benchmark: Benchmark) -> None:
         lookup._build_aliases_registry.cache_clear()
 
 
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # gets a function; returns the one to call in its place
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # gets a function; returns the one that replaces it
 
 
 def patch_mteb_functions(evaluate: Wrap, check_cache: Wrap, get_model_meta: Wrap) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -116,3 +117,17 @@ def _check_folder(folder: Path, name: str) -> None:
             f"{name!r} stands for {folder}, whose weights link to files that are gone ({', '.join(broken)}). "
             f"Make it again with `unime pull {name}` or `unime convert FOLDER --alias {name} --overwrite`."
         )
+
+
+def adapter_base(folder: str | Path) -> str | None:
+    """Base model that the adapter in a folder names; None without an adapter, or with a whole model beside it.
+
+    Example:
+        >>> adapter_base(PACKAGED) is None
+        True
+    """
+    path = Path(folder)
+    if (path / "config.json").is_file() or not (path / "adapter_config.json").is_file():
+        return None
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return base if isinstance(base, str) else None

@@ -1,4 +1,4 @@
-"""mteb's own tests of its commands, task lists and evaluation, with the start-up hook on and off: equal outcomes."""
+"""mteb's own tests of its commands and of evaluation, with the start-up hook on and off: equal outcomes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
-FILES = ("test_cli.py", "test_evaluate.py", "test_get_tasks.py", "test_filter_tasks.py")
+FILES = ("test_cli.py", "test_evaluate.py")
 NEED_THE_HUB = ("test_run_task", "test_mock_run_cli")
 
 

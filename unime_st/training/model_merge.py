@@ -17,6 +17,7 @@ from unime_st.compat import forget_adapter_names
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_identity import model_settings, weights_fingerprint
 from unime_st.files import atomic_folder, content_digest, folder_lock, read_json, write_json
+from unime_st.paths import adapter_base
 from unime_st.registry import resolve
 from unime_st.reranking import UniMEReranker
 from unime_st.training.adapters import merge_lora
@@ -231,14 +232,10 @@ def _load(folder: Path) -> tuple[BaseModel, torch.dtype]:
         raise ValueError(f"{folder}: its weights are quantized; merge unquantized models")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     model.float()
-    if _is_adapter(folder):
+    if adapter_base(folder) is not None:
         merge_lora(model)
         forget_adapter_names(model.transformers_model)
     return model, dtype
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _weights(model: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -252,9 +249,8 @@ def _check_bases(folders: Sequence[Path]) -> None:
     """Compare the bases of adapters by the digests of their weights."""
     bases: dict[str, Path] = {}
     for folder in folders:
-        if not _is_adapter(folder):
+        if (name := adapter_base(folder)) is None:
             continue
-        name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
         base = resolve(name)
         files = sorted(base.glob("*.safetensors"))
         found = " ".join(content_digest(file) for file in files)
