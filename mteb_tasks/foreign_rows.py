@@ -56,7 +56,7 @@ def iter_rows(batches: DataLoader[BatchedInput]) -> Iterator[list[Item]]:
     """Read the batches of an mteb data loader.
 
     Args:
-        batches: Batches with the column ``text`` or ``image`` or both.
+        batches: Batches with some of the columns ``text``, ``image`` and ``video`` (decoders).
 
     Yields:
         One item for each row; texts may be blank.
@@ -64,10 +64,10 @@ def iter_rows(batches: DataLoader[BatchedInput]) -> Iterator[list[Item]]:
     for batch in batches:
         columns = cast("dict[str, list]", batch)
         size = len(next(iter(columns.values())))
-        texts, images = (columns.get(name) or [None] * size for name in ("text", "image"))
+        parts = (columns.get(name) or [None] * size for name in ("text", "image", "video"))
         yield [
-            to_item({"text": text or ""}) if image is None else Item(text=text or None, image=image)
-            for text, image in zip(texts, images)
+            to_item({"text": text or ""}) if image is None and video is None else Item(text or None, image, video)
+            for text, image, video in zip(*parts)
         ]
 
 

@@ -93,8 +93,11 @@ def modalities_of(model: SentenceTransformer) -> list[str]:
     return ["text", "image", *(["video"] if accepts_video(getattr(model[0], "processor", None)) else [])]
 
 
-class _UniMEModelMeta(ModelMeta):
-    """Metadata of our models; their video tasks have stored frames, which need none of mteb's packages for videos."""
+class UniMEModelMeta(ModelMeta):
+    """Metadata of our models, which run without mteb's packages for videos.
+
+    Our video tasks store frames, and most tasks have no videos. On mteb's own video tasks `datasets` asks for torchcodec.
+    """
 
     def _resolve_extras_groups(self) -> list[str]:
         return [group for group in super()._resolve_extras_groups() if group != "video"]
@@ -130,4 +133,4 @@ def model_meta(
         "languages": ["eng-Latn"],
     }
     empty = ModelMeta.create_empty().model_dump()
-    return _UniMEModelMeta(**{**empty, **known, **fields})
+    return UniMEModelMeta(**{**empty, **known, **fields})

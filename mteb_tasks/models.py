@@ -164,7 +164,7 @@ def metas() -> dict[str, ModelMeta]:
         if alias.startswith("unime-v2") or (alias in (LOCAL_MODEL, TINY) and second):
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
             meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
-            # Part of mteb's result key: mteb puts this description in the place of the model's own.
+            # Part of mteb's result key: mteb replaces the model's own description by this one.
             changed = {"experiment_kwargs": _ranking_settings() or None, "modalities": ["text", "image"]}
             found[name] = meta.model_copy(update=changed)
     return found

@@ -123,7 +123,8 @@ class TwoStage:
         settings |= {} if self._pair_order == "query_first" else {"pair_order": self._pair_order}
         settings |= {} if self.alpha is None else {"alpha": self.alpha}
         revision = digest(f"{first.revision} {self._identity()}", length=16)
-        return first.model_copy(update={"name": self._name, "revision": revision, "experiment_kwargs": settings})
+        known = {"name": self._name, "revision": revision, "experiment_kwargs": settings}
+        return first.model_copy(update={**known, "modalities": ["text", "image"]})  # second stages take no videos
 
     @mteb_model_meta.setter
     def mteb_model_meta(self, meta: ModelMeta) -> None:
@@ -241,7 +242,7 @@ def _items(
 def _above_cosine(scored: PairScores, *, by_rank: bool) -> list[float]:
     """Map scores into [2, 4), strictly increasing; documents without a score come last.
 
-    A probability of a list may be 0 or 1 and make ties, and fused scores may be large: hence the rank in their place.
+    A probability of a list may be 0 or 1 and make ties, and fused scores may be large: hence the rank instead.
     """
     ranking = sort_by_score(range(len(scored.scores)), scored.scores, scored.reasons, "document {}")
     values = np.zeros(len(ranking))

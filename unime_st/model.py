@@ -15,8 +15,9 @@ from transformers import AutoConfig
 from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.backbones.video_frames import raise_without_video, resize_frames
+from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
-from unime_st.encoding.model_inputs import Features, has_video, is_single, load_input, normalize_input, raise_if_table
+from unime_st.encoding.model_inputs import Features, is_single, load_input, normalize_input, raise_if_table
 from unime_st.options import check_count
 
 

@@ -26,7 +26,7 @@ def read_set(folder: DataFolder, row: VisDocSet) -> PageTables:
     tables = folder.tables(row)
     if not tables:
         wanted = folder.root / "annotations" / row.hub / "{queries,corpus,qrels}" / f"{row.split}.parquet"
-        raise MMEBDataError(f"{row.key} is missing: there is no {wanted} (docs/mmeb_v2.md lists other layouts)")
+        raise MMEBDataError(f"{row.key} is missing: expected {wanted} (docs/mmeb_v2.md lists other layouts)")
     return read_page_tables(row, tables)
 
 

@@ -21,7 +21,7 @@ from mteb_tasks.mmeb_v2.data_folder import DataFolder, archive_parts, unpacked
 from mteb_tasks.mmeb_v2.video_rows import ParsedRow, parse_row
 from mteb_tasks.mmeb_v2.video_sets import MVBENCH_CONFIGS, VideoSet
 from unime_st.data.images import BadImageError
-from unime_st.data.videos import VideoRef, frame_names, missing_frame, sample_indices
+from unime_st.data.videos import MAX_FRAMES, VideoRef, frame_names, missing_frame
 from unime_st.files import digest
 
 _THREADS = 8
@@ -74,7 +74,8 @@ class VideoRows:
 
     def video(self, folder: str, num_frames: int) -> VideoRef:
         """Frames of a video that the protocol takes: of MomentSeeker all, up to 64."""
-        return VideoRef.of_folder(self.frames / folder, 64 if self.row.layout == "moment_seeker" else num_frames)
+        most = MAX_FRAMES if self.row.layout == "moment_seeker" else num_frames
+        return VideoRef.of_folder(self.frames / folder, most)
 
 
 def tables_of(root: Path, row: VideoSet) -> dict[str, list[Path]]:
@@ -89,14 +90,11 @@ def tables_of(root: Path, row: VideoSet) -> dict[str, list[Path]]:
     """
     found = {}
     for config in MVBENCH_CONFIGS if row.key == "MVBench" else [row.config]:
-        for base in (root / "annotations" / row.hub, root / row.hub):
-            plain = [base, base / "data"] if config == row.config else []
-            for folder in (base / config, base / "data" / config, *plain):
-                if files := sorted(folder.glob(f"{row.split}*.parquet")):
-                    found[config] = files
-                    break
-            if config in found:
-                break
+        inner = [config, f"data/{config}", *([".", "data"] if config == row.config else [])]
+        folders = [base / row.hub / name for base in (root / "annotations", root) for name in inner]
+        tables = (sorted(folder.glob(f"{row.split}*.parquet")) for folder in folders)
+        if files := next(filter(None, tables), None):
+            found[config] = files
     return found
 
 
@@ -163,24 +161,24 @@ def read_rows(root: Path, row: VideoSet) -> VideoRows:
     tables = tables_of(root, row)
     if not tables:
         wanted = root / "annotations" / row.hub / row.config / f"{row.split}.parquet"
-        raise MMEBDataError(f"{row.key} is missing: there is no {wanted} (docs/mmeb_v2.md lists other layouts)")
+        raise MMEBDataError(f"{row.key} is missing: expected {wanted} (docs/mmeb_v2.md lists other layouts)")
     frames = frames_folder(root, row)
     if frames is None:
         raise MMEBDataError(f"{row.key}: the folder {root / 'video-tasks' / 'frames' / row.frames} is missing")
     rows: list[ParsedRow] = []
     where: list[str] = []
-    for place, found in _rows(tables):
+    for source, found in _rows(tables):
         if row.first is not None and len(rows) == row.first:
             break
         try:
             parsed = parse_row(row, found)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             reason = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise MMEBDataError(f"{place}: {reason}") from error
+            raise MMEBDataError(f"{source}: {reason}") from error
         if any(not text.strip() for text in parsed.texts):
-            raise MMEBDataError(f"{place}: an option has no text: {list(parsed.names)}")
+            raise MMEBDataError(f"{source}: an option has no text: {list(parsed.names)}")
         rows.append(parsed)
-        where.append(place)
+        where.append(source)
     if not rows:
         raise MMEBDataError(f"{next(iter(tables.values()))[0]}: the table has no rows")
     return VideoRows(row, rows, where, frames, len(tables))
@@ -242,9 +240,8 @@ def _video_fault(data: VideoRows, folder: str, num_frames: int) -> str | None:
         video.shape()
     except BadImageError as error:
         return str(error)
-    sampled = sample_indices(len(names), 64 if data.row.layout == "moment_seeker" else num_frames)
-    faults = ((names[index], image_fault(path / names[index])) for index in sampled)
-    return next((f"frame {name} {fault}" for name, fault in faults if fault), None)
+    files = (Path(frame.label) for frame in video.frames)
+    return next((f"frame {file.name} {fault}" for file in files if (fault := image_fault(file))), None)
 
 
 def _rows(tables: Mapping[str, list[Path]]) -> Iterator[tuple[str, dict[str, Any]]]:

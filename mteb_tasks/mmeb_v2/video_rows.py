@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mteb_tasks.mmeb_v2.video_sets import MOMENT_SEEKER_IMAGE, MOMENT_SEEKER_TEXT, VideoSet
@@ -34,7 +34,7 @@ class ParsedRow:
     names: Sequence[str] = ()
     texts: Sequence[str] = ()
     folders: Sequence[str] = ()
-    right: Sequence[str] = field(default=())
+    right: Sequence[str] = ()
 
 
 def parse_row(row: VideoSet, found: Row) -> ParsedRow:
@@ -97,8 +97,7 @@ def _question(row: VideoSet, found: Row) -> ParsedRow:
     else:
         listed = list(found["candidates"]) if row.options == "lettered" else [found[f"a{n}"] for n in range(5)]
         lettered = [f"({chr(ord('A') + n)}) {option}" for n, option in enumerate(listed)]
-        text = f"{question}\nOptions:\n" + "\n".join(lettered)
-        text = text.rstrip()
+        text = "\n".join([question, "Options:", *lettered]).rstrip()
         names = texts = lettered if row.options == "lettered" else listed
         if row.options == "lettered":
             video = f"{found['subset']}/{video}"
@@ -116,10 +115,9 @@ def _moment_seeker(row: VideoSet, found: Row) -> ParsedRow:
     video = _clip_folder(media) if media.endswith(".mp4") else None
     image = f"query_{media}" if media.endswith(".jpg") else None
     query = row.query if video else MOMENT_SEEKER_IMAGE if image else MOMENT_SEEKER_TEXT
-    sides = (
+    right, wrong = (
         [_clip_folder(clip["output_path"]) for clip in found[f"{side}_frames"]] for side in ("positive", "negative")
     )
-    right, wrong = sides
     return ParsedRow(query, str(found[row.text]), video, image, folders=[*right, *wrong], right=right)
 
 

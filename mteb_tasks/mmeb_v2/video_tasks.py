@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mteb_tasks.metadata import task_metadata
 from mteb_tasks.mmeb.location import MMEBDataError
+from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, VIDEO_TOKEN
 from mteb_tasks.mmeb_v2.citations import MMEB_V2_BIBTEX
 from mteb_tasks.mmeb_v2.data_folder import MEDIA_DATASET, MEDIA_REVISION, MMEB_V2_FOLDER_VARIABLE, local_root
 from mteb_tasks.mmeb_v2.profiles import joined, spoken
 from mteb_tasks.mmeb_v2.v2_task import MMEBV2Task
 from mteb_tasks.mmeb_v2.video_folder import VideoRows, check_video_set, data_digest, read_rows, tables_of
 from mteb_tasks.mmeb_v2.video_rows import ParsedRow
-from mteb_tasks.mmeb_v2.video_sets import VIDEO_SETS, VideoSet, video_labels
+from mteb_tasks.mmeb_v2.video_sets import MOMENT_SEEKER_IMAGE, MOMENT_SEEKER_TEXT, VIDEO_SETS, VideoSet, video_labels
 from mteb_tasks.retrieval_task import retrieval_split
 from unime_st.data.items import Item
 from unime_st.data.scenes import RetrievalData
@@ -40,7 +41,7 @@ class VideoTask(MMEBV2Task):
         return local_root()
 
     def hub_root(self, run: Sequence[BenchmarkTask]) -> Path:
-        """Refuse: the frames of all sets have more than 100 GB; see `BenchmarkTask.hub_root`."""
+        """Refuse: the frames of all sets take more than 100 GB; see `BenchmarkTask.hub_root`."""
         raise MMEBDataError(
             f"{self.row.key}: frames are not fetched from the hub. Download video-tasks/frames of {MEDIA_DATASET} and "
             f"{self.row.hub}, and set {MMEB_V2_FOLDER_VARIABLE} (see docs/mmeb_v2.md)"
@@ -118,16 +119,17 @@ class VideoTask(MMEBV2Task):
         return text or (None if image or video else instruction)
 
 
-_INSTRUCTIONS = sorted({row.query for row in VIDEO_SETS} | {row.candidate for row in VIDEO_SETS if row.candidate})
+_INSTRUCTIONS = (
+    *sorted({row.query for row in VIDEO_SETS} | {row.candidate for row in VIDEO_SETS if row.candidate}),
+    MOMENT_SEEKER_TEXT,
+    MOMENT_SEEKER_IMAGE,
+)
 
 
 def _body(text: str) -> str:
     """Text of an item without its media token and instruction."""
-    from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, VIDEO_TOKEN
-    from mteb_tasks.mmeb_v2.video_sets import MOMENT_SEEKER_IMAGE, MOMENT_SEEKER_TEXT
-
     bare = text.removeprefix(f"{VIDEO_TOKEN} ").removeprefix(f"{IMAGE_TOKEN} ")
-    for instruction in (*_INSTRUCTIONS, MOMENT_SEEKER_TEXT, MOMENT_SEEKER_IMAGE):
+    for instruction in _INSTRUCTIONS:
         if bare.startswith(instruction):
             return bare.removeprefix(instruction).removeprefix(" ")
     return bare

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from unime_st.backbones.video_frames import FrameLimits
 from unime_st.data import BadImageError, VideoRef
 from unime_st.encoding import TokenCounter, encode_items
 from unime_st.encoding.list_inputs import encode_list
+from unime_st.encoding.model_inputs import normalize_input
 
 Get = Callable[[str], UniME]
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-llava-ov"]
@@ -151,3 +153,53 @@ def test_processors_with_frames_are_copied_and_saved(embedder: Get, tmp_path: Pa
         assert twin.video_processor.limits == processor.video_processor.limits
     processor.save_pretrained(tmp_path)
     assert "Qwen2VLVideoProcessor" in (tmp_path / "processor_config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["unime-v2-2b", "llava-onevision"])
+def test_rows_of_several_videos_are_batched_by_the_frames_of_each(embedder: Get, name: str) -> None:
+    """Three and three frames are as many as two, two and two, but processors cannot stack them."""
+    model = embedder(name)
+    rows = [[3, 3], [2, 2, 2], [3, 3], [6]]
+    inputs: list[Any] = [
+        [{"role": "user", "content": [{"type": "video", "video": clip(count, seed=count)} for count in row]}]
+        for row in rows
+    ]
+    found = model.encode(inputs)
+    assert np.abs(found - np.stack([model.encode([row])[0] for row in inputs])).max() < 1e-5
+    assert TokenCounter(model).measure(inputs)[2] == [tuple(row) for row in rows]
+
+
+class Decoder:
+    """Decoder of 20 large frames, which are black."""
+
+    metadata = SimpleNamespace(num_frames=20, width=3840, height=2160)
+
+    def get_frames_at(self, indices: list[int]) -> SimpleNamespace:
+        return SimpleNamespace(data=np.zeros((len(indices), 2160, 3840, 3), np.uint8))
+
+
+def test_frames_that_are_decoded_together_count_whole(embedder: Get, tmp_path: Path) -> None:
+    """Those of a file or decoder are in memory at once, stored ones are resized one by one."""
+    frame = tmp_path / "0.png"
+    Image.new("RGB", (3840, 2160)).save(frame)
+    inputs = [Item(video=VideoRef.of(Decoder())), {"video": np.zeros((2, 56, 70, 3), np.uint8)}, Item(video=[frame])]
+    _, pixels, frames = TokenCounter(embedder("unime-v2-2b")).measure(list(map(normalize_input, inputs)))
+    assert pixels.tolist() == [8 * 3840 * 2160, 2 * 56 * 70, 1280 * 28 * 28] and frames == [(8,), (2,), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [([], "one is missing"), ([clip(1)[0], None], "one is missing"), (clip(65, 4, 4), "65 frames are more than 64")],
+)
+def test_lists_without_a_frame_or_with_too_many_are_refused(embedder: Get, video: Any, message: str) -> None:
+    """They would be encoded as the text alone, or without the frame."""
+    with pytest.raises(BadImageError, match=message):
+        embedder("unime-v2-2b").encode([{"text": "a", "video": video}, "b"])
+
+
+def test_paths_of_video_files_are_videos(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.MP4", "c.wmv"):
+        (tmp_path / name).write_bytes(b"x")
+        for value in (str(tmp_path / name), tmp_path / name):
+            assert normalize_input(value) == Item(video=tmp_path / name)
+    assert normalize_input("absent.mp4") == "absent.mp4"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mteb_tasks import TwoStage, evaluate, wrap
+from mteb_tasks.metadata import model_meta
 from mteb_tasks.models import load_two_stage, metas
 from mteb_tasks.scenes import ScenesCompositional, ScenesShortT2IRetrieval, ScenesVQA
 from mteb_tasks.sugarcrepe import SugarCrepeByCategory
@@ -150,6 +151,8 @@ def test_a_real_reranker_reorders_all_ten(tiny, caplog, method, window):
 def test_two_stages_are_filed_under_a_name_of_their_own(tiny):
     model = TwoStage(wrap(tiny, "unime/x"), Oracle(ScenesVQA(size=2)))
     assert model.mteb_model_meta.name == "unime/x+reranker"
+    model.embedder.mteb_model_meta = model_meta("unime/x", "1", modalities=["text", "image", "video"])
+    assert model.mteb_model_meta.modalities == ["text", "image"], "second stages take no videos"
     assert ScenesShortT2IRetrieval.metadata.main_score == "hit_rate_at_1"
 
 

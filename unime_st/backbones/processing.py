@@ -199,31 +199,31 @@ def _without_absent_parts(chat: Chat) -> Chat:
 def _restore_tails(
     processor: Any, conversations: Any, features: BatchFeature, limit: int, template_kwargs: dict[str, Any]
 ) -> None:
-    """Write the end of the prompt over the last tokens of truncated rows with images, in place."""
+    """Write the end of the prompt over the last tokens of truncated rows with images or videos, in place."""
     if not isinstance(conversations[0], (list, tuple)):
         conversations = [conversations]
     mask = features["attention_mask"]
     for row, conversation in enumerate(conversations):
-        if int(mask[row].sum()) < limit or not _has_image(conversation):
+        if int(mask[row].sum()) < limit or not _has_media(conversation):
             continue
         tail = _tail_tokens(processor, conversation, template_kwargs)
         if not tail:
             continue
         last = int(mask[row].nonzero()[-1]) + 1
         index = slice(last - len(tail), last)
-        image_tokens = processor.image_mask(features["input_ids"][row])
+        media_tokens = processor.image_mask(features["input_ids"][row])
         if (video_token := getattr(processor, "video_token_id", None)) is not None:
-            image_tokens |= features["input_ids"][row] == video_token
-        if len(tail) >= limit or bool(image_tokens[index].any()):
+            media_tokens |= features["input_ids"][row] == video_token
+        if len(tail) >= limit or bool(media_tokens[index].any()):
             raise ValueError(
-                f"Row {row} of the batch has {int(image_tokens.sum())} image tokens, which leaves no "
-                f"room for the end of its prompt within {limit} tokens. Raise max_seq_length or use a smaller image "
-                "size."
+                f"Row {row} of the batch has {int(media_tokens.sum())} image and video tokens, which leaves no "
+                f"room for the end of its prompt within {limit} tokens. Raise max_seq_length, or use smaller images or "
+                "fewer frames."
             )
         features["input_ids"][row, index] = torch.tensor(tail)
 
 
-def _has_image(conversation: Chat) -> bool:
+def _has_media(conversation: Chat) -> bool:
     contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
     return any(part.get("type") in ("image", "video") for content in contents for part in content)
 

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -207,10 +208,15 @@ class _ResizedFrames:
 
 def _with_frames(base: type, state: dict[str, object], limits: FrameLimits | None) -> object:
     """Video processor of a subclass that has the name of its base, under which transformers stores it."""
-    members = {"base_class": base, "limits": limits, "__module__": base.__module__}
-    made: object = object.__new__(type(base.__name__, (_ResizedFrames, base), members))
+    made: object = object.__new__(_class_with_frames(base, limits))
     vars(made).update(state)
     return made
+
+
+@lru_cache(maxsize=64)
+def _class_with_frames(base: type, limits: FrameLimits | None) -> type:
+    members = {"base_class": base, "limits": limits, "__module__": base.__module__}
+    return type(base.__name__, (_ResizedFrames, base), members)
 
 
 def flat_videos(videos: Any) -> Iterator[Any]:

@@ -47,7 +47,8 @@ class PairRecord:
         negative_logits: The same for each negative; empty if not judged.
 
     Raises:
-        ValueError: If a field has a wrong type, or logits are given, but not exactly one finite logit for the positive and each negative.
+        ValueError: If a field has a wrong type, or logits are given, but not exactly one finite logit for the positive
+            and each negative.
 
     Example:
         >>> from unime_st.data import Item, PairRecord

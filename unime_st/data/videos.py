@@ -79,10 +79,7 @@ class VideoRef:
             )
         if self.num_frames is not None and not 1 <= self.num_frames <= MAX_FRAMES:
             raise ValueError(f"num_frames must be between 1 and {MAX_FRAMES}, got {self.num_frames}")
-        if len(self.frames) > MAX_FRAMES:
-            raise BadVideoError(
-                f"video {self.label}: {len(self.frames)} frames are more than {MAX_FRAMES}; sample them with num_frames"
-            )
+        check_num_frames(len(self.frames), self.label)
 
     @classmethod
     def of_folder(cls, folder: str | Path, num_frames: int | None = NUM_FRAMES) -> VideoRef:
@@ -112,7 +109,7 @@ class VideoRef:
             num_frames: As for the class. Defaults to None, all frames.
 
         Raises:
-            ValueError: If there is no frame.
+            ValueError: If ``frames`` is empty.
         """
         indices = sample_indices(len(frames), num_frames)
         return cls(tuple(as_image_ref(frames[index]) for index in indices), num_frames=num_frames)
@@ -182,11 +179,11 @@ class VideoRef:
         """
         if self.frames:
             return self._checked_shape([frame.size() for frame in self.frames])
-        metadata = self._decoder().metadata
-        count = _num_stored(metadata, self.label)
-        width, height = (getattr(metadata, name, None) for name in ("width", "height"))
+        decoder = self._decoder()
+        count = _num_stored(decoder.metadata, self.label)
+        width, height = (getattr(decoder.metadata, name, None) for name in ("width", "height"))
         if not width or not height:
-            width, height = self._decode([0])[0].size
+            width, height = self._decode(decoder, [0])[0].size
         return len(self._sampled(count)), int(width), int(height)
 
     def open(self) -> list[Image.Image]:
@@ -200,7 +197,8 @@ class VideoRef:
             BadImageError: If a frame cannot be read.
         """
         if not self.frames:
-            return self._decode(self._sampled(_num_stored(self._decoder().metadata, self.label)))
+            decoder = self._decoder()
+            return self._decode(decoder, self._sampled(_num_stored(decoder.metadata, self.label)))
         images: list[Image.Image] = []
         for frame in self.frames:
             with decoding(frame.label, "opened"):
@@ -234,18 +232,15 @@ class VideoRef:
 
     def _sampled(self, stored: int) -> list[int]:
         indices = sample_indices(stored, self.num_frames)
-        if len(indices) > MAX_FRAMES:
-            raise BadVideoError(
-                f"video {self.label}: {stored} frames are more than {MAX_FRAMES}; sample them with num_frames"
-            )
+        check_num_frames(len(indices), self.label)
         return indices
 
     def _decoder(self) -> FrameDecoder:
         return self.decoder if self.path is None and self.decoder is not None else _open_file(str(self.path))
 
-    def _decode(self, indices: list[int]) -> list[Image.Image]:
+    def _decode(self, decoder: FrameDecoder, indices: list[int]) -> list[Image.Image]:
         with _video_errors(self.label):
-            found = self._decoder().get_frames_at(indices).data
+            found = decoder.get_frames_at(indices).data
             array = found.numpy(force=True) if hasattr(found, "numpy") else np.asarray(found)
         return [image_from_array(frame, channels_first=array.shape[-1] != 3) for frame in array]
 
@@ -266,6 +261,12 @@ def sample_indices(stored: int, num_frames: int | None) -> list[int]:
     if num_frames is None or stored <= num_frames:
         return list(range(stored))
     return [int(index) for index in np.linspace(0, stored - 1, num_frames, dtype=int)]
+
+
+def check_num_frames(count: int, label: str) -> None:
+    """Raise a BadVideoError for a video, named ``label``, of more than :data:`MAX_FRAMES` frames."""
+    if count > MAX_FRAMES:
+        raise BadVideoError(f"video {label}: {count} frames are more than {MAX_FRAMES}; sample them with num_frames")
 
 
 def frame_names(folder: str | Path) -> list[str]:

@@ -20,7 +20,8 @@ from sentence_transformers.util import truncate_embeddings
 from unime_st.backbones.video_frames import raise_without_video
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
-from unime_st.encoding.model_inputs import Features, has_video, load_input, unreadable_image
+from unime_st.encoding.input_videos import has_video
+from unime_st.encoding.model_inputs import Features, load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.token_counts import pack, pixel_budget
@@ -48,7 +49,7 @@ class Job:
     value: object
     num_tokens: int = 0
     pixels: int = 0
-    frames: int = 0
+    frames: tuple[int, ...] = ()
     tokens: np.ndarray | None = None
     error: Exception | None = None
 

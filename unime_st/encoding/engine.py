@@ -171,7 +171,7 @@ class Engine:
             # Sentence Transformers formats a chat differently when it shares a batch with other inputs.
             kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
             # Processors stack videos, which must have as many frames as one another.
-            kind += f", {job.frames} frames" if job.frames else ""
+            kind += f", frames {job.frames}" if job.frames else ""
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
             indices = pack([job.num_tokens for job in jobs], self.runner.budget)

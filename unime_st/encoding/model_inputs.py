@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from sentence_transformers.base.modality_types import SingleInput
 
 from unime_st.data.image_urls import is_url
 from unime_st.data.images import BadImageError, ImageRef
-from unime_st.data.items import Item, VideoLike
-from unime_st.data.videos import FrameDecoder, VideoRef, is_frame_list
+from unime_st.data.items import Item
+from unime_st.data.videos import BadVideoError, VideoRef, check_num_frames, is_frame_list
 from unime_st.encoding.input_images import image_of_array, image_size, load_image
+from unime_st.encoding.input_videos import is_reference
 
 Features = dict[str, Any]
 """Input of a model's ``forward``: tensors by name, and what else its modules pass on."""
@@ -36,19 +37,16 @@ _UNKNOWN_SIZE = (512, 512)
 _IMAGE_NAME = re.compile(
     r"\S.*\.(png|jpe?g|jpe|jfif|gif|bmp|dib|tiff?|webp|avif|heic|heif|jp2|ico|ppm)", re.IGNORECASE
 )
-_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".wmv", ".flv")
 _PARTS = ("text", "image", "audio", "video")
-
-VideoShape = tuple[int, int, int]
-"""Number of frames, and their stored width and height in pixels."""
 
 
 def normalize_input(value: object) -> Any:
     """Bring an item, or any input of ``SentenceTransformer.encode``, into the form that the engine works with.
 
     Parts that are None (or NaN, as pandas stores a missing value) are removed: ``{"image": image, "text": None}`` is
-    the image. Path objects become ``{"image": path}``, and the ``{"bytes", "path"}`` structs of the `datasets` library
-    become image references.
+    the image. Path objects become ``{"image": path}``, those of video files a video, and the ``{"bytes", "path"}``
+    structs of the `datasets` library become image references.
 
     Raises:
         ValueError: If nothing is left of the input.
@@ -64,12 +62,12 @@ def normalize_input(value: object) -> Any:
         raise ValueError(f"the input is {value!r}; expected a text, an image or both")
     if hasattr(value, "as_py"):  # a scalar of Arrow
         return normalize_input(value.as_py())
+    if isinstance(value, VideoRef) or (isinstance(value, (str, os.PathLike)) and _is_video_file(os.fspath(value))):
+        return Item(video=value)
     if isinstance(value, os.PathLike):
         return {"image": os.fspath(value)}
     if isinstance(value, ImageRef):
         return Item(image=value)
-    if isinstance(value, VideoRef) or (isinstance(value, str) and value.endswith(_VIDEO_SUFFIXES) and _is_file(value)):
-        return Item(video=value)
     if is_chat(value):
         return (
             _normalize_message(value)
@@ -90,6 +88,8 @@ def _normalize_parts(parts: Mapping[str, object]) -> dict[str, object]:
 
 
 def _normalize_part(name: str, part: object) -> object:
+    if name == "video":
+        _check_video(part)
     if isinstance(part, (list, tuple)) and name in _PARTS and not (name == "video" and is_frame_list(part)):
         kept = [_normalize_part(name, entry) for entry in part if not _is_absent(entry)]
         return type(part)(kept) if kept else None
@@ -98,22 +98,24 @@ def _normalize_part(name: str, part: object) -> object:
             return os.fspath(part)
         if isinstance(part, Mapping) and part.keys() <= {"bytes", "path"}:
             return _struct_image(part)
-    if name == "video" and _is_reference(part):
+    if name == "video" and is_reference(part):
         return VideoRef.of(part)
     return part
 
 
-def _is_reference(video: object) -> TypeGuard[VideoLike]:
-    """Whether a video is one of files or a decoder; frames in memory and URLs are passed on as they are."""
-    if isinstance(video, (str, os.PathLike)):
-        return not is_url(str(video))
-    if is_frame_list(video):
-        return not any(isinstance(frame, Image.Image) for frame in video)
-    return isinstance(video, FrameDecoder)
+def _check_video(video: object) -> None:
+    """Raise a BadVideoError for a list without frames, or where one is missing, and for too many frames."""
+    if isinstance(video, (list, tuple)):
+        if not video or any(map(_is_absent, video)):
+            raise BadVideoError(f"a video is a list of frames, and one is missing: {video!r:.100}")
+        if is_frame_list(video):
+            check_num_frames(len(video), f"<{len(video)} frames>")
+    elif isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4:
+        check_num_frames(len(video), f"<{len(video)} frames>")
 
 
-def _is_file(path: str) -> bool:
-    return not is_url(path) and os.path.isfile(path)
+def _is_video_file(path: str) -> bool:
+    return path[-5:].lower().endswith(_VIDEO_SUFFIXES) and not is_url(path) and os.path.isfile(path)
 
 
 def _struct_image(struct: Mapping[str, Any]) -> ImageRef | None:
@@ -224,44 +226,6 @@ def _collect(value: object, name: str | None, texts: list[str], sizes: list[tupl
     elif isinstance(value, (Image.Image, np.ndarray, torch.Tensor, ImageRef, bytes)):
         size = image_size(value)
         sizes += [] if size is None else [size]
-
-
-def video_shapes(value: object) -> list[VideoShape]:
-    """Shape of every video of a normalized input, from headers; URLs and arrays with metadata are left out.
-
-    Raises:
-        BadImageError: If a frame cannot be read, or frames differ in size.
-
-    Example:
-        >>> from PIL import Image
-        >>> from unime_st.encoding.model_inputs import video_shapes
-        >>> video_shapes({"text": "a ship", "video": [Image.new("RGB", (4, 2))] * 3})
-        [(3, 4, 2)]
-    """
-    if isinstance(value, Item):
-        return [] if value.video is None else [value.video.shape()]
-    if isinstance(value, Mapping):
-        inner = [part for key in ("video", "content") if isinstance(part := value.get(key), (list, tuple))]
-        video = value.get("video")
-        if isinstance(video, VideoRef):
-            return [video.shape()]
-        if is_frame_list(video) and isinstance(video[0], Image.Image):
-            return [(len(video), *video[0].size)]
-        return [shape for parts in inner for part in parts for shape in video_shapes(part)]
-    if isinstance(value, VideoRef):
-        return [value.shape()]
-    if isinstance(value, (list, tuple)):
-        return [shape for part in value for shape in video_shapes(part)]
-    return []
-
-
-def has_video(value: object) -> bool:
-    """Whether a normalized input has a video."""
-    if isinstance(value, Item):
-        return value.video is not None
-    if isinstance(value, Mapping):
-        return value.get("video") is not None or has_video(value.get("content"))
-    return isinstance(value, (list, tuple)) and any(isinstance(part, Mapping) and has_video(part) for part in value)
 
 
 def load_input(value: object) -> object:

@@ -14,14 +14,15 @@ from sentence_transformers import SentenceTransformer
 from unime_st.backbones.video_frames import raise_without_video, resize_frames, times_of_frames, video_tokens
 from unime_st.compat import image_token_counter
 from unime_st.data.images import MAX_ASPECT
-from unime_st.encoding.model_inputs import VideoShape, texts_and_sizes, video_shapes
+from unime_st.encoding.input_videos import VideoShape, video_shapes
+from unime_st.encoding.model_inputs import texts_and_sizes
 
 Size = tuple[int, int]
 
 _CPU_PIXELS, _DEVICE_PIXELS = 8_000_000, 64_000_000
 
 _MOST_FRAME_PIXELS = 1280 * 28 * 28
-"""Pixels of a frame after it is resized."""
+"""Pixels of a frame after it is resized; frames that are decoded one by one count as so many at most."""
 
 _MEASURED_STEP = 112
 """Grid in pixels to which image sizes are rounded for processors whose token counts have to be measured."""
@@ -68,8 +69,8 @@ class TokenCounter:
         """
         return self.measure(inputs)[0]
 
-    def measure(self, inputs: Sequence[object]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Count the tokens of inputs, and the pixels to decode and the frames of each: (len(inputs),) each.
+    def measure(self, inputs: Sequence[object]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:
+        """Count the tokens of inputs, the pixels to decode, and the frames of each video: (len(inputs),) each.
 
         Raises:
             BadImageError: If a frame cannot be read, or the frames of a video differ in size.
@@ -91,20 +92,20 @@ class TokenCounter:
             np.add.at(costs, owner_of_size, self.image_tokens(sizes))
         pixels = np.zeros(len(inputs), dtype=np.int64)
         np.add.at(pixels, owner_of_size, [width * height for width, height in sizes])
-        frames = [0] * len(inputs)
+        frames: list[tuple[int, ...]] = [()] * len(inputs)
         for index, value in enumerate(inputs):
             for shape in video_shapes(value):
-                frames[index] += shape[0]
+                frames[index] += (shape.count,)
                 costs[index] += self.video_tokens(shape)
-                # Stored frames are decoded and resized one by one.
-                pixels[index] += shape[0] * min(shape[1] * shape[2], _MOST_FRAME_PIXELS)
+                stored = shape.width * shape.height
+                pixels[index] += shape.count * (min(stored, _MOST_FRAME_PIXELS) if shape.one_by_one else stored)
         return costs, pixels, frames
 
     def video_tokens(self, shape: VideoShape) -> int:
-        """Count the tokens of a video of this shape: number of frames, width and height in pixels."""
+        """Count the tokens of a video of this shape."""
         raise_without_video(self._processor)
-        times = times_of_frames(self._processor, shape[0])
-        return video_tokens(self._processor, shape) + (len(self._tokens([times])[0]) if times else 0)
+        times = times_of_frames(self._processor, shape.count)
+        return video_tokens(self._processor, shape[:3]) + (len(self._tokens([times])[0]) if times else 0)
 
     def image_tokens(self, sizes: Sequence[Size]) -> list[int]:
         """Count the tokens of images of these sizes, (width, height) in pixels."""

@@ -206,7 +206,7 @@ FAULTS = {
         ),
         r"corpus.test-00001-of-00002.parquet is missing: download this part",
     ),
-    "missing set": (lambda root: shutil.rmtree(root / "annotations" / HL.hub), "is missing: there is no"),
+    "missing set": (lambda root: shutil.rmtree(root / "annotations" / HL.hub), "is missing: expected"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Value
+from mteb.models import ModelMeta
 from mteb.models.modality_collators import FramesCollator, VideoCollator
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from mteb_tasks.columns import iter_items, setting_of
 from mteb_tasks.loader import UniMELoader, wrap
+from mteb_tasks.metadata import model_meta
 from mteb_tasks.mmeb.location import MMEBDataError
 from mteb_tasks.mmeb_v2.comparison import compared_rows, profiles_of
 from mteb_tasks.mmeb_v2.leaderboard import LEADERBOARD
@@ -25,7 +29,10 @@ from mteb_tasks.mmeb_v2.video_sets import VIDEO_SETS, video_labels, video_set
 from mteb_tasks.mmeb_v2.video_tasks import VIDEO_TASKS, VideoTask
 from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ruled_images import RuledItem, prescribed_model
-from mteb_tasks.video_column import FrameReader
+from mteb_tasks.video_column import FrameReader, VideoFeature, stored_video
+from tests.mteb_tasks.foreign import ForeignRetrieval
+from unime_st import Item
+from unime_st.data import VideoRef
 
 
 def make(key: str) -> VideoTask:
@@ -258,8 +265,6 @@ def test_foreign_models_run_through_the_collators(copied: Path, key: str, collat
 
 
 def test_frames_as_a_decoder(copied: Path) -> None:
-    from unime_st.data import VideoRef
-
     reader = FrameReader(VideoRef.of_folder(copied / "video-tasks" / "frames" / "video_cls" / "SSv2" / "52375"))
     assert len(reader) == reader.metadata.num_frames == 8 and reader[0].shape[0] == 3
     assert reader.get_frames_in_range(0, 8, 2).data.shape[0] == 4 and len(list(reader)) == 8
@@ -291,3 +296,40 @@ def test_the_overall_score_of_all_78_tasks() -> None:
     assert profiles_of(scores) == ["vlm2vec"]
     rows = {row.name: row for row in compared_rows(scores, "vlm2vec")}
     assert rows["MMEB-V2 Overall"].score == 50.0 and "MMEB-V2 Video MRET" in rows
+
+
+class ForeignVideo(ForeignRetrieval):
+    """Queries are videos, documents texts, as in mteb's own tasks."""
+
+    metadata = ForeignRetrieval.metadata.model_copy(update={"category": "v2t", "modalities": ["text", "video"]})
+
+    def __init__(self, folders: list[Path]) -> None:
+        super().__init__()
+        self.videos = [VideoRef.of_folder(folder) for folder in folders]
+
+    def load_data(self, *args: object, **kwargs: object) -> None:
+        super().load_data()
+        features = Features({"id": Value("string"), "video": VideoFeature()})
+        rows = {"id": ["q0", "q1"], "video": list(map(stored_video, self.videos))}
+        self.dataset["default"]["test"]["queries"] = Dataset.from_dict(rows, features=features)
+
+
+def test_videos_of_other_tasks_are_embedded(copied: Path, golden_model: SentenceTransformer, tmp_path: Path) -> None:
+    """They come as decoders, and were once taken for empty texts."""
+    frames = copied / "video-tasks" / "frames" / "video_cls" / "SSv2"
+    task = ForeignVideo(sorted(frames.iterdir())[:2])
+    mteb.evaluate(wrap(golden_model, "unime/golden"), task, cache=None, prediction_folder=tmp_path)
+    (saved,) = tmp_path.rglob("*_predictions.json")
+    found = json.loads(saved.read_text())["default"]["test"]
+    documents = golden_model.encode(["a red circle", "a blue star", "the ring on the left"])
+    queries = golden_model.encode([Item(video=video) for video in task.videos])
+    expected = golden_model.similarity(queries, documents).tolist()
+    for number, row in enumerate(expected):
+        assert [found[f"q{number}"][f"d{index}"] for index in range(3)] == pytest.approx(row, abs=1e-5)
+
+
+def test_models_that_take_videos_need_no_packages_for_videos() -> None:
+    meta = model_meta("unime/x", "1", modalities=["text", "image", "video"])
+    copies = (meta, pickle.loads(pickle.dumps(meta)), meta.model_copy(update={"revision": "2"}))
+    assert all("video" not in copy._resolve_extras_groups() for copy in copies)
+    assert ModelMeta.model_validate(meta.to_dict() | {"loader": None}) == meta
