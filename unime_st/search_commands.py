@@ -57,13 +57,15 @@ def encode(options: argparse.Namespace) -> int:
             yield item
         write_json(Path(options.output) / "ids.json", names)
 
+    columns = f"{options.text_column}, {options.image_column}"
+    columns += "" if options.video_column == "video" else f", {options.video_column}"
     chosen = {name: getattr(options, name) for name in ("dtype", "prompt", "truncate_dim", "batch_size", "overwrite")}
     vectors = encode_to_shards(
         UniME(options.model, device=options.device),
         items(),
         options.output,
         on_error="skip",
-        source=f"{fingerprint_inputs(options.source)} {options.text_column}, {options.image_column}",
+        source=f"{fingerprint_inputs(options.source)} {columns}",
         **chosen,
     )
     sys.stdout.write(f"{len(vectors)} vectors of dimension {vectors.dim} in {options.output}\n")
@@ -99,7 +101,7 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _column_arguments(parser: argparse.ArgumentParser) -> None:
-    for name in ("text", "image", "id"):
+    for name in ("text", "image", "video", "id"):
         parser.add_argument(
             f"--{name}-column", metavar="NAME", default=name, help=f"column of a table; '' for none (default: {name})"
         )
@@ -139,7 +141,9 @@ def index(options: argparse.Namespace) -> int:
 def _items(source: str | Path, options: argparse.Namespace) -> Iterator[tuple[str, Item]]:
     from unime_st.retrieval.index_sources import Columns, read_items
 
-    return read_items(source, Columns(options.text_column, options.image_column, options.id_column))
+    return read_items(
+        source, Columns(options.text_column, options.image_column, options.id_column, options.video_column)
+    )
 
 
 def _nonempty(options: argparse.Namespace) -> Iterator[tuple[str, Item]]:
@@ -163,7 +167,8 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", metavar="INDEX", help="folder written by `unime index`")
     parser.add_argument("text", nargs="?", help="text of the query")
     parser.add_argument("--image", metavar="FILE", help="image of the query; alone or with a text")
-    parser.add_argument("--queries", metavar="FILE", help="table or folder of queries, instead of a text or an image")
+    parser.add_argument("--video", metavar="PATH", help="video of the query: file, or folder of frames")
+    parser.add_argument("--queries", metavar="FILE", help="table or folder of queries, instead of a single query")
     _column_arguments(parser)
     parser.add_argument("--top", type=int, default=10, metavar="N", help="results per query (default: 10)")
     parser.add_argument("--query-prompt", help="instruction of the query (default: that of the index)")
@@ -242,16 +247,23 @@ def _reranked(
 def _queries(options: argparse.Namespace) -> dict[str, Item]:
     from unime_st.data.items import Item
 
-    if (options.queries is None) == (options.text is None and options.image is None):
-        raise OptionError("name a text, an image (--image FILE) or both; or a table of queries (--queries FILE)")
+    if (options.queries is None) == (options.text is options.image is options.video is None):
+        raise OptionError(
+            "name a text, an image (--image FILE), a video (--video PATH) or several of them; or a table of queries "
+            "(--queries FILE)"
+        )
     if options.queries is not None:
         return dict(_items(options.queries, options))
-    query = Item(options.text, options.image)
+    query = Item(options.text, options.image, options.video)
     if query.image is not None:
         query.image.size()  # a missing or damaged file is found before the model is loaded
+    if query.video is not None:
+        query.video.shape()
     return {"": query}
 
 
 def _as_dict(hit: Hit) -> dict[str, object]:
     path = hit.item.image.path if hit.item.image is not None else None
-    return {"id": hit.id, "score": hit.score, "similarity": hit.similarity, "text": hit.item.text, "image": path}
+    video = {} if hit.item.video is None else {"video": hit.item.video.label}
+    known = {"id": hit.id, "score": hit.score, "similarity": hit.similarity, "text": hit.item.text, "image": path}
+    return {**known, **video}

@@ -252,7 +252,7 @@ def test_nothing_left_is_an_error(tmp_path: Path):
         ),
         ({"query": {"txt": "name"}, "positive": {"image": "image"}}, r"pairs\[0\].query: unknown key txt"),
         ({"query": {"text": "name"}}, "positive"),
-        ({"query": {}, "positive": {"image": "image"}}, "set image, text or both"),
+        ({"query": {}, "positive": {"image": "image"}}, "set image, video, text or several of them"),
         ({"query": "name", "positive": {"image": "image"}}, "expected a mapping"),
         ({"query": {"text": "{name!r} x"}, "positive": {"image": "image"}}, "braces"),
     ],
@@ -264,7 +264,7 @@ def test_wrong_specifications(pair: dict, message: str, tmp_path: Path):
 
 
 def test_default_columns_missing(tmp_path: Path):
-    with pytest.raises(ValueError, match="no column query, query_text or query_image among a; name the columns"):
+    with pytest.raises(ValueError, match="no column query, query_text, query_image or query_video among a; name the"):
         import_records(write_lines(tmp_path / "rows.jsonl", [{"a": 1}]), tmp_path / "out")
 
 

@@ -77,7 +77,7 @@ def test_invalid_input_is_located_in_its_batch():
     assert mask.tolist() == [True, False, True] and np.isfinite(vectors[mask]).all()
     with pytest.raises(ValueError, match="item 1: "):
         encode_items(tiny_embedder(), rows)
-    with pytest.raises(ValueError, match="both are missing or empty"):
+    with pytest.raises(ValueError, match="all are missing or empty"):
         Item("")
     assert np.isfinite(encode_items(tiny_embedder(), ["", "a"])).all()
 

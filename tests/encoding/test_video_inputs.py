@@ -20,6 +20,7 @@ from unime_st.data import BadImageError, VideoRef
 from unime_st.encoding import TokenCounter, encode_items
 from unime_st.encoding.list_inputs import encode_list
 from unime_st.encoding.model_inputs import normalize_input
+from unime_st.encoding.shared_videos import VideoSharing
 
 Get = Callable[[str], UniME]
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-llava-ov"]
@@ -49,6 +50,42 @@ def test_batches_equal_single_videos(embedder: Get, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_shared_videos_pass_the_vision_tower_once(
+    embedder: Get, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of plain inputs, on the packed way, and beside a video that cannot be read."""
+    model, videos = embedder(name), [clip(3), clip(2, 100, 75, seed=1)]
+    items: list[Any] = [Item(text, video=video) for text in ("a", "a red circle", "blue") for video in videos]
+    items += [{"text": text, "video": videos[0]} for text in ("a", "b")]
+    items += [Item(video=clip(3, seed=2)), Item("a"), Item("a", image=videos[0][0])]
+    runs: list[int] = []
+    tower = VideoSharing.run_tower
+    monkeypatch.setattr(VideoSharing, "run_tower", lambda *given: runs.append(1) or tower(*given))
+    found = model.encode(items)
+    assert len(runs) == 3
+    assert np.abs(found - np.stack([model.encode(item) for item in items])).max() < 1e-5
+    assert np.abs(found - encode_list(model, items, packed=True).numpy()).max() < 1e-5
+    (tmp_path / "0.png").write_bytes(b"\x89PNG no image")
+    broken = [Item(text, video=[tmp_path / "0.png"]) for text in "ab"]
+    assert encode_items(model, [*items, *broken], on_error="skip")[1].tolist() == [True] * len(items) + [False] * 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_videos_of_one_row(embedder: Get, name: str) -> None:
+    """Frames of another size are resized; another number of frames only fits families that do not stack."""
+    model = embedder(name)
+    videos = [clip(2), clip(2, 100, 75), clip(3)]
+    rows = [[{"role": "user", "content": [{"type": "video", "video": v} for v in pair]}] for pair in
+            ((videos[0], videos[1]), (videos[0], videos[2]))]  # fmt: skip
+    assert np.isfinite(model.encode([rows[0]])).all()
+    if "llava" in name or name == "unime-v2":
+        with pytest.raises(BadImageError, match=r"stacks the videos of a batch, and these have \[2, 3\] frames"):
+            model.encode([rows[1]])
+    else:
+        assert np.isfinite(model.encode([rows[1]])).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_counted_before_decoding(embedder: Get, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As exact as for images: up to the few tokens that a template adds."""
     model, items = embedder(name), some_items()
@@ -72,8 +109,11 @@ def test_a_family_without_video_is_refused(embedder: Get, name: str) -> None:
 
 
 def test_a_family_whose_template_has_no_video_slot_is_refused() -> None:
+    model = UniME("unime-tiny", device="cpu")
+    assert model.encode([Item("a red circle", video=clip(2)), Item("a")]).shape == (2, 128)
+    model.processor.chat_template = model.processor.chat_template.replace("video", "audio")
     with pytest.raises(ValueError, match=r"takes no video: .* has a video slot"):
-        UniME("unime-tiny", device="cpu").encode([Item("a red circle", video=clip(2)), Item("a")])
+        model.encode([Item("a red circle", video=clip(2)), Item("a")])
 
 
 def test_frame_sizes_are_those_of_the_released_code(kept_golden: Path) -> None:

@@ -74,20 +74,20 @@ UNIME_LIMITS = FrameLimits(4 * 28 * 28, 1280 * 28 * 28)
 """Limits of models whose recipe has an image rule: those of VLM2Vec-V2."""
 
 
-def accepts_video(processor: object) -> bool:
-    """Whether a processor is of a family with a video slot here, and its chat template has the slot.
+def accepts_video(processor: object, template: str | None = None) -> bool:
+    """Whether a processor is of a family with a video slot here, and the chat template (default: its own) has the slot.
 
     Example:
         >>> accepts_video(None)
         False
     """
-    template = getattr(processor, "chat_template", None)
+    template = template or getattr(processor, "chat_template", None)
     return _kind(getattr(processor, "video_processor", None)) is not None and "video" in str(template)
 
 
-def raise_without_video(processor: object) -> None:
+def raise_without_video(processor: object, template: str | None = None) -> None:
     """Raise a ValueError for a model without a video slot, which would be given the text of an item only."""
-    if not accepts_video(processor):
+    if not accepts_video(processor, template):
         raise ValueError(
             f"this model ({type(processor).__name__.removesuffix('Processor')}) takes no video: use one of the "
             f"families {VIDEO_FAMILIES}, whose chat template has a video slot (convert folders of earlier versions again)"
@@ -126,7 +126,7 @@ def video_tokens(processor: Any, shape: tuple[int, int, int]) -> int:
         side = math.ceil(math.isqrt(processor.num_image_tokens) / 2)
         return count * side**2 + 1
     width, height = videos.frame_size(count, (size[0], size[1]))
-    return -(-count // _PAIR) * (width * height) // (videos.patch_size * videos.merge_size) ** 2
+    return -(-count // videos.temporal_patch_size) * (width * height) // (videos.patch_size * videos.merge_size) ** 2
 
 
 def times_of_frames(processor: Any, count: int) -> str:
@@ -149,7 +149,7 @@ VIDEO_PROCESSORS = {
 
 def _kind(videos: object) -> str | None:
     """Row of size rules for a video processor; by name, because importing transformers' classes takes a second."""
-    names = (base.__name__ for base in type(videos).__mro__)
+    names = (base.__name__ for base in getattr(videos, "base_class", type(videos)).__mro__)
     return next((VIDEO_PROCESSORS[name] for name in names if name in VIDEO_PROCESSORS), None)
 
 
@@ -160,6 +160,7 @@ class _ResizedFrames:
     limits: FrameLimits | None
     size: Any
     patch_size: int
+    temporal_patch_size: int
     merge_size: int
 
     def preprocess(self, videos: object, **kwargs: object) -> object:
@@ -168,6 +169,11 @@ class _ResizedFrames:
         if any(isinstance(video, str) for video in found):
             return stock(videos, **kwargs)
         prepared = [self._resized(video) for video in found]
+        if _kind(self) == "llava" and len(counts := {len(video) for video in prepared}) > 1:
+            raise BadImageError(
+                f"LLaVA-OneVision stacks the videos of a batch, and these have {sorted(counts)} frames: sample equally many "
+                "of each (VideoRef, num_frames)"
+            )
         kwargs |= {"do_resize": False, "do_sample_frames": False}
         if _kind(self) != "llava":
             kwargs["cap_pixels_per_frame"] = False

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import batch_to_device
 
+from unime_st.backbones.video_frames import resize_frames, video_tokens
 from unime_st.checkpoints.source import CheckpointError, read_source
 from unime_st.encoding.model_inputs import Features
 from unime_st.recipes import Demo, Recipe
@@ -72,9 +73,11 @@ class Subject:
         if hasattr(processor, "set_image_rule"):
             processor.set_image_rule(processor.image_rule, _SMALL_SIDE, processor.image_backend)
 
-    def row(self, text: str | None, image: Image.Image | None) -> Row:
+    def row(self, text: str | None, image: Image.Image | None, video: list[Image.Image] | None = None) -> Row:
         """One row of input."""
         item: dict[str, object] = {"image": image} if image is not None else {}
+        if video is not None:
+            item["video"] = video
         if text is not None:
             item["text"] = text
         return (item, {"text": "a candidate"}) if self.reranker else item
@@ -207,6 +210,21 @@ def image_tokens(subject: Subject) -> Check:
         counts.append(int(_image_mask(subject, ids).sum()))
     subject.alone()
     return Check("image tokens", min(counts) > 0, f"{counts[0]} for 200 x 140 pixels, {counts[1]} for 90 x 160")
+
+
+def videos(subject: Subject) -> Check:
+    """Frames become as many tokens as were counted before, their order matters, and batches change nothing."""
+    processor = resize_frames(subject.transformer.processor)
+    frames = [sample_image(90, 60), sample_image(90, 60).rotate(180), Image.new("RGB", (90, 60))]
+    rows = [subject.row("x", None, video) for video in (frames, frames[::-1])]
+    ids = subject.features(rows[:1])["input_ids"][0]
+    found, expected = int((ids == processor.video_token_id).sum()), video_tokens(processor, (len(frames), 90, 60))
+    alone = np.concatenate([subject.outputs([row], 1) for row in rows])
+    worst = float(np.abs(subject.outputs([*rows, subject.row("a longer text", None)], 3)[:2] - alone).max())
+    order = float(np.abs(alone[0] - alone[1]).max())
+    scale = max(1.0, float(np.abs(alone).max()))
+    passed = found == expected and worst <= (1e-5 if subject.exact else 5e-2) * scale and order > 0
+    return Check("videos", passed, f"{found} tokens of 3 frames, {expected} counted; largest difference {worst:.1e}")
 
 
 def batches(subject: Subject) -> Check:

@@ -12,6 +12,7 @@ import psutil
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
+from unime_st.backbones.video_frames import accepts_video
 from unime_st.checkpoints import checks
 from unime_st.checkpoints.checks import Check, Subject
 from unime_st.checkpoints.native_folder import CONVERSION_RECORD, quiet_transformers
@@ -33,7 +34,8 @@ def verify(
     quick: bool = False,
     device: str | None = None,
 ) -> list[Check]:
-    """Check a model: files, template, padding, truncation, positions, pooling, image tokens, batches, saving.
+    """Check a model: files, template, padding, truncation, positions, pooling, image tokens,
+    batches, saving, and videos where there is a slot for them.
 
     On a CPU, weights stored in 16 bits are checked in float32, which is several times faster there, if memory allows.
 
@@ -95,6 +97,8 @@ def run_checks(
         yield Check("save = load", None, "left out by --quick")
     else:
         yield from _attempt("save = load", lambda: checks.saving(subject, load, folder, full))
+    if accepts_video(subject.transformer.processor):
+        yield from _attempt("videos", lambda: checks.videos(subject))
     if recipe is not None and (demo := recipe.demo) is not None:
         yield from _attempt("demo score", lambda: checks.demo_score(subject, demo, demo_image))
 

@@ -55,7 +55,7 @@ class Item:
         if text is not None and not isinstance(text, str):
             raise TypeError(f"Item.text must be a str or None, got {type(text).__name__}")
         if image is None and video is None and (text is None or not text.strip()):
-            raise ValueError("an item needs a text, an image or both; both are missing or empty")
+            raise ValueError("an item needs a text, an image or a video; all are missing or empty")
         if text is not None and not text.isascii():
             check_unicode(text)
         self._text = text or None

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unime_st.data.column_values import as_image, as_item, as_text, is_empty
+from unime_st.data.column_values import as_image, as_item, as_text, as_video, is_empty
 from unime_st.data.items import Item
 
 Row = Mapping[str, object]
 DEFAULT_COLUMNS = frozenset(
-    [f"{side}{part}" for side in ("query", "positive") for part in ("", "_text", "_image")]
+    [f"{side}{part}" for side in ("query", "positive") for part in ("", "_text", "_image", "_video")]
     + ["negatives", "scores", "dataset"]
 )
 """Column names that :func:`default_pairs` recognizes."""
@@ -28,19 +28,21 @@ _WORD = re.compile(r"[\w.\-]+\??")
 
 @dataclass(frozen=True)
 class SideSpec:
-    """Columns that form one side of a pair: an image, a text, or a whole item.
+    """Columns that form one side of a pair: an image, a video, a text, or a whole item.
 
     Args:
         image: Column of images. A trailing "?" allows rows without a value.
         text: Column of texts (with an optional trailing "?"), or a template with columns in braces, such as
             "What is {name}?". Lists are joined by ", ". In a join, {query.column} and {positive.column} choose the
             row.
-        item: Column of whole items: a text, an image, or {"text": ..., "image": ...}.
+        item: Column of whole items: a text, an image, or {"text": ..., "image": ..., "video": ...}.
+        video: Column of videos: folders of frames, video files or lists of frames. A trailing "?" allows rows without.
     """
 
     image: str | None = None
     text: str | None = None
     item: str | None = None
+    video: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def parse_pairs(pairs: Sequence[Mapping[str, object]]) -> list[PairSpec]:
 def default_pairs(columns: Collection[str]) -> list[PairSpec]:
     """Derive the specification from the usual column names.
 
-    They are query and positive (each a text, an image or both), or some of query_text, query_image, positive_text,
-    positive_image; optional are negatives, scores, dataset.
+    They are query and positive (each a text, an image, a video or several of them), or some of query_text, query_image,
+    query_video, positive_text, positive_image, positive_video; optional are negatives, scores, dataset.
 
     Raises:
         ValueError: If there is no column for the query or for the positive, or more than one choice.
@@ -126,7 +128,7 @@ def resolve_columns(spec: PairSpec, columns: Collection[str]) -> PairSpec:
     spec = replace(spec, query=_named(spec.query, columns), positive=_named(spec.positive, columns))
     needed = {name for name in (spec.dataset_column, spec.negatives, spec.scores) if name is not None}
     for side in (spec.query, spec.positive):
-        needed |= {name.removesuffix("?") for name in (side.image, side.item) if name is not None}
+        needed |= {name.removesuffix("?") for name in (side.image, side.item, side.video) if name is not None}
         needed |= _columns_of(side.text)
     if spec.join is not None:
         needed |= {spec.join.on, *spec.join.query, *spec.join.positive}
@@ -148,8 +150,11 @@ def build_item(side: SideSpec, rows: Mapping[str, Row], own: str, root: Path) ->
     if side.item is not None:
         return as_item(_value(row, side.item), root)
     image = None if side.image is None else _value(row, side.image)
+    video = None if side.video is None else _value(row, side.video)
     text = None if side.text is None else _text(side.text, rows, own)
-    return Item(text, None if image is None else as_image(image, root))
+    return Item(
+        text, None if image is None else as_image(image, root), None if video is None else as_video(video, root)
+    )
 
 
 def matches(conditions: Mapping[str, object], row: Row) -> bool:
@@ -164,19 +169,19 @@ def matches(conditions: Mapping[str, object], row: Row) -> bool:
 
 def _default_side(side: str, columns: Collection[str]) -> SideSpec:
     if side in columns:
-        if more := sorted({f"{side}_text", f"{side}_image"} & set(columns)):
+        if more := sorted({f"{side}_text", f"{side}_image", f"{side}_video"} & set(columns)):
             raise ValueError(
                 f"columns {side} and {', '.join(more)} both define the {side}: rename {side} to {side}_text, or "
                 "name the columns of query and positive with `pairs`"
             )
         return SideSpec(item=side)
-    image, text = (f"{side}_{part}?" if f"{side}_{part}" in columns else None for part in ("image", "text"))
-    if image is None and text is None:
+    found = {part: f"{side}_{part}?" for part in ("image", "text", "video") if f"{side}_{part}" in columns}
+    if not found:
         raise ValueError(
-            f"no column {side}, {side}_text or {side}_image among {', '.join(sorted(columns))}; "
+            f"no column {side}, {side}_text, {side}_image or {side}_video among {', '.join(sorted(columns))}; "
             "name the columns of query and positive with `pairs`"
         )
-    return SideSpec(image=image, text=text)
+    return SideSpec(**found)
 
 
 def _parse(kind: type, content: object, where: str) -> Any:
@@ -195,8 +200,8 @@ def _parse(kind: type, content: object, where: str) -> Any:
         spec = kind(**content)
     except TypeError as error:
         raise ValueError(f"{where}: a key is missing ({error}); known are {', '.join(known)}") from error
-    if isinstance(spec, SideSpec) and (spec.item is None) == (spec.image is None and spec.text is None):
-        raise ValueError(f"{where}: set image, text or both, or else item")
+    if isinstance(spec, SideSpec) and (spec.item is None) == (spec.image is spec.text is spec.video is None):
+        raise ValueError(f"{where}: set image, video, text or several of them, or else item")
     return spec
 
 

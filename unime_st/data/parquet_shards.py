@@ -14,19 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unime_st.data.images import ImageRef, resolve_inside
-from unime_st.data.items import Item, raise_for_video
+from unime_st.data.items import Item
 from unime_st.data.manifest import record_shard
+from unime_st.data.videos import VideoRef
 from unime_st.files import commit_file, temporary_path
 
+_IMAGE_TYPE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+_VIDEO_TYPE = pa.struct(
+    [pa.field("frames", pa.list_(_IMAGE_TYPE)), pa.field("path", pa.string()), pa.field("num_frames", pa.int32())]
+)
 ITEM_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("text", pa.string()),
-        pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
+        pa.field("image", _IMAGE_TYPE),
+        pa.field("video", _VIDEO_TYPE),
     ]
 )
-"""One row per distinct item. ``image.path`` is relative to the "image_root" of the manifest. An entry of a zip archive
-is stored as ``zip://member::archive``, as in `datasets`."""
+"""One row per distinct item. ``image.path`` and the paths of a video are relative to the "image_root" of the manifest. An
+entry of a zip archive is stored as ``zip://member::archive``, as in `datasets`. Folders of earlier versions have no
+``video``."""
 
 Row = dict[str, Any]
 """Row of a table: values by column."""
@@ -110,7 +117,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._file is None:
             # Encoded images do not compress, and dictionary encoding would only duplicate them.
-            compression = {name: "none" if name == "image.bytes" else "zstd" for name in _leaves(self.schema)}
+            compression = {name: "none" if name.endswith("bytes") else "zstd" for name in _leaves(self.schema)}
             self._file = pq.ParquetWriter(
                 self._temporary, self.schema, compression=compression, use_dictionary="image" not in self.schema.names
             )
@@ -205,8 +212,9 @@ class ItemWriter:
 
     Args:
         folder: Existing folder.
-        image_root: Image files below this folder are stored as relative paths, all other images as bytes. Defaults to
-            None, which stores every image as bytes and makes the folder self-contained.
+        image_root: Image and video files below this folder are stored as relative paths, all other images as bytes and
+            other videos as their sampled frames. Defaults to None, which stores no path and makes the folder
+            self-contained.
     """
 
     def __init__(self, folder: Path, image_root: str | Path | None = None) -> None:
@@ -215,30 +223,43 @@ class ItemWriter:
         self._seen: set[bytes] = set()
 
     def add(self, item: Item) -> str:
-        """Store an item unless it was stored before, and return its id; BadImageError if its image cannot be read.
+        """Store an item unless it was stored before, and return its id.
 
         Raises:
-            ValueError: If the item has a video, which is not stored.
+            BadImageError: If its image or its video cannot be read.
         """
-        raise_for_video(item, "a record folder or an index")
         key = bytes.fromhex(item.id)
         if key not in self._seen:
             image = None if item.image is None else self._image(item.image)
-            self.shards.add({"id": item.id, "text": item.text, "image": image}, _size(item.text, image))
+            video = None if item.video is None else self._video(item.video)
+            images = [*([image] if image else []), *(video["frames"] if video else [])]
+            size = len(item.text or "") + sum(len(entry.get("bytes") or b"") for entry in images)
+            self.shards.add({"id": item.id, "text": item.text, "image": image, "video": video}, size)
             self._seen.add(key)
         return item.id
 
     def _image(self, image: ImageRef) -> Row:
-        if self.root is not None and image.path is not None:
-            path = Path(image.path).resolve()
-            if path.is_relative_to(self.root):
-                relative = path.relative_to(self.root).as_posix()
-                return {"path": f"{_ZIP}{image.member}::{relative}" if image.member is not None else relative}
+        if (relative := self._relative(image.path)) is not None:
+            return {"path": f"{_ZIP}{image.member}::{relative}" if image.member is not None else relative}
         return {"bytes": image.read()}
+
+    def _video(self, video: VideoRef) -> Row:
+        if (relative := self._relative(video.path)) is not None:
+            return {"frames": [], "path": relative, "num_frames": video.num_frames}
+        # Frames that have to be decoded are stored as they are sampled, without loss.
+        frames = video.frames or VideoRef.of_frames(video.open()).frames
+        return {"frames": list(map(self._image, frames)), "num_frames": video.num_frames}
+
+    def _relative(self, path: str | None) -> str | None:
+        """Path below the root, None for another one."""
+        if self.root is None or path is None:
+            return None
+        resolved = Path(path).resolve()
+        return resolved.relative_to(self.root).as_posix() if resolved.is_relative_to(self.root) else None
 
 
 class ItemReader:
-    """Reader of the items of a stage folder, by id or position. Images stay undecoded.
+    """Reader of the items of a stage folder, by id or position. Images and videos stay undecoded.
 
     Args:
         folder: A stage folder.
@@ -299,15 +320,27 @@ class ItemReader:
         return (self._build(row) for row in self._shards.rows())
 
     def _build(self, row: Row) -> Item:
-        return Item.stored(row["text"], self._reference(row["image"]), row["id"])
+        image, video = row["image"], row.get("video")
+        return Item.stored(
+            row["text"],
+            None if image is None else self._image(image),
+            row["id"],
+            None if video is None else self._video(video),
+        )
 
-    def _reference(self, image: Row | None) -> ImageRef | None:
-        if image is None:
-            return None
+    def _image(self, image: Row) -> ImageRef:
         if image["bytes"] is not None:
             return ImageRef(data=image["bytes"])
         member, path = split_zip_path(image["path"])
-        return ImageRef(path=str(resolve_inside(self.image_root or self.folder, path)), member=member)
+        return ImageRef(path=self._path(path), member=member)
+
+    def _video(self, video: Row) -> VideoRef:
+        if video["path"] is not None:
+            return VideoRef(path=self._path(video["path"]), num_frames=video["num_frames"])
+        return VideoRef(tuple(map(self._image, video["frames"])), num_frames=video["num_frames"])
+
+    def _path(self, relative: str) -> str:
+        return str(resolve_inside(self.image_root or self.folder, relative))
 
 
 def split_zip_path(path: str) -> tuple[str | None, str]:
@@ -326,20 +359,15 @@ def _opened(path: Path) -> pq.ParquetFile:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    names = []
-    for field in schema:
-        if pa.types.is_struct(field.type):
-            names += [f"{field.name}.{child.name}" for child in field.type]
-        elif pa.types.is_list(field.type):
-            names.append(f"{field.name}.list.element")
-        else:
-            names.append(field.name)
-    return names
+    """Names of the columns in the file, which has one for each part of a nested type."""
+    return [name for field in schema for name in _leaves_of(field.name, field.type)]
+
+
+def _leaves_of(name: str, kind: pa.DataType) -> list[str]:
+    if pa.types.is_struct(kind):
+        return [leaf for child in kind for leaf in _leaves_of(f"{name}.{child.name}", child.type)]
+    return _leaves_of(f"{name}.list.element", kind.value_type) if pa.types.is_list(kind) else [name]
 
 
 def _nbytes(columns: Mapping[str, pa.Array]) -> int:
     return sum(column.nbytes for column in columns.values())
-
-
-def _size(text: str | None, image: Row | None) -> int:
-    return len(text or "") + len((image or {}).get("bytes") or b"")

@@ -1,4 +1,4 @@
-"""Record validation: rows with unreadable images or malformed values go to ``rejected.jsonl`` with a reason."""
+"""Record validation: rows with unreadable images or videos or malformed values go to ``rejected.jsonl`` with a reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parsed record whose images have not been checked, its origin (file, row, dataset) and additional columns."""
+    """A parsed record whose images and videos have not been checked, its origin (file, row, dataset) and additional columns."""
 
     where: dict[str, object]
     record: PairRecord
@@ -62,7 +62,7 @@ class RejectedWriter:
 
 
 class ImageChecker:
-    """Checks in threads whether the images of items can be read, each distinct one once, by decoding or by its header."""
+    """Checks in threads whether images and videos can be read, each distinct one once, by decoding or by its header."""
 
     def __init__(self, workers: int, *, full: bool = True) -> None:
         self.full = full
@@ -70,20 +70,22 @@ class ImageChecker:
         self._sound: set[object] = set()
 
     def errors(self, items: Iterable[Item]) -> dict[int, str]:
-        """Reasons by ``id(item)``, for items whose image is unreadable."""
-        with_images = [item for item in items if item.image is not None]
-        reasons = self._pool.map(self._reason, with_images)
-        return {id(item): reason for item, reason in zip(with_images, reasons) if reason is not None}
+        """Reasons by ``id(item)``, for items whose image or video is unreadable."""
+        with_media = [item for item in items if item.image is not None or item.video is not None]
+        reasons = self._pool.map(self._reason, with_media)
+        return {id(item): reason for item, reason in zip(with_media, reasons) if reason is not None}
 
     def _reason(self, item: Item) -> str | None:
-        image = item.image
-        if image is None:
-            return None
-        key = (image.path, image.member) if image.data is None else digest(image.data)
+        image, video = item.image, item.video
         try:
-            if key not in self._sound:
-                image.open() if self.full else image.size()
-                self._sound.add(key)
+            if image is not None:
+                key = (image.path, image.member) if image.data is None else digest(image.data)
+                if key not in self._sound:
+                    image.open() if self.full else image.size()
+                    self._sound.add(key)
+            if video is not None and video not in self._sound:
+                video.check() if self.full else video.shape()
+                self._sound.add(video)
         except BadImageError as error:
             return str(error)
         return None
@@ -98,7 +100,7 @@ class ImageChecker:
 def write_checked(
     candidates: Iterator[Candidate], writer: RecordWriter, rejected: RejectedWriter, checker: ImageChecker | None
 ) -> None:
-    """Write the records whose images can be read, and reject the others; without a checker all are written."""
+    """Write the records whose images and videos can be read, and reject the others; without a checker all are written."""
     while batch := list(islice(candidates, _BATCH)):
         reasons = {} if checker is None else checker.errors(item for entry in batch for item in _items(entry.record))
         for entry in batch:

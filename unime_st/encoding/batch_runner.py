@@ -24,6 +24,7 @@ from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.model_inputs import Features, load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
+from unime_st.encoding.shared_videos import SharedVideo, VideoSharing
 from unime_st.encoding.token_counts import pack, pixel_budget
 from unime_st.options import check_count
 
@@ -43,7 +44,10 @@ _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
 @dataclass
 class Job:
-    """One input to encode: its row in the stream, and what is known of it; ``tokens`` are those of a plain text."""
+    """One input to encode: its row in the stream, and what is known of it.
+
+    ``tokens`` are those of a plain text, ``shared`` is the video that it has in common with other inputs.
+    """
 
     row: int
     value: object
@@ -51,6 +55,7 @@ class Job:
     pixels: int = 0
     frames: tuple[int, ...] = ()
     tokens: np.ndarray | None = None
+    shared: SharedVideo | None = None
     error: Exception | None = None
 
 
@@ -127,6 +132,8 @@ class BatchRunner:
         for _ in range(turns - 1 if on_cpu else 0):
             self._free.put((self.model, devices[0]))
         self._shrinking = threading.Lock()
+        sharing = VideoSharing(self.model, self.prompting) if len(devices) == 1 else None
+        self.sharing = sharing if sharing is not None and sharing.applies else None
 
     @contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
@@ -168,7 +175,7 @@ class BatchRunner:
         return vectors
 
     def _encode_whole(self, jobs: list[Job]) -> list[torch.Tensor | None]:
-        good, features = self._prepare(jobs)
+        good, features = self._prepare_shared(jobs) if jobs[0].shared is not None else self._prepare(jobs)
         vectors: list[torch.Tensor | None] = [None] * len(jobs)
         if not good:
             return vectors
@@ -218,6 +225,38 @@ class BatchRunner:
         if len(kept) == len(good):
             self._features(inputs)  # each input alone is valid: raise the error of the whole batch
         return ([index for index, _ in kept], self._features([value for _, value in kept])) if kept else ([], {})
+
+    def _prepare_shared(self, jobs: list[Job]) -> tuple[list[int], Features]:
+        """As :meth:`_prepare`, for jobs whose videos pass the vision tower once for all jobs that have them."""
+        assert self.sharing is not None
+        good: list[tuple[int, Job, SharedVideo]] = []
+        try:
+            for index, job in enumerate(jobs):
+                if job.shared is None:
+                    continue
+                try:
+                    self.sharing.load(job.shared, self._video_tokens)
+                    good.append((index, job, job.shared))
+                except ValueError as error:  # BadImageError included
+                    job.error = error
+            if not good:
+                return [], {}
+            features = self.sharing.features([job.value for _, job, _ in good], [shared for *_, shared in good])
+            return [index for index, *_ in good], features
+        finally:
+            for job in jobs:
+                if job.shared is not None:
+                    job.shared.release()
+                    job.shared = None
+
+    @torch.inference_mode()
+    def _video_tokens(self, features: Features) -> list[list[torch.Tensor]]:
+        assert self.sharing is not None
+        model, device = self._free.get()
+        try:
+            return self.sharing.run_tower({name: _to_device(value, device) for name, value in features.items()})
+        finally:
+            self._free.put((model, device))
 
     def _features(self, inputs: list[object]) -> Features:
         return self.model.preprocess(inputs, **self.prompting)

@@ -26,6 +26,7 @@ from unime_st.encoding.model_inputs import (
     normalize_input,
     raise_if_single,
 )
+from unime_st.encoding.shared_videos import SharedVideo, video_key, video_of
 from unime_st.encoding.text_fast_path import TextFastPath, plain_text
 from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
 from unime_st.encoding.vector_shards import VectorSink
@@ -167,11 +168,12 @@ class Engine:
                 window.jobs = [job for job in window.jobs if self._is_measurable(job)]
                 self._measure(window.jobs)
         kinds: dict[str, list[Job]] = {}
-        for job in window.jobs:
+        for job in self._share_videos(window.jobs):
             # Sentence Transformers formats a chat differently when it shares a batch with other inputs.
             kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
             # Processors stack videos, which must have as many frames as one another.
             kind += f", frames {job.frames}" if job.frames else ""
+            kind += ", shared" if job.shared is not None else ""
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
             indices = pack([job.num_tokens for job in jobs], self.runner.budget)
@@ -179,6 +181,24 @@ class Engine:
             window.batches += [[jobs[index] for index in batch] for batch in indices]
         window.batches.sort(key=lambda batch: -batch[0].num_tokens)
         window.open_batches = len(window.batches)
+
+    def _share_videos(self, jobs: list[Job]) -> list[Job]:
+        """Mark jobs that have their video in common, and put them next to each other, also after sorting by length."""
+        if self.runner.sharing is None or not any(job.frames for job in jobs):
+            return jobs
+        groups: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            key = video_key(job.value) if len(job.frames) == 1 else None
+            groups.setdefault(job.row if key is None else ("video", key), []).append(job)
+        for members in groups.values():
+            if len(members) == 1:
+                continue
+            shared = SharedVideo(video_of(members[0].value), len(members))
+            longest = max(job.num_tokens for job in members)
+            for job in members:
+                job.shared, job.num_tokens = shared, longest
+                job.pixels = job.pixels if job is members[0] else 0
+        return [job for members in groups.values() for job in members]
 
     def _measure(self, jobs: list[Job]) -> None:
         self._tokenize(jobs)

@@ -28,6 +28,12 @@ _MEASURED_STEP = 112
 """Grid in pixels to which image sizes are rounded for processors whose token counts have to be measured."""
 
 
+def decoded_pixels(shape: VideoShape) -> int:
+    """Pixels of a video that are in memory at once: frames that are decoded one by one are resized before the next."""
+    stored = shape.width * shape.height
+    return shape.count * (min(stored, _MOST_FRAME_PIXELS) if shape.one_by_one else stored)
+
+
 class TokenCounter:
     """Counts the tokens of inputs after template and processor, from texts and image headers only.
 
@@ -97,8 +103,7 @@ class TokenCounter:
             for shape in video_shapes(value):
                 frames[index] += (shape.count,)
                 costs[index] += self.video_tokens(shape)
-                stored = shape.width * shape.height
-                pixels[index] += shape.count * (min(stored, _MOST_FRAME_PIXELS) if shape.one_by_one else stored)
+                pixels[index] += decoded_pixels(shape)
         return costs, pixels, frames
 
     def video_tokens(self, shape: VideoShape) -> int:

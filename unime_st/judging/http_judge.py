@@ -291,7 +291,7 @@ def _log_probability(value: object) -> float:
 def _parts(item: Item) -> list[dict[str, object]]:
     """Return the content of a message, image before text."""
     parts: list[dict[str, object]] = []
-    raise_for_video(item, "a judge or reranker")
+    raise_for_video(item, "a judge behind a server")
     if item.image is not None:
         image = item.image.open()  # an unreadable image is an error of the pair, not of the server
         data = item.image.read()

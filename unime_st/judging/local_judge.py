@@ -205,7 +205,7 @@ class LocalJudge:
                 return item
             self.shortened += 1
             # A character may take several tokens; one that does not fit as a whole is dropped.
-            return Item(item.text[: min(ends[limit - 1][1], ends[limit][0])], item.image)
+            return Item(item.text[: min(ends[limit - 1][1], ends[limit][0])], item.image, item.video)
 
         shorter = [Group(cut(group.query), [cut(candidate) for candidate in group.candidates]) for group in groups]
         if self.shortened > before:

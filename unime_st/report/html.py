@@ -12,6 +12,7 @@ from PIL import Image
 
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
+from unime_st.data.videos import VideoRef
 
 _VOID = frozenset({"img", "meta"})  # of HTML; SVG elements are closed, or the next ones would fall inside them
 _LONG_TEXT = 160
@@ -103,6 +104,15 @@ def embed_image(image: ImageRef, *, side: int = 168) -> Html:
     return element("img", src=f"data:image/png;base64,{encoded}", width=width, height=height, alt="image")
 
 
+def embed_frames(video: VideoRef) -> Html:
+    """Embed the sampled frames of a video as a strip; one that cannot be decoded is replaced by the reason."""
+    try:
+        frames = video.frames or VideoRef.of_frames(video.open()).frames
+    except (BadImageError, ImportError) as error:
+        return element("i", str(error))
+    return element("div", *(embed_image(frame, side=84) for frame in frames))
+
+
 def show_items(items: Iterable[tuple[Item, Sequence[Content], str]]) -> Html:
     """Show items, each with what :func:`show_item` takes, in a row that breaks where the page ends."""
     items = list(items)
@@ -111,15 +121,11 @@ def show_items(items: Iterable[tuple[Item, Sequence[Content], str]]) -> Html:
 
 
 def show_item(item: Item, *below: Content, style: str = "") -> Html:
-    """Show an item: its image, its text (a long one folded), and lines below it; ``style`` are further CSS classes."""
+    """Show an item: its image, the frames of its video, its text (a long one folded), and lines below it; ``style`` are further CSS classes."""
     text = item.text
     shown: Content = None if text is None else element("div", text)
     if text is not None and len(text) > _LONG_TEXT:
         shown = element("details", element("summary", text[: _LONG_TEXT - 20].rstrip() + " …"), text)
     image = None if item.image is None else embed_image(item.image)
-    # A strip of frames; of a file or decoder only the name, because decoding may need what is not installed.
-    strip: Content = None
-    if item.video is not None:
-        frames: list[Content] = [embed_image(frame, side=84) for frame in item.video.frames]
-        strip = element("div", *(frames or [item.video.label]))
+    strip = None if item.video is None else embed_frames(item.video)
     return element("div", image, strip, shown, *below, class_=f"item {style}".rstrip())

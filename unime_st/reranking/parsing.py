@@ -1,4 +1,4 @@
-"""Input parsing of the reranker: texts, images, paths, URLs and dicts become items."""
+"""Input parsing of the reranker: texts, images, videos, paths, URLs and dicts become items."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from sentence_transformers.base.modality import is_image_url_or_path
 
-from unime_st.data import BadImageError, ImageRef, Item
+from unime_st.data import BadImageError, ImageRef, Item, VideoRef
 from unime_st.data.image_urls import fetch_bytes
 from unime_st.data.images import decoding, label_of, padded_to_aspect, to_rgb
 from unime_st.encoding.model_inputs import normalize_input, raise_if_single
@@ -109,7 +109,7 @@ def listed(inputs: Iterable[object]) -> Any:
 
 
 def image_error(item: Item) -> BadImageError | None:
-    """Decode the image of an item, if it has one, and return the error that this raises, if any.
+    """Decode the image and the video of an item, if it has them, and return the error that this raises, if any.
 
     Example:
         >>> from unime_st import Item
@@ -120,6 +120,8 @@ def image_error(item: Item) -> BadImageError | None:
     try:
         if item.image is not None:
             item.image.open()
+        if item.video is not None:
+            item.video.check()
     except BadImageError as error:
         return error
     return None
@@ -131,12 +133,16 @@ def is_pair(row: object) -> TypeGuard[Sequence[object]]:
 
 
 def plain_input(value: object, opened: dict[object, Any]) -> Any:
-    """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white, each once."""
+    """Turn one side of a pair into what sentence-transformers takes, images decoded as RGB on white, each once.
+
+    Videos are lists of frames.
+    """
     if isinstance(value, Item):
         if value.image is not None and value.image not in opened:
             opened[value.image] = value.to_input()["image"]
-        image = {} if value.image is None else {"image": opened[value.image]}
-        return image if value.text is None else {**image, "text": value.text}
+        parts = {} if value.image is None else {"image": opened[value.image]}
+        parts |= {} if value.video is None else {"video": value.video.open()}
+        return parts if value.text is None else {**parts, "text": value.text}
     if isinstance(value, Image.Image):
         if id(value) not in opened:
             # Kept with its original, whose id no other image can get meanwhile.
@@ -149,6 +155,8 @@ def plain_input(value: object, opened: dict[object, Any]) -> Any:
     if isinstance(value, dict) and "role" not in value:
         parts = normalize_input(value)
         return {key: part if key == "text" else plain_input(part, opened) for key, part in parts.items()}
+    if isinstance(value, VideoRef):
+        return value.open()
     if isinstance(value, ImageRef):
         return padded_to_aspect(value.open())
     return value

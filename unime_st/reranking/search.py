@@ -249,7 +249,7 @@ def _indexed(queries: Sequence[ItemLike], index: Index, k: int, batch_size: int)
 
 
 def _check_text(item: Item, name: str) -> None:
-    if item.image is None and not (item.text or "").strip():
+    if item.image is None and item.video is None and not (item.text or "").strip():
         raise ValueError(f"{name}: an empty text cannot be embedded")
 
 

@@ -393,6 +393,6 @@ class Index:
 def _reranked(query: Item, hits: list[Hit], reranker: CrossEncoder) -> list[Hit]:
     inputs: list[Any] = [query, *(hit.item for hit in hits)]
     if not hasattr(reranker, "listwise_scores"):  # a UniMEReranker takes items, and ranks unreadable ones last
-        inputs = [item.text if item.image is None else item.to_input() for item in inputs]
+        inputs = [item.text if item.modality == "text" else item.to_input() for item in inputs]
     ranked = reranker.rank(inputs[0], inputs[1:])
     return [replace(hits[int(entry["corpus_id"])], score=float(entry["score"])) for entry in ranked]

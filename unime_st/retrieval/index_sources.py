@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unime_st.data.column_values import as_image, as_text, is_empty
+from unime_st.data.column_values import as_image, as_text, as_video, is_empty
 from unime_st.data.items import Item
 from unime_st.data.manifest import is_complete
 from unime_st.data.pdf_pages import render_pages
@@ -31,11 +31,14 @@ class Columns:
         image: Column of the images: bytes, paths relative to the table, or Image columns of `datasets`. Defaults to
             "image".
         id: Column of the ids; a table without it takes file name and row number. Defaults to "id".
+        video: Column of the videos: paths of folders of frames or of video files, or lists of frames. Defaults to
+            "video".
     """
 
     text: str = "text"
     image: str = "image"
     id: str = "id"
+    video: str = "video"
 
 
 def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[tuple[str, Item]]:
@@ -45,7 +48,7 @@ def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[t
         source: A folder of images and PDF files, which is searched with all folders below it (ids are the paths below
             it, and ``file.pdf#page=3`` for a page); an image or a PDF file; a record folder (its distinct positives, by
             their ids); or a table in a format of :func:`~unime_st.data.sources.read_rows`. Hidden files are left out.
-        columns: Columns of a table. Defaults to None, text, image and id.
+        columns: Columns of a table. Defaults to None, text, image, video and id.
 
     Yields:
         tuple[str, Item]: Id and item.
@@ -113,16 +116,18 @@ def _table_items(source: Path, columns: Columns) -> Iterator[tuple[str, Item]]:
         where = f"{row.file}, row {row.number}"
         if row.values is None:
             raise ValueError(f"{where}: {row.error}")
-        text, image = (row.values.get(name) for name in (columns.text, columns.image))
-        if is_empty(text) and is_empty(image):
+        names = (columns.text, columns.image, columns.video)
+        text, image, video = map(row.values.get, names)
+        if all(map(is_empty, (text, image, video))):
             raise ValueError(
-                f"{where}: no value in the columns {columns.text!r} and {columns.image!r}; found the columns "
-                f"{', '.join(row.values)}: name those to index (--text-column, --image-column)"
+                f"{where}: no value in the columns {', '.join(map(repr, names))}; found the columns "
+                f"{', '.join(row.values)}: name those to index (--text-column, --image-column, --video-column)"
             )
         try:
             item = Item(
                 None if is_empty(text) else as_text(text, columns.text),
                 None if is_empty(image) else as_image(image, root),
+                None if is_empty(video) else as_video(video, root),
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

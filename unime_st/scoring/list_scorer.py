@@ -11,11 +11,12 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import batch_to_device
 from transformers import PreTrainedTokenizerBase
 
+from unime_st.backbones.video_frames import raise_without_video
 from unime_st.data import Item
 from unime_st.losses.list_answers import append_tokens, index_answers
 from unime_st.scoring.chat_tokenizer import check_length
 from unime_st.scoring.pair_scorer import PairScorer
-from unime_st.scoring.prompt_encoder import readable_images
+from unime_st.scoring.prompt_encoder import has_video, readable_images
 from unime_st.scoring.prompts import conversation
 
 _GAP = 1e-3  # between the last of a window and what was left behind, in logits
@@ -47,7 +48,7 @@ class ListScorer:
     """Scores all candidates of a list from the logits behind one prompt.
 
     It shares what the pair scorer of the same module shares: each image passes the vision tower once, the query the
-    language model once. Where that cannot share (``scorer.obstacle``), lists do not, either.
+    language model once. Where that cannot share (``scorer.obstacle``), lists do not, either, nor do lists with a video.
     """
 
     def __init__(self, transformer: Transformer, scorer: PairScorer) -> None:
@@ -70,6 +71,9 @@ class ListScorer:
             first_digits = dict.fromkeys(answer[0] for answer in listed if len(answer) > 1)
             prompts += [_ListPrompt(number, token) for token in (None, *first_digits)]
         shared = self.scorer.obstacle is None and self.scorer.prompts is not None and self.scorer.prompts.query_first
+        if any(has_video((query, document)) for documents in lists for document in documents):
+            raise_without_video(self.transformer.processor)
+            shared = False
         if shared:
             logits = self._shared(query, lists, prompts, token_ids, batch_size)
         else:

@@ -19,7 +19,7 @@ from unime_st.data import BadImageError, Item
 from unime_st.options import check_count
 from unime_st.scoring.groups import PairOrder, orders_of
 from unime_st.scoring.prefix import PrefixEngine, PromptGroup
-from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder
+from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder, has_video
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class PairScorer:
 
     The common prefix of a query's prompts passes the language model once, and every image passes the vision tower once
     (:class:`~unime_st.scoring.prefix.PrefixEngine`). Whether a model allows that is tried once, on a made-up query.
-    Where it does not, every pair is computed by itself, which is logged as a warning.
+    Where it does not, every pair is computed by itself, which is logged as a warning; so is every pair with a video.
 
     Args:
         transformer: Input module with a chat template processor.
@@ -147,11 +147,13 @@ class PairScorer:
         """
         if self.obstacle is not None or self.prompts is None:
             return 0, 0
+        queries, with_video = _apart(queries)
+        alone = sum(int(self.whole_prompts.features([pair])["attention_mask"].sum()) for pair in with_video)
         groups = [group for group, _ in self.prompts.encode(queries)[0]]
         suffixes = sum(len(suffix) for group in groups for suffix in group.suffixes)
         shared = sum(len(group.prefix) for group in groups)
         unshared = sum(len(group.prefix) * len(group.suffixes) for group in groups)
-        return suffixes + shared, suffixes + unshared
+        return alone + suffixes + shared, alone + suffixes + unshared
 
     @torch.inference_mode()
     def score(
@@ -169,7 +171,10 @@ class PairScorer:
         """
         batch_size = batch_size or self.batch_size
         if self.obstacle is None:
+            queries, with_video = _apart(queries)
             yield from self._shared(queries, batch_size, with_total)
+            for pair in with_video:
+                yield from self._alone([pair], with_total)
             return
         pairs = [(query, candidate) for query, candidates in queries for candidate in candidates]
         window = _BATCHES_SORTED_TOGETHER * batch_size
@@ -357,5 +362,17 @@ def _portions(queries: Sequence[Query], pairs: int) -> Iterator[list[Query]]:
         yield portion
 
 
+def _apart(queries: Sequence[Query]) -> tuple[list[Query], list[Pair]]:
+    """Queries with their candidates without videos, and the pairs with a video."""
+    pairs = [(query, candidate) for query, candidates in queries for candidate in candidates]
+    with_video = list(filter(has_video, pairs))
+    if not with_video:
+        return list(queries), []
+    plain = [(query, [one for one in candidates if not has_video((query, one))]) for query, candidates in queries]
+    return [(query, candidates) for query, candidates in plain if candidates], with_video
+
+
 def _size(pair: Pair) -> tuple[int, int]:
-    return sum(item.image is not None for item in pair), sum(len(item.text or "") for item in pair)
+    return sum(part is not None for item in pair for part in (item.image, item.video)), sum(
+        len(item.text or "") for item in pair
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from sentence_transformers.base.modules import Transformer
 
+from unime_st.backbones.video_frames import raise_without_video
 from unime_st.data import BadImageError, Item
 from unime_st.encoding.model_inputs import Features
 from unime_st.recipes.template_frame import TemplateFrame
@@ -63,7 +64,7 @@ class PairRenderer:
         texts = [clean_text(item.text) for item in pair if item.text is not None]
         if any(self._special.search(text) for text in texts):
             return None
-        kind = tuple(part is not None for item in pair for part in (item.text, item.image))
+        kind = tuple(part is not None for item in pair for part in (item.text, item.image, item.video))
         if kind not in self._frames:
             self._frames[kind] = TemplateFrame.find(lambda texts: self._sample(kind, texts), slots=len(texts))
         frame = self._frames[kind]
@@ -73,8 +74,11 @@ class PairRenderer:
     def _sample(self, kind: tuple[bool, ...], texts: Sequence[str]) -> str:
         """Render a pair of a kind with some texts."""
         waiting = iter(texts)
-        sides = zip(("query", "document"), kind[::2], kind[1::2], strict=True)
-        sample = [message(role, next(waiting) if text else None, image or None) for role, text, image in sides]
+        sides = zip(("query", "document"), kind[::3], kind[1::3], kind[2::3], strict=True)
+        sample = [
+            message(role, next(waiting) if text else None, image or None, video or None)
+            for role, text, image, video in sides
+        ]
         return self._render([sample])[0]
 
 
@@ -171,6 +175,11 @@ class PromptEncoder:
         return Prompt(token_ids, images, starts)
 
 
+def has_video(pair: Pair) -> bool:
+    """Whether an item of a pair has a video."""
+    return any(item.video is not None for item in pair)
+
+
 def readable_images(images: Sequence[ImageFeatures | BadImageError]) -> list[ImageFeatures]:
     """Return the images of a prompt, or raise the :class:`BadImageError` of one that cannot be read."""
     for image in images:
@@ -192,9 +201,12 @@ class WholePromptEncoder:
         """Make the features of one forward pass.
 
         Raises:
-            BadImageError: If an image cannot be decoded.
+            BadImageError: If an image or a video cannot be decoded.
             PromptTooLongError: If a prompt is longer than the model takes.
+            ValueError: If there is a video, which the model or the template does not take.
         """
+        if any(map(has_video, pairs)):
+            raise_without_video(self.transformer.processor, self.template)
         features = self.transformer.preprocess(
             # Images are taken in the order of the messages, whatever the order of the template.
             [conversation(query, [candidate])[:: 1 if self.query_first else -1] for query, candidate in pairs],

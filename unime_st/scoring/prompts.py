@@ -10,8 +10,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from unime_st.data import Item
-from unime_st.data.items import raise_for_video
+from unime_st.data import ImageRef, Item, VideoRef
 from unime_st.files import digest
 from unime_st.losses.list_answers import check_list_prompt
 from unime_st.paths import TINY
@@ -124,15 +123,15 @@ def as_item(value: ItemLike) -> Item:
     """Turn an input into an :class:`~unime_st.data.Item`.
 
     Args:
-        value: An item, a text (never taken for a path), a Pillow image, or a dict with "text" and / or "image", of
-            which one may be absent or None.
+        value: An item, a text (never taken for a path), a Pillow image, or a dict with some of "text", "image" and
+            "video", of which the others may be absent or None.
 
     Returns:
         Item: The same content.
 
     Raises:
         TypeError: If the value is of another type or a dict with other keys.
-        ValueError: If the value holds neither a text nor an image.
+        ValueError: If the value holds neither a text nor an image nor a video.
 
     Example:
         >>> from unime_st.judging import as_item
@@ -140,25 +139,25 @@ def as_item(value: ItemLike) -> Item:
         'text'
     """
     if isinstance(value, Item):
-        raise_for_video(value, "a judge or reranker")
         return value
     if isinstance(value, str):
         return Item(text=value)
     if isinstance(value, Image.Image):
         return Item(image=value)
-    if isinstance(value, dict) and value.keys() <= {"text", "image"}:
+    if isinstance(value, dict) and value.keys() <= {"text", "image", "video"}:
         return Item(**value)
     kind = f"a dict with keys {sorted(map(str, value))}" if isinstance(value, dict) else type(value).__name__
-    raise TypeError(f"expected an Item, a str, a Pillow image or a dict with 'text' and / or 'image', got {kind}")
+    raise TypeError(f"expected an Item, a str, a Pillow image or a dict with 'text', 'image' or 'video', got {kind}")
 
 
-def message(role: str, text: str | None, image: object = None) -> Message:
-    """Build one chat message, image before text.
+def message(role: str, text: str | None, image: object = None, video: object = None) -> Message:
+    """Build one chat message, image and video before text.
 
     Args:
         role: "query" or "document".
         text: Text, cleaned with :func:`clean_text`; None for an image alone.
         image: A decoded image, True for the placeholder of an image that is processed elsewhere, or None.
+        video: A list of decoded frames, True for the placeholder of a video, or None.
 
     Example:
         >>> from unime_st.scoring.prompts import message
@@ -168,6 +167,8 @@ def message(role: str, text: str | None, image: object = None) -> Message:
     content: list[Message] = []
     if image is not None:
         content.append({"type": "image"} if image is True else {"type": "image", "image": image})
+    if video is not None:
+        content.append({"type": "video"} if video is True else {"type": "video", "video": video})
     if text is not None:
         content.append({"type": "text", "text": clean_text(text)})
     return {"role": role, "content": content}
@@ -176,7 +177,7 @@ def message(role: str, text: str | None, image: object = None) -> Message:
 def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True) -> list[Message]:
     """Build the chat messages of a query with one candidate (pairwise) or several numbered ones (listwise).
 
-    Images are decoded, or with ``decode=False`` represented by placeholders.
+    Images and videos are decoded, or with ``decode=False`` represented by placeholders.
 
     Example:
         >>> from unime_st.data import Item
@@ -184,10 +185,12 @@ def conversation(query: Item, documents: Sequence[Item], *, decode: bool = True)
         >>> [m["role"] for m in conversation(Item("a cat"), [Item("cat"), Item("dog")])]
         ['query', 'document', 'document']
     """
-    for item in (query, *documents):
-        raise_for_video(item, "a judge or reranker")
+
+    def shown(media: ImageRef | VideoRef | None) -> object:
+        return None if media is None else media.open() if decode else True
+
     items = [("query", query), *(("document", document) for document in documents)]
-    return [message(role, item.text, item.image and (item.image.open() if decode else True)) for role, item in items]
+    return [message(role, item.text, shown(item.image), shown(item.video)) for role, item in items]
 
 
 def answer_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

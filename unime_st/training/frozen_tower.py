@@ -13,13 +13,14 @@ from unime_st.training.visual_tokens import (
     check_frozen,
     compute_visual_tokens,
     inject_visual_tokens,
+    with_video_tokens,
 )
 
 
 class FrozenTowerCache:
     """Visual tokens of one training step with gradient caching, for its second pass over the mini-batches.
 
-    A frozen vision tower then runs once a step, and every image is decoded once; a ValueError tells of one that is not
+    A frozen vision tower then runs once a step, and every image and video is decoded once; a ValueError tells of one that is not
     frozen, see :func:`~unime_st.training.visual_tokens.check_frozen`.
 
     Attributes:
@@ -64,7 +65,7 @@ class FrozenTowerCache:
         return self._spill.read(number, self._model.device)
 
     def encode_images(self, number: int, features: Features, *, keep: bool) -> Features:
-        """Replace the pixels of a mini-batch by visual tokens, and keep the result for the second pass if asked to."""
+        """Replace the pixels of a mini-batch, frames of videos included, by visual tokens, and keep the result for the second pass if asked to."""
         tokens: list[torch.Tensor] = []
         if "pixel_values" in features:
             with torch.no_grad(), autocast(self._model, self._dtype):
@@ -72,6 +73,8 @@ class FrozenTowerCache:
             tokens = [torch.cat([layer[image] for image in range(len(layer))]) for layer in layers]
             features = {name: value for name, value in features.items() if name != "pixel_values"}
             features[VISUAL_TOKENS] = tokens
+        with autocast(self._model, self._dtype):
+            features = with_video_tokens(self._model, features)
         if keep:
             self._keep(number, features)
         return features

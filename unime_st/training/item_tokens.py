@@ -1,4 +1,4 @@
-"""Token and pixel counts of items, from text and image headers; rows with unreadable images are set aside."""
+"""Token and pixel counts of items, from text, image and video headers; rows with unreadable ones are set aside."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
 from unime_st.encoding import TokenCounter
+from unime_st.encoding.input_videos import video_shapes
+from unime_st.encoding.token_counts import decoded_pixels
 from unime_st.files import atomic_write
 from unime_st.training.arguments import StageArguments
 from unime_st.training.processes import partial_state
 
 logger = logging.getLogger(__name__)
 UNREADABLE = -1
-"""Token count of an item whose image header cannot be read."""
+"""Token count of an item whose image or video header cannot be read."""
 COSTS = "costs.npy"
 _CHUNK = 1024
 
 
 def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each stored item and pixels of its image, int64 of shape (items,) each. Nothing is decoded.
+    """Tokens of each stored item and pixels of its image and frames, int64 of shape (items,) each. Nothing is decoded.
 
-    Items whose image header cannot be read have :data:`UNREADABLE` tokens. A ``.npy`` file, if given, keeps the counts
+    Items whose image or video header cannot be read have :data:`UNREADABLE` tokens. A ``.npy`` file, if given, keeps the counts
     for a resumed run.
     """
     if path is not None and path.is_file():
@@ -55,17 +57,22 @@ def _costs(items: Sequence[Item], count: TokenCounter) -> np.ndarray:
     costs = count([{"text": item.text or ""} for item in items])
     pixels = np.zeros_like(costs)
     with_images, sizes = [], []
+    unreadable = []
     for index, item in enumerate(items):
-        if item.image is None:
-            continue
         try:
-            sizes.append(item.image.size())
-            with_images.append(index)
+            if item.image is not None:
+                size = item.image.size()
+                with_images.append(index)
+                sizes.append(size)
+            for shape in video_shapes(item):
+                costs[index] += count.video_tokens(shape)
+                pixels[index] += decoded_pixels(shape)
         except BadImageError:
-            costs[index] = UNREADABLE
+            unreadable.append(index)
     if sizes:
         costs[with_images] += np.asarray(count.image_tokens(sizes))
-        pixels[with_images] = [width * height for width, height in sizes]
+        pixels[with_images] += [width * height for width, height in sizes]
+    costs[unreadable], pixels[unreadable] = UNREADABLE, 0
     return np.stack([costs, pixels])
 
 
@@ -80,7 +87,7 @@ def counted_costs(arguments: StageArguments, records: ItemFolder, model: Any) ->
 def usable_rows(
     arguments: StageArguments, records: ItemFolder, rows: Dataset, costs: np.ndarray
 ) -> tuple[Dataset, np.ndarray, int]:
-    """Set rows with an unreadable image aside, and list them in ``rejected.jsonl``. A dry run writes nothing.
+    """Set rows with an unreadable image or video aside, and list them in ``rejected.jsonl``. A dry run writes nothing.
 
     Returns:
         The other rows, the positions of their items of shape (rows, columns), and the number of rows set aside.
@@ -97,11 +104,11 @@ def usable_rows(
     if partial_state().is_main_process and not arguments.dry_run:
         with RejectedWriter(Path(arguments.output)) as rejected:
             for row in numbers:
-                item = next(int(p) for p in indices[row] if costs[p] == UNREADABLE)
-                reason = f"image {records.items.at(item).image!r} cannot be read"
+                item = records.items.at(next(int(p) for p in indices[row] if costs[p] == UNREADABLE))
+                reason = " or ".join(f"{part!r}" for part in (item.image, item.video) if part) + " cannot be read"
                 rejected.add(reason, folder=str(records.folder), row=int(row))
-    logger.warning("%d of %d rows have an unreadable image and are set aside.", len(numbers), len(rows))
+    logger.warning("%d of %d rows have an unreadable image or video and are set aside.", len(numbers), len(rows))
     if bad.all():
-        raise ValueError(f"{records.folder}: every row has an unreadable image; see rejected.jsonl.")
+        raise ValueError(f"{records.folder}: every row has an unreadable image or video; see rejected.jsonl.")
     good = np.flatnonzero(~bad)
     return rows.select(good), indices[good], len(numbers)

@@ -43,6 +43,8 @@ _PLACEHOLDER = Image.new("RGB", (1, 1))
 class VisionCache:
     """Visual tokens of all images of a record folder: training needs no decoding, no pixels and no vision tower.
 
+    Videos are not kept: they are decoded and pass the vision tower in every step.
+
     ``keys`` are those of :func:`image_keys`. Models, datasets and runs may share ``folder``: each vision tower has a
     subfolder. A ValueError tells of one that is not frozen, see
     :func:`~unime_st.training.visual_tokens.check_frozen`.
@@ -119,6 +121,7 @@ class VisionCache:
         self._images.stored = []
         for item in items:
             inputs.append({} if item.image is None else {"image": _PLACEHOLDER})
+            inputs[-1].update({} if item.video is None else {"video": item.video.open()})
             inputs[-1].update({} if item.text is None else {"text": item.text})
             if item.image is not None:
                 key = self.keys[self.records.items.position(item.id)]

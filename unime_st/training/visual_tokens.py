@@ -12,10 +12,14 @@ import torch
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
+from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
 from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
 """Feature with the visual tokens of a mini-batch: those of the input layer, then those that enter inner layers."""
+
+VIDEO_TOKENS = "video_tokens"
+"""The same for its videos."""
 
 _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision")
 
@@ -62,13 +66,31 @@ def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence
 
 
 def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...] | None:
-    """Forward pre-hook of a model: hand :data:`VISUAL_TOKENS` on under transformers' name for them."""
-    if VISUAL_TOKENS not in args[0]:
+    """Forward pre-hook of a model: hand visual tokens on under transformers' name for them.
+
+    The frames of videos beside stored visual tokens of images pass the vision tower here, because a model takes either
+    pixels or visual tokens.
+    """
+    if not args[0].keys() & {VISUAL_TOKENS, VIDEO_TOKENS}:
         return None
-    features = dict(args[0])
-    tokens, *inner = features.pop(VISUAL_TOKENS)
-    image = SimpleNamespace(pooler_output=(tokens,), deepstack_features=[(layer,) for layer in inner])
-    return {**features, "mm_encoder_outputs": {"image": image}}, *args[1:]
+    features = with_video_tokens(module, dict(args[0]))  # type: ignore[arg-type]
+    outputs: dict[str, object] = {}
+    if VISUAL_TOKENS in features:
+        tokens, *inner = features.pop(VISUAL_TOKENS)
+        outputs["image"] = SimpleNamespace(pooler_output=(tokens,), deepstack_features=[(layer,) for layer in inner])
+    if VIDEO_TOKENS in features:
+        outputs["video"] = video_output(backbone(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
+    return {**features, "mm_encoder_outputs": outputs}, *args[1:]
+
+
+def with_video_tokens(model: BaseModel, features: Features) -> Features:
+    """Features whose frames of videos, if there are any, are replaced by :data:`VIDEO_TOKENS`."""
+    if VIDEO_PIXELS not in features:
+        return features
+    with torch.no_grad():
+        layers = compute_video_tokens(backbone(model), features)
+    kept = {name: value for name, value in features.items() if name != VIDEO_PIXELS}
+    return {**kept, VIDEO_TOKENS: [torch.cat(layer) for layer in layers]}
 
 
 def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[object]:

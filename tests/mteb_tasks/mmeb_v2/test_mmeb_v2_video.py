@@ -33,6 +33,7 @@ from mteb_tasks.video_column import FrameReader, VideoFeature, stored_video
 from tests.mteb_tasks.foreign import ForeignRetrieval
 from unime_st import Item
 from unime_st.data import VideoRef
+from unime_st.encoding.list_inputs import encode_list
 
 
 def make(key: str) -> VideoTask:
@@ -322,7 +323,7 @@ def test_videos_of_other_tasks_are_embedded(copied: Path, golden_model: Sentence
     (saved,) = tmp_path.rglob("*_predictions.json")
     found = json.loads(saved.read_text())["default"]["test"]
     documents = golden_model.encode(["a red circle", "a blue star", "the ring on the left"])
-    queries = golden_model.encode([Item(video=video) for video in task.videos])
+    queries = encode_list(golden_model, [Item(video=video) for video in task.videos])
     expected = golden_model.similarity(queries, documents).tolist()
     for number, row in enumerate(expected):
         assert [found[f"q{number}"][f"d{index}"] for index in range(3)] == pytest.approx(row, abs=1e-5)

@@ -1,0 +1,45 @@
+"""Visual tokens of videos: computed by the vision tower alone, and given to the language model instead of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+VIDEO_PIXELS = "pixel_values_videos"
+"""Feature with the processed frames of a batch."""
+
+VIDEO_GRID = "video_grid_thw"
+"""Feature with the pairs of frames, rows and columns of patches of each video; LLaVA-OneVision has none."""
+
+
+def compute_video_tokens(base: Any, features: Mapping[str, Any]) -> list[list[torch.Tensor]]:
+    """Run the vision tower on the videos of a batch.
+
+    Args:
+        base: Vision-language model of transformers without its head.
+        features: Features with :data:`VIDEO_PIXELS`.
+
+    Returns:
+        For the input layer, and for each inner layer that visual tokens enter (Qwen3-VL), the tokens of each video:
+        ``(tokens, hidden)``.
+    """
+    grid = {VIDEO_GRID: features[VIDEO_GRID]} if VIDEO_GRID in features else {}
+    output = base.get_video_features(features[VIDEO_PIXELS], **grid, return_dict=True)
+    return [list(layer) for layer in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))]
+
+
+def video_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
+    """Output of the vision tower, as ``mm_encoder_outputs["video"]`` of a model takes it.
+
+    Args:
+        base: Vision-language model of transformers without its head.
+        layers: The tokens of all videos of a batch one after another, for the input layer and the inner layers.
+    """
+    tokens, *inner = layers
+    stacked = base.config.model_type.removeprefix("unime_") == "llava_onevision"
+    return SimpleNamespace(
+        pooler_output=tokens[None] if stacked else (tokens,), deepstack_features=[(layer,) for layer in inner]
+    )

@@ -1,0 +1,194 @@
+"""Shared videos: frames that several inputs of a window have are decoded and pass the vision tower once."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import BatchFeature
+
+from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
+from unime_st.data.items import Item
+from unime_st.data.videos import VideoRef, is_frame_list
+from unime_st.encoding.model_inputs import Features, load_input
+from unime_st.encoding.replicas import with_processor
+
+_PLACEHOLDER = [Image.new("RGB", (1, 1))]
+
+RunTower = Callable[[Features], list[list[torch.Tensor]]]
+"""Runs the vision tower on the features of one video; see :func:`~unime_st.backbones.video_tokens.compute_video_tokens`."""
+
+
+class SharedVideo:
+    """A video of several inputs: its visual tokens and the output of the video processor, until the last of them is done.
+
+    Args:
+        video: The video, or its frames in memory.
+        uses: Number of inputs that have it.
+    """
+
+    def __init__(self, video: object, uses: int) -> None:
+        self.video, self.uses = video, uses
+        self.processed: BatchFeature | None = None
+        self.layers: list[torch.Tensor] = []
+        self.lock = threading.Lock()
+
+    def release(self) -> None:
+        """Count one input as done; the tokens are dropped with the last one."""
+        with self.lock:
+            self.uses -= 1
+            if self.uses <= 0:
+                self.processed, self.layers = None, []
+
+
+def video_of(value: object) -> object:
+    """The video of a normalized input, None if there is none."""
+    return value.video if isinstance(value, Item) else value.get("video") if isinstance(value, Mapping) else None
+
+
+def video_key(value: object) -> Hashable | None:
+    """Key that inputs have in common if they have the same video; None without a video or with other media beside it.
+
+    Example:
+        >>> from unime_st.encoding.shared_videos import video_key
+        >>> video_key({"text": "a ship"}) is None
+        True
+    """
+    beside = value.image is not None if isinstance(value, Item) else not _is_text_and_video(value)
+    if beside:
+        return None
+    video = video_of(value)
+    try:
+        return hash(video) and video if isinstance(video, VideoRef) else _frame_ids(video)
+    except TypeError:  # a decoder that cannot be hashed
+        return None
+
+
+def _is_text_and_video(value: object) -> bool:
+    return (
+        isinstance(value, Mapping) and value.keys() <= {"text", "video"} and isinstance(value.get("text"), str | None)
+    )
+
+
+def _frame_ids(video: object) -> Hashable | None:
+    if is_frame_list(video) and isinstance(video[0], Image.Image):
+        return tuple(map(id, video))  # of objects that the inputs keep alive
+    return id(video) if isinstance(video, torch.Tensor) or type(video).__name__ == "ndarray" else None
+
+
+class VideoSharing:
+    """Makes features of inputs whose videos are shared, with visual tokens instead of frames.
+
+    Args:
+        model: The embedding model.
+        prompting: Options of ``preprocess``.
+    """
+
+    def __init__(self, model: SentenceTransformer, prompting: Mapping[str, Any]) -> None:
+        self.model, self.prompting = model, prompting
+        transformer: Any = model[0]
+        self.base: Any = getattr(getattr(transformer, "model", None), "base_model", None)
+        self._replay = _Replay(getattr(getattr(transformer, "processor", None), "video_processor", None))
+        self._twin = with_processor(model, self._with_replay)
+
+    @property
+    def applies(self) -> bool:
+        """Whether the model takes visual tokens that were computed before."""
+        takes = inspect.signature(self.base.forward).parameters if self.base is not None else ()
+        return "mm_encoder_outputs" in takes and hasattr(self.base, "get_video_features")
+
+    def _with_replay(self, processor: Any) -> Any:
+        processor.video_processor = self._replay
+        return processor
+
+    def load(self, shared: SharedVideo, run_tower: RunTower) -> None:
+        """Decode a video and compute its visual tokens unless another thread has.
+
+        Raises:
+            ValueError: If it cannot be decoded (BadImageError included).
+        """
+        with shared.lock:
+            if shared.processed is not None:
+                return
+            with self._replay.recording() as recorded:
+                features = self._twin.preprocess([load_input({"video": shared.video})], **self.prompting)
+            (processed,) = recorded
+            shared.layers = [torch.cat(layer) for layer in run_tower(features)]
+            pixels = processed[VIDEO_PIXELS]
+            processed[VIDEO_PIXELS] = torch.zeros(()).expand(1, *pixels.shape[1:])  # only its shape is needed again
+            shared.processed = processed
+
+    def features(self, inputs: Sequence[object], videos: Sequence[SharedVideo]) -> Features:
+        """Features of inputs with these videos, one each, which have been loaded."""
+        layers = [torch.cat(layer) for layer in zip(*(video.layers for video in videos), strict=True)]
+        processed = [video.processed for video in videos if video.processed is not None]
+        placeholders = [_with_placeholder(value) for value in inputs]
+        with self._replay.playing(processed):
+            features = self._twin.preprocess(placeholders, **self.prompting)
+        features.pop(VIDEO_PIXELS)
+        features["mm_encoder_outputs"] = {"video": video_output(self.base, layers)}
+        return features
+
+    def run_tower(self, features: Features) -> list[list[torch.Tensor]]:
+        """Visual tokens of the videos of features on the device of the model."""
+        return compute_video_tokens(self.base, features)
+
+
+def _with_placeholder(value: object) -> dict[str, object]:
+    """The input with another video, its parts in the same order, which matters to chat templates."""
+    if isinstance(value, Mapping):
+        return {name: _PLACEHOLDER if name == "video" else part for name, part in value.items()}
+    text = value.text if isinstance(value, Item) else None
+    return {"video": _PLACEHOLDER} | ({} if text is None else {"text": text})
+
+
+class _Replay:
+    """Stands in for a video processor: records what it makes of each video, or returns what was recorded."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._state = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_processor" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._processor, name)
+
+    @contextmanager
+    def recording(self) -> Any:
+        """Record the outputs of this thread's calls in the list that is yielded."""
+        self._state.recorded = []
+        try:
+            yield self._state.recorded
+        finally:
+            del self._state.recorded
+
+    @contextmanager
+    def playing(self, stored: list[BatchFeature]) -> Any:
+        """Return these outputs, joined, for the calls of this thread."""
+        self._state.stored = stored
+        try:
+            yield
+        finally:
+            del self._state.stored
+
+    def __call__(self, videos: object, **kwargs: object) -> BatchFeature:
+        stored: list[BatchFeature] | None = getattr(self._state, "stored", None)
+        if stored is None:
+            made: BatchFeature = self._processor(videos, **kwargs)
+            self._state.recorded.append(BatchFeature(dict(made)))
+            return made
+        return BatchFeature({name: _joined([one[name] for one in stored]) for name in stored[0]})
+
+
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], torch.Tensor):
+        same = all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+        return torch.cat(parts) if same else parts[0]  # patches of frames, whose number does not matter here
+    return [entry for part in parts for entry in part]
