@@ -18,7 +18,7 @@ from unime_st.data.videos import FrameDecoder, VideoRef, is_frame_list
 class VideoShape(NamedTuple):
     """Frames of a video: their number, their stored width and height, and whether they are decoded one by one."""
 
-    count: int
+    num_frames: int
     width: int
     height: int
     one_by_one: bool = True
@@ -36,7 +36,7 @@ def video_shapes(value: object) -> list[VideoShape]:
         >>> from PIL import Image
         >>> from unime_st.encoding.input_videos import video_shapes
         >>> video_shapes({"text": "a ship", "video": [Image.new("RGB", (4, 2))] * 3})
-        [VideoShape(count=3, width=4, height=2, one_by_one=True)]
+        [VideoShape(num_frames=3, width=4, height=2, one_by_one=True)]
     """
     if isinstance(value, Item):
         return _video_shapes(value.video)

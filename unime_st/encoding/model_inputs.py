@@ -63,7 +63,7 @@ def normalize_input(value: object) -> Any:
     if hasattr(value, "as_py"):  # a scalar of Arrow
         return normalize_input(value.as_py())
     if isinstance(value, VideoRef) or (isinstance(value, (str, os.PathLike)) and _is_video_file(os.fspath(value))):
-        return Item(video=value)
+        return Item(video=value if isinstance(value, VideoRef) else os.fspath(value))
     if isinstance(value, os.PathLike):
         return {"image": os.fspath(value)}
     if isinstance(value, ImageRef):

@@ -31,7 +31,7 @@ _MEASURED_STEP = 112
 def decoded_pixels(shape: VideoShape) -> int:
     """Pixels of a video that are in memory at once: frames that are decoded one by one are resized before the next."""
     stored = shape.width * shape.height
-    return shape.count * (min(stored, _MOST_FRAME_PIXELS) if shape.one_by_one else stored)
+    return shape.num_frames * (min(stored, _MOST_FRAME_PIXELS) if shape.one_by_one else stored)
 
 
 class TokenCounter:
@@ -101,7 +101,7 @@ class TokenCounter:
         frames: list[tuple[int, ...]] = [()] * len(inputs)
         for index, value in enumerate(inputs):
             for shape in video_shapes(value):
-                frames[index] += (shape.count,)
+                frames[index] += (shape.num_frames,)
                 costs[index] += self.video_tokens(shape)
                 pixels[index] += decoded_pixels(shape)
         return costs, pixels, frames
@@ -109,7 +109,7 @@ class TokenCounter:
     def video_tokens(self, shape: VideoShape) -> int:
         """Count the tokens of a video of this shape."""
         raise_without_video(self._processor)
-        times = times_of_frames(self._processor, shape.count)
+        times = times_of_frames(self._processor, shape.num_frames)
         return video_tokens(self._processor, shape[:3]) + (len(self._tokens([times])[0]) if times else 0)
 
     def image_tokens(self, sizes: Sequence[Size]) -> list[int]:
