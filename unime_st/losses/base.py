@@ -143,7 +143,6 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
     def __init__(
         self,
         model: SentenceTransformer,
-        *,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
         gather_across_devices: bool = False,
@@ -232,6 +231,14 @@ class CachedEmbeddingLoss(CachedLossMixin, nn.Module, ABC):
         ``columns`` are the unit vectors of each input column, ``(rows, dim)``; ``shards`` is the distribution of the
         rows over the processes.
         """
+
+    def check_query_and_positive(self, num_columns: int) -> None:
+        """Raise ValueError unless there are a query and a positive column."""
+        if num_columns < 2:
+            raise ValueError(
+                f"{type(self).__name__} takes the columns query, positive and optionally negatives, but got "
+                f"{num_columns} column(s)."
+            )
 
     @abstractmethod
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:

@@ -100,13 +100,7 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
                 trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
                 trainer.train()
         """
-        super().__init__(
-            model,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            gather_across_devices=gather_across_devices,
-            show_progress_bar=show_progress_bar,
-        )
+        super().__init__(model, mini_batch_size, mini_batch_num_tokens, gather_across_devices, show_progress_bar)
         if not math.isfinite(false_negative_margin):
             raise ValueError(f"false_negative_margin must be a finite number, but is {false_negative_margin}.")
         check_count("num_negatives", num_negatives)
@@ -116,11 +110,7 @@ class HardNegativeRankingLoss(CachedEmbeddingLoss):
 
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
         """Check that there are a query and a positive column; labels are ignored. See the base class."""
-        if num_columns < 2:
-            raise ValueError(
-                "HardNegativeRankingLoss takes the columns query, positive and optionally negatives, "
-                f"but got {num_columns} column(s)."
-            )
+        self.check_query_and_positive(num_columns)
 
     def prepare(self, columns: list[Tensor], labels: Tensor | None, shards: Shards) -> RowwiseLoss:
         """Arrange the queries and the candidates of the whole (gathered) batch; see the base class."""

@@ -119,13 +119,7 @@ class InfoNCELoss(CachedEmbeddingLoss):
                 trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
                 trainer.train()
         """
-        super().__init__(
-            model,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            gather_across_devices=gather_across_devices,
-            show_progress_bar=show_progress_bar,
-        )
+        super().__init__(model, mini_batch_size, mini_batch_num_tokens, gather_across_devices, show_progress_bar)
         check_directions(directions, partition_mode)
         if hardness_mode not in get_args(HardnessMode):
             raise ValueError(f"hardness_mode must be one of {get_args(HardnessMode)}, but is {hardness_mode!r}.")
@@ -150,10 +144,7 @@ class InfoNCELoss(CachedEmbeddingLoss):
 
     def check_inputs(self, num_columns: int, num_rows: int, labels: Tensor | None) -> None:
         """Check that there are a query and a positive column; labels are ignored. See the base class."""
-        if num_columns < 2:
-            raise ValueError(
-                f"InfoNCELoss takes the columns query, positive and optionally negatives, but got {num_columns} column(s)."
-            )
+        self.check_query_and_positive(num_columns)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

@@ -96,13 +96,7 @@ class SimilarityDistillationLoss(CachedEmbeddingLoss):
                 trainer = SentenceTransformerTrainer(model=student, train_dataset=train_dataset, loss=loss)
                 trainer.train()
         """
-        super().__init__(
-            model,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            gather_across_devices=gather_across_devices,
-            show_progress_bar=show_progress_bar,
-        )
+        super().__init__(model, mini_batch_size, mini_batch_num_tokens, gather_across_devices, show_progress_bar)
         if direction not in get_args(Direction):
             raise ValueError(f"direction must be one of {get_args(Direction)}, but is {direction!r}.")
         # MatryoshkaLoss leaves the labels of such losses alone. For others it truncates labels of the model's embedding

@@ -123,13 +123,7 @@ class SoftLabelDistillationLoss(CachedEmbeddingLoss):
                 trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
                 trainer.train()
         """
-        super().__init__(
-            model,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            gather_across_devices=gather_across_devices,
-            show_progress_bar=show_progress_bar,
-        )
+        super().__init__(model, mini_batch_size, mini_batch_num_tokens, gather_across_devices, show_progress_bar)
         if divergence not in get_args(Divergence):
             raise ValueError(f"divergence must be one of {get_args(Divergence)}, but is {divergence!r}.")
         if not 0.0 <= in_batch_weight < math.inf:
