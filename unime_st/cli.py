@@ -139,16 +139,10 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    if options.greedy != (options.eval_data is not None):
-        raise OptionError("--greedy and --eval-data RECORDS go together: the records decide which models are merged")
-    if options.greedy and options.weights:
-        raise OptionError("--weights do not apply to --greedy, which gives equal weights: leave out one")
-    from unime_st.training.model_merge import greedy_soup, merge_models
+    from unime_st.stages.merge import MergeArguments, run_merge
 
-    if options.greedy:
-        folder = greedy_soup(options.models, options.output, options.eval_data, overwrite=options.overwrite)
-    else:
-        folder = merge_models(options.models, options.output, weights=options.weights, overwrite=options.overwrite)
+    chosen = {name: getattr(options, name) for name in ("models", "output", "weights", "greedy", "overwrite")}
+    folder = run_merge(MergeArguments(**chosen, eval_data=options.eval_data or ""))
     _print_usage(folder, str(folder))
     return 0
 
@@ -247,6 +241,11 @@ def _hyphenated(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
+def _names_models(words: Sequence[str]) -> bool:
+    """Whether words are ``merge MODEL MODEL ...``; with a configuration or options alone, `merge` is a stage."""
+    return words[:1] == ["merge"] and len(words) > 2 and not any(word.startswith("-") for word in words[1:3])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -260,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = words[:1] if words[:1] in (["-v"], ["--verbose"]) else []
     name = next(iter(words[len(verbose) :]), "")
-    if (stage := _STAGE_OF.get(name, name)) in STAGES:
+    if (stage := _STAGE_OF.get(name, name)) in STAGES and not _names_models(words[len(verbose) :]):
         status = run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {name}")
         if arguments is None:
             leave_if_interrupted(status)
@@ -275,7 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         command.arguments(sub)
-    for stage in STAGES:  # for the help; their words are read by run_stage
+    for stage in [
+        stage for stage in STAGES if stage not in COMMANDS
+    ]:  # for the help; their words are read by run_stage
         title = docstring(f"unime_st.stages.{stage}").splitlines()[0]
         commands.add_parser("import" if stage == _STAGE_OF["import"] else stage, help=f"stage: {title}")
     options = parser.parse_args([_hyphenated(word) for word in words])

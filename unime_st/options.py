@@ -47,6 +47,7 @@ def option(
     required: bool = False,
     unless: Sequence[str] = (),
     needs: str = "",
+    repeats: bool = False,
     path: str = "",
     made_by: str = "",
     old: str = "",
@@ -68,6 +69,7 @@ def option(
         required: The command cannot do without it,
         unless: except where one of these options is set.
         needs: Option that must differ from its default, else this one has no effect.
+        repeats: The same value may stand in a list more than once.
         path: ``file``, ``folder``, ``any`` (file or folder) or ``stage`` (folder of a finished stage): what the path
             must lead to.
         made_by: Command that makes the path.
@@ -110,6 +112,7 @@ class Option:
     required: bool = False
     unless: tuple[str, ...] = ()
     needs: str = ""
+    repeats: bool = False
     path: str = ""
     made_by: str = ""
     old: str = ""
@@ -232,7 +235,8 @@ class Option:
         if not isinstance(value, (list, tuple)) or (not value and not self.stock):
             raise self._refused(value)
         found = [entry.convert(part, text=text) for part in value]
-        if repeated := [part for index, part in enumerate(found) if part in found[:index] and not self.stock]:
+        once = not self.stock and not self.repeats
+        if repeated := [part for index, part in enumerate(found) if once and part in found[:index]]:
             raise OptionError(f"{self.name}: expected each value once, found {repeated[0]} twice")
         return found
 

@@ -51,16 +51,17 @@ def test_help_imports_nothing_heavy_and_lists_every_stage(tmp_path: Path) -> Non
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_what_is_missing_is_refused_before_anything_heavy_is_imported(stage: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    option = "source" if stage == "import_data" else "data"
-    commands = [[stage], [stage, f"--{option}", "nowhere"], [stage, "--nonsense", "1"], [stage, "absent.yaml"]]
+    option = {"import_data": "source", "merge": "models"}.get(stage, "data")
+    path = "--models a b --output c --eval_data".split() if stage == "merge" else [f"--{option}"]
+    commands = [[stage], [stage, *path, "nowhere"], [stage, "--nonsense", "1"], [stage, "absent.yaml"]]
     done = _light(commands, 2, tmp_path)
     assert done.returncode == 0, done.stderr
     missing, nowhere, unknown, absent = done.stderr.strip().splitlines()
     assert missing.startswith(f"unime {stage}: {option} is missing: give the ") and f"(--{option} " in missing
-    assert f"{option}: nowhere does not exist." in nowhere
+    assert f"{path[-1].removeprefix('--')}: nowhere does not exist." in nowhere
     assert "unknown option 'nonsense'" in unknown and "absent.yaml: no such configuration file" in absent
     if stage != "import_data":
-        done = _light([[stage, "--data", "empty"]], 2, tmp_path)
+        done = _light([[stage, *path, "empty"]], 2, tmp_path)
         assert "empty has no manifest.json, so no stage wrote it. Make it with `unime " in done.stderr
 
 

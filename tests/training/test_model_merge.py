@@ -207,3 +207,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["merge", "unime-tiny", "unime-tiny", "--output", output]) == 1
     assert main(["merge", "unime-tiny", "unime-tiny", "--weights", "1", "1", "--output", output, "--overwrite"]) == 1
     assert "unime merge: the weights must sum to 1, got 1.0 + 1.0 = 2" in capsys.readouterr().err
+
+
+def test_the_stage_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tmp_path / "merge.yaml"
+    config.write_text(f"models: [unime-tiny, unime-tiny]\nweights: [0.5, 0.5]\noutput: {tmp_path / 'merged'}\n")
+    assert main(["merge", str(config)]) == 0
+    assert [part["weight"] for part in read_json(tmp_path / "merged" / "unime.json")["merged"]] == [0.5, 0.5]
+    assert main(["merge", str(config), "--weights", "1", "1", "--overwrite"]) == 1
+    assert "unime merge: the weights must sum to 1, got 1.0 + 1.0 = 2" in capsys.readouterr().err
+    assert main(["merge", "--models", "unime-tiny", "unime-tiny", "--output", str(tmp_path / "b"), "--greedy"]) == 2
+    assert "--greedy and --eval-data RECORDS go together" in capsys.readouterr().err

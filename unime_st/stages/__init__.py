@@ -42,6 +42,9 @@ STAGES: dict[str, StageEntry] = {
     "in_batch": StageEntry("train_in_batch", "InBatchArguments", "tiny --data runs/records"),
     "soft_labels": StageEntry("train_soft_labels", "SoftLabelArguments", "tiny --data runs/rows"),
     "reranker": StageEntry("train_reranker", "RerankerArguments", "tiny --data runs/rows"),
+    "merge": StageEntry(
+        "run_merge", "MergeArguments", "--models runs/a runs/b --weights 0.7 0.3 --output runs/merged"
+    ),
 }
 """The stages by name: file of this package, script, folder of configurations and subcommand of ``unime``."""
 

@@ -1,0 +1,55 @@
+"""Merging of models: weighted average of the weights of fine-tuned models or adapters, also chosen greedily."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unime_st.options import OptionError, check_options, option, require_options
+
+
+@dataclass
+class MergeArguments:
+    """Options of :func:`run_merge`."""
+
+    models: list[str] | None = option(
+        None, "Models or adapters to merge, two or more: aliases or folders.", required=True, repeats=True
+    )
+    output: str = option("", "Folder for the merged model.", required=True)
+    weights: list[float] | None = option(None, "Weight of each model, sum 1; default: equal.", repeats=True)
+    greedy: bool = option(False, "Merge only models that do not lower the average's MRR@10 on --eval_data.")
+    eval_data: str = option(
+        "",
+        "Folder of held-out records, for --greedy.",
+        path="stage",
+        made_by="unime import --source FILE --output FOLDER",
+    )
+    overwrite: bool = option(False, "Overwrite the output folder.")
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_options(self)
+        if self.greedy != bool(self.eval_data):
+            raise OptionError(
+                "--greedy and --eval-data RECORDS go together: the records decide which models are merged"
+            )
+        if self.greedy and self.weights:
+            raise OptionError("--weights do not apply to --greedy, which gives equal weights: leave out one")
+
+
+def run_merge(args: MergeArguments) -> Path:
+    """Average the weights of models, see :mod:`unime_st.training.model_merge`.
+
+    Args:
+        args: Options.
+
+    Returns:
+        Folder of the merged model.
+    """
+    require_options(args)
+    from unime_st.training.model_merge import greedy_soup, merge_models
+
+    models = args.models or []
+    if args.greedy:
+        return greedy_soup(models, args.output, args.eval_data, overwrite=args.overwrite)
+    return merge_models(models, args.output, weights=args.weights, overwrite=args.overwrite)
