@@ -18,9 +18,11 @@ from mteb_tasks.embedding_store import EmbeddingStore, NewEmbeddings
 from mteb_tasks.mmeb.subsets import IMAGE_TOKEN, VIDEO_TOKEN
 from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ruled_images import RuledItem, prescribed_model
+from mteb_tasks.vector_format import VectorFormat
 from unime_st.data.items import Item
 from unime_st.encoding import encode_stream
 from unime_st.files import digest
+from unime_st.losses.quantization import Precision
 from unime_st.memory import malloc_trim
 from unime_st.scoring.prompts import clean_text
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_SETTING = Setting()
+WHOLE = VectorFormat()
 WINDOW = 1024
 """Items that are sorted by length together, and after which embeddings are safe on disk."""
 
@@ -45,6 +48,7 @@ class ItemEmbedder:
         model: A SentenceTransformer.
         cache_folder: Where embeddings are kept from run to run, one folder for one model at one setting; None keeps
             them in memory.
+        vector_format: Dimension and precision of the returned embeddings; whole ones are kept. Defaults to all, float32.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
@@ -53,8 +57,13 @@ class ItemEmbedder:
         (3, 128)
     """
 
-    def __init__(self, model: SentenceTransformer, cache_folder: str | Path | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        cache_folder: str | Path | None = None,
+        vector_format: VectorFormat = WHOLE,
+    ) -> None:
+        self.model, self.vector_format = model, vector_format
         self.store = EmbeddingStore(cache_folder)
         self._read_template()
 
@@ -78,6 +87,7 @@ class ItemEmbedder:
         batch_size: int = 32,
         total: int | None = None,
         show_progress_bar: bool = False,
+        precision: Precision | None = None,
         **_: object,
     ) -> np.ndarray:
         """Embed a stream of items.
@@ -88,6 +98,7 @@ class ItemEmbedder:
             batch_size: Rows of 256 tokens in a forward pass. Defaults to 32.
             total: Approximate number of new items, for the progress bar.
             show_progress_bar: Show a bar over the new items. Defaults to False.
+            precision: As of `VectorFormat`, which it overrides; mteb files such a run as an experiment.
 
         Returns:
             float32 array ``(num_items, dim)`` in stream order. An item seen before in the life of this object is
@@ -96,6 +107,7 @@ class ItemEmbedder:
         Raises:
             ValueError: If there is nothing to embed.
         """
+        vector_format = replace(self.vector_format, precision=precision) if precision else self.vector_format
         setting = self._usable(setting)
         order: list[str] = []
         new = NewEmbeddings(self.store)
@@ -105,7 +117,7 @@ class ItemEmbedder:
         )  # fmt: skip
         if not order:
             raise ValueError("there is nothing to embed: the dataset has no rows")
-        return self.store.take(order)
+        return vector_format(self.store.take(order))
 
     def embed_tables(self, tables: Sequence[Dataset], **kwargs: object) -> np.ndarray:
         """Embed the rows of tables made by `mteb_tasks.columns.to_dataset` that prescribe the same setting.

@@ -17,10 +17,12 @@ from mteb_tasks.foreign_rows import iter_rows, prompt_of
 from mteb_tasks.item_embedder import ItemEmbedder
 from mteb_tasks.metadata import modalities_of, model_meta
 from mteb_tasks.ranking import rank_candidates, tie_order
+from mteb_tasks.vector_format import VectorFormat
 from unime_st.data.images import BadImageError
 from unime_st.encoding import model_fingerprint
 from unime_st.encoding.model_identity import model_state
 from unime_st.files import digest
+from unime_st.losses.quantization import Precision
 from unime_st.model import UniME
 from unime_st.registry import resolve
 
@@ -49,6 +51,8 @@ class UniMELoader(ItemEmbedder):
         device: Device to load the model on; None lets sentence-transformers choose.
         model: A model already in memory.
         cache_folder: As for `ItemEmbedder`.
+        truncate_dim: As of `VectorFormat`; results are filed as an experiment.
+        precision: The same.
         **model_kwargs: Passed on to `unime_st.UniME`.
 
     Example:
@@ -69,12 +73,16 @@ class UniMELoader(ItemEmbedder):
         device: str | None = None,
         model: SentenceTransformer | None = None,
         cache_folder: str | Path | None = None,
+        truncate_dim: int | None = None,
+        precision: Precision | None = None,
         **model_kwargs: Any,
     ) -> None:
+        vector_format = VectorFormat(truncate_dim, precision)
         if model is None:
             model = UniME(str(resolve(model_name.removeprefix("unime/"))), device=device, **model_kwargs)
-        super().__init__(model, cache_folder)
-        self.mteb_model_meta = model_meta(model_name, revision, modalities=modalities_of(model))
+        super().__init__(model, cache_folder, vector_format)
+        fields = {"modalities": modalities_of(model), "experiment_kwargs": vector_format.experiment or None}
+        self.mteb_model_meta = model_meta(model_name, revision, **fields)
         self._corpus: Dataset | None = None
         self._state: object = None
 
@@ -198,7 +206,13 @@ class UniMELoader(ItemEmbedder):
 
 
 def wrap(
-    model: SentenceTransformer, name: str = "unime/local", revision: str | None = None, **fields: Any
+    model: SentenceTransformer,
+    name: str = "unime/local",
+    revision: str | None = None,
+    *,
+    truncate_dim: int | None = None,
+    precision: Precision | None = None,
+    **fields: Any,
 ) -> UniMELoader:
     """Make a SentenceTransformer in memory an mteb model that takes images.
 
@@ -208,6 +222,9 @@ def wrap(
         revision: Revision under which results are filed. Defaults to `model_digest`, so that mteb's cache does not
             take the scores of one model for those of another, or of this one before its weights, adapters or prompts
             were changed.
+        truncate_dim: Leading dimensions of the embeddings to evaluate, normalized again. Defaults to None, all. This and
+            the precision make an experiment of mteb, whose results are kept apart.
+        precision: ``"int8"`` or ``"binary"``, see `VectorFormat`. Defaults to None, float32.
         **fields: Further fields of mteb's ``ModelMeta``.
 
     Returns:
@@ -218,8 +235,10 @@ def wrap(
         >>> wrap(SentenceTransformer("unime-tiny", device="cpu"), "unime/tiny", "1").mteb_model_meta.name
         'unime/tiny'
     """
-    loader = UniMELoader(name, revision, model=model)
-    meta = model_meta(name, revision, **{"modalities": modalities_of(model), **fields})
+    loader = UniMELoader(name, revision, model=model, truncate_dim=truncate_dim, precision=precision)
+    experiment = {**(fields.pop("experiment_kwargs", None) or {}), **loader.vector_format.experiment}
+    fields = {"modalities": modalities_of(model), "experiment_kwargs": experiment or None, **fields}
+    meta = model_meta(name, revision, **fields)
     if revision is None:
         loader.follow_model(meta)
     else:

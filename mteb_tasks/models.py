@@ -6,11 +6,12 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError, safe_open
 
 from mteb_tasks.metadata import model_meta
+from mteb_tasks.vector_format import VectorFormat
 from unime_st.backbones.video_frames import VIDEO_PROCESSORS
 from unime_st.files import digest, file_digests, read_json
 from unime_st.paths import PACKAGED, TINY, home, local_folder
@@ -27,6 +28,8 @@ MODEL_VARIABLE = "UNIME_MODEL"
 RERANKER_VARIABLE = "UNIME_RERANKER"
 ORDER_VARIABLE = "UNIME_PAIR_ORDER"
 ALPHA_VARIABLE = "UNIME_FUSION_ALPHA"
+DIMENSION_VARIABLE = "UNIME_TRUNCATE_DIM"
+PRECISION_VARIABLE = "UNIME_PRECISION"
 CACHE_VARIABLE = "UNIME_EMBEDDING_CACHE"
 LOCAL_MODEL = "unime-local"
 _RELEASES = {
@@ -49,7 +52,9 @@ def load_embedder(name: str, revision: str | None = None, **kwargs: Any) -> UniM
     Args:
         name: ``unime/<alias>``; ``unime/unime-local`` stands for the folder in ``$UNIME_MODEL``.
         revision: Revision under which results are filed.
-        **kwargs: ``device`` and further arguments of the model.
+        **kwargs: ``device``, ``truncate_dim`` and ``precision`` (see `mteb_tasks.vector_format.VectorFormat`) and further
+            arguments of the model. mteb takes the two from the model's description, where ``$UNIME_TRUNCATE_DIM`` and
+            ``$UNIME_PRECISION`` put them.
 
     Returns:
         The model. Embeddings are kept in ``$UNIME_HOME/embeddings`` from run to run, unless
@@ -59,9 +64,11 @@ def load_embedder(name: str, revision: str | None = None, **kwargs: Any) -> UniM
     from unime_st.model import UniME
 
     device = kwargs.pop("device", None)
+    shape: dict[str, Any] = {key: kwargs.pop(key) for key in ("truncate_dim", "precision") if key in kwargs}
     folder = _folder(name.removeprefix("unime/"))
     model = UniME(str(folder), device=device, **kwargs)
-    return UniMELoader(name, revision, model=model, cache_folder=cache_folder(folder, str(model.dtype), kwargs))
+    cache = cache_folder(folder, str(model.dtype), kwargs)  # whole vectors
+    return UniMELoader(name, revision, model=model, cache_folder=cache, **shape)
 
 
 def load_two_stage(name: str, revision: str | None = None, **kwargs: Any) -> TwoStage:
@@ -112,6 +119,18 @@ def _ranking_settings() -> dict[str, str | float]:
     return found
 
 
+def _vector_settings() -> dict[str, object]:
+    """Dimension and precision of the embeddings in the environment.
+
+    Raises:
+        ValueError: If a value is wrong.
+    """
+    dimension, precision = os.environ.get(DIMENSION_VARIABLE), os.environ.get(PRECISION_VARIABLE)
+    if dimension and not dimension.isdecimal():
+        raise ValueError(f"{DIMENSION_VARIABLE} must be a number of dimensions, got {dimension!r}")
+    return VectorFormat(int(dimension) if dimension else None, cast(Any, precision or None)).experiment
+
+
 def cache_folder(folder: Path, dtype: str, settings: dict[str, object]) -> Path | None:
     """Where the embeddings of a model at a setting are kept.
 
@@ -157,15 +176,17 @@ def metas() -> dict[str, ModelMeta]:
         embedders.append(LOCAL_MODEL)
     second = os.environ.get(RERANKER_VARIABLE)
     second_revision = _revision(second or RELEASED_RERANKER)
+    shape = _vector_settings()
     found: dict[str, ModelMeta] = {}
     for alias in embedders:
         revision = _revision(os.environ[MODEL_VARIABLE] if alias == LOCAL_MODEL else alias)
-        found[alias] = model_meta(f"unime/{alias}", revision, loader=load_embedder, **_facts(alias))
+        facts = {**_facts(alias), "experiment_kwargs": shape or None}
+        found[alias] = model_meta(f"unime/{alias}", revision, loader=load_embedder, **facts)
         if alias.startswith("unime-v2") or (alias in (LOCAL_MODEL, TINY) and second):
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
-            meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **_facts(alias))
+            meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **facts)
             # Part of mteb's result key: mteb replaces the model's own description by this one.
-            changed = {"experiment_kwargs": _ranking_settings() or None, "modalities": ["text", "image"]}
+            changed = {"experiment_kwargs": {**shape, **_ranking_settings()} or None, "modalities": ["text", "image"]}
             found[name] = meta.model_copy(update=changed)
     return found
 

@@ -118,7 +118,7 @@ class TwoStage:
             return self._given_meta
         first = self.embedder.mteb_model_meta
         # Part of mteb's result key, so that other settings do not pass for these.
-        settings: dict[str, object] = {"top_k": self.top_k, "method": self.method}
+        settings: dict[str, object] = {**(first.experiment_kwargs or {}), "top_k": self.top_k, "method": self.method}
         settings |= {} if self.method == "pairwise" else {"window": self._window}
         settings |= {} if self._pair_order == "query_first" else {"pair_order": self._pair_order}
         settings |= {} if self.alpha is None else {"alpha": self.alpha}
