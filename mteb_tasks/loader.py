@@ -81,7 +81,8 @@ class UniMELoader(ItemEmbedder):
         if model is None:
             model = UniME(str(resolve(model_name.removeprefix("unime/"))), device=device, **model_kwargs)
         super().__init__(model, cache_folder, vector_format)
-        fields = {"modalities": modalities_of(model), "experiment_kwargs": vector_format.experiment or None}
+        fields: dict[str, Any] = {"modalities": modalities_of(model)}
+        fields["experiment_kwargs"] = vector_format.experiment or None
         self.mteb_model_meta = model_meta(model_name, revision, **fields)
         self._corpus: Dataset | None = None
         self._state: object = None
