@@ -29,12 +29,13 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     Args:
         folder: Output folder.
         size: Key of :data:`SIZES`. Defaults to "mid".
-        pixels: Maximum number of pixels of a processed image. Defaults to 336 x 336.
+        pixels: Maximum number of pixels of a processed image or frame. Defaults to 336 x 336.
         device: Device on which weights are drawn; bfloat16 on CUDA. Defaults to "cpu".
     """
     tiny: Any = SentenceTransformer("unime-tiny", device="cpu")
     processor, config = tiny.processor, tiny.config
-    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": pixels}
+    for media in (processor.image_processor, processor.video_processor):
+        media.size = {"shortest_edge": 56 * 56, "longest_edge": pixels}
     row = SIZES[size]
     heads = row.get("heads", row["hidden"] // 64)
     part = row["hidden"] // heads // 8

@@ -103,6 +103,13 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     return image
 
 
+def paint_object(color: str, shape: str, background: str, corner: tuple[int, int], side: int = SIDE) -> Image.Image:
+    """Draw one large, plain object with its upper left corner at (x, y) in pixels."""
+    image, tile = Image.new("RGB", (side, side), _PAINT[background]), _tile(color, shape, "large", "plain")
+    image.paste(tile, corner, tile)
+    return image
+
+
 def crop_thing(image: Image.Image, thing: Thing) -> Image.Image:
     """Crop the cell of an object from a drawn scene, enlarged to the size of a scene."""
     row, column = thing.cell
