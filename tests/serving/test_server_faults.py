@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -104,9 +105,13 @@ def test_a_killed_replica_loses_no_request(server: ServerProcess, model: UniME) 
         close(vectors(response), expected)
 
 
-def test_shutdown_leaves_no_process(server: ServerProcess) -> None:
+@pytest.mark.parametrize("receiver", ["server", "group"])  # service managers send it to the whole group
+def test_shutdown_leaves_no_process(server: ServerProcess, receiver: str) -> None:
     children = server.children()
     assert len(children) > 4
+    for process in children if receiver == "group" else ():
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     assert server.stop() == 0
     psutil.wait_procs(children, timeout=60)
     assert not [process for process in children if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

@@ -11,11 +11,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from unime_st.serving.settings import ServeSettings
+
+if TYPE_CHECKING:  # Ray takes seconds to import
+    from ray.serve.handle import DeploymentHandle
 
 _NAME = "unime"
 """Name of the application in Ray Serve."""
@@ -30,7 +33,13 @@ _RAY_SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Calls between proxy, gateway and models cost less CPU time over gRPC and on one event loop in each replica.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1),  # the body is bounded before
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 """Environment variables of Ray, for what is not set."""
 
@@ -62,8 +71,11 @@ def run_server(settings: ServeSettings, host: str, port: int, *, verbose: bool =
         raise ImportError("the server needs Ray Serve: pip install 'unime-st[serve]'") from error
     port = _checked_port(host, port)
     _on_signal(_raise_stopped)
+    started: list[psutil.Process] = []
+    gateway: DeploymentHandle | None = None
     try:
-        reason = _start(settings, host, port, verbose=verbose)
+        gateway, reason = _start(settings, host, port, verbose=verbose)
+        started = _ray_processes()
         if reason is not None:
             sys.stderr.write(f"unime serve: {_line(reason)}\n")
             return 1
@@ -75,25 +87,35 @@ def run_server(settings: ServeSettings, host: str, port: int, *, verbose: bool =
     finally:
         _on_signal(signal.SIG_IGN)
         if ray.is_initialized():
-            _shut_down()
+            _shut_down(gateway, started)
     return 0
 
 
-def _shut_down() -> None:
+def _shut_down(gateway: DeploymentHandle | None, started: list[psutil.Process]) -> None:
     """Let running requests finish, and end what was started: the application, and Ray unless it is a cluster's."""
     import ray
     from ray import serve
 
-    with suppress(Exception):  # the gateway may not run yet, or no longer
-        serve.get_app_handle(_NAME).drain.remote(_STOP_SECONDS).result(timeout_s=_STOP_SECONDS + 0.5)
+    if gateway is not None:
+        with suppress(Exception):  # it may not run any longer
+            gateway.drain.remote(_STOP_SECONDS).result(timeout_s=_STOP_SECONDS + 0.5)
     if os.environ.get("RAY_ADDRESS"):
         serve.delete(_NAME)
     else:  # one after the other, as Ray ends them, takes seconds
-        for process in psutil.Process().children(recursive=True):
+        for process in {*started, *_ray_processes()}:
             with suppress(psutil.Error):
-                if process.name().startswith("ray::"):
-                    process.kill()
+                process.kill()
     ray.shutdown()
+
+
+def _ray_processes() -> list[psutil.Process]:
+    """Replicas, proxy and controller: children of Ray's own processes, which a signal to the group ends first."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.name().startswith("ray::"):
+                found.append(process)
+    return found
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
@@ -119,8 +141,12 @@ def _checked_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> str | None:
-    """Start Ray, or join the cluster of ``RAY_ADDRESS``, and the deployments; returns why a model did not load."""
+def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> tuple[DeploymentHandle, str | None]:
+    """Start Ray, or join the cluster of ``RAY_ADDRESS``, and the deployments.
+
+    Returns:
+        tuple[DeploymentHandle, str | None]: The gateway, and why a model did not load.
+    """
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -151,11 +177,10 @@ def _start(settings: ServeSettings, host: str, port: int, *, verbose: bool) -> s
     )
     application = build(settings, graceful_seconds=_STOP_SECONDS)
     try:
-        handle = serve.run(application, name=_NAME, logging_config=quiet)
-        found: str | None = handle.load_error.remote().result()
+        gateway = serve.run(application, name=_NAME, logging_config=quiet)
+        return gateway, gateway.load_error.remote().result()
     except Exception as error:  # Ray raises many kinds, also a bare RuntimeError
         raise OSError(f"the models did not start: {_line(error)}") from error
-    return found
 
 
 def _start_ray(ray_options: dict[str, Any], serve_options: dict[str, Any]) -> None:
