@@ -1,13 +1,14 @@
 """Benchmark of one contrastive training step on photos of many sizes: unime_st against stock Sentence Transformers.
 
     python benchmarks/train_step.py speed [--size mid --batch_size 32 --repeats 3]
+    python benchmarks/train_step.py tiny [--steps 100 --records 2000 --repeats 3]
     python benchmarks/train_step.py memory [--size small --batches 64 512 1024 4096 --stock_batches 64 512 1024]
 
 Both sides have the same random Qwen2-VL with LoRA, the same pairs of a text and a JPEG file and the same mini-batch size,
 and must reach the same loss. The stock side decodes all images of a batch at once. Speed is measured alternately in one
 process. Memory is measured in a separate process for each side and batch size: the peak resident memory, on a GPU the
 device's peak; a batch of one pair shows the share of libraries and model. Results of an earlier call with the same
-settings stay in the table.
+settings stay in the table. ``tiny`` compares whole runs of ``unime in_batch tiny`` instead, see :mod:`tiny_step`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from tiny_step import tiny
 from workloads import SIZES, images, random_qwen2_vl
 
 from unime_st.data.items import Item
@@ -277,11 +279,14 @@ def plot(result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse the command line, measure, save and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory"), help="quantity to measure")
+    parser.add_argument("what", choices=("speed", "memory", "tiny"), help="quantity to measure")
     parser.add_argument("--size", choices=SIZES, help="model size (default: mid for speed, small for memory)")
     parser.add_argument("--batch_size", type=int, default=32, help="speed: pairs in the batch (default: 32)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="speed: timed steps of each side after a warm-up step (default: 3)"
+        "--repeats",
+        type=int,
+        default=3,
+        help="speed: timed steps after a warm-up step; tiny: runs of each side (default: 3)",
     )
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[64, 512, 1024, 4096], help="memory: batch sizes of our side"
@@ -289,17 +294,19 @@ def main() -> None:
     parser.add_argument(
         "--stock_batches", type=int, nargs="*", default=[64, 512, 1024], help="memory: batch sizes of the stock side"
     )
+    parser.add_argument("--steps", type=int, default=100, help="tiny: steps of a run (default: 100)")
+    parser.add_argument("--records", type=int, default=2000, help="tiny: pairs about drawn scenes (default: 2000)")
     parser.add_argument("--mini_batch_size", type=int, default=16, help="items embedded at a time (default: 16)")
     parser.add_argument("--workers", type=int, default=0, help="our processes that decode ahead (default: 0)")
     parser.add_argument("--side", choices=(STOCK, OURS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.size = options.size or {"speed": "mid", "memory": "small"}[options.what]
+    options.size = options.size or {"speed": "mid"}.get(options.what, "small")
     if options.side:
         measure_here(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        (speed if options.what == "speed" else memory)(options, Path(folder))
+        {"speed": speed, "memory": memory, "tiny": tiny}[options.what](options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -103,10 +103,22 @@ def _assert_same(outputs: list[Path], steps: int) -> None:
         assert (weights[1][name] - weight).abs().max() < 1e-5, name
 
 
-STAGES: dict[str, tuple[Callable, type, dict[str, int]]] = {
+STAGES: dict[str, tuple[Callable, type, dict[str, object]]] = {
     "hard_negatives": (train_hard_negatives, HardNegativeArguments, {"mini_batch_size": 3, "num_negatives": 4}),
     # Six items at a time are one row of four: passes of one row are accumulated, five of them in the last step.
     "soft_labels": (train_soft_labels, SoftLabelArguments, {"mini_batch_size": 6, "num_negatives": 2}),
+    "in_batch": (
+        train_in_batch,
+        InBatchArguments,
+        {
+            "mini_batch_size": 3,
+            "gradient_caching": False,
+            "item_cache": 16,
+            "optim": "muon",
+            "lora_rank": 0,
+            "frozen": "visual",
+        },
+    ),
 }
 
 

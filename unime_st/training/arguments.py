@@ -6,16 +6,20 @@ import os
 import warnings
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
+from typing import Literal
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from unime_st.former_names import FormerNames
 from unime_st.options import OptionError, check_options, option, options_of
 from unime_st.training.processes import computes_on_cpu
 
+MUON = "muon"
+"""Value of ``optim`` for :class:`unime_st.training.muon.Muon`; the others are transformers'."""
 LANGUAGE_MODEL_LAYERS = (
     r"^(?!.*(visual|vision|image)).*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
 )
@@ -41,6 +45,7 @@ _DECIDED = {
 
 _NO_PART_OF_RESULT = (
     *("output", "output_dir", "overwrite", "resume", "resume_from_checkpoint", "dry_run", "vision_cache"),
+    "item_cache",
     *("run_name", "project", "report_to", "disable_tqdm", "use_cpu", "full_determinism", "skip_memory_metrics"),
     *("do_train", "do_eval", "do_predict", "local_rank", "log_on_each_node", "debug", "deepspeed"),
     *("logging_", "log_level", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "fsdp", "dataloader_num_workers"),
@@ -93,6 +98,9 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
         None, "Former name of warmup_steps for a fraction of all steps.", at_least=0, below=1
     )
     max_grad_norm: float = option(1.0, "Maximum gradient norm (clipping threshold); 0: no clipping.", at_least=0)
+    optim: OptimizerNames | Literal["muon"] | str = option(
+        "adamw_torch_fused", "Optimizer of transformers, or muon: Muon for linear layers, AdamW for the other weights."
+    )
     lora_rank: int = option(16, "Rank of the LoRA adapter; 0 trains all weights.", at_least=0)
     lora_alpha: int = option(64, "LoRA scale: the update is alpha / rank times B A.", at_least=1)
     lora_dropout: float = option(0.1, "Dropout probability on the adapter's input.", at_least=0, below=1)
@@ -159,8 +167,11 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
         # The stage turns it on when it loads the model; the stock class would warn of the name.
         checkpointing = bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", False))
         self.gradient_checkpointing = None
-        drop_last = self.dataloader_drop_last
+        drop_last, optim = self.dataloader_drop_last, self.optim
+        if optim == MUON:
+            self.optim = OptimizerNames.ADAMW_TORCH  # the stock class knows its own optimizers only
         super().__post_init__()
+        self.optim = optim if optim == MUON else self.optim
         self.gradient_checkpointing = checkpointing
         self.dataloader_drop_last = drop_last  # the stock class sets it on several devices; batches here may be uneven
 
@@ -269,6 +280,14 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         choices=("int8", "binary"),
     )  # fmt: skip
     gather_across_devices: bool = option(True, "In-batch negatives from all devices.")
+    gradient_caching: bool = option(
+        True,
+        "With mini_batch_size or token_budget: embed mini-batches twice, and keep the activations of one at a time.",
+    )
+    item_cache: int = option(
+        0, "Memory for prepared items, kept across steps: token ids, and pixels or (frozen tower) visual tokens; 0: none.",
+        unit="MiB", at_least=0,
+    )  # fmt: skip
     vision_cache: str | None = option(
         None, "Folder that keeps the visual tokens of images; for a frozen vision tower and projector."
     )
@@ -277,6 +296,8 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         super()._check_together()
         if self.token_budget is not None and self.mini_batch_size is not None:
             raise OptionError("mini_batch_size and token_budget exclude each other: leave out one.")
+        if self.item_cache and self.dataloader_num_workers:
+            raise OptionError("item_cache is in the memory of the process that trains: set dataloader_num_workers 0.")
         if self.cluster_pools and (self.sub_batch_size is not None or self.dataset_temperature != 1.0):
             raise OptionError(
                 "cluster_pools decides which rows stand together: leave out sub_batch_size and dataset_temperature."

@@ -23,7 +23,7 @@ from unime_st.encoding.model_inputs import Features
 from unime_st.losses.base import CachedEmbeddingLoss, whole_columns
 from unime_st.losses.quantization import Precision, fake_quantize
 from unime_st.memory import HeapTrimmer
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, open_items
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.mini_batches import MiniBatches
 
@@ -43,12 +43,15 @@ class ItemCollator(SentenceTransformerDataCollator):
             that memory does not grow with the batch. False (default) decodes in the collator, thus in the workers of
             the data loader: for small batches that are embedded in one pass.
         open_item: Converts an item to an input of ``preprocess_fn``. Defaults to decoding it.
+        prepare: Makes the features of items by their positions, in place of ``preprocess_fn`` and ``open_item``.
+            Defaults to None.
     """
 
     records: RecordSet | None = None
     mini_batches: MiniBatches = field(default_factory=lambda: MiniBatches(np.empty(0)))
     lazy: bool = False
     open_item: Callable[[Item], object] = Item.to_input
+    prepare: Callable[[list[int]], Features] | None = None
 
     def __call__(self, features: list[Row]) -> Features:
         """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
@@ -71,8 +74,11 @@ class ItemCollator(SentenceTransformerDataCollator):
         assert self.records is not None
         batch: Features = {}
         for number, group in enumerate(groups):
-            items = [self.records.items.at(int(position)) for position in positions[group]]
-            inputs = self.preprocess_fn([self.open_item(item) for item in items])
+            chosen = positions[group].tolist()
+            if self.prepare is not None:
+                inputs = self.prepare(chosen)
+            else:
+                inputs = self.preprocess_fn(open_items(self.records, chosen, self.open_item))
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
         return batch
 

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.data.items import Item
@@ -28,11 +27,12 @@ from unime_st.training.hard_clusters import hard_clusters, mined_edges
 from unime_st.training.item_tokens import counted_costs, usable_rows
 from unime_st.training.passes import Passes
 from unime_st.training.planning import count_steps, estimate_training, flops_per_token, peak_matmul_flops
+from unime_st.training.prepared_items import PreparedItems
 from unime_st.training.processes import partial_state
 from unime_st.training.run import TrainingStage, shards_weights
 from unime_st.training.trainer import EmbedderTrainer
 from unime_st.training.vision_cache import VisionCache, image_keys, max_cache_bytes
-from unime_st.training.visual_tokens import check_frozen
+from unime_st.training.visual_tokens import check_frozen, is_frozen
 
 IMAGES = "images.npy"
 
@@ -87,7 +87,11 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         row_tokens = tokens[indices].sum(axis=1)
         vision = self._vision_cache(model, tokens, pixels, indices)
         preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (model.preprocess, Item.to_input)
-        feed = Feed(self.records, preprocess, args.dataloader_num_workers, open_item)
+        kept: PreparedItems | None = None
+        if args.item_cache:
+            used, size = np.unique(indices).tolist(), args.item_cache << 20
+            kept = PreparedItems(model, self.records, preprocess, size, used, dtype, open_item)
+        feed = Feed(self.records, preprocess, args.dataloader_num_workers, open_item, kept)
         passes = Passes.of(
             args, model, feed, indices, tokens, None if vision else pixels, in_batch=in_batch, resumes=self.resumes
         )
@@ -106,7 +110,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             mini_batch=passes.description,
             vision_cache=str(vision) if vision else self._vision_cache_size(model, indices, tokens),
         )
-        tower = _frozen_tower_cache(model, self.args) if passes.cached and vision is None else None
+        tower = FrozenTowerCache(model, dtype) if passes.cached and vision is None and is_frozen(model) else None
         gathers = in_batch and args.gather_across_devices
         self.fit(
             model,
@@ -124,6 +128,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
                 mini_batches=passes.mini_batches,
                 lazy=passes.cached,
                 open_item=open_item,
+                prepare=kept,
             ),
             plan,
             rows_per_pass=passes.rows,
@@ -196,10 +201,3 @@ def _check_dimensions(model: UniME, dims: list[int] | None) -> None:
     for dim in dims or ():
         if not 0 < dim <= width:
             raise ValueError(f"matryoshka_dims must be between 1 and the embedding dimension {width}, got {dim}.")
-
-
-def _frozen_tower_cache(model: BaseModel, args: TrainArguments) -> FrozenTowerCache | None:
-    try:
-        return FrozenTowerCache(model, computation_dtype(args))
-    except ValueError:  # a vision tower that is trained, or of another kind, is run in both passes
-        return None

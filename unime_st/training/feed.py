@@ -19,25 +19,37 @@ from unime_st.encoding.model_inputs import Features
 _PREFETCH = 2  # mini-batches that each worker keeps ready
 
 
-class _Processed(Dataset):
+def open_items(
+    records: ItemFolder, positions: Sequence[int], open_item: Callable[[Item], object] = Item.to_input
+) -> list[object]:
+    """Inputs of ``preprocess`` for the items at these positions; a BadImageError names the item."""
+    inputs = []
+    for position in positions:
+        item = records.items.at(int(position))
+        try:
+            inputs.append(open_item(item))
+        except BadImageError as error:
+            raise BadImageError(f"{records.folder}, item {item.id} (stored as {position}): {error}") from error
+    return inputs
+
+
+def _features(
+    records: ItemFolder,
+    preprocess: Callable[[list[Any]], Features],
+    open_item: Callable[[Item], object],
+    positions: list[int],
+) -> Features:
+    return preprocess(open_items(records, positions, open_item))
+
+
+class _MiniBatches(Dataset):
     """Dataset of mini-batches: features by the positions of the items."""
 
-    def __init__(
-        self, records: ItemFolder, preprocess: Callable[[list[Any]], Features], open_item: Callable[[Item], object]
-    ) -> None:
-        self.records, self.preprocess, self.open_item = records, preprocess, open_item
+    def __init__(self, prepare: Callable[[list[int]], Features]) -> None:
+        self.prepare = prepare
 
     def __getitems__(self, positions: list[int]) -> Features:
-        inputs = []
-        for position in positions:
-            item = self.records.items.at(position)
-            try:
-                inputs.append(self.open_item(item))
-            except BadImageError as error:
-                raise BadImageError(
-                    f"{self.records.folder}, item {item.id} (stored as {position}): {error}"
-                ) from error
-        return self.preprocess(inputs)
+        return self.prepare(positions)
 
 
 def _unchanged(features: Any) -> Features:
@@ -52,6 +64,8 @@ class Feed:
         preprocess: ``model.preprocess``.
         workers: Processes that decode ahead of the model. Defaults to 0: decode when asked.
         open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
+        prepare: Makes the features of items by their positions, in place of ``preprocess`` and ``open_item``; see
+            :class:`~unime_st.training.prepared_items.PreparedItems`. Defaults to None.
 
     Example:
         >>> import tempfile
@@ -71,8 +85,9 @@ class Feed:
         preprocess: Callable[[list[Any]], Features],
         workers: int = 0,
         open_item: Callable[[Item], object] = Item.to_input,
+        prepare: Callable[[list[int]], Features] | None = None,
     ) -> None:
-        self._dataset = _Processed(records, preprocess, open_item)
+        self._dataset = _MiniBatches(prepare or partial(_features, records, preprocess, open_item))
         self._mini_batches: list[list[int]] = []
         self._workers = workers
         self._loader: DataLoader | None = None

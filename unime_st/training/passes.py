@@ -67,9 +67,11 @@ class Passes:
         rows = args.per_device_train_batch_size
         if not in_batch:
             rows = _rows_per_pass(args, budget, tokens[indices].sum(axis=1), indices.shape[1])
-        cached = in_batch and (budget or args.mini_batch_size) is not None
+        split = in_batch and (budget or args.mini_batch_size) is not None
+        cached = split and args.gradient_caching
         size = f"{budget:,} tokens" if budget else f"{args.mini_batch_size} items"
-        words = f"{size} at a time, gradients cached" if cached else "the whole batch in one pass"
+        how = "gradients cached" if cached else "the activations of all kept"
+        words = f"{size} at a time, {how}" if split else "the whole batch in one pass"
         if not in_batch:
             words = f"{rows} rows at a time, accumulated to {args.per_device_train_batch_size}: one forward pass"
         mini_batches = cut(size=args.mini_batch_size if in_batch else None, budget=budget)

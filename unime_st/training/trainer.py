@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
@@ -19,11 +20,14 @@ from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.cross_encoder import CrossEncoderTrainer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from unime_st.encoding.model_inputs import Features
 from unime_st.training.adapters import load_adapter_weights
+from unime_st.training.arguments import MUON
 from unime_st.training.batches import RowBatches
 from unime_st.training.distinct_items import COLUMNS
+from unime_st.training.muon import Muon, muon_groups
 from unime_st.training.resume import seal_checkpoint
 
 
@@ -172,6 +176,21 @@ class ReportingTrainer(BaseTrainer):
         card: Any = self.model.model_card_data
         card.set_best_model_step(int(best.rsplit("-", 1)[1]))
         self._load_from_checkpoint(best)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """Optimizer and its groups of parameters by the options; ``optim: muon`` is ours."""
+        if args.optim != MUON:
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "optim muon needs whole matrices, which FSDP and DeepSpeed split: use adamw_torch, or DDP."
+            )
+        stock = copy.copy(args)
+        stock.optim = OptimizerNames.ADAMW_TORCH
+        _, options = super().get_optimizer_cls_and_kwargs(stock, model)
+        loss: Any = self.loss
+        known = {name: options[name] for name in ("lr", "betas", "eps") if name in options}
+        return Muon, {**known, "optimizer_dict": muon_groups(loss, options["optimizer_dict"])}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Features], Tensor | int | None]:
         """Fetch the batches of a step, and compute the weight of each."""

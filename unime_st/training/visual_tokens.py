@@ -17,6 +17,8 @@ from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
 """Feature with the visual tokens of a mini-batch: those of the input layer, then those that enter inner layers."""
+ROTARY_POSITIONS = "rotary_positions"
+"""Feature with the position ids of multimodal rotary embeddings, ``(rows, 3, tokens)``: rows first, to be split."""
 
 VIDEO_TOKENS = "video_tokens"
 """The same for its videos."""
@@ -51,6 +53,15 @@ def check_frozen(model: BaseModel) -> None:
             raise ValueError(f"vision_cache needs a vision tower without dropout, but {name} has some: leave it out.")
 
 
+def is_frozen(model: BaseModel) -> bool:
+    """Whether :func:`check_frozen` finds nothing."""
+    try:
+        check_frozen(model)
+    except ValueError:  # a vision tower that is trained, or of another kind
+        return False
+    return True
+
+
 def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence[torch.Tensor]]:
     """Run the vision tower and the projector.
 
@@ -66,14 +77,19 @@ def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence
 
 
 def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...] | None:
-    """Forward pre-hook of a model: hand visual tokens on under transformers' name for them.
+    """Forward pre-hook of a model: hand visual tokens and positions on under transformers' names for them.
 
     The frames of videos beside stored visual tokens of images pass the vision tower here, because a model takes either
     pixels or visual tokens.
     """
-    if not args[0].keys() & {VISUAL_TOKENS, VIDEO_TOKENS}:
+    if not args[0].keys() & {VISUAL_TOKENS, VIDEO_TOKENS, ROTARY_POSITIONS}:
         return None
-    features = with_video_tokens(module, dict(args[0]))  # type: ignore[arg-type]
+    features = dict(args[0])
+    if ROTARY_POSITIONS in features:
+        features["position_ids"] = features.pop(ROTARY_POSITIONS).transpose(0, 1)
+    if not features.keys() & {VISUAL_TOKENS, VIDEO_TOKENS}:
+        return features, *args[1:]
+    features = with_video_tokens(module, features)  # type: ignore[arg-type]
     outputs: dict[str, object] = {}
     if VISUAL_TOKENS in features:
         tokens, *inner = features.pop(VISUAL_TOKENS)

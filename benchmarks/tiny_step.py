@@ -1,0 +1,101 @@
+"""Cost of a training step of `unime-tiny`: former options against today's, see `python benchmarks/train_step.py tiny`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+import yaml
+
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import training_records
+from unime_st.stages import InBatchArguments, train_in_batch
+from unime_st.stages.configs import find_config
+
+FORMER, ANEW, TODAY = "LoRA, AdamW, items prepared anew", "today's weights and optimizer, items prepared anew", "today"
+_ENGINE: dict[str, Any] = {"item_cache": 0, "gradient_caching": True}
+_FORMER: dict[str, Any] = {
+    **_ENGINE, "mini_batch_size": 32, "optim": "adamw_torch_fused", "learning_rate": 4e-3, "lora_rank": 16,
+    "lora_alpha": 64, "lora_dropout": 0.0, "frozen": None,
+}  # fmt: skip
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Options of each side; the last two train the same and must have the same losses."""
+    today = yaml.safe_load(find_config("tiny", "in_batch").read_text(encoding="utf-8"))
+    return {FORMER: {**today, **_FORMER}, ANEW: {**today, **_ENGINE, "mini_batch_size": 32}, TODAY: today}
+
+
+def tiny(options: argparse.Namespace, work: Path) -> None:
+    """Run the stage with the options of each side in turn; report seconds of a step and losses."""
+    data = RecordSet.write(work / "records", training_records(options.records, seed=0), {}).folder
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in variants()}
+    for repeat in range(options.repeats):
+        for side, chosen in variants().items():
+            output = work / f"{len(runs[side])}-{list(runs).index(side)}"
+            runs[side].append(_run(str(data), output, {**chosen, "max_steps": options.steps}))
+            sys.stderr.write(f"{repeat + 1}, {side}: {runs[side][-1]['step']:.3f} s a step\n")
+    curves = {side: found[0]["losses"] for side, found in runs.items()}
+    unlike = max(abs(a / b - 1) for a, b in zip(curves[ANEW][:10], curves[TODAY][:10]))
+    if unlike > 1e-5:
+        raise RuntimeError(
+            f"the losses of ten steps differ by {unlike:.1e}: {curves[ANEW][:10]}, {curves[TODAY][:10]}"
+        )
+    result = {
+        "name": "train_step_tiny",
+        "machine": harness.machine(),
+        "options": variants(),
+        "steps": options.steps,
+        "records": options.records,
+        "runs": runs,
+    }
+    text = _table(result)
+    harness.save(result, text)
+    sys.stdout.write(text)
+
+
+def _run(data: str, output: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Run the stage; a step's seconds are those of the loop, the whole ones with loading, estimate and saving."""
+    options = {**chosen, "data": data, "output": str(output), "logging_steps": 1}
+    wall, cpu = time.perf_counter(), time.process_time()
+    train_in_batch(InBatchArguments(**options))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    rows, steps = chosen["per_device_train_batch_size"], chosen["max_steps"]
+    return {
+        "step": statistics.fmean(rows / line["examples_per_second"] for line in lines),
+        "whole_per_step": wall / steps,
+        "cpu_per_step": cpu / steps,
+        "losses": [line["loss"] for line in lines],
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        harness.where(result),
+        "",
+        "| options | s a step | times cheaper | whole stage, s a step | times cheaper | CPU s a step | loss of step 1 | 10 | "
+        "last ten |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    medians = {
+        side: {
+            name: statistics.median(run[name] for run in runs) for name in ("step", "whole_per_step", "cpu_per_step")
+        }
+        for side, runs in result["runs"].items()
+    }
+    base = medians[FORMER]
+    for side, found in medians.items():
+        losses = result["runs"][side][0]["losses"]
+        lines.append(
+            f"| {side} | {found['step']:.3f} | {base['step'] / found['step']:.2f} | {found['whole_per_step']:.3f} | "
+            f"{base['whole_per_step'] / found['whole_per_step']:.2f} | {found['cpu_per_step']:.3f} | {losses[0]:.5f} | "
+            f"{losses[min(9, len(losses) - 1)]:.5f} | {statistics.fmean(losses[-10:]):.4f} |"
+        )
+    return "\n".join(lines) + "\n"

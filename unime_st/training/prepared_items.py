@@ -1,0 +1,235 @@
+"""Prepared items: token ids, positions and pixels or visual tokens of items, kept across steps and epochs."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from sentence_transformers.base.model import BaseModel
+from torch.distributed.tensor import DTensor
+
+from unime_st.data.items import Item
+from unime_st.data.records import ItemFolder
+from unime_st.encoding.model_inputs import Features
+from unime_st.training.feed import open_items
+from unime_st.training.visual_tokens import (
+    ROTARY_POSITIONS,
+    VISUAL_TOKENS,
+    autocast,
+    backbone,
+    compute_visual_tokens,
+    inject_visual_tokens,
+    is_frozen,
+)
+
+logger = logging.getLogger(__name__)
+_BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_BY_IMAGE = ("pixel_values", "image_grid_thw", "image_sizes")
+_IMAGE_COUNTS = ("num_images_per_sample", "batch_num_images")
+_KNOWN = {*_BY_TOKEN, *_BY_IMAGE, *_IMAGE_COUNTS, VISUAL_TOKENS, "modality"}
+_PROBES = 8  # items whose batch is compared with that of the model
+Row = dict[str, Any]
+"""Features of one item: tensors ``(1, tokens)``, ``(images, ...)``, ``(1, 3, tokens)``; visual tokens as lists."""
+
+
+class PreparedItems:
+    """Makes the features of ``preprocess`` for mini-batches of stored items, each item prepared once.
+
+    Decoding, image processing, the chat template and tokenization depend on the item alone. So do the rotary positions
+    of Qwen's families and, where vision tower and projector are frozen, the visual tokens, which are kept in place of
+    pixels. Items are kept in the order in which they come, until ``max_bytes`` are full; the others are prepared every
+    time.
+
+    Args:
+        model: The model that is trained.
+        records: Record folder of the items.
+        preprocess: ``model.preprocess``, or that of a :class:`~unime_st.training.vision_cache.VisionCache`.
+        max_bytes: Memory of the kept items in this process.
+        positions: Positions of the items in use, some of which are tried. None (default): all.
+        dtype: The dtype that autocast computes in. Defaults to float32.
+        open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
+
+    Attributes:
+        usable: Single items, put together, give the batch that ``preprocess`` gives. Otherwise nothing is kept.
+        prepared: Items prepared so far; one that is not kept counts each time.
+
+    Example:
+        >>> import tempfile
+        >>> from unime_st import Item, UniME
+        >>> from unime_st.data import PairRecord, RecordSet
+        >>> from unime_st.training.prepared_items import PreparedItems
+        >>> pair = PairRecord(Item("a red square"), Item("the square is red"))
+        >>> records, model = RecordSet.write(tempfile.mkdtemp(), [pair], {}), UniME("unime-tiny")
+        >>> items = PreparedItems(model, records, model.preprocess, max_bytes=1 << 20)
+        >>> items([0, 1])["input_ids"].shape[0], items([1])["input_ids"].shape[0], items.prepared
+        (2, 1, 2)
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        records: ItemFolder,
+        preprocess: Callable[[list[Any]], Features],
+        max_bytes: int,
+        positions: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        open_item: Callable[[Item], object] = Item.to_input,
+    ) -> None:
+        self._model, self._records, self._preprocess, self._open_item = model, records, preprocess, open_item
+        self.max_bytes, self._dtype = max_bytes, dtype
+        self._kept: dict[int, Row] = {}
+        self.nbytes = self.prepared = 0
+        self._frozen = is_frozen(model)
+        self.usable = self._same_as_preprocess(range(len(records.items)) if positions is None else positions)
+        if not self.usable:
+            logger.info("item_cache: this model's batches are not made of single items; nothing is kept.")
+        model.register_forward_pre_hook(inject_visual_tokens)
+
+    def __call__(self, positions: Sequence[int]) -> Features:
+        """Features of the items at these positions, as one mini-batch.
+
+        Raises:
+            BadImageError: If an image cannot be decoded; the message names the item.
+        """
+        missing = [position for position in dict.fromkeys(positions) if position not in self._kept]
+        fresh = dict(zip(missing, self._prepare(missing))) if self.usable else {}
+        if not self.usable:
+            return self._preprocess(open_items(self._records, positions, self._open_item))
+        for position, row in fresh.items():
+            size = sum(tensor.nbytes for value in row.values() for tensor in _tensors(value))
+            if self.nbytes + size <= self.max_bytes:
+                self.nbytes += size
+                self._kept[position] = row
+        return self._merged([fresh[p] if p in fresh else self._kept[p] for p in positions])
+
+    def _same_as_preprocess(self, positions: Sequence[int]) -> bool:
+        """Whether a few items, with images and without, make the batch alone that they make cut out of a larger one."""
+        found: dict[bool, list[int]] = {True: [], False: []}
+        for position in positions[: 64 * _PROBES]:
+            kind = found[self._records.items.at(int(position)).image is None]
+            if len(kind) < _PROBES // 2:
+                kind.append(int(position))
+        probes = found[True] + found[False]
+        rows = self._rows(probes)
+        if rows is None:
+            return False
+        expected = self._preprocess(open_items(self._records, probes[::2], self._open_item))
+        made = self._merged(rows[::2])
+        return made.keys() == expected.keys() and all(_equal(made[name], expected[name]) for name in expected)
+
+    def _rows(self, positions: list[int]) -> list[Row] | None:
+        """Features of each item; None if they cannot be cut out of those of a batch."""
+        batch = self._preprocess(open_items(self._records, positions, self._open_item))
+        # LLaVA's processors pad the crops of a batch to the most that an image has.
+        if not batch.keys() <= _KNOWN or ("pixel_values" in batch and "image_grid_thw" not in batch):
+            return None
+        rows: list[Row] = [{} for _ in positions]
+        images = [self._records.items.at(position).image is not None for position in positions]
+        with_image = [row for row, image in zip(rows, images) if image]
+        for name, value in batch.items():
+            owners, parts = rows, [value] * len(rows)
+            if name in _BY_TOKEN:
+                parts = [tokens[mask.bool()][None] for tokens, mask in zip(value, batch["attention_mask"])]
+            elif name in _IMAGE_COUNTS:
+                parts = value.split(1)
+            elif name == "pixel_values":
+                owners, parts = with_image, value.split(batch["image_grid_thw"].prod(dim=1).tolist())
+            elif name in _BY_IMAGE:
+                owners, parts = with_image, value.split(1)
+            elif name == VISUAL_TOKENS:
+                ids = batch["input_ids"] == backbone(self._model).config.image_token_id
+                counts = ids.sum(dim=1)[torch.tensor(images)].tolist()
+                owners, parts = with_image, list(zip(*(layer.split(counts) for layer in value)))
+            if len(parts) != len(owners):
+                return None
+            for row, part in zip(owners, parts):
+                row[name] = list(part) if name == VISUAL_TOKENS else part
+        return rows
+
+    def _prepare(self, positions: list[int]) -> list[Row]:
+        if not positions:
+            return []
+        rows = self._rows(positions)
+        if rows is None:
+            self.usable = False
+            self._kept.clear()
+            return []
+        self.prepared += len(positions)
+        batch = self._merged(rows)
+        self._add_positions(rows, batch)
+        if self._frozen and "pixel_values" in batch and not isinstance(next(self._model.parameters()), DTensor):
+            self._replace_pixels(rows, batch)
+        # Copies do not keep the tensor of the whole mini-batch alive of which they are parts.
+        return [{name: _copied(value) for name, value in row.items()} for row in rows]
+
+    def _add_positions(self, rows: list[Row], batch: Features) -> None:
+        base = backbone(self._model)
+        if not hasattr(base, "get_rope_index") or "mm_token_type_ids" not in batch:
+            return
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        found = base.get_rope_index(**{name: batch[name] for name in names if name in batch})[0]
+        for number, row in enumerate(rows):
+            row[ROTARY_POSITIONS] = found[:, number, batch["attention_mask"][number].bool()][None]
+
+    def _replace_pixels(self, rows: list[Row], batch: Features) -> None:
+        with torch.no_grad(), autocast(self._model, self._dtype):
+            layers = compute_visual_tokens(self._model, send_to_device(batch, self._model.device))
+        image = 0
+        for row in rows:
+            if "pixel_values" in row:
+                del row["pixel_values"]
+                images = range(image, image + len(row["image_grid_thw"]))
+                row[VISUAL_TOKENS] = [torch.cat([layer[i] for i in images]).cpu() for layer in layers]
+                image = images.stop
+
+    def _merged(self, rows: Sequence[Row]) -> Features:
+        """Put items together as ``preprocess`` does: padded to the longest, images one after the other."""
+        by_name: dict[str, list[Any]] = defaultdict(list)
+        for row in rows:
+            for name, value in row.items():
+                by_name[name].append(value)
+        width = max(row["input_ids"].shape[1] for row in rows)
+        merged: Features = {}
+        for name, values in by_name.items():
+            if name in _BY_TOKEN or name == ROTARY_POSITIONS:
+                merged[name] = self._padded(name, values, width)
+            elif name == VISUAL_TOKENS:
+                merged[name] = [torch.cat(layer) for layer in zip(*values)]
+            elif name in _IMAGE_COUNTS:
+                none = torch.zeros_like(values[0])
+                merged[name] = torch.cat([row.get(name, none) for row in rows])
+            else:
+                merged[name] = torch.cat(values) if name in _BY_IMAGE else values[0]
+        return merged
+
+    def _padded(self, name: str, values: list[torch.Tensor], width: int) -> torch.Tensor:
+        fill = self._model.tokenizer.pad_token_id if name == "input_ids" else int(name == ROTARY_POSITIONS)
+        padded = values[0].new_full((len(values), *values[0].shape[1:-1], width), fill)
+        left = self._model.tokenizer.padding_side == "left"
+        for row, value in zip(padded, values):
+            length = value.shape[-1]
+            row[..., width - length if left else 0 : width if left else length] = value[0]
+        return padded
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    parts = value if isinstance(value, list) else [value]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def _copied(value: object) -> object:
+    if isinstance(value, list):
+        return [part.clone() for part in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _equal(made: object, expected: object) -> bool:
+    if isinstance(made, list) and isinstance(expected, list):
+        return len(made) == len(expected) and all(map(_equal, made, expected))
+    if isinstance(made, torch.Tensor) and isinstance(expected, torch.Tensor):
+        return torch.equal(made, expected)
+    return bool(made == expected)
