@@ -19,9 +19,9 @@ from unime_st.stages import InBatchArguments, train_in_batch
 from unime_st.stages.configs import find_config
 
 FORMER, ANEW, TODAY = "LoRA, AdamW, items prepared anew", "today's weights and optimizer, items prepared anew", "today"
-_ENGINE: dict[str, Any] = {"item_cache": 0, "gradient_caching": True}
+_ENGINE: dict[str, Any] = {"item_cache": 0, "gradient_caching": True, "mini_batch_size": 32, "token_budget": None}
 _FORMER: dict[str, Any] = {
-    **_ENGINE, "mini_batch_size": 32, "optim": "adamw_torch_fused", "learning_rate": 4e-3, "lora_rank": 16,
+    **_ENGINE, "optim": "adamw_torch_fused", "learning_rate": 4e-3, "lora_rank": 16,
     "lora_alpha": 64, "lora_dropout": 0.0, "frozen": None,
 }  # fmt: skip
 
@@ -29,7 +29,7 @@ _FORMER: dict[str, Any] = {
 def variants() -> dict[str, dict[str, Any]]:
     """Options of each side; the last two train the same and must have the same losses."""
     today = yaml.safe_load(find_config("tiny", "in_batch").read_text(encoding="utf-8"))
-    return {FORMER: {**today, **_FORMER}, ANEW: {**today, **_ENGINE, "mini_batch_size": 32}, TODAY: today}
+    return {FORMER: {**today, **_FORMER}, ANEW: {**today, **_ENGINE}, TODAY: today}
 
 
 def tiny(options: argparse.Namespace, work: Path) -> None:

@@ -107,11 +107,12 @@ STAGES: dict[str, tuple[Callable, type, dict[str, object]]] = {
     "hard_negatives": (train_hard_negatives, HardNegativeArguments, {"mini_batch_size": 3, "num_negatives": 4}),
     # Six items at a time are one row of four: passes of one row are accumulated, five of them in the last step.
     "soft_labels": (train_soft_labels, SoftLabelArguments, {"mini_batch_size": 6, "num_negatives": 2}),
-    "in_batch": (
-        train_in_batch,
-        InBatchArguments,
+    "hard_negatives, small model": (
+        train_hard_negatives,
+        HardNegativeArguments,
         {
             "mini_batch_size": 3,
+            "num_negatives": 4,
             "gradient_caching": False,
             "item_cache": 16,
             "optim": "muon",
@@ -122,9 +123,9 @@ STAGES: dict[str, tuple[Callable, type, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_two_processes_train_as_one(data: str, tmp_path: Path, script: str) -> None:
-    train, kind, own = STAGES[script]
+@pytest.mark.parametrize("name", STAGES)
+def test_two_processes_train_as_one(data: str, tmp_path: Path, name: str) -> None:
+    (train, kind, own), script = STAGES[name], name.partition(",")[0]
     common = {
         "data": data,
         "learning_rate": 1e-3,

@@ -151,9 +151,11 @@ def test_memory_stays_within_the_bound(records: RecordSet) -> None:
     assert half.prepared < nothing.prepared == 2 * count and everything.prepared == count
 
 
-def test_workers_of_their_own_are_refused() -> None:
+def test_options_that_cannot_work_are_refused() -> None:
     with pytest.raises(OptionError, match="dataloader_num_workers 0"):
         stages.InBatchArguments(item_cache=1, dataloader_num_workers=2)
+    with pytest.raises(OptionError, match="set token_budget or mini_batch_size"):
+        stages.InBatchArguments(gradient_caching=False)
 
 
 @pytest.fixture(scope="module")

@@ -296,6 +296,11 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         super()._check_together()
         if self.token_budget is not None and self.mini_batch_size is not None:
             raise OptionError("mini_batch_size and token_budget exclude each other: leave out one.")
+        if not self.gradient_caching and self.token_budget is None and self.mini_batch_size is None:
+            raise OptionError(
+                "gradient_caching has no effect without mini-batches: set token_budget or mini_batch_size, or leave out "
+                "gradient_caching."
+            )
         if self.item_cache and self.dataloader_num_workers:
             raise OptionError("item_cache is in the memory of the process that trains: set dataloader_num_workers 0.")
         if self.cluster_pools and (self.sub_batch_size is not None or self.dataset_temperature != 1.0):
