@@ -177,20 +177,21 @@ class ReportingTrainer(BaseTrainer):
         card.set_best_model_step(int(best.rsplit("-", 1)[1]))
         self._load_from_checkpoint(best)
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
-        """Optimizer and its groups of parameters by the options; ``optim: muon`` is ours."""
-        if args.optim != MUON:
-            return super().get_optimizer_cls_and_kwargs(args, model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "optim muon needs whole matrices, which FSDP and DeepSpeed split: use adamw_torch, or DDP."
-            )
-        stock = copy.copy(args)
-        stock.optim = OptimizerNames.ADAMW_TORCH
-        _, options = super().get_optimizer_cls_and_kwargs(stock, model)
-        loss: Any = self.loss
-        known = {name: options[name] for name in ("lr", "betas", "eps") if name in options}
-        return Muon, {**known, "optimizer_dict": muon_groups(loss, options["optimizer_dict"])}
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer that the options name; ``optim: muon`` is ours, with the groups of the stock AdamW."""
+        if self.args.optim == MUON and self.optimizer is None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "optim muon needs whole matrices, which FSDP and DeepSpeed split: use adamw_torch, or DDP."
+                )
+            stock = copy.copy(self.args)
+            stock.optim = OptimizerNames.ADAMW_TORCH
+            _, options = self.get_optimizer_cls_and_kwargs(stock, model)
+            loss: Any = self.loss
+            groups = muon_groups(loss, options["optimizer_dict"])
+            self.optimizer = Muon(groups, options["lr"], options["betas"], options["eps"])
+        created: torch.optim.Optimizer = super().create_optimizer(model)
+        return created
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Features], Tensor | int | None]:
         """Fetch the batches of a step, and compute the weight of each."""
