@@ -302,7 +302,9 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
                 "gradient_caching."
             )
         if self.item_cache and self.dataloader_num_workers:
-            raise OptionError("item_cache is in the memory of the process that trains: set dataloader_num_workers 0.")
+            raise OptionError(
+                "item_cache is in the memory of the process that trains: set dataloader_num_workers 0, or item_cache 0."
+            )
         if self.cluster_pools and (self.sub_batch_size is not None or self.dataset_temperature != 1.0):
             raise OptionError(
                 "cluster_pools decides which rows stand together: leave out sub_batch_size and dataset_temperature."
