@@ -243,7 +243,9 @@ def _hyphenated(word: str) -> str:
 
 def _names_models(words: Sequence[str]) -> bool:
     """Whether words are ``merge MODEL MODEL ...``; with a configuration or options alone, `merge` is a stage."""
-    return words[:1] == ["merge"] and len(words) > 2 and not any(word.startswith("-") for word in words[1:3])
+    if words[:1] != ["merge"] or not words[1:] or words[1].startswith("-"):
+        return False
+    return not words[1].endswith((".yaml", ".yml")) and f"merge/{words[1].removeprefix('merge/')}" not in configs()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

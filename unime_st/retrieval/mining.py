@@ -135,8 +135,8 @@ def mine(
         unreadable candidates are left out. A finished output with the same options is returned as it is.
 
     Raises:
-        ValueError: If an option is invalid, the model computes vectors that are not finite in float16, or its
-            similarity function is neither cosine nor dot.
+        ValueError: If an option is invalid, the model takes no images and an item has one, it computes vectors that are
+            not finite in float16, or its similarity function is neither cosine nor dot.
         StageConflictError: If the output or the vectors were made with other inputs or options and ``overwrite`` is
             False.
 
@@ -165,6 +165,11 @@ def mine(
         isinstance(max_similarity, (bool, str)) or not np.isfinite(max_similarity)
     ):
         raise ValueError(f"max_similarity must be 'positive', a number or None, got {max_similarity!r}")
+    if "image" not in model.modalities and any("image" in item.modality for item in records.items):
+        raise ValueError(
+            f"the model takes {' and '.join(model.modalities)} only, but items of {records.folder} have images: choose a "
+            "model that takes them"
+        )
     options = {
         "model": model_fingerprint(model),
         "prompt": resolve_prompt(model, None),
