@@ -30,7 +30,7 @@ def test_convert_and_verify(
     capsys.readouterr()
     assert main(["verify", "unime-v2-2b", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
-    assert table.count("ok  ") == 9
+    assert table.count("ok  ") == 10  # videos included
     assert "FAILED" not in table
     (tmp_path / "home" / "models" / "unime-v2-2b" / "chat_template.jinja").write_text(
         "{{ messages[0].content[0].text }}"
