@@ -167,7 +167,7 @@ def mine(
         raise ValueError(f"max_similarity must be 'positive', a number or None, got {max_similarity!r}")
     if "image" not in model.modalities and any("image" in item.modality for item in records.items):
         raise ValueError(
-            f"the model takes {' and '.join(model.modalities)} only, but items of {records.folder} have images: choose a "
+            f"the model takes {' and '.join(map(str, model.modalities))} only, but items of {records.folder} have images: choose a "
             "model that takes them"
         )
     options = {
