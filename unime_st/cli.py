@@ -125,7 +125,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example: unime merge runs/a runs/b --weights 0.7 0.3 --output runs/merged"
+    parser.epilog = (
+        "example: unime merge runs/a runs/b --weights 0.7 0.3 --output runs/merged. "
+        "It is a stage, too: unime merge CONFIG [--option value ...]."
+    )
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="alias or folder of a model or adapter, two or more"
     )
@@ -242,9 +245,9 @@ def _hyphenated(word: str) -> str:
 
 
 def _names_models(words: Sequence[str]) -> bool:
-    """Whether words are ``merge MODEL MODEL ...``; with a configuration or options alone, `merge` is a stage."""
+    """Whether words are ``merge MODEL MODEL ...`` or ask for its help; with a configuration, `merge` is a stage."""
     if words[:1] != ["merge"] or not words[1:] or words[1].startswith("-"):
-        return False
+        return words[1:] in (["-h"], ["--help"])
     return not words[1].endswith((".yaml", ".yml")) and f"merge/{words[1].removeprefix('merge/')}" not in configs()
 
 
@@ -276,9 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         command.arguments(sub)
-    for stage in [
-        stage for stage in STAGES if stage not in COMMANDS
-    ]:  # for the help; their words are read by run_stage
+    for stage in (name for name in STAGES if name not in COMMANDS):  # for the help; run_stage reads their words
         title = docstring(f"unime_st.stages.{stage}").splitlines()[0]
         commands.add_parser("import" if stage == _STAGE_OF["import"] else stage, help=f"stage: {title}")
     options = parser.parse_args([_hyphenated(word) for word in words])

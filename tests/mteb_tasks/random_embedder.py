@@ -17,6 +17,6 @@ class MockSentenceTransformer(SentenceTransformer):
         self.model_card_data.model_name = "mock/MockSentenceTransformer"
         self.model_card_data.base_model_revision = "1"
 
-    def encode(self, inputs: Sequence[object], **kwargs: object) -> np.ndarray:
+    def encode(self, inputs: Sequence[object], **kwargs: object) -> np.ndarray:  # type: ignore[override]
         """Vectors of shape (num_inputs, 10); their seed is the one whose scores mteb's tests expect."""
         return np.random.RandomState(42).randn(len(inputs), 10)

@@ -49,9 +49,10 @@ class Probe:
 
     def run(self, model: SentenceTransformer | CrossEncoder, image: Image.Image) -> np.ndarray:
         """Vector of the input, or score of the pair, as an array of one dimension; from an embedder or a reranker."""
-        if isinstance(model, CrossEncoder):
-            return np.atleast_1d(model.predict([(self.query, self.value(image))], show_progress_bar=False))
-        return np.asarray(model.encode([self.value(image)], prompt_name=self.prompt_name, show_progress_bar=False)[0])
+        if isinstance(model, SentenceTransformer):
+            vectors = model.encode([self.value(image)], prompt_name=self.prompt_name, show_progress_bar=False)
+            return np.asarray(vectors[0])
+        return np.atleast_1d(model.predict([(self.query, self.value(image))], show_progress_bar=False))
 
     def closeness(self, found: np.ndarray, expected: np.ndarray) -> float:
         """Cosine similarity of two vectors; for the scores of a pair, 1 minus their difference."""
