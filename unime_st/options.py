@@ -285,6 +285,19 @@ def check_count(name: str, value: object, at_least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value!r}; expected an integer")
 
 
+def check_weights(weights: Sequence[float]) -> None:
+    """Refuse weights of an average that do not sum to 1.
+
+    Raises:
+        OptionError: If they do not.
+
+    Example:
+        >>> check_weights([0.7, 0.3])
+    """
+    if not abs(math.fsum(weights) - 1) <= 1e-6:  # NaN included
+        raise OptionError(f"the weights must sum to 1, got {' + '.join(map(str, weights))} = {math.fsum(weights):.6g}")
+
+
 def _plural(kind: str) -> str:
     return {"int": "integers", "float": "numbers", "str": "texts", "dict": "mappings"}.get(kind, "values")
 

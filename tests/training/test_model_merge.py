@@ -205,7 +205,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["merge", "unime-tiny", "unime-tiny", "--weights", "0.5", "0.5", "--output", output]) == 0
     assert f'Load it: SentenceTransformer("{output}")' in capsys.readouterr().out
     assert main(["merge", "unime-tiny", "unime-tiny", "--output", output]) == 1
-    assert main(["merge", "unime-tiny", "unime-tiny", "--weights", "1", "1", "--output", output, "--overwrite"]) == 1
+    assert main(["merge", "unime-tiny", "unime-tiny", "--weights", "1", "1", "--output", output, "--overwrite"]) == 2
     assert "unime merge: the weights must sum to 1, got 1.0 + 1.0 = 2" in capsys.readouterr().err
 
 
@@ -214,7 +214,7 @@ def test_the_stage_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     config.write_text(f"models: [unime-tiny, unime-tiny]\nweights: [0.5, 0.5]\noutput: {tmp_path / 'merged'}\n")
     assert main(["merge", str(config)]) == 0
     assert [part["weight"] for part in read_json(tmp_path / "merged" / "unime.json")["merged"]] == [0.5, 0.5]
-    assert main(["merge", str(config), "--weights", "1", "1", "--overwrite"]) == 1
+    assert main(["merge", str(config), "--weights", "1", "1", "--overwrite"]) == 2
     assert "unime merge: the weights must sum to 1, got 1.0 + 1.0 = 2" in capsys.readouterr().err
     assert main(["merge", "--models", "unime-tiny", "unime-tiny", "--output", str(tmp_path / "b"), "--greedy"]) == 2
     assert "--greedy and --eval-data RECORDS go together" in capsys.readouterr().err

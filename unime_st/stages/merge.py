@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unime_st.options import OptionError, check_options, option, require_options
+from unime_st.options import OptionError, check_options, check_weights, option, require_options
 
 
 @dataclass
@@ -33,6 +33,8 @@ class MergeArguments:
             raise OptionError(
                 "--greedy and --eval-data RECORDS go together: the records decide which models are merged"
             )
+        if self.weights:
+            check_weights(self.weights)
         if self.greedy and self.weights:
             raise OptionError("--weights do not apply to --greedy, which gives equal weights: leave out one")
 

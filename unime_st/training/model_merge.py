@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,6 +16,7 @@ from unime_st.compat import forget_adapter_names
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_identity import model_settings, weights_fingerprint
 from unime_st.files import atomic_folder, content_digest, folder_lock, read_json, write_json
+from unime_st.options import check_weights
 from unime_st.paths import adapter_base
 from unime_st.registry import resolve
 from unime_st.reranking import UniMEReranker
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _IGNORED = frozenset(["dtype"])
 """Entries of configurations that models to merge may differ in."""
-_TOLERANCE = 1e-6
 _LEAST_COSINE = 0.1
 """Cosine of the weights of two models below which they cannot come from one base; independent ones have 0."""
 
@@ -219,8 +218,7 @@ def _check_weights(models: Sequence[str | Path], weights: Sequence[float] | None
         return [1 / len(models)] * len(models)
     if len(weights) != len(models):
         raise ValueError(f"expected one weight for each of the {len(models)} models, got {len(weights)}")
-    if not abs(math.fsum(weights) - 1) <= _TOLERANCE:  # NaN included
-        raise ValueError(f"the weights must sum to 1, got {' + '.join(map(str, weights))} = {math.fsum(weights):.6g}")
+    check_weights(weights)
     return list(weights)
 
 
