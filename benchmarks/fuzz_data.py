@@ -147,7 +147,7 @@ def _by_words(folder: Path, known: dict[str, Option], name: str, value: Any) -> 
     found = read_values([f"--{name}", str(value)], known)[name]
     # Every word of the command line is text, and some words are numbers or booleans.
     found = found[0] if isinstance(found, list) else found
-    if isinstance(found, int) and known[name].is_list:
+    if isinstance(found, (int, float)) and known[name].is_list:  # one number makes a list
         return True
     return (isinstance(found, str) and not known[name].choices) or (isinstance(value, bool) and found is value)
 
