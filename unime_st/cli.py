@@ -246,8 +246,10 @@ def _hyphenated(word: str) -> str:
 
 def _names_models(words: Sequence[str]) -> bool:
     """Whether words are ``merge MODEL MODEL ...`` or ask for its help; with a configuration, `merge` is a stage."""
-    if words[:1] != ["merge"] or not words[1:] or words[1].startswith("-"):
-        return words[1:] in (["-h"], ["--help"])
+    if words[:1] != ["merge"] or not words[1:]:
+        return False
+    if words[1].startswith("-"):
+        return words[1] in ("-h", "--help")
     return not words[1].endswith((".yaml", ".yml")) and f"merge/{words[1].removeprefix('merge/')}" not in configs()
 
 
