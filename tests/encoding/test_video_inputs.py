@@ -70,6 +70,19 @@ def test_shared_videos_pass_the_vision_tower_once(
     assert encode_items(model, [*items, *broken], on_error="skip")[1].tolist() == [True] * len(items) + [False] * 2
 
 
+@pytest.mark.parametrize("name", ["unime-v2", "unime-v1-llava-ov"])
+def test_prompts_of_a_shared_video_that_are_too_long_are_set_aside(
+    embedder: Get, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, video = embedder(name), clip(3)
+    length = model.preprocess([Item("a", video=video)])["input_ids"].shape[1]
+    monkeypatch.setattr(model[0], "max_seq_length", length - 8)
+    reasons: dict[int, str] = {}
+    items = [Item("a", video=video), Item("b " * 60, video=video), Item("a")]
+    _, found = encode_items(model, items, on_error="skip", reasons=reasons)
+    assert found.tolist() == [False, False, True] and all("Raise max_seq_length" in one for one in reasons.values())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_videos_of_one_row(embedder: Get, name: str) -> None:
     """Frames of another size are resized; another number of frames only fits families that do not stack."""

@@ -229,28 +229,22 @@ class BatchRunner:
     def _prepare_shared(self, jobs: list[Job]) -> tuple[list[int], Features]:
         """As :meth:`_prepare`, for jobs whose videos pass the vision tower once for all jobs that have them."""
         assert self.sharing is not None
-        good: list[tuple[int, Job, SharedVideo]] = []
+        videos = [job.shared for job in jobs if job.shared is not None]
         try:
-            for index, job in enumerate(jobs):
-                if job.shared is None:
-                    continue
-                try:
-                    self.sharing.load(job.shared, self._video_tokens)
-                    good.append((index, job, job.shared))
-                except ValueError as error:  # BadImageError included
-                    job.error = error
-            if not good:
-                return [], {}
-            features = self.sharing.features([job.value for _, job, _ in good], [shared for *_, shared in good])
-            return [index for index, *_ in good], features
+            for video in videos:
+                self.sharing.load(video, self._video_tokens)
+            return list(range(len(jobs))), self.sharing.features([job.value for job in jobs], videos)
+        except Exception as error:
+            if _out_of_memory(error):
+                raise
         finally:
-            for job in jobs:
-                if job.shared is not None:
-                    job.shared.release()
-                    job.shared = None
+            for job, video in zip(jobs, videos, strict=True):
+                video.release()
+                job.shared = None
+        return self._prepare(jobs)  # a video or a text is invalid: find it
 
     @torch.inference_mode()
-    def _video_tokens(self, features: Features) -> list[list[torch.Tensor]]:
+    def _video_tokens(self, features: Features) -> list[torch.Tensor]:
         assert self.sharing is not None
         model, device = self._free.get()
         try:
