@@ -15,7 +15,7 @@ VIDEO_GRID = "video_grid_thw"
 """Feature with the pairs of frames, rows and columns of patches of each video; LLaVA-OneVision has none."""
 
 
-def compute_video_tokens(base: Any, features: Mapping[str, Any]) -> list[list[torch.Tensor]]:
+def compute_video_tokens(base: Any, features: Mapping[str, Any]) -> list[torch.Tensor]:
     """Run the vision tower on the videos of a batch.
 
     Args:
@@ -23,12 +23,13 @@ def compute_video_tokens(base: Any, features: Mapping[str, Any]) -> list[list[to
         features: Features with :data:`VIDEO_PIXELS`.
 
     Returns:
-        For the input layer, and for each inner layer that visual tokens enter (Qwen3-VL), the tokens of each video:
-        ``(tokens, hidden)``.
+        For the input layer, and for each inner layer that visual tokens enter (Qwen3-VL), the tokens of all videos one
+        after another: ``(tokens, hidden)``.
     """
     grid = {VIDEO_GRID: features[VIDEO_GRID]} if VIDEO_GRID in features else {}
     output = base.get_video_features(features[VIDEO_PIXELS], **grid, return_dict=True)
-    return [list(layer) for layer in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))]
+    layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
+    return [torch.cat(list(layer)) for layer in layers]
 
 
 def video_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
@@ -36,7 +37,7 @@ def video_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
 
     Args:
         base: Vision-language model of transformers without its head.
-        layers: The tokens of all videos of a batch one after another, for the input layer and the inner layers.
+        layers: Visual tokens as :func:`compute_video_tokens` returns them.
     """
     tokens, *inner = layers
     stacked = base.config.model_type.removeprefix("unime_") == "llava_onevision"

@@ -6,8 +6,10 @@ import inspect
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -21,12 +23,12 @@ from unime_st.encoding.replicas import with_processor
 
 _PLACEHOLDER = [Image.new("RGB", (1, 1))]
 
-RunTower = Callable[[Features], list[list[torch.Tensor]]]
-"""Runs the vision tower on the features of one video; see :func:`~unime_st.backbones.video_tokens.compute_video_tokens`."""
+RunTower = Callable[[Features], list[torch.Tensor]]
+"""Runs the vision tower on the features of a video; see :func:`~unime_st.backbones.video_tokens.compute_video_tokens`."""
 
 
 class SharedVideo:
-    """A video of several inputs: its visual tokens and the output of the video processor, until the last of them is done.
+    """A video of several inputs: its visual tokens and the output of the video processor, until the last input is done.
 
     Args:
         video: The video, or its frames in memory.
@@ -49,37 +51,34 @@ class SharedVideo:
 
 def video_of(value: object) -> object:
     """The video of a normalized input, None if there is none."""
-    return value.video if isinstance(value, Item) else value.get("video") if isinstance(value, Mapping) else None
+    return _parts(value).get("video")
 
 
 def video_key(value: object) -> Hashable | None:
-    """Key that inputs have in common if they have the same video; None without a video or with other media beside it.
+    """Key that inputs have in common if they have the same video; None without a video or with an image or audio, too.
 
     Example:
         >>> from unime_st.encoding.shared_videos import video_key
         >>> video_key({"text": "a ship"}) is None
         True
     """
-    beside = value.image is not None if isinstance(value, Item) else not _is_text_and_video(value)
-    if beside:
+    parts = _parts(value)
+    if not parts.keys() <= {"text", "video"} or not isinstance(parts.get("text"), str | None):
         return None
-    video = video_of(value)
-    try:
-        return hash(video) and video if isinstance(video, VideoRef) else _frame_ids(video)
-    except TypeError:  # a decoder that cannot be hashed
-        return None
-
-
-def _is_text_and_video(value: object) -> bool:
-    return (
-        isinstance(value, Mapping) and value.keys() <= {"text", "video"} and isinstance(value.get("text"), str | None)
-    )
-
-
-def _frame_ids(video: object) -> Hashable | None:
-    if is_frame_list(video) and isinstance(video[0], Image.Image):
+    video = parts.get("video")
+    if isinstance(video, VideoRef):
+        return video if isinstance(video.decoder, Hashable) else None
+    if is_frame_list(video):
         return tuple(map(id, video))  # of objects that the inputs keep alive
-    return id(video) if isinstance(video, torch.Tensor) or type(video).__name__ == "ndarray" else None
+    return id(video) if isinstance(video, (torch.Tensor, np.ndarray)) else None
+
+
+def _parts(value: object) -> Mapping[str, object]:
+    """Parts of a normalized input in their order, which matters to chat templates; none of a text or a chat."""
+    if isinstance(value, Item):
+        parts = {"image": value.image, "video": value.video, "text": value.text}
+        return {name: part for name, part in parts.items() if part is not None}
+    return value if isinstance(value, Mapping) else {}
 
 
 class VideoSharing:
@@ -119,7 +118,7 @@ class VideoSharing:
             with self._replay.recording() as recorded:
                 features = self._twin.preprocess([load_input({"video": shared.video})], **self.prompting)
             (processed,) = recorded
-            shared.layers = [torch.cat(layer) for layer in run_tower(features)]
+            shared.layers = run_tower(features)
             pixels = processed[VIDEO_PIXELS]
             processed[VIDEO_PIXELS] = torch.zeros(()).expand(1, *pixels.shape[1:])  # only its shape is needed again
             shared.processed = processed
@@ -128,28 +127,20 @@ class VideoSharing:
         """Features of inputs with these videos, one each, which have been loaded."""
         layers = [torch.cat(layer) for layer in zip(*(video.layers for video in videos), strict=True)]
         processed = [video.processed for video in videos if video.processed is not None]
-        placeholders = [_with_placeholder(value) for value in inputs]
+        placeholders = [{**_parts(value), "video": _PLACEHOLDER} for value in inputs]
         with self._replay.playing(processed):
             features = self._twin.preprocess(placeholders, **self.prompting)
         features.pop(VIDEO_PIXELS)
         features["mm_encoder_outputs"] = {"video": video_output(self.base, layers)}
         return features
 
-    def run_tower(self, features: Features) -> list[list[torch.Tensor]]:
+    def run_tower(self, features: Features) -> list[torch.Tensor]:
         """Visual tokens of the videos of features on the device of the model."""
         return compute_video_tokens(self.base, features)
 
 
-def _with_placeholder(value: object) -> dict[str, object]:
-    """The input with another video, its parts in the same order, which matters to chat templates."""
-    if isinstance(value, Mapping):
-        return {name: _PLACEHOLDER if name == "video" else part for name, part in value.items()}
-    text = value.text if isinstance(value, Item) else None
-    return {"video": _PLACEHOLDER} | ({} if text is None else {"text": text})
-
-
 class _Replay:
-    """Stands in for a video processor: records what it makes of each video, or returns what was recorded."""
+    """Video processor that records the outputs of another one, or returns recorded ones instead of processing."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -188,7 +179,4 @@ class _Replay:
 
 
 def _joined(parts: list[Any]) -> Any:
-    if isinstance(parts[0], torch.Tensor):
-        same = all(part.shape[1:] == parts[0].shape[1:] for part in parts)
-        return torch.cat(parts) if same else parts[0]  # patches of frames, whose number does not matter here
-    return [entry for part in parts for entry in part]
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else list(chain.from_iterable(parts))

@@ -17,11 +17,12 @@ from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
 """Feature with the visual tokens of a mini-batch: those of the input layer, then those that enter inner layers."""
-ROTARY_POSITIONS = "rotary_positions"
-"""Feature with the position ids of multimodal rotary embeddings, ``(rows, 3, tokens)``: rows first, to be split."""
 
 VIDEO_TOKENS = "video_tokens"
 """The same for its videos."""
+
+ROTARY_POSITIONS = "rotary_positions"
+"""Feature with the position ids of multimodal rotary embeddings, ``(rows, 3, tokens)``: rows first, to be split."""
 
 _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision")
 
@@ -104,9 +105,9 @@ def with_video_tokens(model: BaseModel, features: Features) -> Features:
     if VIDEO_PIXELS not in features:
         return features
     with torch.no_grad():
-        layers = compute_video_tokens(backbone(model), features)
+        tokens = compute_video_tokens(backbone(model), features)
     kept = {name: value for name, value in features.items() if name != VIDEO_PIXELS}
-    return {**kept, VIDEO_TOKENS: [torch.cat(layer) for layer in layers]}
+    return {**kept, VIDEO_TOKENS: tokens}
 
 
 def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[object]:
