@@ -62,12 +62,12 @@ def _video_shapes(video: object) -> list[VideoShape]:
 
 
 def has_video(value: object) -> bool:
-    """Whether a normalized input has a video."""
+    """Whether a normalized input, or one of several, has a video."""
     if isinstance(value, Item):
         return value.video is not None
     if isinstance(value, Mapping):
         return value.get("video") is not None or has_video(value.get("content"))
-    return isinstance(value, (list, tuple)) and any(isinstance(part, Mapping) and has_video(part) for part in value)
+    return isinstance(value, (list, tuple)) and any(map(has_video, value))
 
 
 def is_reference(video: object) -> TypeGuard[VideoLike]:

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from unime_st.backbones.video_frames import raise_without_video
 from unime_st.data import Item
+from unime_st.encoding.input_videos import has_video
 from unime_st.losses.list_answers import append_tokens, index_answers
 from unime_st.scoring.chat_tokenizer import check_length
 from unime_st.scoring.pair_scorer import PairScorer
-from unime_st.scoring.prompt_encoder import has_video, readable_images
+from unime_st.scoring.prompt_encoder import readable_images
 from unime_st.scoring.prompts import conversation
 
 _GAP = 1e-3  # between the last of a window and what was left behind, in logits
@@ -71,7 +72,7 @@ class ListScorer:
             first_digits = dict.fromkeys(answer[0] for answer in listed if len(answer) > 1)
             prompts += [_ListPrompt(number, token) for token in (None, *first_digits)]
         shared = self.scorer.obstacle is None and self.scorer.prompts is not None and self.scorer.prompts.query_first
-        if any(has_video((query, document)) for documents in lists for document in documents):
+        if has_video((query, *lists)):
             raise_without_video(self.transformer.processor)
             shared = False
         if shared:

@@ -16,10 +16,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from unime_st.data import BadImageError, Item
+from unime_st.encoding.input_videos import has_video
 from unime_st.options import check_count
 from unime_st.scoring.groups import PairOrder, orders_of
 from unime_st.scoring.prefix import PrefixEngine, PromptGroup
-from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder, has_video
+from unime_st.scoring.prompt_encoder import Pair, PromptEncoder, Query, WholePromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -373,6 +374,5 @@ def _apart(queries: Sequence[Query]) -> tuple[list[Query], list[Pair]]:
 
 
 def _size(pair: Pair) -> tuple[int, int]:
-    return sum(part is not None for item in pair for part in (item.image, item.video)), sum(
-        len(item.text or "") for item in pair
-    )
+    media = sum(part is not None for item in pair for part in (item.image, item.video))
+    return media, sum(len(item.text or "") for item in pair)

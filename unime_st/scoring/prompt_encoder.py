@@ -11,6 +11,7 @@ from sentence_transformers.base.modules import Transformer
 
 from unime_st.backbones.video_frames import raise_without_video
 from unime_st.data import BadImageError, Item
+from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.model_inputs import Features
 from unime_st.recipes.template_frame import TemplateFrame
 from unime_st.scoring.chat_tokenizer import ChatTokenizer, check_length
@@ -175,11 +176,6 @@ class PromptEncoder:
         return Prompt(token_ids, images, starts)
 
 
-def has_video(pair: Pair) -> bool:
-    """Whether an item of a pair has a video."""
-    return any(item.video is not None for item in pair)
-
-
 def readable_images(images: Sequence[ImageFeatures | BadImageError]) -> list[ImageFeatures]:
     """Return the images of a prompt, or raise the :class:`BadImageError` of one that cannot be read."""
     for image in images:
@@ -205,7 +201,7 @@ class WholePromptEncoder:
             PromptTooLongError: If a prompt is longer than the model takes.
             ValueError: If there is a video, which the model or the template does not take.
         """
-        if any(map(has_video, pairs)):
+        if has_video(pairs):
             raise_without_video(self.transformer.processor, self.template)
         features = self.transformer.preprocess(
             # Images are taken in the order of the messages, whatever the order of the template.
