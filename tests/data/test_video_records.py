@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from test_videos import Decoder, folder_of, frames
 from unime_st.data import Item, PairRecord, RecordSet, VideoRef
 from unime_st.data.importing import import_records
 from unime_st.data.parquet_shards import ITEM_SCHEMA, ItemReader, ShardWriter
+from unime_st.data.validation import ImageChecker
 from unime_st.report.html import show_item
 from unime_st.retrieval.index_sources import Columns, read_items
 
@@ -32,6 +35,18 @@ def test_round_trip_of_every_kind(tmp_path: Path) -> None:
     assert found[4].path == str(tmp_path / "clip.mp4") and found[4].num_frames == 8
     assert found[3].open()[7].tobytes() == frames(20)[19].tobytes()
     assert [item.video is None for item in records.items].count(True) == 1
+
+
+def test_checked_frames_are_not_kept() -> None:
+    """Memory stays flat in the number of videos; a video is checked once, whatever refers to it."""
+    with ImageChecker(1) as checker:
+        for _ in range(2):
+            item = Item(video=frames(2))
+            kept = weakref.ref(item.video)
+            assert checker.errors([item]) == {}
+            del item
+            gc.collect()
+            assert kept() is None and len(checker._sound) == 1
 
 
 def test_folders_of_earlier_versions_have_no_videos(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Record validation: rows with unreadable images or videos or malformed values go to ``rejected.jsonl`` with a reason."""
+"""Record validation: rows with unreadable images or videos or wrong values go to ``rejected.jsonl`` with a reason."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from unime_st.data.images import BadImageError
+from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordWriter
+from unime_st.data.videos import VideoRef
 from unime_st.files import commit_file, digest, temporary_path
 
 logger = logging.getLogger(__name__)
@@ -20,10 +21,13 @@ logger = logging.getLogger(__name__)
 REJECTED = "rejected.jsonl"
 _BATCH = 256
 
+Key = str | tuple[object, ...]
+"""What tells images and videos from one another."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parsed record whose images and videos have not been checked, its origin (file, row, dataset) and additional columns."""
+    """A parsed record with unchecked images and videos, its origin (file, row, dataset) and additional columns."""
 
     where: dict[str, object]
     record: PairRecord
@@ -62,12 +66,12 @@ class RejectedWriter:
 
 
 class ImageChecker:
-    """Checks in threads whether images and videos can be read, each distinct one once, by decoding or by its header."""
+    """Checks in threads whether images and videos can be read, each distinct one once, decoded or by its header."""
 
     def __init__(self, workers: int, *, full: bool = True) -> None:
         self.full = full
         self._pool = ThreadPoolExecutor(max(1, workers))
-        self._sound: set[object] = set()
+        self._sound: set[Key] = set()
 
     def errors(self, items: Iterable[Item]) -> dict[int, str]:
         """Reasons by ``id(item)``, for items whose image or video is unreadable."""
@@ -78,14 +82,12 @@ class ImageChecker:
     def _reason(self, item: Item) -> str | None:
         image, video = item.image, item.video
         try:
-            if image is not None:
-                key = (image.path, image.member) if image.data is None else digest(image.data)
-                if key not in self._sound:
-                    image.open() if self.full else image.size()
-                    self._sound.add(key)
-            if video is not None and video not in self._sound:
+            if image is not None and (key := _image_key(image)) not in self._sound:
+                image.open() if self.full else image.size()
+                self._sound.add(key)
+            if video is not None and (key := _video_key(video)) not in self._sound:
                 video.check() if self.full else video.shape()
-                self._sound.add(video)
+                self._sound.add(key)
         except BadImageError as error:
             return str(error)
         return None
@@ -100,7 +102,7 @@ class ImageChecker:
 def write_checked(
     candidates: Iterator[Candidate], writer: RecordWriter, rejected: RejectedWriter, checker: ImageChecker | None
 ) -> None:
-    """Write the records whose images and videos can be read, and reject the others; without a checker all are written."""
+    """Write the records whose images and videos can be read, reject the others; without a checker all are written."""
     while batch := list(islice(candidates, _BATCH)):
         reasons = {} if checker is None else checker.errors(item for entry in batch for item in _items(entry.record))
         for entry in batch:
@@ -120,6 +122,15 @@ def raise_if_empty(writer: RecordWriter, rejected: RejectedWriter, source: Path)
             f"{source}: all {rejected.count} pairs were rejected, see {rejected.path}; the first: {rejected.first}"
         )
     raise ValueError(f"{source}: no pairs found; the source is empty, or no two rows meet the conditions of a join")
+
+
+def _image_key(image: ImageRef) -> Key:
+    return (image.path, image.member) if image.data is None else digest(image.data)
+
+
+def _video_key(video: VideoRef) -> Key:
+    """Key that keeps no frame in memory, as the reference itself would."""
+    return video.path, video.decoder, video.num_frames, *map(_image_key, video.frames)
 
 
 def _items(record: PairRecord) -> tuple[Item, ...]:
