@@ -1,4 +1,4 @@
-"""Video benchmark: `UniME.encode` beside `SentenceTransformer.encode` on the same frames, shared by questions and not.
+"""Video benchmark: `UniME.encode` and `SentenceTransformer.encode` on the same frames, shared by questions and not.
 
 python benchmarks/video.py [--videos 12 --frames 8 --side 168 --size mid]
 

@@ -122,7 +122,8 @@ def run_motion(args: MotionArguments) -> dict[str, float]:
     chosen = {name: getattr(args, name) for name in ("max_steps", "per_device_train_batch_size", "learning_rate")}
     training = stages.SoftLabelArguments(
         data=str(output / "records"), output=str(output / "model"), model=str(write_model(output, args.seed)),
-        num_negatives=len(DIRECTIONS) - 1, labels="log_odds", divergence="kl", temperature=0.05, lora_rank=0, save_steps=args.max_steps, use_cpu=True, **chosen,
+        num_negatives=len(DIRECTIONS) - 1, labels="log_odds", divergence="kl", temperature=0.05, lora_rank=0,
+        save_steps=args.max_steps, use_cpu=True, **chosen,
     )  # fmt: skip
     model = UniME(stages.train_soft_labels(training), device="cpu")
     scores = evaluate(model, args.held_out, args.seed + 1)

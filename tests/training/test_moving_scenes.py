@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from train_scripts.moving_scenes import MotionArguments, run_motion
-from unime_st.data.scenes.motion import motion_records
+from unime_st.data.scenes.motion import DIRECTIONS, _draw, motion_records
 
 
 def test_directions_of_an_axis_have_the_same_frames() -> None:
@@ -16,6 +17,10 @@ def test_directions_of_an_axis_have_the_same_frames() -> None:
         assert record.query.video is not None and record.query.video.shape() == (4, 84, 84)
         first, last = (record.query.video.frames[index].open() for index in (0, -1))
         assert first.tobytes() != last.tobytes() and record.positive not in record.negatives
+    for pair in (("left", "right"), ("up", "down")):
+        clips = [_draw("red", "circle", DIRECTIONS[name], 4, random.Random(0)) for name in pair]
+        one, other = ([frame.tobytes() for frame in clip] for clip in clips)
+        assert one == other[::-1] != other
 
 
 @pytest.mark.slow

@@ -246,9 +246,7 @@ class ItemWriter:
     def _video(self, video: VideoRef) -> Row:
         if (relative := self._relative(video.path)) is not None:
             return {"frames": [], "path": relative, "num_frames": video.num_frames}
-        # Frames that have to be decoded are stored as they are sampled, without loss.
-        frames = video.frames or VideoRef.of_frames(video.open()).frames
-        return {"frames": list(map(self._image, frames)), "num_frames": video.num_frames}
+        return {"frames": list(map(self._image, video.stored_frames())), "num_frames": video.num_frames}
 
     def _relative(self, path: str | None) -> str | None:
         """Path below the root, None for another one."""

@@ -208,6 +208,14 @@ class VideoRef:
         self._checked_shape([image.size for image in images])
         return images
 
+    def stored_frames(self) -> tuple[ImageRef, ...]:
+        """The sampled frames, encoded: those of a file or a decoder are decoded and encoded without loss.
+
+        Raises:
+            BadImageError: If the file cannot be decoded.
+        """
+        return self.frames or VideoRef.of_frames(self.open()).frames
+
     def check(self) -> None:
         """Decode all sampled frames, one at a time.
 

@@ -107,7 +107,7 @@ def embed_image(image: ImageRef, *, side: int = 168) -> Html:
 def embed_frames(video: VideoRef) -> Html:
     """Embed the sampled frames of a video as a strip; one that cannot be decoded is replaced by the reason."""
     try:
-        frames = video.frames or VideoRef.of_frames(video.open()).frames
+        frames = video.stored_frames()
     except (BadImageError, ImportError) as error:
         return element("i", str(error))
     return element("div", *(embed_image(frame, side=84) for frame in frames))
@@ -121,7 +121,10 @@ def show_items(items: Iterable[tuple[Item, Sequence[Content], str]]) -> Html:
 
 
 def show_item(item: Item, *below: Content, style: str = "") -> Html:
-    """Show an item: its image, the frames of its video, its text (a long one folded), and lines below it; ``style`` are further CSS classes."""
+    """Show an item: its image, the frames of its video, its text (a long one folded), and lines below it.
+
+    ``style`` are further CSS classes.
+    """
     text = item.text
     shown: Content = None if text is None else element("div", text)
     if text is not None and len(text) > _LONG_TEXT:

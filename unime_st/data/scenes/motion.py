@@ -24,12 +24,12 @@ _CERTAIN = 8.0  # log-odds
 def motion_records(size: int, *, num_frames: int = 4, seed: int = 0) -> Iterator[PairRecord]:
     """Draw pairs of a clip and its caption, such as "it moves left".
 
-    The object passes through the center at the same places in both directions of an axis, so that a shuffled or single
-    frame does not tell which of the two it is.
+    Both directions of an axis show the object at the same positions, so that a single frame or shuffled ones do not tell
+    which of the two it is.
 
     Args:
         size: Number of pairs.
-        num_frames: Frames of a clip. Defaults to 4.
+        num_frames: Frames of a clip, at least 2. Defaults to 4.
         seed: Seed of the drawing.
 
     Yields:
