@@ -45,9 +45,16 @@ def test_clients_that_go_away(server: ServerProcess, model: UniME) -> None:
 def test_an_input_that_the_model_refuses_spoils_no_other(server: ServerProcess, model: UniME) -> None:
     bodies = [{"input": f"a text number {number}"} for number in range(24)]
     bodies[5::6] = [{"input": ["a red circle", "<|vision_start|><|image_pad|><|vision_end|>"]}] * 4
-    with ThreadPoolExecutor(24) as pool:
-        found = list(pool.map(lambda body: server.post(EMBED, body), bodies))
-    for body, response in zip(bodies, found, strict=True):
+    searches = [
+        {"query": "a red circle"},
+        {"query": "<|image_pad|>"},
+        {"query": "a", "query_prompt": "<|image_pad|>"},
+    ] * 4
+    calls = [*((EMBED, body) for body in bodies), *(("/search", body) for body in searches)]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        found = list(pool.map(lambda call: server.post(*call), calls))
+    assert [response.status for response in found[len(bodies) :]] == [200, 400, 400] * 4
+    for body, response in zip(bodies, found):
         if isinstance(body["input"], list):
             assert "input[1]" in refused(response, 400, "invalid_value")["message"]
         else:

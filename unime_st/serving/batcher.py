@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 CallT = TypeVar("CallT")
 ResultT = TypeVar("ResultT")
+Batch = list[tuple[CallT, asyncio.Future[ResultT]]]
 
 
 class Batcher(Generic[CallT, ResultT]):
@@ -48,19 +49,25 @@ class Batcher(Generic[CallT, ResultT]):
 
     async def _work(self) -> None:
         while batch := self._next():
-            try:
-                results = await asyncio.to_thread(self._compute, [call for call, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            await self._run(batch)
 
-    def _next(self) -> list[tuple[CallT, asyncio.Future[ResultT]]]:
-        batch: list[tuple[CallT, asyncio.Future[ResultT]]] = []
+    async def _run(self, batch: Batch[CallT, ResultT]) -> None:
+        """Compute a batch; if it fails, each call alone, so that one call spoils no other."""
+        try:
+            results = await asyncio.to_thread(self._compute, [call for call, _ in batch])
+        except Exception as error:
+            if len(batch) > 1:
+                for entry in batch:
+                    await self._run([entry])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    def _next(self) -> Batch[CallT, ResultT]:
+        batch: Batch[CallT, ResultT] = []
         total = 0
         while self._waiting:
             call, future = self._waiting[0]

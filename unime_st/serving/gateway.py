@@ -264,9 +264,9 @@ class Gateway:
         return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results}
 
     async def _score(self, body: Body) -> Body:
-        check_fields(body, ("text_1", "text_2", "queries", "documents", *_IGNORED))
+        names = ("queries", "documents") if body.keys() & {"queries", "documents"} else ("text_1", "text_2")
+        check_fields(body, (*names, *_IGNORED))
         model = self._reranker_for(body)
-        names = ("queries", "documents") if "queries" in body else ("text_1", "text_2")
         sides = []
         for name in names:
             value = body.get(name)

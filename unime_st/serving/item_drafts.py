@@ -107,7 +107,7 @@ def read_messages(value: object) -> tuple[ItemDraft, str | None]:
             raise bad_request(f"{param}.role: expected 'system' or 'user'", f"{param}.role")
         found = _read_content(content, f"{param}.content")
         if role == "system" and prompt is None and found.data is None and found.url is None:
-            prompt = found.text or ""
+            prompt = _checked_text(found.text or "", f"{param}.content")
         elif role == "user" and draft is None:
             draft = found
         else:
@@ -195,10 +195,15 @@ def text_field(body: Mapping[str, object], name: str) -> str | None:
     value = body.get(name)
     if value is not None and not isinstance(value, str):
         raise bad_request(f"{name}: expected a text, found {_kind(value)}", name)
-    if value is not None and len(value) > _LONGEST_FIELD:
-        raise bad_request(f"{name}: {len(value)} characters, expected at most {_LONGEST_FIELD}", name)
-    if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise bad_request(f"{name}: not valid Unicode", name)
+    return None if value is None else _checked_text(value, name)
+
+
+def _checked_text(value: str, param: str) -> str:
+    """A text that is not an item; ApiError if it is too long, or not valid Unicode."""
+    if len(value) > _LONGEST_FIELD:
+        raise bad_request(f"{param}: {len(value)} characters, expected at most {_LONGEST_FIELD}", param)
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise bad_request(f"{param}: not valid Unicode", param)
     return value
 
 

@@ -154,7 +154,12 @@ class Embedder:
         """Number of tokens of items, and why some are refused: one that is too long would hold up all others."""
         from unime_st.encoding.encode import resolve_prompt
 
-        tokens = self.counter(resolve_prompt(self.model, prompt))(items)
+        try:
+            counter = self.counter(resolve_prompt(self.model, prompt))
+        except Exception as error:  # it holds the token of an image, for instance
+            reason = f"the model refuses the prompt: {error}"
+            return np.zeros(len(items), dtype=np.int64), dict.fromkeys(range(len(items)), reason)
+        tokens = counter(items)
         long = {
             int(row): f"{tokens[row]} tokens, expected at most {self.max_tokens}"
             for row in np.flatnonzero(tokens > self.max_tokens)
@@ -176,7 +181,12 @@ class Embedder:
             for prompt in dict.fromkeys(calls[index].query_prompt for index in good):
                 members = [index for index in good if calls[index].query_prompt == prompt]
                 most = max(1, min(max(calls[index].k for index in members), len(self.index)))
-                found = self.index.search([calls[index].query for index in members], most, query_prompt=prompt)
+                try:
+                    found = self.index.search([calls[index].query for index in members], most, query_prompt=prompt)
+                except ValueError as error:
+                    if len(calls) > 1:  # the batcher finds the call by calling again
+                        raise
+                    return [Answer(reasons={-1: str(error)})]
                 for index, hits in zip(members, found, strict=True):
                     answers[index].hits = [(hit.id, hit.similarity, hit.item) for hit in hits[: calls[index].k]]
         return answers
@@ -216,8 +226,8 @@ class Reranker:
         try:
             found = self.model.ranker().pairwise([(calls[index].query, calls[index].documents) for index in good])
         except Exception as error:
-            if len(calls) > 1:
-                return [self._score([call])[0] for call in calls]
+            if len(calls) > 1:  # the batcher finds the call by calling again
+                raise
             return [Answer(reasons={-1: f"the model refuses it or one of its documents ({type(error).__name__})"})]
         for index, (log_odds, reasons) in zip(good, found, strict=True):
             answers[index].scores = (1 / (1 + np.exp(-log_odds.astype(np.float64)))).tolist()

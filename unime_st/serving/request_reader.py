@@ -92,5 +92,5 @@ async def json_response(content: Body) -> Response:
 
 
 def error_response(error: ApiError) -> Response:
-    """Response for an error."""
-    return JSONResponse(error.body, error.status, error.headers)
+    """Response for an error; ASCII, because names of unknown fields may hold what UTF-8 cannot encode."""
+    return Response(json.dumps(error.body), error.status, error.headers, "application/json")
