@@ -7,14 +7,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from unime_st import search_commands, serve_commands
 from unime_st.declarations import docstring
 from unime_st.memory import prepare_exit
 from unime_st.options import OptionError
 from unime_st.stages import STAGES
-from unime_st.stages.command import exit_status, leave_if_interrupted
+from unime_st.stages.command import exit_status, leave_if_interrupted, print_usage
 from unime_st.stages.command import main as run_stage
 from unime_st.stages.configs import configs, find_config
 
@@ -54,16 +53,8 @@ def _pull(options: argparse.Namespace) -> int:
     from unime_st.checkpoints import pull
 
     folder = pull(options.alias, revision=options.revision, image_size=options.image_size, overwrite=options.overwrite)
-    _print_usage(folder, options.alias)
+    print_usage(folder, options.alias)
     return 0
-
-
-def _print_usage(folder: Path, name: str) -> None:
-    """Print where a model is and how it is loaded."""
-    from unime_st.files import read_json
-
-    settings = read_json(folder / "config_sentence_transformers.json")
-    sys.stdout.write(f'{folder}\nLoad it: {settings["model_type"]}("{name}")\n')
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +86,7 @@ def _convert(options: argparse.Namespace) -> int:
     names = ("output", "alias", "base", "processor", "image_size", "image_backend", "dtype", "style", "template")
     chosen = {name: getattr(options, name) for name in names}
     folder = convert(options.folder, options.recipe, **chosen, overwrite=options.overwrite)
-    _print_usage(folder, str(folder) if options.output else options.alias or options.recipe)
+    print_usage(folder, str(folder) if options.output else options.alias or options.recipe)
     return 0
 
 
@@ -124,32 +115,6 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "example: unime merge runs/a runs/b --weights 0.7 0.3 --output runs/merged. "
-        "It is a stage, too: unime merge CONFIG [--option value ...]."
-    )
-    parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="alias or folder of a model or adapter, two or more"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="weights, sum 1 (default: equal)")
-    parser.add_argument(
-        "--greedy", action="store_true", help="merge only models that improve the average's MRR@10 on --eval-data"
-    )
-    parser.add_argument("--eval-data", metavar="RECORDS", help="folder of held-out records; for --greedy")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-
-
-def _merge(options: argparse.Namespace) -> int:
-    from unime_st.stages.merge import MergeArguments, run_merge
-
-    chosen = {name: getattr(options, name) for name in ("models", "output", "weights", "greedy", "overwrite")}
-    folder = run_merge(MergeArguments(**chosen, eval_data=options.eval_data or ""))
-    _print_usage(folder, str(folder))
-    return 0
-
-
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: unime export unime-tiny --to plain --output runs/plain"
     parser.add_argument("model", metavar="ALIAS_OR_FOLDER", help="model to export, e.g. unime-v2")
@@ -171,7 +136,7 @@ def _export(options: argparse.Namespace) -> int:
     folder = export_plain(resolve(options.model), options.output, **chosen)
     for kind, value in read_json(folder / PARITY)["measured"].items():
         sys.stdout.write(f"{'1 - difference' if kind == 'pair' else 'cosine'} {value:.6f}  {kind}\n")
-    _print_usage(folder, str(folder))
+    print_usage(folder, str(folder))
     return 0
 
 
@@ -226,7 +191,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "search": Command("search an index by text or image", search_commands.search_arguments, search_commands.search),
     "serve": Command("serve a model over HTTP on Ray Serve", serve_commands.serve_arguments, serve_commands.serve),
-    "merge": Command("average the weights of models", _merge_arguments, _merge),
     "export": Command("export a model for stock Sentence Transformers", _export_arguments, _export),
     "parity": Command(
         "compare a folder or server with a parity file", serve_commands.parity_arguments, serve_commands.parity
@@ -244,15 +208,6 @@ def _hyphenated(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def _names_models(words: Sequence[str]) -> bool:
-    """Whether words are ``merge MODEL MODEL ...`` or ask for its help; with a configuration, `merge` is a stage."""
-    if words[:1] != ["merge"] or not words[1:]:
-        return False
-    if words[1].startswith("-"):
-        return words[1] in ("-h", "--help")
-    return not words[1].endswith((".yaml", ".yml")) and f"merge/{words[1].removeprefix('merge/')}" not in configs()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -266,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = words[:1] if words[:1] in (["-v"], ["--verbose"]) else []
     name = next(iter(words[len(verbose) :]), "")
-    if (stage := _STAGE_OF.get(name, name)) in STAGES and not _names_models(words[len(verbose) :]):
+    if (stage := _STAGE_OF.get(name, name)) in STAGES:
         status = run_stage(stage, [*verbose, *words[len(verbose) + 1 :]], program=f"unime {name}")
         if arguments is None:
             leave_if_interrupted(status)
@@ -281,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         command.arguments(sub)
-    for stage in (name for name in STAGES if name not in COMMANDS):  # for the help; run_stage reads their words
+    for stage in STAGES:  # for the help; their words are read by run_stage
         title = docstring(f"unime_st.stages.{stage}").splitlines()[0]
         commands.add_parser("import" if stage == _STAGE_OF["import"] else stage, help=f"stage: {title}")
     options = parser.parse_args([_hyphenated(word) for word in words])

@@ -26,11 +26,13 @@ class StageEntry:
         function: Name of its function.
         options: Name of the dataclass of its options.
         example: Words after ``unime STAGE``, for the help.
+        positional: Option whose values may stand first, without its name. Defaults to none.
     """
 
     function: str
     options: str
     example: str
+    positional: str = ""
 
 
 STAGES: dict[str, StageEntry] = {
@@ -43,7 +45,7 @@ STAGES: dict[str, StageEntry] = {
     "soft_labels": StageEntry("train_soft_labels", "SoftLabelArguments", "tiny --data runs/rows"),
     "reranker": StageEntry("train_reranker", "RerankerArguments", "tiny --data runs/rows"),
     "merge": StageEntry(
-        "run_merge", "MergeArguments", "--models runs/a runs/b --weights 0.7 0.3 --output runs/merged"
+        "run_merge", "MergeArguments", "runs/a runs/b --weights 0.7 0.3 --output runs/merged", positional="models"
     ),
 }
 """The stages by name: file of this package, script, folder of configurations and subcommand of ``unime``."""

@@ -10,9 +10,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TypeVar
 
 from unime_st.declarations import docstring
+from unime_st.files import read_json
 from unime_st.former_names import current_names
 from unime_st.memory import leave_quickly, prepare_exit
 from unime_st.options import Option, OptionError, check_required, options_of, read_options, unknown_option
@@ -59,6 +61,12 @@ def main(stage: str, argv: Sequence[str] | None = None, *, program: str | None =
     if argv is None:
         leave_if_interrupted(status)
     return status
+
+
+def print_usage(folder: Path, name: str) -> None:
+    """Print where a model is and how it is loaded."""
+    settings = read_json(folder / "config_sentence_transformers.json")
+    sys.stdout.write(f'{folder}\nLoad it: {settings["model_type"]}("{name}")\n')
 
 
 def leave_if_interrupted(status: int) -> None:
@@ -124,13 +132,16 @@ def set_up_logging() -> None:
 def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str | None = None) -> dict[str, object]:
     """Values of the options that ``[CONFIG] [--option value ...]`` gives, each in its declared type.
 
-    The command line wins over the file. Without a stage the configuration is a path.
+    The command line wins over the file. Without a stage the configuration is a path. Several leading words are values of
+    the stage's positional option, if it has one.
 
     Raises:
         OptionError: If an option is unknown or has a wrong value; for a file the message names the line.
     """
     values: dict[str, object] = {}
     words = list(words)
+    if stage is not None and STAGES[stage].positional and [word[:1] == "-" for word in words[:2]] == [False, False]:
+        words.insert(0, f"--{STAGES[stage].positional}")
     if words and not words[0].startswith("-"):
         path = find_config(words.pop(0), stage)
         for name, (value, line) in read_config(path, options).items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unime_st.options import OptionError, check_options, check_weights, option, require_options
+from unime_st.stages.command import print_usage
 
 
 @dataclass
@@ -13,7 +14,10 @@ class MergeArguments:
     """Options of :func:`run_merge`."""
 
     models: list[str] | None = option(
-        None, "Models or adapters to merge, two or more: aliases or folders.", required=True, repeats=True
+        None,
+        "Models or adapters to merge, two or more: aliases or folders; may stand first.",
+        required=True,
+        repeats=True,
     )
     output: str = option("", "Folder for the merged model.", required=True)
     weights: list[float] | None = option(None, "Weight of each model, sum 1; default: equal.", repeats=True)
@@ -53,5 +57,8 @@ def run_merge(args: MergeArguments) -> Path:
 
     models = args.models or []
     if args.greedy:
-        return greedy_soup(models, args.output, args.eval_data, overwrite=args.overwrite)
-    return merge_models(models, args.output, weights=args.weights, overwrite=args.overwrite)
+        folder = greedy_soup(models, args.output, args.eval_data, overwrite=args.overwrite)
+    else:
+        folder = merge_models(models, args.output, weights=args.weights, overwrite=args.overwrite)
+    print_usage(folder, str(folder))
+    return folder
