@@ -123,9 +123,9 @@ def run_motion(args: MotionArguments) -> dict[str, float]:
     training = stages.SoftLabelArguments(
         data=str(output / "records"), output=str(output / "model"), model=str(write_model(output, args.seed)),
         num_negatives=len(DIRECTIONS) - 1, labels="log_odds", divergence="kl", temperature=0.05, lora_rank=0,
-        save_steps=args.max_steps, use_cpu=True, **chosen,
+        save_steps=args.max_steps, **chosen,
     )  # fmt: skip
-    model = UniME(stages.train_soft_labels(training), device="cpu")
+    model = UniME(stages.train_soft_labels(training))
     scores = evaluate(model, args.held_out, args.seed + 1)
     (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
