@@ -5,13 +5,10 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import BatchFeature
 
@@ -20,8 +17,7 @@ from unime_st.data.items import Item
 from unime_st.data.videos import VideoRef, is_frame_list
 from unime_st.encoding.model_inputs import Features, load_input
 from unime_st.encoding.replicas import with_processor
-
-_PLACEHOLDER = [Image.new("RGB", (1, 1))]
+from unime_st.encoding.stored_outputs import PLACEHOLDER, StoredOutputs
 
 RunTower = Callable[[Features], list[torch.Tensor]]
 """Runs the vision tower on the features of a video; see :func:`~unime_st.backbones.video_tokens.compute_video_tokens`."""
@@ -93,8 +89,8 @@ class VideoSharing:
         self.model, self.prompting = model, prompting
         transformer: Any = model[0]
         self.base: Any = getattr(getattr(transformer, "model", None), "base_model", None)
-        self._replay = _Replay(getattr(getattr(transformer, "processor", None), "video_processor", None))
-        self._twin = with_processor(model, self._with_replay)
+        self._outputs = StoredOutputs(getattr(getattr(transformer, "processor", None), "video_processor", None))
+        self._twin = with_processor(model, self._with_outputs)
 
     @property
     def applies(self) -> bool:
@@ -102,8 +98,8 @@ class VideoSharing:
         takes = inspect.signature(self.base.forward).parameters if self.base is not None else ()
         return "mm_encoder_outputs" in takes and hasattr(self.base, "get_video_features")
 
-    def _with_replay(self, processor: Any) -> Any:
-        processor.video_processor = self._replay
+    def _with_outputs(self, processor: Any) -> Any:
+        processor.video_processor = self._outputs
         return processor
 
     def load(self, shared: SharedVideo, run_tower: RunTower) -> None:
@@ -115,7 +111,7 @@ class VideoSharing:
         with shared.lock:
             if shared.processed is not None:
                 return
-            with self._replay.recording() as recorded:
+            with self._outputs.recording() as recorded:
                 features = self._twin.preprocess([load_input({"video": shared.video})], **self.prompting)
             (processed,) = recorded
             shared.layers = run_tower(features)
@@ -127,8 +123,8 @@ class VideoSharing:
         """Features of inputs with these videos, one each, which have been loaded."""
         layers = [torch.cat(layer) for layer in zip(*(video.layers for video in videos), strict=True)]
         processed = [video.processed for video in videos if video.processed is not None]
-        placeholders = [{**_parts(value), "video": _PLACEHOLDER} for value in inputs]
-        with self._replay.playing(processed):
+        placeholders = [{**_parts(value), "video": [PLACEHOLDER]} for value in inputs]
+        with self._outputs.playing(processed):
             features = self._twin.preprocess(placeholders, **self.prompting)
         features.pop(VIDEO_PIXELS)
         features["mm_encoder_outputs"] = {"video": video_output(self.base, layers)}
@@ -137,46 +133,3 @@ class VideoSharing:
     def run_tower(self, features: Features) -> list[torch.Tensor]:
         """Visual tokens of the videos of features on the device of the model."""
         return compute_video_tokens(self.base, features)
-
-
-class _Replay:
-    """Video processor that records the outputs of another one, or returns recorded ones instead of processing."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._state = threading.local()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_processor" not in self.__dict__:  # while it is copied
-            raise AttributeError(name)
-        return getattr(self._processor, name)
-
-    @contextmanager
-    def recording(self) -> Any:
-        """Record the outputs of this thread's calls in the list that is yielded."""
-        self._state.recorded = []
-        try:
-            yield self._state.recorded
-        finally:
-            del self._state.recorded
-
-    @contextmanager
-    def playing(self, stored: list[BatchFeature]) -> Any:
-        """Return these outputs, joined, for the calls of this thread."""
-        self._state.stored = stored
-        try:
-            yield
-        finally:
-            del self._state.stored
-
-    def __call__(self, videos: object, **kwargs: object) -> BatchFeature:
-        stored: list[BatchFeature] | None = getattr(self._state, "stored", None)
-        if stored is None:
-            made: BatchFeature = self._processor(videos, **kwargs)
-            self._state.recorded.append(BatchFeature(dict(made)))
-            return made
-        return BatchFeature({name: _joined([one[name] for one in stored]) for name in stored[0]})
-
-
-def _joined(parts: list[Any]) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else list(chain.from_iterable(parts))

@@ -9,17 +9,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, BatchFeature
 
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import pixel_budget, weights_fingerprint
 from unime_st.encoding.model_inputs import Features
 from unime_st.encoding.replicas import with_processor
+from unime_st.encoding.stored_outputs import PLACEHOLDER, StoredOutputs
 from unime_st.files import Json, atomic_write, digest, write_json
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed
@@ -37,7 +36,6 @@ from unime_st.training.visual_tokens import (
 
 _TOKEN_BUDGET = 4096
 _IMAGE_FEATURES = ("image_grid_thw", "image_sizes", "batch_num_images")
-_PLACEHOLDER = Image.new("RGB", (1, 1))
 
 
 class VisionCache:
@@ -60,7 +58,7 @@ class VisionCache:
         if partial_state().is_main_process:
             write_json(self.store.folder / "made_by.json", identity)
         first: Any = model[0]
-        self._images = _StoredImages(first.processor.image_processor)
+        self._images = StoredOutputs(first.processor.image_processor)
         self._twin = with_processor(cast(SentenceTransformer, model), self._with_stored_images)
         model.register_forward_pre_hook(inject_visual_tokens)
 
@@ -118,20 +116,20 @@ class VisionCache:
     def preprocess(self, items: list[Item]) -> Features:
         """Make the features that ``model.preprocess`` makes, with stored visual tokens instead of pixels."""
         inputs: list[dict[str, object]] = []
-        self._images.stored = []
+        images: list[Features] = []
         for item in items:
-            inputs.append({} if item.image is None else {"image": _PLACEHOLDER})
+            inputs.append({} if item.image is None else {"image": PLACEHOLDER})
             inputs[-1].update({} if item.video is None else {"video": item.video.open()})
             inputs[-1].update({} if item.text is None else {"text": item.text})
             if item.image is not None:
                 key = self.keys[self.records.items.position(item.id)]
-                self._images.stored.append(self.store.read(key.decode()))
-        features = self._twin.preprocess(inputs)
+                images.append(self.store.read(key.decode()))
+        with self._images.playing(list(map(_processed, images))):
+            features = self._twin.preprocess(inputs)
         features.pop("pixel_values", None)
-        if self._images.stored:
-            tokens = torch.cat([image["tokens"] for image in self._images.stored], dim=1)
+        if images:
+            tokens = torch.cat([image["tokens"] for image in images], dim=1)
             features[VISUAL_TOKENS] = list(tokens)  # as a list it is not split by rows with the batch
-        self._images.stored = []
         return features
 
     def __str__(self) -> str:
@@ -139,23 +137,11 @@ class VisionCache:
         return f"{images:,} images; the folder of this vision tower has {self.store.nbytes / 2**30:.2f} GiB"
 
 
-class _StoredImages:
-    """Stands in for an image processor: returns the grids or sizes that the processor made of stored images."""
-
-    def __init__(self, processor: BaseImageProcessor) -> None:
-        self._processor = processor
-        self.stored: list[dict[str, torch.Tensor]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_processor" not in self.__dict__:  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self._processor, name)
-
-    def __call__(self, images: object, **kwargs: object) -> BatchFeature:
-        first = self.stored[0]
-        found = {name: torch.cat([one[name] for one in self.stored]) for name in _IMAGE_FEATURES if name in first}
-        side = first["crop"].tolist() if "crop" in first else [1, 1]
-        return BatchFeature({**found, "pixel_values": torch.zeros(()).expand(1, 1, 1, *side)})
+def _processed(image: Features) -> Features:
+    """What the image processor made of a stored image: its grid or size, and the shape of its pixels."""
+    found = {name: image[name] for name in _IMAGE_FEATURES if name in image}
+    side = image["crop"].tolist() if "crop" in image else [1, 1]
+    return {**found, "pixel_values": torch.zeros(()).expand(1, 1, 1, *side)}
 
 
 def image_keys(records: ItemFolder, positions: np.ndarray, path: Path | None = None) -> np.ndarray:
