@@ -1,7 +1,14 @@
-"""Options of a small training, and what it changes."""
+"""Options of a small training, its loss curve, its sudden end, and what it changes."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +21,25 @@ SMALL = {
     "learning_rate": 1e-3,
     "lora_dropout": 0.0,
 }
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def losses(folder: Path) -> list[float]:
+    """Logged losses of a stage."""
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def kill_after_some_steps(options: Mapping[str, object], output: Path) -> None:
+    """Run the in-batch stage in a process of its own, and kill it between its second checkpoint and its end."""
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(output)]
+    with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not list((output / "checkpoints").glob("checkpoint-[4-9]*")):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (output / "manifest.json").exists(), "the run ended before it could be killed"
 
 
 def changed(folder: Path) -> float:

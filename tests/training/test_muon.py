@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_stage import kill_after_some_steps, losses
 from torch import nn
 
 from unime_st import stages
@@ -23,8 +18,6 @@ from unime_st.data.scenes import training_records
 from unime_st.model import UniME
 from unime_st.options import OptionError
 from unime_st.training.muon import Muon, muon_groups, orthogonalized
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
@@ -148,20 +141,12 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
         "lora_rank": 0, "frozen": "visual", "optim": "muon", "item_cache": 16, "mini_batch_size": 6,
         "gradient_caching": "false", "learning_rate": 4e-3, "weight_decay": 0.01,
     }  # fmt: skip
-    words = [str(word) for name, value in common.items() for word in (f"--{name}", value)]
-    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(tmp_path / "cut")]
-    with subprocess.Popen(script, stdout=-3, stderr=-3) as process:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not list((tmp_path / "cut" / "checkpoints").glob("checkpoint-[4-9]*")):
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    assert not (tmp_path / "cut" / "manifest.json").exists(), "the run ended before it could be killed"
+    kill_after_some_steps(common, tmp_path / "cut")
     found = []
     for name in ("cut", "whole"):
         options = {**common, "gradient_caching": False, "output": str(tmp_path / name)}
         folder = stages.train_in_batch(stages.InBatchArguments(**options))
-        curve = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-        found.append((curve, load_file(folder / "model.safetensors")))
+        found.append((losses(folder), load_file(folder / "model.safetensors")))
     (cut, weights), (whole, expected) = found
     assert cut == pytest.approx(whole, rel=1e-5)
     assert all(torch.allclose(weights[name], expected[name], atol=1e-5) for name in expected)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import resource
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from small_stage import SMALL, changed
+from small_stage import SMALL, changed, kill_after_some_steps, losses
 from transformers import TrainerCallback
 
 from unime_st import stages
@@ -30,8 +25,6 @@ from unime_st.model import UniME
 from unime_st.reranking import UniMEReranker
 from unime_st.training.resume import last_whole_checkpoint, seal_checkpoint
 from unime_st.training.trainer import EmbedderTrainer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("stage", ["hard_negatives", "in_batch", "soft_labels"])
@@ -176,7 +169,7 @@ def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, 
         common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / name), "logging_steps": 1}
         common |= {"max_steps": 4, "lora_dropout": 0.1, "mini_batch_size": 6, "dataloader_num_workers": workers}
         folder = stages.train_in_batch(stages.InBatchArguments(**common))
-        curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+        curves.append(losses(folder))
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
     weights = tmp_path / "second" / "model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -193,20 +186,13 @@ def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path, too
     if toolbox:
         common |= {"cluster_pools": str(run / "pools"), "cluster_size": 4, "learnable_temperature": True}
         common |= {"false_negative_margin": 0.1, "hardness_strength": 9.0}
-    words = [str(word) for name, value in common.items() for word in (f"--{name}", value)]
-    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(tmp_path / "cut")]
-    with subprocess.Popen(script, stdout=-3, stderr=-3) as process:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not list((tmp_path / "cut" / "checkpoints").glob("checkpoint-[4-9]*")):
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    assert not (tmp_path / "cut" / "manifest.json").exists(), "the run ended before it could be killed"
+    kill_after_some_steps(common, tmp_path / "cut")
     curves = []
     for name, workers in (("cut", 2), ("whole", 0)):
         folder = stages.train_in_batch(
             stages.InBatchArguments(**common, output=str(tmp_path / name), dataloader_num_workers=workers)
         )
-        curves.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+        curves.append(losses(folder))
     assert len(curves[1]) == 11 and curves[0] == pytest.approx(curves[1], rel=1e-5)
     if toolbox:
         logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("cut", "whole")]
