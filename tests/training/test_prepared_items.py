@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_stage import losses
 
 from unime_st import stages
 from unime_st.data.items import Item
@@ -93,12 +93,16 @@ def test_losses_and_gradients_are_those_of_items_prepared_anew(
 
 def test_features_are_those_of_the_model_in_any_order(records: RecordSet) -> None:
     model = UniME("unime-tiny", device="cpu")
+    texts = [position for position in range(len(records.items)) if records.items.at(position).image is None]
+    for few in ([*texts[:3], 1], texts, [1]):
+        assert PreparedItems(model, records, model.preprocess, LARGE, few).usable
     kept = PreparedItems(model, records, model.preprocess, LARGE)
     rng = np.random.default_rng(0)
     for size in (1, 3, 7, len(records.items)):
         positions = rng.permutation(len(records.items))[:size].tolist()
         expected = model.preprocess([records.items.at(position).to_input() for position in positions])
         found = kept(positions)
+        assert found.keys() >= expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value, name
 
@@ -123,15 +127,21 @@ def test_visual_tokens_of_a_vision_cache_are_kept(
             assert torch.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["seen at once", "seen late"])
 def test_processors_that_pad_images_keep_nothing_and_change_nothing(
-    records: RecordSet, converted: Callable[[str], Path]
+    records: RecordSet, converted: Callable[[str], Path], late: bool
 ) -> None:
     model = UniME(converted("llava-1.6"), device="cpu")
-    kept = PreparedItems(model, records, model.preprocess, LARGE)
-    assert not kept.usable
     positions = list(range(len(records.items)))
+    texts = [position for position in positions if records.items.at(position).image is None]
+    kept = PreparedItems(model, records, model.preprocess, LARGE, texts if late else None)
+    if late:
+        assert kept.usable and len(kept(texts)["input_ids"]) == len(texts) and kept.nbytes
+    else:
+        assert not kept.usable
     expected = model.preprocess([records.items.at(position).to_input() for position in positions])
     assert torch.equal(kept(positions)["input_ids"], expected["input_ids"]) and kept.nbytes == 0
+    assert not kept.usable
 
 
 def test_memory_stays_within_the_bound(records: RecordSet) -> None:
@@ -163,10 +173,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(RecordSet.write(tmp_path_factory.mktemp("scenes") / "records", training_records(24, seed=4), {}).folder)
 
 
-def _curve(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_stages_have_one_curve_with_kept_items_and_with_or_without_gradient_caching(
     scenes: str, tmp_path: Path
@@ -193,7 +199,7 @@ def test_stages_have_one_curve_with_kept_items_and_with_or_without_gradient_cach
     }
     for name, options in variants.items():
         stages.train_in_batch(stages.InBatchArguments(**common, **options, output=str(tmp_path / name)))
-    curves = {name: _curve(tmp_path / name) for name in variants}
+    curves = {name: losses(tmp_path / name) for name in variants}
     assert len(curves["anew"]) == 10
     assert curves["kept"] == pytest.approx(curves["anew"], rel=1e-5)
     assert curves["plain"] == pytest.approx(curves["anew"], rel=1e-5)

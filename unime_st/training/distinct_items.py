@@ -23,7 +23,7 @@ from unime_st.encoding.model_inputs import Features
 from unime_st.losses.base import CachedEmbeddingLoss, whole_columns
 from unime_st.losses.quantization import Precision, fake_quantize
 from unime_st.memory import HeapTrimmer
-from unime_st.training.feed import Feed, open_items
+from unime_st.training.feed import Feed, item_features
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.mini_batches import MiniBatches
 
@@ -43,8 +43,7 @@ class ItemCollator(SentenceTransformerDataCollator):
             that memory does not grow with the batch. False (default) decodes in the collator, thus in the workers of
             the data loader: for small batches that are embedded in one pass.
         open_item: Converts an item to an input of ``preprocess_fn``. Defaults to decoding it.
-        prepare: Makes the features of items by their positions, in place of ``preprocess_fn`` and ``open_item``.
-            Defaults to None.
+        prepare: Makes the features of items by their positions. None (default): ``open_item``, then ``preprocess_fn``.
     """
 
     records: RecordSet | None = None
@@ -78,7 +77,7 @@ class ItemCollator(SentenceTransformerDataCollator):
             if self.prepare is not None:
                 inputs = self.prepare(chosen)
             else:
-                inputs = self.preprocess_fn(open_items(self.records, chosen, self.open_item))
+                inputs = item_features(self.records, self.preprocess_fn, self.open_item, chosen)
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
         return batch
 

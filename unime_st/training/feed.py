@@ -19,10 +19,13 @@ from unime_st.encoding.model_inputs import Features
 _PREFETCH = 2  # mini-batches that each worker keeps ready
 
 
-def open_items(
-    records: ItemFolder, positions: Sequence[int], open_item: Callable[[Item], object] = Item.to_input
-) -> list[object]:
-    """Inputs of ``preprocess`` for the items at these positions; a BadImageError names the item."""
+def item_features(
+    records: ItemFolder,
+    preprocess: Callable[[list[Any]], Features],
+    open_item: Callable[[Item], object],
+    positions: Sequence[int],
+) -> Features:
+    """Open the items at these positions and preprocess them; a BadImageError names the item."""
     inputs = []
     for position in positions:
         item = records.items.at(int(position))
@@ -30,16 +33,7 @@ def open_items(
             inputs.append(open_item(item))
         except BadImageError as error:
             raise BadImageError(f"{records.folder}, item {item.id} (stored as {position}): {error}") from error
-    return inputs
-
-
-def _features(
-    records: ItemFolder,
-    preprocess: Callable[[list[Any]], Features],
-    open_item: Callable[[Item], object],
-    positions: list[int],
-) -> Features:
-    return preprocess(open_items(records, positions, open_item))
+    return preprocess(inputs)
 
 
 class _MiniBatches(Dataset):
@@ -64,8 +58,8 @@ class Feed:
         preprocess: ``model.preprocess``.
         workers: Processes that decode ahead of the model. Defaults to 0: decode when asked.
         open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
-        prepare: Makes the features of items by their positions, in place of ``preprocess`` and ``open_item``; see
-            :class:`~unime_st.training.prepared_items.PreparedItems`. Defaults to None.
+        prepare: Makes the features of items by their positions, such as
+            :class:`~unime_st.training.prepared_items.PreparedItems`. None (default): ``open_item``, then ``preprocess``.
 
     Example:
         >>> import tempfile
@@ -87,7 +81,7 @@ class Feed:
         open_item: Callable[[Item], object] = Item.to_input,
         prepare: Callable[[list[int]], Features] | None = None,
     ) -> None:
-        self._dataset = _MiniBatches(prepare or partial(_features, records, preprocess, open_item))
+        self._dataset = _MiniBatches(prepare or partial(item_features, records, preprocess, open_item))
         self._mini_batches: list[list[int]] = []
         self._workers = workers
         self._loader: DataLoader | None = None

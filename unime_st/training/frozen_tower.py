@@ -13,6 +13,7 @@ from unime_st.training.visual_tokens import (
     check_frozen,
     compute_visual_tokens,
     inject_visual_tokens,
+    tensors_of,
     with_video_tokens,
 )
 
@@ -20,8 +21,8 @@ from unime_st.training.visual_tokens import (
 class FrozenTowerCache:
     """Visual tokens of one training step with gradient caching, for its second pass over the mini-batches.
 
-    A frozen vision tower then runs once a step, and every image and video is decoded once; a ValueError tells of one that is not
-    frozen, see :func:`~unime_st.training.visual_tokens.check_frozen`.
+    A frozen vision tower then runs once a step, and every image and video is decoded once; a ValueError tells of one that
+    is not frozen, see :func:`~unime_st.training.visual_tokens.check_frozen`.
 
     Attributes:
         max_bytes: Memory for the features kept for the second pass: 16 MiB on a CPU, 1 GiB on another device. The
@@ -65,11 +66,13 @@ class FrozenTowerCache:
         return self._spill.read(number, self._model.device)
 
     def encode_images(self, number: int, features: Features, *, keep: bool) -> Features:
-        """Replace the pixels of a mini-batch, frames of videos included, by visual tokens, and keep the result for the second pass if asked to."""
+        """Replace the pixels of a mini-batch, frames of videos included, by visual tokens.
+
+        The result is kept for the second pass if asked to.
+        """
         tokens: list[torch.Tensor] = []
         if "pixel_values" in features:
-            with torch.no_grad(), autocast(self._model, self._dtype):
-                layers = compute_visual_tokens(self._model, features)
+            layers = compute_visual_tokens(self._model, features, self._dtype)
             tokens = [torch.cat([layer[image] for image in range(len(layer))]) for layer in layers]
             features = {name: value for name, value in features.items() if name != "pixel_values"}
             features[VISUAL_TOKENS] = tokens
@@ -80,8 +83,7 @@ class FrozenTowerCache:
         return features
 
     def _keep(self, number: int, features: Features) -> None:
-        parts = [part for value in features.values() for part in (value if isinstance(value, list) else [value])]
-        size = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+        size = sum(tensor.nbytes for tensor in tensors_of(features))
         if self._held + size <= self.max_bytes:
             self._held += size
             self._kept[number] = dict(features)

@@ -33,8 +33,8 @@ _CHUNK = 1024
 def item_costs(records: ItemFolder, model: Any, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each stored item and pixels of its image and frames, int64 of shape (items,) each. Nothing is decoded.
 
-    Items whose image or video header cannot be read have :data:`UNREADABLE` tokens. A ``.npy`` file, if given, keeps the counts
-    for a resumed run.
+    Items whose image or video header cannot be read have :data:`UNREADABLE` tokens. A ``.npy`` file, if given, keeps
+    the counts for a resumed run.
     """
     if path is not None and path.is_file():
         tokens, pixels = np.load(path, allow_pickle=False)

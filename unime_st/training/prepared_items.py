@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from sentence_transformers.base.model import BaseModel
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.encoding.model_inputs import Features
-from unime_st.training.feed import open_items
+from unime_st.training.feed import item_features
 from unime_st.training.visual_tokens import (
     ROTARY_POSITIONS,
     VISUAL_TOKENS,
-    autocast,
     backbone,
     compute_visual_tokens,
     inject_visual_tokens,
     is_frozen,
+    tensors_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _BY_IMAGE = ("pixel_values", "image_grid_thw", "image_sizes")
 _IMAGE_COUNTS = ("num_images_per_sample", "batch_num_images")
 _KNOWN = {*_BY_TOKEN, *_BY_IMAGE, *_IMAGE_COUNTS, VISUAL_TOKENS, "modality"}
 _PROBES = 8  # items whose batch is compared with that of the model
+_TENSOR_BYTES = 512  # of a tensor object and its allocation, beside the values
 Row = dict[str, Any]
 """Features of one item: tensors ``(1, tokens)``, ``(images, ...)``, ``(1, 3, tokens)``; visual tokens as lists."""
 
@@ -40,15 +43,14 @@ class PreparedItems:
     """Makes the features of ``preprocess`` for mini-batches of stored items, each item prepared once.
 
     Decoding, image processing, the chat template and tokenization depend on the item alone. So do the rotary positions
-    of Qwen's families and, where vision tower and projector are frozen, the visual tokens, which are kept in place of
-    pixels. Items are kept in the order in which they come, until ``max_bytes`` are full; the others are prepared every
-    time.
+    of Qwen's families and, where vision tower and projector are frozen, the visual tokens, which replace the pixels.
+    Items are kept in the order in which they come, until ``max_bytes`` are full; the others are prepared every time.
 
     Args:
         model: The model that is trained.
         records: Record folder of the items.
         preprocess: ``model.preprocess``, or that of a :class:`~unime_st.training.vision_cache.VisionCache`.
-        max_bytes: Memory of the kept items in this process.
+        max_bytes: Memory of the kept items in this process, that of the tensor objects included.
         positions: Positions of the items in use, some of which are tried. None (default): all.
         dtype: The dtype that autocast computes in. Defaults to float32.
         open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
@@ -59,11 +61,11 @@ class PreparedItems:
 
     Example:
         >>> import tempfile
-        >>> from unime_st import Item, UniME
-        >>> from unime_st.data import PairRecord, RecordSet
+        >>> from unime_st import UniME
+        >>> from unime_st.data.records import RecordSet
+        >>> from unime_st.data.scenes import training_records
         >>> from unime_st.training.prepared_items import PreparedItems
-        >>> pair = PairRecord(Item("a red square"), Item("the square is red"))
-        >>> records, model = RecordSet.write(tempfile.mkdtemp(), [pair], {}), UniME("unime-tiny")
+        >>> records, model = RecordSet.write(tempfile.mkdtemp(), training_records(1), {}), UniME("unime-tiny")
         >>> items = PreparedItems(model, records, model.preprocess, max_bytes=1 << 20)
         >>> items([0, 1])["input_ids"].shape[0], items([1])["input_ids"].shape[0], items.prepared
         (2, 1, 2)
@@ -79,14 +81,15 @@ class PreparedItems:
         dtype: torch.dtype = torch.float32,
         open_item: Callable[[Item], object] = Item.to_input,
     ) -> None:
-        self._model, self._records, self._preprocess, self._open_item = model, records, preprocess, open_item
+        self._model, self._records = model, records
+        self._features = partial(item_features, records, preprocess, open_item)
         self.max_bytes, self._dtype = max_bytes, dtype
         self._kept: dict[int, Row] = {}
         self.nbytes = self.prepared = 0
         self._frozen = is_frozen(model)
-        self.usable = self._same_as_preprocess(range(len(records.items)) if positions is None else positions)
-        if not self.usable:
-            logger.info("item_cache: this model's batches are not made of single items; nothing is kept.")
+        self.usable = True
+        if not self._same_as_preprocess(range(len(records.items)) if positions is None else positions):
+            self._give_up()
         model.register_forward_pre_hook(inject_visual_tokens)
 
     def __call__(self, positions: Sequence[int]) -> Features:
@@ -96,15 +99,20 @@ class PreparedItems:
             BadImageError: If an image cannot be decoded; the message names the item.
         """
         missing = [position for position in dict.fromkeys(positions) if position not in self._kept]
-        fresh = dict(zip(missing, self._prepare(missing))) if self.usable else {}
+        fresh = dict(zip(missing, self._prepare(missing))) if self.usable and missing else {}
         if not self.usable:
-            return self._preprocess(open_items(self._records, positions, self._open_item))
+            return self._features(positions)
         for position, row in fresh.items():
-            size = sum(tensor.nbytes for value in row.values() for tensor in _tensors(value))
+            size = sum(tensor.nbytes + _TENSOR_BYTES for tensor in tensors_of(row))
             if self.nbytes + size <= self.max_bytes:
                 self.nbytes += size
                 self._kept[position] = row
         return self._merged([fresh[p] if p in fresh else self._kept[p] for p in positions])
+
+    def _give_up(self) -> None:
+        self.usable, self.nbytes = False, 0
+        self._kept.clear()
+        logger.warning("item_cache has no effect: batches of this model and dataset are more than their single items.")
 
     def _same_as_preprocess(self, positions: Sequence[int]) -> bool:
         """Whether a few items, with images and without, make the batch alone that they make cut out of a larger one."""
@@ -117,13 +125,13 @@ class PreparedItems:
         rows = self._rows(probes)
         if rows is None:
             return False
-        expected = self._preprocess(open_items(self._records, probes[::2], self._open_item))
+        expected = self._features(probes[::2])
         made = self._merged(rows[::2])
         return made.keys() == expected.keys() and all(_equal(made[name], expected[name]) for name in expected)
 
     def _rows(self, positions: list[int]) -> list[Row] | None:
         """Features of each item; None if they cannot be cut out of those of a batch."""
-        batch = self._preprocess(open_items(self._records, positions, self._open_item))
+        batch = self._features(positions)
         # LLaVA's processors pad the crops of a batch to the most that an image has.
         if not batch.keys() <= _KNOWN or ("pixel_values" in batch and "image_grid_thw" not in batch):
             return None
@@ -135,7 +143,7 @@ class PreparedItems:
             if name in _BY_TOKEN:
                 parts = [tokens[mask.bool()][None] for tokens, mask in zip(value, batch["attention_mask"])]
             elif name in _IMAGE_COUNTS:
-                parts = value.split(1)
+                owners, parts = with_image, value[torch.tensor(images)].split(1) if any(images) else ()
             elif name == "pixel_values":
                 owners, parts = with_image, value.split(batch["image_grid_thw"].prod(dim=1).tolist())
             elif name in _BY_IMAGE:
@@ -151,12 +159,9 @@ class PreparedItems:
         return rows
 
     def _prepare(self, positions: list[int]) -> list[Row]:
-        if not positions:
-            return []
         rows = self._rows(positions)
         if rows is None:
-            self.usable = False
-            self._kept.clear()
+            self._give_up()
             return []
         self.prepared += len(positions)
         batch = self._merged(rows)
@@ -164,7 +169,7 @@ class PreparedItems:
         if self._frozen and "pixel_values" in batch and not isinstance(next(self._model.parameters()), DTensor):
             self._replace_pixels(rows, batch)
         # Copies do not keep the tensor of the whole mini-batch alive of which they are parts.
-        return [{name: _copied(value) for name, value in row.items()} for row in rows]
+        return [recursively_apply(torch.clone, row) for row in rows]
 
     def _add_positions(self, rows: list[Row], batch: Features) -> None:
         base = backbone(self._model)
@@ -176,15 +181,11 @@ class PreparedItems:
             row[ROTARY_POSITIONS] = found[:, number, batch["attention_mask"][number].bool()][None]
 
     def _replace_pixels(self, rows: list[Row], batch: Features) -> None:
-        with torch.no_grad(), autocast(self._model, self._dtype):
-            layers = compute_visual_tokens(self._model, send_to_device(batch, self._model.device))
-        image = 0
-        for row in rows:
-            if "pixel_values" in row:
-                del row["pixel_values"]
-                images = range(image, image + len(row["image_grid_thw"]))
-                row[VISUAL_TOKENS] = [torch.cat([layer[i] for i in images]).cpu() for layer in layers]
-                image = images.stop
+        layers = compute_visual_tokens(self._model, send_to_device(batch, self._model.device), self._dtype)
+        with_image = [row for row in rows if "pixel_values" in row]
+        for row, tokens in zip(with_image, zip(*layers)):
+            del row["pixel_values"]
+            row[VISUAL_TOKENS] = [layer.cpu() for layer in tokens]
 
     def _merged(self, rows: Sequence[Row]) -> Features:
         """Put items together as ``preprocess`` does: padded to the longest, images one after the other."""
@@ -192,11 +193,10 @@ class PreparedItems:
         for row in rows:
             for name, value in row.items():
                 by_name[name].append(value)
-        width = max(row["input_ids"].shape[1] for row in rows)
         merged: Features = {}
         for name, values in by_name.items():
             if name in _BY_TOKEN or name == ROTARY_POSITIONS:
-                merged[name] = self._padded(name, values, width)
+                merged[name] = self._padded(name, values)
             elif name == VISUAL_TOKENS:
                 merged[name] = [torch.cat(layer) for layer in zip(*values)]
             elif name in _IMAGE_COUNTS:
@@ -206,25 +206,11 @@ class PreparedItems:
                 merged[name] = torch.cat(values) if name in _BY_IMAGE else values[0]
         return merged
 
-    def _padded(self, name: str, values: list[torch.Tensor], width: int) -> torch.Tensor:
-        fill = self._model.tokenizer.pad_token_id if name == "input_ids" else int(name == ROTARY_POSITIONS)
-        padded = values[0].new_full((len(values), *values[0].shape[1:-1], width), fill)
-        left = self._model.tokenizer.padding_side == "left"
-        for row, value in zip(padded, values):
-            length = value.shape[-1]
-            row[..., width - length if left else 0 : width if left else length] = value[0]
-        return padded
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    parts = value if isinstance(value, list) else [value]
-    return [part for part in parts if isinstance(part, torch.Tensor)]
-
-
-def _copied(value: object) -> object:
-    if isinstance(value, list):
-        return [part.clone() for part in value]
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    def _padded(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        tokenizer = self._model.tokenizer
+        fill = tokenizer.pad_token_id if name == "input_ids" else int(name == ROTARY_POSITIONS)
+        tokens_first = [value[0].movedim(-1, 0) for value in values]
+        return pad_sequence(tokens_first, True, fill, tokenizer.padding_side).movedim(1, -1)
 
 
 def _equal(made: object, expected: object) -> bool:

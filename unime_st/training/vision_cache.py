@@ -26,7 +26,6 @@ from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.processes import partial_state
 from unime_st.training.visual_tokens import (
     VISUAL_TOKENS,
-    autocast,
     backbone,
     check_frozen,
     compute_visual_tokens,
@@ -86,8 +85,7 @@ class VisionCache:
         if len(own):
             split = MiniBatches(costs, budget=_TOKEN_BUDGET, pixels=pixels, max_pixels=pixel_budget(model.device))
             groups = [own[group].tolist() for group in split(own)]
-            with torch.no_grad(), autocast(model, self.dtype):
-                self._compute(model, feed, groups)
+            self._compute(model, feed, groups)
         state.wait_for_everyone()
         self.store.refresh()
         if self.store.missing(keys).any():
@@ -98,7 +96,7 @@ class VisionCache:
         model.eval()
         mini_batches = zip(groups, feed.stream(groups, model.device))
         for group, features in tqdm(mini_batches, total=len(groups), desc="visual tokens", unit="batch"):
-            layers = compute_visual_tokens(model, features)
+            layers = compute_visual_tokens(model, features, self.dtype)
             for index, position in enumerate(group):
                 tensors = {name: features[name][index : index + 1] for name in _IMAGE_FEATURES if name in features}
                 if "image_sizes" in features:  # LLaVA's processors count tokens by the size of a crop

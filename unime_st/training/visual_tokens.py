@@ -17,10 +17,8 @@ from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
 """Feature with the visual tokens of a mini-batch: those of the input layer, then those that enter inner layers."""
-
 VIDEO_TOKENS = "video_tokens"
 """The same for its videos."""
-
 ROTARY_POSITIONS = "rotary_positions"
 """Feature with the position ids of multimodal rotary embeddings, ``(rows, 3, tokens)``: rows first, to be split."""
 
@@ -63,8 +61,8 @@ def is_frozen(model: BaseModel) -> bool:
     return True
 
 
-def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence[torch.Tensor]]:
-    """Run the vision tower and the projector.
+def compute_visual_tokens(model: BaseModel, features: Features, dtype: torch.dtype) -> list[Sequence[torch.Tensor]]:
+    """Run the vision tower and the projector without gradients, under autocast to ``dtype`` as in training.
 
     Returns:
         For the input layer, and for each inner layer that visual tokens enter, a sequence over the images of tensors
@@ -73,7 +71,8 @@ def compute_visual_tokens(model: BaseModel, features: Features) -> list[Sequence
     base = backbone(model)
     accepted = signature(base.get_image_features).parameters
     inputs = {name: value for name, value in features.items() if name in accepted}
-    output = base.get_image_features(**inputs, return_dict=True)
+    with torch.no_grad(), autocast(model, dtype):
+        output = base.get_image_features(**inputs, return_dict=True)
     return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
 
 
@@ -108,6 +107,12 @@ def with_video_tokens(model: BaseModel, features: Features) -> Features:
         tokens = compute_video_tokens(backbone(model), features)
     kept = {name: value for name, value in features.items() if name != VIDEO_PIXELS}
     return {**kept, VIDEO_TOKENS: tokens}
+
+
+def tensors_of(features: Features) -> list[torch.Tensor]:
+    """Tensors of features, those inside lists included."""
+    parts = [part for value in features.values() for part in (value if isinstance(value, list) else [value])]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[object]:
