@@ -49,7 +49,7 @@ class JudgeArguments(EngineArguments):
     max_text_tokens: int = option(
         0, "Truncation of texts; 0: pairs that are too long are rejected.", unit="tokens", at_least=0
     )
-    url: str = option("", "OpenAI-compatible server (.../v1) that is asked for `model`, in place of this process.")
+    url: str = option("", "OpenAI-compatible server (.../v1) that is asked for `model` instead of this process.")
     concurrency: int = option(32, "Simultaneous requests to the server.", unit="requests", at_least=1, needs="url")
     strong_model: str = option("", "Second judge, for pairs that the first one is unsure about.")
     strong_band: float = option(

@@ -44,8 +44,8 @@ _DECIDED = {
 """Stock options that a stage decides itself, and why."""
 
 _NO_PART_OF_RESULT = (
-    *("output", "output_dir", "overwrite", "resume", "resume_from_checkpoint", "dry_run", "vision_cache"),
-    "item_cache",
+    *("output", "output_dir", "overwrite", "resume", "resume_from_checkpoint", "dry_run"),
+    *("vision_cache", "item_cache"),
     *("run_name", "project", "report_to", "disable_tqdm", "use_cpu", "full_determinism", "skip_memory_metrics"),
     *("do_train", "do_eval", "do_predict", "local_rank", "log_on_each_node", "debug", "deepspeed"),
     *("logging_", "log_level", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "fsdp", "dataloader_num_workers"),
@@ -108,7 +108,7 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
     frozen: str | None = option(
         None, "With lora_rank 0: regular expression of the weights that are not trained, e.g. visual|vision."
     )
-    use_dora: bool = option(False, "DoRA in place of LoRA (the released V2 scripts).")
+    use_dora: bool = option(False, "DoRA instead of LoRA (the released V2 scripts).")
     quantize: str | None = option(
         None, "Quantization of the frozen weights under the adapter (QLoRA, extra `qlora`).", choices=("nf4", "int8")
     )
@@ -171,7 +171,8 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
         if optim == MUON:
             self.optim = OptimizerNames.ADAMW_TORCH  # the stock class knows its own optimizers only
         super().__post_init__()
-        self.optim = optim if optim == MUON else self.optim
+        if optim == MUON:
+            self.optim = MUON
         self.gradient_checkpointing = checkpointing
         self.dataloader_drop_last = drop_last  # the stock class sets it on several devices; batches here may be uneven
 
