@@ -38,6 +38,22 @@ CONTROL = "in_batch"
 NEGATIVES = 5
 ALL_DIRECTIONS = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 TEMPERATURE = 0.05
+DISTILLATION: dict[str, Any] = {
+    "labels": "log_odds",
+    "divergence": "kl",
+    "label_temperature": 1.0,
+    "in_batch_weight": 0.0,
+}
+SHORT_DIM = 32
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "int8": {"precision": "int8"},
+    "binary": {"precision": "binary"},
+    f"{SHORT_DIM} dimensions": {"truncate_dim": SHORT_DIM},
+    f"{SHORT_DIM} dimensions, int8": {"truncate_dim": SHORT_DIM, "precision": "int8"},
+    f"{SHORT_DIM} dimensions, binary": {"truncate_dim": SHORT_DIM, "precision": "binary"},
+}
+"""Vector formats that the control and the arms trained for them are evaluated in."""
 
 
 class Seed:
@@ -57,7 +73,7 @@ class Seed:
             "model": start, "data": self.path(data), "output": self.path(name), "max_steps": steps,
             "per_device_train_batch_size": self.options.batch_size, "learning_rate": rate, "seed": self.seed,
             "temperature": TEMPERATURE, "lora_rank": 32, "lora_alpha": 64, "lora_dropout": 0.0,
-            "lora_targets": "all-linear", "logging_steps": 10, "save_steps": 100,
+            "token_budget": 2048, "gradient_caching": False, "item_cache": 512, "logging_steps": 10, "save_steps": 100,
         }  # fmt: skip
 
     def prepare(self) -> None:
@@ -126,7 +142,11 @@ def trainings(run: Seed) -> dict[str, Callable[[], None]]:
         "v2": lambda: run.soft_labels("v2"),
         "v2_mask": lambda: run.soft_labels("v2_mask", **masked),
         "v2_both_orders": lambda: run.soft_labels("v2_both_orders", "rows-both"),
-        "distilled": lambda: run.soft_labels("distilled", "rows-both", divergence="kl"),
+        "distilled": lambda: run.soft_labels("distilled", "rows-both", **DISTILLATION),
+        "short_vectors": lambda: run.in_batch("short_vectors", matryoshka_dims=[128, SHORT_DIM]),
+        "quantized": lambda: run.in_batch(
+            "quantized", matryoshka_dims=[128, SHORT_DIM], quantization_aware=["int8", "binary"]
+        ),
         "soup": lambda: run.soup("soup", ["distilled", "clusters"]),
         "greedy_soup": lambda: run.soup(
             "greedy_soup", ["mask", "clusters", "directions", "v2_mask", "distilled"], greedy=True
@@ -164,6 +184,12 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, dict[str, float
         if name not in found:
             found[name] = hits(UniME(run.path(name)), options.eval_size, seed)
             write_json(kept, found)
+    for name in (CONTROL, "short_vectors", "quantized"):
+        for label, settings in FORMATS.items():
+            if f"{name}, {label}" not in found:
+                model = wrap(UniME(run.path(name)), f"unime/{name}", **settings)
+                found[f"{name}, {label}"] = hits(model, options.eval_size, seed)
+                write_json(kept, found)
     for name, settings in rankings(run).items():
         if name not in found:
             model = TwoStage(
@@ -202,11 +228,11 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, help="seeds, each with data and trainings of its own (default: 3)"
     )
-    parser.add_argument("--records", type=int, default=6000, help="training pairs of a seed (default: 6000)")
-    parser.add_argument("--warm_steps", type=int, default=200, help="steps of the first training (default: 200)")
-    parser.add_argument("--steps", type=int, default=150, help="steps of every arm (default: 150)")
+    parser.add_argument("--records", type=int, default=1500, help="training pairs of a seed (default: 1500)")
+    parser.add_argument("--warm_steps", type=int, default=100, help="steps of the first training (default: 100)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of every arm (default: 60)")
     parser.add_argument("--batch_size", type=int, default=64, help="rows per step (default: 64)")
-    parser.add_argument("--eval_size", type=int, default=200, help="queries per held-out task (default: 200)")
+    parser.add_argument("--eval_size", type=int, default=250, help="queries per held-out task (default: 250)")
     options = parser.parse_args()
     by_seed = [measure(options, seed) for seed in range(options.seeds)]
     pools = Pools(Seed(options, 0).path("pools"))
