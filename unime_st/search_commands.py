@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 _SOURCE = (
-    "folder of images and PDF files, searched recursively; table (.jsonl, .json, .csv, .parquet, datasets folder); or "
-    "record folder"
+    "folder of images, video files and PDF files, searched recursively; table (.jsonl, .json, .csv, .parquet, "
+    "datasets folder); or record folder"
 )
 
 

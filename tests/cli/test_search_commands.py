@@ -188,9 +188,9 @@ def test_encode(sources: Path, capsys: pytest.CaptureFixture[str], caplog: pytes
     ("words", "status", "message"),
     [
         (["index", "absent", "--output", "out"], 1, "absent: no such file or folder"),
-        (["encode", "empty", "--output", "out"], 1, "empty: contains no image, no PDF file and no table"),
+        (["encode", "empty", "--output", "out"], 1, "empty: contains no image, no video, no PDF file and no table"),
         (["encode", "locked", "--output", "out"], 1, "locked: nothing in it can be read"),
-        (["index", "empty", "--output", "out"], 1, "empty: contains no image, no PDF file and no table"),
+        (["index", "empty", "--output", "out"], 1, "empty: contains no image, no video, no PDF file and no table"),
         (["index", "unreadable", "--output", "out"], 1, "no item could be encoded, so there is nothing to index"),
         (["index", "locked", "--output", "out"], 1, "locked: nothing in it can be read"),
         (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -92,6 +94,43 @@ def test_importing(tmp_path: Path) -> None:
     assert len(reasons) == 7
     for word in expected:
         assert sum(word in reason for reason in reasons) == 1, (word, reasons)
+
+
+def test_files_without_a_decoder_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    folder_of(tmp_path / "whole", 2)
+    rows = [{"query_text": "a", "positive_video": name} for name in ("clip.mp4", "whole")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = import_records(tmp_path / "rows.jsonl", tmp_path / "records")
+    assert [record.positive for record in records] == [Item(video=tmp_path / "whole")]
+    (line,) = (tmp_path / "records" / "rejected.jsonl").read_text().splitlines()
+    assert "clip.mp4: decoding video files needs torchcodec" in line
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="all 1 pairs were rejected.*needs torchcodec"):
+        import_records(tmp_path / "rows.jsonl", tmp_path / "none")
+
+
+def test_folders_of_video_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Videos stand after the images. Without a decoder one line says so; a folder of videos alone is refused."""
+    (tmp_path / "deep").mkdir()
+    for name in ("b.mp4", "deep/c.WebM"):
+        (tmp_path / name).write_bytes(b"x")
+    decoders = types.SimpleNamespace(VideoDecoder=object)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    assert [(name, item.modality) for name, item in read_items(tmp_path)] == [
+        ("b.mp4", "video"),
+        ("deep/c.WebM", "video"),
+    ]
+    assert [name for name, _ in read_items(tmp_path / "b.mp4")] == ["b.mp4"]
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ImportError, match="b.mp4: decoding video files needs torchcodec"):
+        list(read_items(tmp_path))
+    frames(1)[0].save(tmp_path / "z.png")
+    assert [name for name, _ in read_items(tmp_path)] == ["z.png"]
+    assert caplog.text.count("2 videos are left out: video") == 1
 
 
 def test_index_sources_and_gallery(tmp_path: Path) -> None:

@@ -28,9 +28,16 @@ MAX_FRAMES = 64
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 """Names of files in a folder that are frames."""
 
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".wmv", ".flv")
+"""Names of files that are videos."""
+
 
 class BadVideoError(BadImageError):
     """A video is missing, empty, corrupt or inconsistent. The message names the video, the frame and the reason."""
+
+
+class NoVideoDecoderError(BadVideoError, ImportError):
+    """A video is a file, and torchcodec or the libraries of FFmpeg are not installed."""
 
 
 @runtime_checkable
@@ -343,18 +350,32 @@ def _file_digest(path: str) -> str:
         return content_digest(path, length=64)
 
 
-def _open_file(path: str) -> FrameDecoder:
+def video_decoder_class(path: str | Path) -> type[Any]:
+    """Decoder of `torchcodec`.
+
+    Args:
+        path: Video file, for the message.
+
+    Raises:
+        NoVideoDecoderError: If it is not installed.
+    """
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: the libraries of FFmpeg are missing
-        raise ImportError(
+        reason = (str(error).splitlines() or [""])[0]  # torchcodec explains on many lines what it has tried
+        raise NoVideoDecoderError(
             f"video {path}: decoding video files needs torchcodec and the libraries of FFmpeg: "
-            f'pip install "unime-st[video]", or give the frames as a folder ({error})'
+            f'pip install "unime-st[video]", or give the frames as a folder ({reason})'
         ) from error
+    return VideoDecoder
+
+
+def _open_file(path: str) -> FrameDecoder:
+    decoder_class = video_decoder_class(path)
     if not os.path.isfile(path):
         raise BadVideoError(f"video {path}: cannot be read (no such file)")
     with _video_errors(path):
-        return VideoDecoder(path, dimension_order="NHWC")
+        return decoder_class(path, dimension_order="NHWC")
 
 
 @contextmanager

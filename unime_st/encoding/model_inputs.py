@@ -21,7 +21,7 @@ from sentence_transformers.base.modality_types import SingleInput
 from unime_st.data.image_urls import is_url
 from unime_st.data.images import BadImageError, ImageRef
 from unime_st.data.items import Item
-from unime_st.data.videos import BadVideoError, VideoRef, check_num_frames, is_frame_list
+from unime_st.data.videos import VIDEO_SUFFIXES, BadVideoError, VideoRef, check_num_frames, is_frame_list
 from unime_st.encoding.input_images import image_of_array, image_size, load_image
 from unime_st.encoding.input_videos import is_reference
 
@@ -37,7 +37,6 @@ _UNKNOWN_SIZE = (512, 512)
 _IMAGE_NAME = re.compile(
     r"\S.*\.(png|jpe?g|jpe|jfif|gif|bmp|dib|tiff?|webp|avif|heic|heif|jp2|ico|ppm)", re.IGNORECASE
 )
-_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".wmv", ".flv")
 _PARTS = ("text", "image", "audio", "video")
 
 
@@ -115,7 +114,7 @@ def _check_video(video: object) -> None:
 
 
 def _is_video_file(path: str) -> bool:
-    return path[-5:].lower().endswith(_VIDEO_SUFFIXES) and not is_url(path) and os.path.isfile(path)
+    return path[-5:].lower().endswith(VIDEO_SUFFIXES) and not is_url(path) and os.path.isfile(path)
 
 
 def _struct_image(struct: Mapping[str, Any]) -> ImageRef | None:

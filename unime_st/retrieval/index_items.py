@@ -192,6 +192,6 @@ def _readable(
     vectors = shards[positions]
     readable = ~np.isnan(vectors[:, 0])
     for row in np.flatnonzero(~readable).tolist():
-        logger.warning("%s is left out: its image cannot be decoded", names[row])
+        logger.warning("%s is left out: its image or video cannot be decoded", names[row])
     kept = [name for name, good in zip(names, readable, strict=True) if good]
     return kept, IndexedItems(reader, positions[readable]), np.ascontiguousarray(vectors[readable])

@@ -1,4 +1,4 @@
-"""Sources of a search index: folders of images and PDF files, tables and record folders as streams of items with ids."""
+"""Sources of a search index: folders of images, videos and PDF files, tables and record folders as streams of items with ids."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from unime_st.data.manifest import is_complete
 from unime_st.data.pdf_pages import render_pages
 from unime_st.data.records import RecordSet
 from unime_st.data.sources import read_rows, source_files
+from unime_st.data.videos import VIDEO_SUFFIXES, NoVideoDecoderError, video_decoder_class
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,10 @@ def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[t
     """Stream the items of a source with their ids.
 
     Args:
-        source: A folder of images and PDF files, which is searched with all folders below it (ids are the paths below
-            it, and ``file.pdf#page=3`` for a page); an image or a PDF file; a record folder (its distinct positives, by
-            their ids); or a table in a format of :func:`~unime_st.data.sources.read_rows`. Hidden files are left out.
+        source: A folder of images, video files and PDF files, which is searched with all folders below it (ids are the
+            paths below it, and ``file.pdf#page=3`` for a page); one such file; a record folder (its distinct
+            positives, by their ids); or a table in a format of :func:`~unime_st.data.sources.read_rows`. Hidden files
+            are left out. Files of frames are images: a video that is a folder of frames is a row of a table.
         columns: Columns of a table. Defaults to None, text, image, video and id.
 
     Yields:
@@ -55,7 +57,7 @@ def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[t
 
     Raises:
         FileNotFoundError: If the source does not exist or contains nothing to index.
-        ImportError: If the source is a PDF file and pypdfium2 is not installed.
+        ImportError: If all of the source are PDF files or videos, and pypdfium2 or torchcodec is not installed.
         ValueError: If a row of a table cannot be read.
 
     Example:
@@ -74,23 +76,31 @@ def read_items(source: str | Path, columns: Columns | None = None) -> Iterator[t
         records = RecordSet.load(source)
         yield from ((name, records.item(name)) for name in records.positive_ids)
         return
-    images, documents = _media_files(source)
+    images, videos, documents = _media_files(source)
     root = source if source.is_dir() else source.parent
     yield from ((path.relative_to(root).as_posix(), Item(image=path)) for path in images)
+    if videos:
+        try:
+            video_decoder_class(videos[0])
+            yield from ((path.relative_to(root).as_posix(), Item(video=path)) for path in videos)
+        except NoVideoDecoderError as error:
+            if not images and not documents:
+                raise
+            logger.warning("%d videos are left out: %s", len(videos), error)
+            videos = []
     if documents:
-        yield from _pages(source, documents, skip=bool(images))
-    if not images and not documents:
+        yield from _pages(source, documents, skip=bool(images or videos))
+    if not (images or videos or documents):
         yield from _table_items(source, columns or Columns())
 
 
-def _media_files(source: Path) -> tuple[list[Path], list[Path]]:
-    """Images and PDF files of a source, in order of their paths."""
+def _media_files(source: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Images, video files and PDF files of a source, in order of their paths."""
     files = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
     shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(source).parts)]
-    return (
-        [path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES],
-        [path for path in shown if path.suffix.lower() == ".pdf"],
-    )
+    kinds = (IMAGE_SUFFIXES, VIDEO_SUFFIXES, (".pdf",))
+    images, videos, documents = ([path for path in shown if path.suffix.lower() in kind] for kind in kinds)
+    return images, videos, documents
 
 
 def _pages(source: Path, documents: list[Path], *, skip: bool) -> Iterator[tuple[str, Item]]:
@@ -111,7 +121,7 @@ def _table_items(source: Path, columns: Columns) -> Iterator[tuple[str, Item]]:
     try:
         files = source_files(source)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{source}: contains no image, no PDF file and no table") from None
+        raise FileNotFoundError(f"{source}: contains no image, no video, no PDF file and no table") from None
     for row in (row for file in files for row in read_rows(file)):
         where = f"{row.file}, row {row.number}"
         if row.values is None:
