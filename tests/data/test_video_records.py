@@ -107,7 +107,7 @@ def test_files_without_a_decoder_are_set_aside(tmp_path: Path, monkeypatch: pyte
     (line,) = (tmp_path / "records" / "rejected.jsonl").read_text().splitlines()
     assert "clip.mp4: decoding video files needs torchcodec" in line
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(ValueError, match="all 1 pairs were rejected.*needs torchcodec"):
+    with pytest.raises(ValueError, match=r"all 1 pairs were rejected.*needs torchcodec"):
         import_records(tmp_path / "rows.jsonl", tmp_path / "none")
 
 
@@ -126,7 +126,7 @@ def test_folders_of_video_files(
     ]
     assert [name for name, _ in read_items(tmp_path / "b.mp4")] == ["b.mp4"]
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(ImportError, match="b.mp4: decoding video files needs torchcodec"):
+    with pytest.raises(ImportError, match=r"b.mp4: decoding video files needs torchcodec"):
         list(read_items(tmp_path))
     frames(1)[0].save(tmp_path / "z.png")
     assert [name for name, _ in read_items(tmp_path)] == ["z.png"]
