@@ -25,7 +25,7 @@ from unime_st.training.feed import Feed
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.prepared_items import PreparedItems
-from unime_st.training.vision_cache import VisionCache, image_keys
+from unime_st.training.vision_cache import VisionCache, media_keys
 from unime_st.training.visual_tokens import VISUAL_TOKENS
 
 LARGE = 64 << 20
@@ -114,9 +114,9 @@ def test_visual_tokens_of_a_vision_cache_are_kept(
     model = UniME(converted(family), device="cpu")
     choose_trainable(model, stages.InBatchArguments(lora_rank=4))
     costs, pixels = item_costs(records, model)
-    keys = image_keys(records, np.arange(len(records.items)))
+    keys = media_keys(records, np.arange(len(records.items)))
     cache = VisionCache(model, records, keys, tmp_path / "cache", torch.float32)
-    cache.fill(model, Feed(records, model.preprocess), costs, pixels)
+    cache.fill(model, costs, pixels)
     kept = PreparedItems(model, records, cache.preprocess, LARGE, open_item=cache.open_item)
     assert kept.usable
     with torch.no_grad():

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unime_st import Item, UniME, stages
-from unime_st.data import PairRecord, RecordSet
-from unime_st.training.item_tokens import UNREADABLE, item_costs
+from unime_st.data import PairRecord, RecordSet, VideoRef
+from unime_st.encoding.model_inputs import Features
+from unime_st.training.adapters import choose_trainable
+from unime_st.training.feed import Feed
+from unime_st.training.item_tokens import UNREADABLE, item_costs, stacked_frames
+from unime_st.training.mini_batches import MiniBatches
+from unime_st.training.vision_cache import VisionCache, media_keys
+from unime_st.training.visual_tokens import VIDEO_TOKENS, VISUAL_TOKENS
 
 
 def clip(count: int, seed: int = 0, size: tuple[int, int] = (40, 56)) -> list[Image.Image]:
@@ -63,6 +73,61 @@ def test_unreadable_videos_are_set_aside(tmp_path: Path) -> None:
     stages.train_in_batch(stages.InBatchArguments(**given))
     (line,) = (tmp_path / "model" / "rejected.jsonl").read_text().splitlines()
     assert "VideoRef" in json.loads(line)["reason"]
+
+
+FAMILY_NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision"]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_the_vision_cache_keeps_videos(
+    records: RecordSet, tmp_path: Path, converted: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same features, loss and gradients from visual tokens on disk, with no frame decoded and no vision tower."""
+    model = UniME(converted(family), device="cpu").train()
+    choose_trainable(model, stages.InBatchArguments(lora_rank=4, lora_dropout=0.0))
+    costs, pixels = item_costs(records, model)
+    frames, positions = stacked_frames(records, model), np.arange(len(records.items))
+    assert (frames is None) == (family != "llava-onevision")
+    groups = [group.tolist() for group in MiniBatches(costs, budget=400, frames=frames)(positions)]
+    for group in groups:
+        assert len({len(v.frames) for p in group if (v := records.items.at(p).video)}) <= 1 or frames is None
+
+    def run(feed: Feed) -> tuple[list[Features], torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        batches = list(feed.stream(groups, torch.device("cpu")))
+        vectors = torch.cat([model(dict(features))["sentence_embedding"] for features in batches])
+        (vectors @ vectors.T).softmax(1).diagonal().log().sum().backward()
+        return batches, vectors.detach(), [w.grad.clone() for w in model.parameters() if w.grad is not None]
+
+    expected = run(Feed(records, model.preprocess))
+    cache = VisionCache(model, records, media_keys(records, positions), tmp_path, torch.float32)
+    cache.fill(model, costs, pixels)
+    assert str(cache).startswith("2 images, 19 videos; ")
+    with monkeypatch.context() as patch:
+        base = model.transformers_model.base_model
+        patch.setattr(base, "get_video_features", None)
+        patch.setattr(base, "get_image_features", None)
+        patch.setattr(VideoRef, "open", lambda video: pytest.fail("a video was decoded"))
+        found = run(Feed(records, cache.preprocess, open_item=cache.open_item))
+    for before, after in zip(expected[0], found[0], strict=True):
+        assert before.keys() - after.keys() <= {"pixel_values", "pixel_values_videos"}
+        assert after.keys() - before.keys() <= {VISUAL_TOKENS, VIDEO_TOKENS}
+        for name in before.keys() & after.keys() - {"modality"}:
+            same = torch.equal if isinstance(before[name], torch.Tensor) else operator.eq
+            assert same(before[name], after[name]), name
+    assert torch.allclose(found[1], expected[1], atol=1e-6)
+    scale = max(float(gradient.abs().max()) for gradient in expected[2])
+    assert max(float((a - b).abs().max()) for a, b in zip(found[2], expected[2], strict=True)) < 1e-5 * scale
+    assert not VisionCache(model, records, cache.keys, tmp_path, torch.float32)._missing(cache.keys[1]).size
+
+
+def test_llava_trains_on_videos_of_unequal_length(
+    records: RecordSet, tmp_path: Path, converted: Callable[[str], Path]
+) -> None:
+    for name, way in {"whole": {}, "budget": {"token_budget": 300}}.items():
+        given = options(records, tmp_path / name, model=str(converted("llava-onevision")), max_steps=1, **way)
+        folder = stages.train_in_batch(stages.InBatchArguments(**given))
+        assert math.isfinite(json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"])
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
-from unime_st.training.vision_cache import VisionCache, image_keys
+from unime_st.training.vision_cache import VisionCache, media_keys
 from unime_st.training.visual_tokens import VISUAL_TOKENS, check_frozen
 
 SMALL = {
@@ -102,10 +102,10 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
 
     plain = Feed(records, model.preprocess)
     expected, wanted = run(plain)
-    keys = image_keys(records, np.arange(len(records.items)))
+    keys = media_keys(records, np.arange(len(records.items)))
     cache = VisionCache(model, records, keys, tmp_path / "cache", torch.float32)
-    cache.fill(model, plain, costs, pixels)
-    assert len(set(keys) - {b""}) == 4  # of nine items with an image
+    cache.fill(model, costs, pixels)
+    assert len(set(keys[0]) - {b""}) == 4  # of nine items with an image
 
     def check(found: float, gradients: dict[str, torch.Tensor]) -> None:
         assert found == pytest.approx(expected, rel=1e-5) and gradients.keys() == wanted.keys()
@@ -200,7 +200,7 @@ def test_random_towers_are_refused() -> None:
 
 def test_another_tower_does_not_see_these_tokens(rows: str, tmp_path: Path) -> None:
     records = RecordSet.load(rows)
-    keys = image_keys(records, np.arange(len(records.items)))
+    keys = media_keys(records, np.arange(len(records.items)))
     model = UniME("unime-tiny", device="cpu").requires_grad_(False)
 
     def folder() -> Path:

@@ -94,6 +94,16 @@ def raise_without_video(processor: object, template: str | None = None) -> None:
         )
 
 
+def stacks_videos(processor: object) -> bool:
+    """Whether a processor puts the videos of a batch in one tensor, so that they need equally many frames.
+
+    Example:
+        >>> stacks_videos(None)
+        False
+    """
+    return _kind(getattr(processor, "video_processor", None)) == "llava"
+
+
 def resize_frames(processor: Any, limits: FrameLimits | None = None) -> Any:
     """Let a processor resize the frames of videos as this module does.
 

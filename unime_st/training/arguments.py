@@ -290,7 +290,7 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         unit="MiB", at_least=0,
     )  # fmt: skip
     vision_cache: str | None = option(
-        None, "Folder that keeps the visual tokens of images; for a frozen vision tower and projector."
+        None, "Folder that keeps the visual tokens of images and videos; for a frozen vision tower and projector."
     )
 
     def _check_together(self) -> None:

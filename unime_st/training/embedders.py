@@ -24,17 +24,17 @@ from unime_st.training.evaluation import RetrievalEvaluator
 from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.hard_clusters import hard_clusters, mined_edges
-from unime_st.training.item_tokens import counted_costs, usable_rows
+from unime_st.training.item_tokens import counted_costs, stacked_frames, usable_rows
 from unime_st.training.passes import Passes
 from unime_st.training.planning import count_steps, estimate_training, flops_per_token, peak_matmul_flops
 from unime_st.training.prepared_items import PreparedItems
 from unime_st.training.processes import partial_state
 from unime_st.training.run import TrainingStage, shards_weights
 from unime_st.training.trainer import EmbedderTrainer
-from unime_st.training.vision_cache import VisionCache, image_keys, max_cache_bytes
+from unime_st.training.vision_cache import VisionCache, max_cache_bytes, media_keys
 from unime_st.training.visual_tokens import check_frozen, is_frozen
 
-IMAGES = "images.npy"
+MEDIA = "media.npy"
 
 
 class EmbedderStage(TrainingStage[TrainArguments, UniME]):
@@ -93,7 +93,15 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             kept = PreparedItems(model, self.records, preprocess, size, used, dtype, open_item)
         feed = Feed(self.records, preprocess, args.dataloader_num_workers, open_item, kept)
         passes = Passes.of(
-            args, model, feed, indices, tokens, None if vision else pixels, in_batch=in_batch, resumes=self.resumes
+            args,
+            model,
+            feed,
+            indices,
+            tokens,
+            None if vision else pixels,
+            stacked_frames(self.records, model),
+            in_batch=in_batch,
+            resumes=self.resumes,
         )
         flops = flops_per_token(model, cached=passes.cached, recomputed=bool(args.gradient_checkpointing))
         plan = estimate_training(
@@ -185,9 +193,9 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         if args.dry_run:
             return None
         with partial_state().main_process_first():  # which leaves the keys to the others
-            keys = image_keys(self.records, indices, Path(args.output) / IMAGES)
+            keys = media_keys(self.records, indices, Path(args.output) / MEDIA)
         cache = VisionCache(model, self.records, keys, args.vision_cache, computation_dtype(args))
-        cache.fill(model, Feed(self.records, model.preprocess, args.dataloader_num_workers), tokens, pixels)
+        cache.fill(model, tokens, pixels, args.dataloader_num_workers)
         return cache
 
     def _vision_cache_size(self, model: UniME, indices: np.ndarray, tokens: np.ndarray) -> str | None:

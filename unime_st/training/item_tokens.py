@@ -12,10 +12,12 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from unime_st.backbones.video_frames import stacks_videos
 from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.data.validation import RejectedWriter
+from unime_st.data.videos import VideoRef
 from unime_st.encoding import TokenCounter
 from unime_st.encoding.input_videos import video_shapes
 from unime_st.encoding.token_counts import decoded_pixels
@@ -74,6 +76,24 @@ def _costs(items: Sequence[Item], count: TokenCounter) -> np.ndarray:
         pixels[with_images] += [width * height for width, height in sizes]
     costs[unreadable], pixels[unreadable] = UNREADABLE, 0
     return np.stack([costs, pixels])
+
+
+def stacked_frames(records: ItemFolder, model: Any) -> np.ndarray | None:
+    """Frames of each stored item's video, 0 without one, for a model whose mini-batches need equally many.
+
+    Returns:
+        Int64 array of shape (items,); None for the other families.
+    """
+    if not stacks_videos(getattr(model[0], "processor", None)):
+        return None
+    return np.array([_num_frames(item.video) for item in records.items], dtype=np.int64)
+
+
+def _num_frames(video: VideoRef | None) -> int:
+    try:
+        return 0 if video is None else len(video.frames) or video.shape()[0]
+    except BadImageError:  # its row is set aside
+        return 0
 
 
 def counted_costs(arguments: StageArguments, records: ItemFolder, model: Any) -> tuple[np.ndarray, np.ndarray]:

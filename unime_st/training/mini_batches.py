@@ -21,6 +21,8 @@ class MiniBatches:
         pixels: Pixels of each stored item's image before processing, of shape (items,). None (default): no limit.
         max_pixels: Most pixels that a mini-batch decodes. A larger image is a mini-batch of its own. Used with
             ``pixels``.
+        frames: Frames of each stored item's video, 0 without one, of shape (items,). Videos of a mini-batch have
+            equally many. None (default): they need not.
 
     Example:
         >>> split = MiniBatches(np.array([9, 2, 8, 3]), size=2)
@@ -33,6 +35,7 @@ class MiniBatches:
     budget: int | None = None
     pixels: np.ndarray | None = None
     max_pixels: int = 0
+    frames: np.ndarray | None = None
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
         """Split items, given by their positions in the record folder: indices into ``positions``, each once."""
@@ -44,4 +47,12 @@ class MiniBatches:
             groups = [order[begin : begin + self.size] for begin in range(0, len(order), self.size)]
         if self.pixels is not None:
             groups = split_by_pixels(groups, self.pixels[positions], self.max_pixels)
+        if self.frames is not None:
+            groups = [part for group in groups for part in _split_by_frames(group, self.frames[positions[group]])]
         return sorted(groups, key=lambda group: -len(group) * int(costs[group].max()))
+
+
+def _split_by_frames(group: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
+    """Parts of a group whose videos have equally many frames; what has no video stays with the first part."""
+    first, *others = np.unique(frames[frames > 0]).tolist() or [0]
+    return [group[(frames == 0) | (frames == first)], *(group[frames == count] for count in others)]
