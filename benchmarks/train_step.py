@@ -42,7 +42,7 @@ from unime_st.model import UniME
 from unime_st.training.adapters import add_lora
 from unime_st.training.arguments import TrainArguments
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
@@ -118,7 +118,9 @@ def our_loss(model: SentenceTransformer, records: RecordSet, workers: int) -> Di
     """Wrap the stock loss as the stages do: distinct items, late decoding, one run of the frozen vision tower."""
     inner = CachedMultipleNegativesRankingLoss(model, mini_batch_size=ROWS_AT_ONCE)
     return DistinctItemsLoss(
-        inner, Feed(records, model.preprocess, workers), frozen_tower=FrozenTowerCache(model, torch.float32)
+        inner,
+        Feed(ItemFeatures(records, model.preprocess), workers),
+        frozen_tower=FrozenTowerCache(model, torch.float32),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -276,6 +278,42 @@ def phi3_v(folder: Path) -> Path:
     preprocessor = {"image_processor_type": "Phi3VImageProcessor", "processor_class": "Phi3VProcessor"}
     preprocessor |= {"auto_map": {"AutoImageProcessor": "x.Phi3VImageProcessor"}, "num_img_tokens": 4, "crop_size": 56}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor | {"num_crops": 4}))
+    return folder
+
+
+def embedding_gemma2(folder: Path) -> Path:
+    """EmbeddingGemma 2: a folder of Sentence Transformers. Its chat template could not be read; this one is ours."""
+    names = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    names |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    specials = ["<pad>", "<eos>", "<bos>", *names.values(), "<|video|>"]
+    tok = tokenizer(specials, bos="<bos>", eos_token="<eos>", pad_token="<pad>", extra_special_tokens=names)
+    size = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+        "{% if c.type == 'text' %}{{ c.text }}{% else %}<|{{ c.type }}|>{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    processor = transformers.EmbeddingGemma2Processor(
+        transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4ImageProcessor(**size), tok,
+        transformers.EmbeddingGemma2VideoProcessor(**size), chat_template=template,
+    )  # fmt: skip
+    ids = {name: tok.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = transformers.EmbeddingGemma2Config(
+        text_config={
+            **_LLM, "vocab_size": len(tok), "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
+            "embedding_dim": 24, "sliding_window_pattern": 2, "sliding_window": 16,
+        },
+        vision_config={
+            **_LLM, "model_type": "gemma4_vision", "patch_size": 4, "pooling_kernel_size": 2, "head_dim": 8,
+            "num_key_value_heads": 4,
+        },
+        video_token_id=tok.convert_tokens_to_ids("<|video|>"), eoa_token_index=ids.pop("eoa_token"),
+        **{f"{name}_id": number for name, number in ids.items()},
+    )  # fmt: skip
+    config.text_config.pad_token_id, config.text_config.bos_token_id = tok.pad_token_id, tok.bos_token_id
+    bare = _save(folder.with_name(f"{folder.name}-bare"), config, "EmbeddingGemma2Model", processor)
+    modules = [Transformer(str(bare)), Pooling(24, "mean"), Normalize()]
+    prompts = {"query": "task: search result | query: ", "document": "title: none | text: "}
+    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save_pretrained(str(folder))
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tiny_checkpoints import VIDEO, qwen
+from tiny_checkpoints import VIDEO, embedding_gemma2, qwen
 from tokenizers import Regex, Tokenizer, normalizers, processors
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -166,6 +166,23 @@ def test_embeddings_are_those_of_the_publisher(shared_folder: Make, tmp_path: Pa
             assert (together * alone).sum(axis=1).min() >= 0.99999, (type(model), instruction)
     same = expected @ expected.T
     assert same[np.triu_indices(len(same), 1)].max() < 0.999, "the rows differ, so equality means something"
+
+
+@torch.no_grad()
+def test_embedding_gemma_2_needs_no_conversion(shared_folder: Make) -> None:
+    folder = shared_folder("official-embeddinggemma-2", embedding_gemma2)
+    bare = folder.with_name(f"{folder.name}-bare")
+    processor, model = AutoProcessor.from_pretrained(bare), AutoModel.from_pretrained(bare).eval()
+    unime = UniME(folder, device="cpu")
+    expected = []
+    for text, image in ROWS:
+        body = unime.prompts["query"] + ("" if image is None else "<|image|>") + (text or "")
+        inputs = processor(text=[body], images=image and [[image]], return_tensors="pt")
+        expected.append(torch.nn.functional.normalize(model(**inputs).last_hidden_state[0].mean(0), dim=0).numpy())
+    items = [{key: part for key, part in (("image", i), ("text", t)) if part is not None} for t, i in ROWS]
+    for found in (unime.encode_query(items), SentenceTransformer(str(folder), device="cpu").encode_query(items)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(unime.encode_document(items) - expected).max() > 1e-2
 
 
 def test_prompts_of_qwen3_vl_embedding(shared_folder: Make, tmp_path: Path) -> None:

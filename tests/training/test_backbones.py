@@ -15,7 +15,7 @@ from unime_st.data.records import PairRecord, RecordSet
 from unime_st.losses import HardNegativeRankingLoss
 from unime_st.model import UniME
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.rows import pair_rows
@@ -59,7 +59,7 @@ def test_cached_equals_plain(records: RecordSet, converted: Callable[[str], Path
     wanted = _gradients(model, expected)
     scale = max(float(gradient.abs().max()) for gradient in wanted.values())
 
-    feed = Feed(records, model.preprocess)
+    feed = Feed(ItemFeatures(records, model.preprocess))
     collate = ItemCollator(
         model.preprocess, records=records, mini_batches=MiniBatches(item_costs(records, model)[0], size=2), lazy=True
     )

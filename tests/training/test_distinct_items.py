@@ -20,7 +20,7 @@ from unime_st.model import UniME
 from unime_st.stages import InBatchArguments
 from unime_st.training.distinct_items import COLUMNS, DistinctItemsLoss, ItemCollator
 from unime_st.training.embedders import EmbedderStage
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.rows import judged_rows, pair_rows
@@ -104,7 +104,7 @@ def test_distinct_items_equal_columns(
     batch = collator(rows)
     indices = batch[f"bucket0_{COLUMNS}"]
     assert indices.shape == (len(columns), len(rows)) and len(indices.unique()) < indices.numel()
-    feed = Feed(records, model.preprocess, workers=2 if "workers" in cut else 0)
+    feed = Feed(ItemFeatures(records, model.preprocess), workers=2 if "workers" in cut else 0)
     distinct = DistinctItemsLoss(inner, feed if lazy else None)
     found = distinct(_features(batch), batch.get("label"))
     found.backward()
@@ -123,7 +123,7 @@ def test_a_temperature_gets_the_mean_gradient_of_all_prefixes(
     for dims in ([128], [16], [128, 16]):
         inner = InfoNCELoss(model, 0.1, learnable_temperature=True)
         collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=4), lazy=True)
-        loss = DistinctItemsLoss(inner, Feed(records, model.preprocess), matryoshka_dims=dims)
+        loss = DistinctItemsLoss(inner, Feed(ItemFeatures(records, model.preprocess)), matryoshka_dims=dims)
         (loss(_features(collator(rows))) / 4).backward()
         assert inner.log_scale is not None and inner.log_scale.grad is not None
         gradients.append(inner.log_scale.grad.item())
@@ -142,7 +142,9 @@ def test_rounded_embeddings_are_trained_with_straight_through_gradients(
     found = {}
     for precisions in (None, ["int8"], ["binary"], ["int8", "binary"]):
         model.zero_grad()
-        distinct = DistinctItemsLoss(inner, Feed(records, model.preprocess), [32, 8], precisions=precisions)
+        distinct = DistinctItemsLoss(
+            inner, Feed(ItemFeatures(records, model.preprocess)), [32, 8], precisions=precisions
+        )
         value = distinct(_features(batch))
         value.backward()
         found[str(precisions)] = (value.item(), _gradient(model))

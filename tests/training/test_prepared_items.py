@@ -21,7 +21,7 @@ from unime_st.model import UniME
 from unime_st.options import OptionError
 from unime_st.training.adapters import choose_trainable
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.prepared_items import PreparedItems
@@ -64,7 +64,7 @@ def _loss(
     model.zero_grad()
     torch.manual_seed(3)
     inner = HardNegativeRankingLoss(model, 0.5, 1.0, num_negatives=3)
-    feed = Feed(records, model.preprocess, prepare=kept) if lazy else None
+    feed = Feed(kept or ItemFeatures(records, model.preprocess)) if lazy else None
     loss = DistinctItemsLoss(inner, feed)(list(buckets.values()))
     loss.backward()
     return loss.item(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
@@ -77,7 +77,7 @@ def test_losses_and_gradients_are_those_of_items_prepared_anew(
 ) -> None:
     model = UniME(converted(family), device="cpu")
     choose_trainable(model, stages.InBatchArguments(lora_rank=0, frozen="visual" if frozen else None))
-    kept = PreparedItems(model, records, model.preprocess, LARGE)
+    kept = PreparedItems(model, ItemFeatures(records, model.preprocess), LARGE)
     assert kept.usable
     for lazy in (True, False):
         expected, wanted = _loss(model, records, None, lazy=lazy)
@@ -95,8 +95,8 @@ def test_features_are_those_of_the_model_in_any_order(records: RecordSet) -> Non
     model = UniME("unime-tiny", device="cpu")
     texts = [position for position in range(len(records.items)) if records.items.at(position).image is None]
     for few in ([*texts[:3], 1], texts, [1]):
-        assert PreparedItems(model, records, model.preprocess, LARGE, few).usable
-    kept = PreparedItems(model, records, model.preprocess, LARGE)
+        assert PreparedItems(model, ItemFeatures(records, model.preprocess), LARGE, few).usable
+    kept = PreparedItems(model, ItemFeatures(records, model.preprocess), LARGE)
     rng = np.random.default_rng(0)
     for size in (1, 3, 7, len(records.items)):
         positions = rng.permutation(len(records.items))[:size].tolist()
@@ -117,7 +117,7 @@ def test_visual_tokens_of_a_vision_cache_are_kept(
     keys = media_keys(records, np.arange(len(records.items)))
     cache = VisionCache(model, records, keys, tmp_path / "cache", torch.float32)
     cache.fill(model, costs, pixels)
-    kept = PreparedItems(model, records, cache.preprocess, LARGE, open_item=cache.open_item)
+    kept = PreparedItems(model, ItemFeatures(records, cache.preprocess, cache.open_item), LARGE)
     assert kept.usable
     with torch.no_grad():
         positions = list(range(len(records.items)))
@@ -134,7 +134,7 @@ def test_processors_that_pad_images_keep_nothing_and_change_nothing(
     model = UniME(converted("llava-1.6"), device="cpu")
     positions = list(range(len(records.items)))
     texts = [position for position in positions if records.items.at(position).image is None]
-    kept = PreparedItems(model, records, model.preprocess, LARGE, texts if late else None)
+    kept = PreparedItems(model, ItemFeatures(records, model.preprocess), LARGE, texts if late else None)
     if late:
         assert kept.usable and len(kept(texts)["input_ids"]) == len(texts) and kept.nbytes
     else:
@@ -147,10 +147,10 @@ def test_processors_that_pad_images_keep_nothing_and_change_nothing(
 def test_memory_stays_within_the_bound(records: RecordSet) -> None:
     model = UniME("unime-tiny", device="cpu")
     count = len(records.items)
-    everything = PreparedItems(model, records, model.preprocess, LARGE)
+    everything = PreparedItems(model, ItemFeatures(records, model.preprocess), LARGE)
     everything(range(count))
-    half = PreparedItems(model, records, model.preprocess, everything.nbytes // 2)
-    nothing = PreparedItems(model, records, model.preprocess, 0)
+    half = PreparedItems(model, ItemFeatures(records, model.preprocess), everything.nbytes // 2)
+    nothing = PreparedItems(model, ItemFeatures(records, model.preprocess), 0)
     for kept in (half, nothing):
         kept(range(count))
         assert kept.nbytes <= kept.max_bytes

@@ -18,7 +18,7 @@ from unime_st import Item, UniME, stages
 from unime_st.data import PairRecord, RecordSet, VideoRef
 from unime_st.encoding.model_inputs import Features
 from unime_st.training.adapters import choose_trainable
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.item_tokens import UNREADABLE, item_costs, stacked_frames
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.vision_cache import VisionCache, media_keys
@@ -99,7 +99,7 @@ def test_the_vision_cache_keeps_videos(
         (vectors @ vectors.T).softmax(1).diagonal().log().sum().backward()
         return batches, vectors.detach(), [w.grad.clone() for w in model.parameters() if w.grad is not None]
 
-    expected = run(Feed(records, model.preprocess))
+    expected = run(Feed(ItemFeatures(records, model.preprocess)))
     cache = VisionCache(model, records, media_keys(records, positions), tmp_path, torch.float32)
     cache.fill(model, costs, pixels)
     assert str(cache).startswith("2 images, 19 videos; ")
@@ -108,7 +108,7 @@ def test_the_vision_cache_keeps_videos(
         patch.setattr(base, "get_video_features", None)
         patch.setattr(base, "get_image_features", None)
         patch.setattr(VideoRef, "open", lambda video: pytest.fail("a video was decoded"))
-        found = run(Feed(records, cache.preprocess, open_item=cache.open_item))
+        found = run(Feed(ItemFeatures(records, cache.preprocess, cache.open_item)))
     for before, after in zip(expected[0], found[0], strict=True):
         assert before.keys() - after.keys() <= {"pixel_values", "pixel_values_videos"}
         assert after.keys() - before.keys() <= {VISUAL_TOKENS, VIDEO_TOKENS}

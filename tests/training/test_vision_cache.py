@@ -27,7 +27,7 @@ from unime_st.model import UniME
 from unime_st.training.adapters import choose_trainable
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feature_store import FeatureStore
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
@@ -100,7 +100,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
         loss.backward()
         return loss.item(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
 
-    plain = Feed(records, model.preprocess)
+    plain = Feed(ItemFeatures(records, model.preprocess))
     expected, wanted = run(plain)
     keys = media_keys(records, np.arange(len(records.items)))
     cache = VisionCache(model, records, keys, tmp_path / "cache", torch.float32)
@@ -133,7 +133,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
         assert passes == [passes[0]] * 3 + [2 * passes[0]] * 2
 
     positions = list(range(len(records.items)))
-    stored = Feed(records, cache.preprocess, open_item=cache.open_item)
+    stored = Feed(ItemFeatures(records, cache.preprocess, cache.open_item))
     (before,) = plain.stream([positions], torch.device("cpu"))
     (after,) = stored.stream([positions], torch.device("cpu"))
     assert before.keys() - after.keys() == {"pixel_values"} and after.keys() - before.keys() == {VISUAL_TOKENS}

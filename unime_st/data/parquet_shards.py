@@ -284,6 +284,11 @@ class ItemReader:
         """Ids of all items in stored order."""
         return list(self._ids)
 
+    @property
+    def texts(self) -> list[str | None]:
+        """Texts of all items in stored order; None for those without one."""
+        return self._shards.column("text").to_pylist()
+
     def position(self, item_id: str) -> int:
         """Return the position of an item in stored order; KeyError if there is no such item."""
         key = item_id.encode("ascii", "replace")

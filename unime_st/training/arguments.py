@@ -30,7 +30,7 @@ _DECIDED = {
     "multi_dataset_batch_sampler": "all datasets are one table; see dataset_temperature and sub_batch_size",
     "train_sampling_strategy": "batches are drawn over all processes; see dataset_temperature and sub_batch_size",
     "auto_find_batch_size": "the batch is a part of the loss; `token_budget auto` finds what fits the memory",
-    "prompts": "prompts are a part of the records",
+    "prompts": "see query_prompt and document_prompt",
     "router_mapping": "models of this package have no router",
     "label_smoothing_factor": "the losses have no class labels",
     "neftune_noise_alpha": "the loss embeds every item twice, and its noise would differ",
@@ -255,6 +255,12 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
         None, "In place of mini_batch_size: text and image tokens embedded at a time; auto: what fits the memory.",
         unit="tokens", at_least=1, choices=("auto",),
     )  # fmt: skip
+    query_prompt: str | None = option(
+        None, "Instruction of queries, which the trained model keeps; none: that of the model's encode_query."
+    )
+    document_prompt: str | None = option(
+        None, "Instruction of documents, which the trained model keeps; none: that of the model's encode_document."
+    )
     dataset_temperature: float = option(
         1.0, "Dataset sampling temperature T, p ~ size^(1/T); 1: proportional, large: uniform.", above=0
     )

@@ -23,8 +23,9 @@ from unime_st.encoding.model_inputs import Features
 from unime_st.losses.base import CachedEmbeddingLoss, whole_columns
 from unime_st.losses.quantization import Precision, fake_quantize
 from unime_st.memory import HeapTrimmer
-from unime_st.training.feed import Feed, item_features
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.item_prompts import ItemPrompts
 from unime_st.training.mini_batches import MiniBatches
 
 COLUMNS = "columns"
@@ -39,25 +40,28 @@ class ItemCollator(SentenceTransformerDataCollator):
         preprocess_fn: ``model.preprocess``.
         records: The record folder of the ids.
         mini_batches: Splits the distinct items into mini-batches.
+        item_prompts: Sides of the items. Defaults to None: queries and documents have no prompts.
         lazy: Collate positions only; the feed of :class:`DistinctItemsLoss` decodes each mini-batch when it is due, so
             that memory does not grow with the batch. False (default) decodes in the collator, thus in the workers of
             the data loader: for small batches that are embedded in one pass.
-        open_item: Converts an item to an input of ``preprocess_fn``. Defaults to decoding it.
-        prepare: Makes the features of items by their positions. None (default): ``open_item``, then ``preprocess_fn``.
+        prepare: Makes the features of items by their positions. Defaults to None: items are decoded, then
+            ``preprocess_fn`` makes them.
     """
 
     records: RecordSet | None = None
     mini_batches: MiniBatches = field(default_factory=lambda: MiniBatches(np.empty(0)))
+    item_prompts: ItemPrompts | None = None
     lazy: bool = False
-    open_item: Callable[[Item], object] = Item.to_input
     prepare: Callable[[list[int]], Features] | None = None
 
     def __call__(self, features: list[Row]) -> Features:
         """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
         assert self.records is not None
         names = [name for name in features[0] if name != "label"]
-        table = self.records.items.positions([row[name] for name in names for row in features])
-        positions, indices = np.unique(table, return_inverse=True)
+        table = self.records.items.positions([row[name] for row in features for name in names])
+        table = table.reshape(len(features), len(names))
+        table = table if self.item_prompts is None else self.item_prompts.positions(names, table)
+        positions, indices = np.unique(table.T, return_inverse=True)
         groups = self.mini_batches(positions)
         order = np.concatenate(groups)
         where = np.empty_like(order)
@@ -71,13 +75,9 @@ class ItemCollator(SentenceTransformerDataCollator):
 
     def _decoded(self, positions: np.ndarray, groups: list[np.ndarray]) -> Features:
         assert self.records is not None
-        batch: Features = {}
+        prepare, batch = self.prepare or ItemFeatures(self.records, self.preprocess_fn), {}
         for number, group in enumerate(groups):
-            chosen = positions[group].tolist()
-            if self.prepare is not None:
-                inputs = self.prepare(chosen)
-            else:
-                inputs = item_features(self.records, self.preprocess_fn, self.open_item, chosen)
+            inputs = prepare(positions[group].tolist())
             batch.update({f"bucket{number}_{name}": value for name, value in inputs.items()})
         return batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
+from unime_st.encoding.model_inputs import Features
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.losses.quantization import Precision
 from unime_st.model import UniME
@@ -21,9 +23,10 @@ from unime_st.training.arguments import TrainArguments
 from unime_st.training.batches import sampler
 from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.evaluation import RetrievalEvaluator
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
 from unime_st.training.hard_clusters import hard_clusters, mined_edges
+from unime_st.training.item_prompts import ItemPrompts
 from unime_st.training.item_tokens import counted_costs, stacked_frames, usable_rows
 from unime_st.training.passes import Passes
 from unime_st.training.planning import count_steps, estimate_training, flops_per_token, peak_matmul_flops
@@ -57,7 +60,11 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         return self.args.gather_across_devices and partial_state().num_processes > 1
 
     def _load(self, **options: Any) -> UniME:
-        return UniME(self.args.model, **options)
+        model = UniME(self.args.model, **options)
+        asked = {"query": self.args.query_prompt, "document": self.args.document_prompt}
+        # The trained model keeps them: encode_query and encode_document give what was trained.
+        model.prompts.update({name: prompt for name, prompt in asked.items() if prompt is not None})
+        return model
 
     def _evaluator(self, records: RecordSet) -> RetrievalEvaluator:
         return RetrievalEvaluator(records, batch_size=self.args.per_device_eval_batch_size)
@@ -84,14 +91,17 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         rows, indices, set_aside = usable_rows(args, self.records, rows, tokens)
         self.check_rows(len(rows))
         clusters = self._clusters(rows, in_batch and distinct)
-        row_tokens = tokens[indices].sum(axis=1)
         vision = self._vision_cache(model, tokens, pixels, indices)
         preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (model.preprocess, Item.to_input)
-        kept: PreparedItems | None = None
+        prompts = ItemPrompts(self.records, model)
+        indices = prompts.positions([n for n in rows.column_names if n not in ("label", "dataset")], indices)
+        tokens, pixels = prompts.costs(tokens, pixels)
+        row_tokens = tokens[indices].sum(axis=1)
+        features = ItemFeatures(self.records, preprocess, open_item, prompts.options)
+        prepare: Callable[[list[int]], Features] = features
         if args.item_cache:
-            used, size = np.unique(indices).tolist(), args.item_cache << 20
-            kept = PreparedItems(model, self.records, preprocess, size, used, dtype, open_item)
-        feed = Feed(self.records, preprocess, args.dataloader_num_workers, open_item, kept)
+            prepare = PreparedItems(model, features, args.item_cache << 20, np.unique(indices).tolist(), dtype)
+        feed = Feed(prepare, args.dataloader_num_workers)
         passes = Passes.of(
             args,
             model,
@@ -102,6 +112,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             stacked_frames(self.records, model),
             in_batch=in_batch,
             resumes=self.resumes,
+            sides=len(prompts.options),
         )
         flops = flops_per_token(model, cached=passes.cached, recomputed=bool(args.gradient_checkpointing))
         plan = estimate_training(
@@ -116,7 +127,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
             set_aside=set_aside,
             largest_item=int(tokens[indices].max()),
             mini_batch=passes.description,
-            vision_cache=str(vision) if vision else self._vision_cache_size(model, indices, tokens),
+            vision_cache=str(vision) if vision else self._vision_cache_size(model, indices % features.count, tokens),
         )
         tower = FrozenTowerCache(model, dtype) if passes.cached and vision is None and is_frozen(model) else None
         gathers = in_batch and args.gather_across_devices
@@ -134,9 +145,9 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
                 preprocess,
                 records=self.records,
                 mini_batches=passes.mini_batches,
+                item_prompts=prompts,
                 lazy=passes.cached,
-                open_item=open_item,
-                prepare=kept,
+                prepare=prepare,
             ),
             plan,
             rows_per_pass=passes.rows,

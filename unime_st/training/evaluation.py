@@ -15,6 +15,7 @@ from sentence_transformers.base.model import BaseModel
 from unime_st.data.records import RecordSet
 from unime_st.encoding import encode_items
 from unime_st.retrieval import top_k
+from unime_st.training.item_prompts import ItemPrompts
 
 logger = logging.getLogger(__name__)
 _CUTOFF = 10
@@ -53,7 +54,7 @@ class HeldOutEvaluator(BaseEvaluator, ABC):
 class RetrievalEvaluator(HeldOutEvaluator):
     """Retrieval of every query's positive among the positives of its dataset.
 
-    Every distinct item is embedded once. Other positives of a query count as found, too, and the query itself is not a
+    Every distinct item is embedded once, queries and documents with the prompts of the model. Other positives of a query count as found, too, and the query itself is not a
     candidate. Rows with an image that cannot be read are left out, with a warning.
 
     Example:
@@ -70,14 +71,22 @@ class RetrievalEvaluator(HeldOutEvaluator):
         """Rank of the first positive of every distinct query, see :class:`HeldOutEvaluator`."""
         table = self.records.row_shards.table(["query", "positive", "dataset"])
         queries, positives = (self.records.items.positions(table[name].to_pylist()) for name in ("query", "positive"))
-        used = np.unique(np.concatenate([queries, positives]))
-        vectors, readable = encode_items(
-            model,
-            [self.records.items.at(int(position)) for position in used],
-            batch_size=self.batch_size,
-            on_error="skip",
-        )
-        queries, positives = (np.searchsorted(used, positions) for positions in (queries, positives))
+        prompts, count = ItemPrompts(self.records, model), len(self.records.items)
+        pairs = prompts.positions(["query", "positive"], np.stack([queries, positives], axis=1))
+        used, indices = np.unique(pairs, return_inverse=True)
+        queries, positives = indices.reshape(pairs.shape).T
+        sides, stored = np.divmod(used, count)
+        parts = [
+            encode_items(
+                model,
+                [self.records.items.at(int(position)) for position in stored[sides == side]],
+                prompt=prompts.options[side].get("prompt") or "",
+                batch_size=self.batch_size,
+                on_error="skip",
+            )
+            for side in np.unique(sides)
+        ]
+        vectors, readable = (np.concatenate(arrays) for arrays in zip(*parts))
         rows = np.flatnonzero(readable[queries] & readable[positives])
         if len(rows) < len(queries):
             logger.warning(
@@ -86,18 +95,21 @@ class RetrievalEvaluator(HeldOutEvaluator):
         members = defaultdict(list)
         for row in rows.tolist():
             members[str(table["dataset"][row])].append(row)
-        return np.concatenate([_first_ranks(vectors, queries[m], positives[m]) for m in members.values()])
+        return np.concatenate([_first_ranks(vectors, queries[m], positives[m], stored) for m in members.values()])
 
 
-def _first_ranks(vectors: np.ndarray, queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Rank of the first positive of every distinct query of a dataset."""
+def _first_ranks(vectors: np.ndarray, queries: np.ndarray, positives: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """Rank of the first positive of every distinct query of a dataset; ``stored`` are the items of the vectors."""
     corpus = np.unique(positives)
     relevant: dict[int, set[int]] = defaultdict(set)
     for query, position in zip(queries.tolist(), np.searchsorted(corpus, positives).tolist(), strict=True):
         relevant[query].add(position)
     asked = list(relevant)
     # A query that is its own positive, as an image and its copy are, may find itself.
-    hidden = [[int(p) for p in np.flatnonzero(corpus == query) if int(p) not in relevant[query]] for query in asked]
+    hidden = [
+        [int(p) for p in np.flatnonzero(stored[corpus] == stored[query]) if int(p) not in relevant[query]]
+        for query in asked
+    ]
     _, found = top_k(vectors[asked], vectors[corpus], min(_CUTOFF, len(corpus)), exclude=hidden)
     hits = [
         [position in relevant[query] for position in row] for query, row in zip(asked, found.tolist(), strict=True)

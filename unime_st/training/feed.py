@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
@@ -19,21 +20,52 @@ from unime_st.encoding.model_inputs import Features
 _PREFETCH = 2  # mini-batches that each worker keeps ready
 
 
-def item_features(
-    records: ItemFolder,
-    preprocess: Callable[[list[Any]], Features],
-    open_item: Callable[[Item], object],
-    positions: Sequence[int],
-) -> Features:
-    """Open the items at these positions and preprocess them; a BadImageError names the item."""
-    inputs = []
-    for position in positions:
-        item = records.items.at(int(position))
-        try:
-            inputs.append(open_item(item))
-        except BadImageError as error:
-            raise BadImageError(f"{records.folder}, item {item.id} (stored as {position}): {error}") from error
-    return preprocess(inputs)
+class ItemFeatures:
+    """Makes the features of stored items, opened and preprocessed with the options of their side.
+
+    Args:
+        records: The record folder of the items.
+        preprocess: ``model.preprocess``, or that of a :class:`~unime_st.training.vision_cache.VisionCache`.
+        open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
+        options: Options of ``preprocess`` for each side, see
+            :class:`~unime_st.training.item_prompts.ItemPrompts`. Defaults to one side without options.
+
+    Attributes:
+        count: Number of stored items; each has a position on every side.
+    """
+
+    def __init__(
+        self,
+        records: ItemFolder,
+        preprocess: Callable[..., Features],
+        open_item: Callable[[Item], object] = Item.to_input,
+        options: Sequence[Mapping[str, object]] = ({},),
+    ) -> None:
+        self._records, self._preprocess, self._open_item, self._options = records, preprocess, open_item, options
+        self.count = len(records.items)
+
+    def item(self, position: int) -> Item:
+        """The item at a position of any side, undecoded."""
+        return self._records.items.at(int(position) % self.count)
+
+    def __call__(self, positions: Sequence[int]) -> Features:
+        """Features of the items at these positions, which are on the same side, as one mini-batch.
+
+        Raises:
+            BadImageError: If an image cannot be decoded; the message names the item.
+        """
+        sides, stored = np.divmod(positions, self.count)
+        if (sides != sides[0]).any():
+            raise ValueError("a mini-batch has one side: expected queries or documents, found both")
+        inputs = []
+        for position in stored:
+            item = self.item(position)
+            try:
+                inputs.append(self._open_item(item))
+            except BadImageError as error:
+                where = f"{self._records.folder}, item {item.id} (stored as {position})"
+                raise BadImageError(f"{where}: {error}") from error
+        return self._preprocess(inputs, **self._options[sides[0]])
 
 
 class _MiniBatches(Dataset):
@@ -54,34 +86,24 @@ class Feed:
     """Streams the mini-batches of a batch; only a few of them are in memory at any time.
 
     Args:
-        records: The record folder of the items.
-        preprocess: ``model.preprocess``.
+        prepare: Makes the features of items by their positions: :class:`ItemFeatures`, or
+            :class:`~unime_st.training.prepared_items.PreparedItems`.
         workers: Processes that decode ahead of the model. Defaults to 0: decode when asked.
-        open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
-        prepare: Makes the features of items by their positions, such as
-            :class:`~unime_st.training.prepared_items.PreparedItems`. None (default): ``open_item``, then ``preprocess``.
 
     Example:
         >>> import tempfile
         >>> from unime_st import Item, UniME
         >>> from unime_st.data import PairRecord, RecordSet
-        >>> from unime_st.training.feed import Feed
+        >>> from unime_st.training.feed import Feed, ItemFeatures
         >>> pair = PairRecord(Item("a red square"), Item("the square is red"))
         >>> records = RecordSet.write(tempfile.mkdtemp(), [pair], {})
-        >>> feed = Feed(records, UniME("unime-tiny").preprocess)
+        >>> feed = Feed(ItemFeatures(records, UniME("unime-tiny").preprocess))
         >>> [len(features["input_ids"]) for features in feed.stream([[0, 1], [1]], torch.device("cpu"))]
         [2, 1]
     """
 
-    def __init__(
-        self,
-        records: ItemFolder,
-        preprocess: Callable[[list[Any]], Features],
-        workers: int = 0,
-        open_item: Callable[[Item], object] = Item.to_input,
-        prepare: Callable[[list[int]], Features] | None = None,
-    ) -> None:
-        self._dataset = _MiniBatches(prepare or partial(item_features, records, preprocess, open_item))
+    def __init__(self, prepare: Callable[[list[int]], Features], workers: int = 0) -> None:
+        self._dataset = _MiniBatches(prepare)
         self._mini_batches: list[list[int]] = []
         self._workers = workers
         self._loader: DataLoader | None = None

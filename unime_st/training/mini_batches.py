@@ -23,6 +23,7 @@ class MiniBatches:
             ``pixels``.
         frames: Frames of each stored item's video, 0 without one, of shape (items,). Videos of a mini-batch have
             equally many. None (default): they need not.
+        sides: Prompts of the items: ``costs`` and ``pixels`` have every item once per side. Defaults to 1.
 
     Example:
         >>> split = MiniBatches(np.array([9, 2, 8, 3]), size=2)
@@ -36,9 +37,20 @@ class MiniBatches:
     pixels: np.ndarray | None = None
     max_pixels: int = 0
     frames: np.ndarray | None = None
+    sides: int = 1
 
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
-        """Split items, given by their positions in the record folder: indices into ``positions``, each once."""
+        """Split items, given by their positions: indices into ``positions``, each once. A group has one side."""
+        side = positions // (len(self.costs) // self.sides)
+        groups = [
+            own[group]
+            for s in np.unique(side)
+            for own in [np.flatnonzero(side == s)]
+            for group in self._split(positions[own])
+        ]
+        return sorted(groups, key=lambda group: -len(group) * int(self.costs[positions[group]].max()))
+
+    def _split(self, positions: np.ndarray) -> list[np.ndarray]:
         costs = self.costs[positions]
         if self.size is None:
             groups = pack(costs, self.budget or max(1, int(costs.max()) * len(costs)))
@@ -48,8 +60,9 @@ class MiniBatches:
         if self.pixels is not None:
             groups = split_by_pixels(groups, self.pixels[positions], self.max_pixels)
         if self.frames is not None:
-            groups = [part for group in groups for part in _split_by_frames(group, self.frames[positions[group]])]
-        return sorted(groups, key=lambda group: -len(group) * int(costs[group].max()))
+            frames = self.frames[positions % len(self.frames)]
+            groups = [part for group in groups for part in _split_by_frames(group, frames[group])]
+        return groups
 
 
 def _split_by_frames(group: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:

@@ -56,15 +56,18 @@ class Passes:
         *,
         in_batch: bool,
         resumes: bool,
+        sides: int = 1,
     ) -> Passes:
         """Passes by the options, with the token budget measured where it is ``auto``.
 
-        ``indices`` (rows, columns) are the positions of the rows' items; ``tokens``, ``pixels`` (None: nothing is
-        decoded) and ``frames`` (None: the videos of a pass may differ) are those of every stored item. If rows are not
-        compared with each other (``in_batch``), the loss is a mean over rows: small batches accumulated are the large
-        one exactly, and no second forward pass is needed.
+        ``indices`` (rows, columns) are the positions of the rows' items; ``tokens`` and ``pixels`` (None: nothing is
+        decoded) are those of every stored item on all ``sides``, ``frames`` (None: the videos of a pass may differ) those
+        of every stored item. If rows are not compared with each other (``in_batch``), the loss is a mean over rows: small
+        batches accumulated are the large one exactly, and no second forward pass is needed.
         """
-        cut = partial(MiniBatches, tokens, pixels=pixels, max_pixels=pixel_budget(model.device), frames=frames)
+        cut = partial(
+            MiniBatches, tokens, pixels=pixels, max_pixels=pixel_budget(model.device), frames=frames, sides=sides
+        )
         budget = _token_budget(args, model, feed, lambda size: cut(budget=size), np.unique(indices), resumes)
         rows = args.per_device_train_batch_size
         if not in_batch:

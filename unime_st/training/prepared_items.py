@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from sentence_transformers.base.model import BaseModel
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unime_st.data.items import Item
-from unime_st.data.records import ItemFolder
 from unime_st.encoding.model_inputs import Features
-from unime_st.training.feed import item_features
+from unime_st.training.feed import ItemFeatures
 from unime_st.training.visual_tokens import (
     ROTARY_POSITIONS,
     VISUAL_TOKENS,
@@ -40,7 +37,7 @@ Row = dict[str, Any]
 
 
 class PreparedItems:
-    """Makes the features of ``preprocess`` for mini-batches of stored items, each item prepared once.
+    """Makes the features of mini-batches of stored items, each item prepared once.
 
     Decoding, image processing, the chat template and tokenization depend on the item alone. So do the rotary positions
     of Qwen's families and, where vision tower and projector are frozen, the visual tokens, which replace the pixels.
@@ -48,15 +45,13 @@ class PreparedItems:
 
     Args:
         model: The model that is trained.
-        records: Record folder of the items.
-        preprocess: ``model.preprocess``, or that of a :class:`~unime_st.training.vision_cache.VisionCache`.
+        features: Makes the features of stored items.
         max_bytes: Memory of the kept items in this process, that of the tensor objects included.
         positions: Positions of the items in use, some of which are tried. None (default): all.
         dtype: The dtype that autocast computes in. Defaults to float32.
-        open_item: Converts an item to an input of ``preprocess``. Defaults to decoding it.
 
     Attributes:
-        usable: Single items, put together, give the batch that ``preprocess`` gives. Otherwise nothing is kept.
+        usable: Single items, put together, give the batch that ``features`` gives. Otherwise nothing is kept.
         prepared: Items prepared so far; one that is not kept counts each time.
 
     Example:
@@ -64,9 +59,10 @@ class PreparedItems:
         >>> from unime_st import UniME
         >>> from unime_st.data.records import RecordSet
         >>> from unime_st.data.scenes import training_records
+        >>> from unime_st.training.feed import ItemFeatures
         >>> from unime_st.training.prepared_items import PreparedItems
         >>> records, model = RecordSet.write(tempfile.mkdtemp(), training_records(1), {}), UniME("unime-tiny")
-        >>> items = PreparedItems(model, records, model.preprocess, max_bytes=1 << 20)
+        >>> items = PreparedItems(model, ItemFeatures(records, model.preprocess), max_bytes=1 << 20)
         >>> items([0, 1])["input_ids"].shape[0], items([1])["input_ids"].shape[0], items.prepared
         (2, 1, 2)
     """
@@ -74,21 +70,18 @@ class PreparedItems:
     def __init__(
         self,
         model: BaseModel,
-        records: ItemFolder,
-        preprocess: Callable[[list[Any]], Features],
+        features: ItemFeatures,
         max_bytes: int,
         positions: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
-        open_item: Callable[[Item], object] = Item.to_input,
     ) -> None:
-        self._model, self._records = model, records
-        self._features = partial(item_features, records, preprocess, open_item)
+        self._model, self._features = model, features
         self.max_bytes, self._dtype = max_bytes, dtype
         self._kept: dict[int, Row] = {}
         self.nbytes = self.prepared = 0
         self._frozen = is_frozen(model)
         self.usable = True
-        if not self._same_as_preprocess(range(len(records.items)) if positions is None else positions):
+        if not self._same_in_batches(range(features.count) if positions is None else positions):
             self._give_up()
         model.register_forward_pre_hook(inject_visual_tokens)
 
@@ -114,13 +107,13 @@ class PreparedItems:
         self._kept.clear()
         logger.warning("item_cache has no effect: batches of this model and dataset are more than their single items.")
 
-    def _same_as_preprocess(self, positions: Sequence[int]) -> bool:
+    def _same_in_batches(self, positions: Sequence[int]) -> bool:
         """Whether a few items, with images and without, make the batch alone that they make cut out of a larger one."""
         found: dict[bool, list[int]] = {True: [], False: []}
         for position in positions[: 64 * _PROBES]:
-            kind = found[self._records.items.at(int(position)).image is None]
+            kind = found[self._features.item(position).image is None]
             if len(kind) < _PROBES // 2:
-                kind.append(int(position))
+                kind.append(int(position) % self._features.count)  # a mini-batch has one side
         probes = found[True] + found[False]
         rows = self._rows(probes)
         if rows is None:
@@ -136,7 +129,7 @@ class PreparedItems:
         if not batch.keys() <= _KNOWN or ("pixel_values" in batch and "image_grid_thw" not in batch):
             return None
         rows: list[Row] = [{} for _ in positions]
-        images = [self._records.items.at(position).image is not None for position in positions]
+        images = [self._features.item(position).image is not None for position in positions]
         with_image = [row for row, image in zip(rows, images) if image]
         for name, value in batch.items():
             owners, parts = rows, [value] * len(rows)

@@ -25,7 +25,7 @@ from unime_st.encoding.replicas import with_processor
 from unime_st.encoding.stored_outputs import PLACEHOLDER, StoredOutputs
 from unime_st.files import Json, atomic_write, digest, write_json
 from unime_st.training.feature_store import FeatureStore
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.processes import partial_state
 from unime_st.training.visual_tokens import (
@@ -92,10 +92,10 @@ class VisionCache:
         was_training = model.training
         model.eval()
         if len(own := self._missing(self.keys[0])):
-            feed = Feed(self.records, model.preprocess, workers, _image_alone)
+            feed = Feed(ItemFeatures(self.records, model.preprocess, _image_alone), workers)
             self._add_images(model, feed, [own[group].tolist() for group in split(own)])
         if len(own := self._missing(self.keys[1])):
-            feed = Feed(self.records, self._video_features, workers, _video_alone)
+            feed = Feed(ItemFeatures(self.records, self._video_features, _video_alone), workers)
             self._add_videos(model, feed, own.tolist())
         model.train(was_training)
         partial_state().wait_for_everyone()
@@ -147,8 +147,8 @@ class VisionCache:
         """Leave an item undecoded for :meth:`preprocess`."""
         return item
 
-    def preprocess(self, items: list[Item]) -> Features:
-        """Make the features that ``model.preprocess`` makes, with stored visual tokens instead of pixels."""
+    def preprocess(self, items: list[Item], **options: str | None) -> Features:
+        """Make the features of ``model.preprocess`` with these options, with stored visual tokens instead of pixels."""
         inputs: list[dict[str, object]] = []
         images: list[Features] = []
         videos: list[Features] = []
@@ -163,7 +163,7 @@ class VisionCache:
             videos += [] if item.video is None else [self.store.read(video_key.decode())]
         played = (list(map(_processed_image, images)), list(map(_processed_video, videos)))
         with self._images.playing(played[0]), self._videos.playing(played[1]):
-            features = self._twin.preprocess(inputs)
+            features = self._twin.preprocess(inputs, **options)
         for stored, pixels, tokens in ((images, "pixel_values", VISUAL_TOKENS), (videos, VIDEO_PIXELS, VIDEO_TOKENS)):
             features.pop(pixels, None)
             if stored:  # as a list the tokens are not split by rows with the batch
