@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
 from small_stage import SMALL, changed
+from tiny_checkpoints import llava_next, tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from train_scripts.reranker_distillation import DistillationArguments, run_distillation
 from unime_st import stages
-from unime_st.data.records import RecordSet
+from unime_st.data.items import Item
+from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
 from unime_st.options import OptionError
@@ -102,3 +109,33 @@ def test_options_of_the_toolbox_that_are_refused(run: Path, tmp_path: Path) -> N
         options = {**common, "data": str(data), "output": str(tmp_path / pools.parent.name / "o"), "overwrite": True}
         with pytest.raises(ValueError, match=r"is not in the records .*: mine these records"):
             stages.train_in_batch(stages.InBatchArguments(**options, cluster_pools=str(pools)))
+
+
+def test_a_teacher_without_the_modality_of_the_pairs_is_refused(run: Path, tmp_path: Path) -> None:
+    """Before anything is judged: a reranker of texts, and a family without videos."""
+    bare = tmp_path / "bare"
+    tok = tokenizer(["<|endoftext|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=len(tok), num_key_value_heads=2, **size)
+    Qwen2ForCausalLM(config).save_pretrained(bare)
+    tok.save_pretrained(bare)
+    transformer = Transformer(str(bare), transformer_task="text-generation")
+    ids = transformer.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    texts = CrossEncoder(modules=[transformer, LogitScore(*ids)], num_labels=1, device="cpu")
+    texts.save_pretrained(str(tmp_path / "texts"))
+    clips = [[Image.new("RGB", (40, 40), (20 * row, 9 * frame, 0)) for frame in range(2)] for row in range(6)]
+    RecordSet.write(
+        tmp_path / "clips", [PairRecord(Item(f"clip {n}"), Item(video=c)) for n, c in enumerate(clips)], {}
+    )
+    mined = {"data": str(tmp_path / "clips"), "output": str(tmp_path / "pools"), "max_similarity": "none"}
+    stages.run_mine(stages.MineArguments(**mined, num_candidates=2))
+    llava_next(tmp_path / "llava")
+    for model, pools, message in (
+        ("texts", run / "pools", "has images, and the judge texts takes texts only"),
+        ("llava", tmp_path / "pools", r"\(LlavaNext\) takes no video"),
+    ):
+        options = {"model": str(tmp_path / model), "template": "official", "data": str(pools)}
+        paths = {"scores": str(tmp_path / "scores"), "output": str(tmp_path / "rows")}
+        with pytest.raises(ValueError, match=message):
+            stages.run_judge(stages.JudgeArguments(**options, **paths))
+        assert not (tmp_path / "scores").exists()

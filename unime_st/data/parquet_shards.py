@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -288,6 +288,14 @@ class ItemReader:
     def texts(self) -> list[str | None]:
         """Texts of all items in stored order; None for those without one."""
         return self._shards.column("text").to_pylist()
+
+    def has(self, part: Literal["image", "video"]) -> bool:
+        """Whether any item has an image or a video; nothing of it is read."""
+        if part not in self._shards.names:  # a folder of an earlier version
+            return False
+        leaf = "path" if part == "image" else "num_frames"
+        column = self._shards.table([f"{part}.{leaf}"]).column(part)
+        return column.null_count < len(column)
 
     def position(self, item_id: str) -> int:
         """Return the position of an item in stored order; KeyError if there is no such item."""

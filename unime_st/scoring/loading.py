@@ -113,7 +113,7 @@ def set_prompt(
     if listwise:
         check_template(transformer.processor, text, listwise=True)
     transformer.processor.chat_template = text
-    if transformer.tokenizer is not None:
+    if transformer.tokenizer is not None and transformer.tokenizer is not transformer.processor:
         transformer.tokenizer.chat_template = None  # one template in the folder, not two that may disagree
     limits = image_size_limits(
         transformer.processor, image_tokens or default_image_tokens(transformer.processor, template)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from unime_st.backbones.video_frames import raise_without_video
 from unime_st.data.manifest import is_complete
 from unime_st.judging import CascadeJudge, HttpJudge, Judge, LocalJudge, calibration
 from unime_st.judging.estimate import estimate_judging
@@ -103,6 +104,7 @@ def run_judge(args: JudgeArguments) -> Path:
     if args.calibrate:
         logger.info("\n%s", calibration.report(calibration.calibrate(judges, pools, args.calibrate)))
         return output
+    _check_modalities(pools, judges)
     judge = _one_judge(args, judges)
     finished = bool(args.scores) and is_complete(args.scores) and not args.overwrite
     if args.dry_run or not finished:
@@ -124,6 +126,20 @@ def run_judge(args: JudgeArguments) -> Path:
         overwrite=args.overwrite,
     )
     return rows.folder
+
+
+def _check_modalities(pools: Pools, judges: list[Judge]) -> None:
+    """Refuse a judge in this process that cannot see the images or videos of the pairs; a server says so itself."""
+    for judge in judges:
+        if not isinstance(judge, LocalJudge):
+            continue
+        processor = judge.scorer.transformer.processor
+        if pools.items.has("image") and getattr(processor, "image_processor", None) is None:
+            raise ValueError(
+                f"{pools.folder} has images, and the judge {judge.name} takes texts only: use a vision-language model"
+            )
+        if pools.items.has("video"):
+            raise_without_video(processor, judge.scorer.whole_prompts.template)
 
 
 def _scores(args: JudgeArguments, pools: Pools, judge: Judge) -> Scores | None:
