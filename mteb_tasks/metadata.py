@@ -10,7 +10,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.model_meta import ScoringFunction
 from mteb.models.models_protocols import MTEBModels
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from mteb_tasks.local_data import LOCAL_PREFIX
 from unime_st.backbones.video_frames import accepts_video
@@ -84,7 +84,7 @@ def task_metadata(*, name: str, description: str, category: str, **fields: objec
     return UniMETaskMetadata(**{**known, "name": name, "description": description, "category": category, **fields})
 
 
-def modalities_of(model: SentenceTransformer) -> list[str]:
+def modalities_of(model: SentenceTransformer | CrossEncoder) -> list[str]:
     """Modalities that our loader gives a model: text and image, and video for families with a video slot.
 
     Args:

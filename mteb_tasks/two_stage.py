@@ -20,11 +20,12 @@ from mteb_tasks.embedding_estimate import timed_sample
 from mteb_tasks.foreign_rows import iter_table
 from mteb_tasks.item_embedder import WINDOW
 from mteb_tasks.loader import UniMELoader
+from mteb_tasks.metadata import modalities_of
 from unime_st.data.items import Item
 from unime_st.encoding import weights_fingerprint
 from unime_st.encoding.model_identity import model_settings
 from unime_st.files import digest
-from unime_st.judging import Group, Judge, LocalJudge
+from unime_st.judging import Group, HttpJudge, Judge, LocalJudge
 from unime_st.reranking.ranker import sort_by_score
 from unime_st.reranking.search import check_fusion, fused, second_stage
 from unime_st.scoring.forward_counter import ForwardCount, ForwardCounter
@@ -124,11 +125,17 @@ class TwoStage:
         settings |= {} if self.alpha is None else {"alpha": self.alpha}
         revision = digest(f"{first.revision} {self._identity()}", length=16)
         known = {"name": self._name, "revision": revision, "experiment_kwargs": settings}
-        return first.model_copy(update={**known, "modalities": ["text", "image"]})  # second stages take no videos
+        return first.model_copy(update={**known, "modalities": self._modalities(first.modalities)})
 
     @mteb_model_meta.setter
     def mteb_model_meta(self, meta: ModelMeta) -> None:
         self._given_meta = meta
+
+    def _modalities(self, first: Sequence[str]) -> list[str]:
+        """Modalities that both stages take; a judge other than one behind a server takes those of the embedder."""
+        if isinstance(self.reranker, CrossEncoder):
+            return [name for name in first if name in modalities_of(self.reranker)]
+        return [name for name in first if name != "video" or not isinstance(self.reranker, HttpJudge)]
 
     def _identity(self) -> str:
         """What tells the second stage from another one: weights and settings of a model, name and prompt of a judge."""

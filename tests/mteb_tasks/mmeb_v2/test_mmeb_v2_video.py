@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mteb.models.modality_collators import FramesCollator, VideoCollator
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from mteb_tasks import TwoStage
 from mteb_tasks.columns import iter_items, setting_of
 from mteb_tasks.loader import UniMELoader, wrap
 from mteb_tasks.metadata import model_meta
@@ -31,9 +32,10 @@ from mteb_tasks.pixel_rule import PixelRule
 from mteb_tasks.ruled_images import RuledItem, prescribed_model
 from mteb_tasks.video_column import FrameReader, VideoFeature, stored_video
 from tests.mteb_tasks.foreign import ForeignRetrieval
-from unime_st import Item
+from unime_st import Item, UniMEReranker
 from unime_st.data import VideoRef
 from unime_st.encoding.list_inputs import encode_list
+from unime_st.judging import Group, HttpJudge, LocalJudge
 
 
 def make(key: str) -> VideoTask:
@@ -125,6 +127,30 @@ def test_embeddings_rankings_and_scores(golden_video: Path, golden_model: Senten
         rankings = json.loads(saved.read_text())[task.hf_subsets[0]]["test"]
         for ranked, query in zip(rankings.values(), official["queries"], strict=True):
             assert sorted(ranked, key=ranked.get, reverse=True) == query["ranking_names"][:10]
+
+
+class _Watched(LocalJudge):
+    """A judge that keeps the pairs that it has judged."""
+
+    def score(self, groups: Sequence[Group], **options: Any) -> list[np.ndarray]:
+        self.__dict__.setdefault("pairs", []).extend((g.query, c) for g in groups for c in g.candidates)
+        return super().score(groups, **options)
+
+
+def test_a_second_stage_sees_videos(
+    kept_golden: Path, golden_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMEB_V2_DIR", str(kept_golden / "v2_video" / "data"))
+    judge = _Watched(UniMEReranker("unime-tiny", template="tiny", device="cpu"))
+    model = TwoStage(wrap(golden_model, "unime/golden"), judge, top_k=2, method="pairwise")
+    for key, sides in {"SmthSmthV2": [(True, False)], "MomentSeeker": [(False, True), (True, True)]}.items():
+        found = mteb.evaluate(model, make(key), cache=None).task_results[0].scores["test"][0]
+        assert 0 <= found["main_score"] <= 1
+        seen = {(query.video is not None, candidate.video is not None) for query, candidate in judge.pairs}
+        assert set(sides) <= seen
+        judge.pairs.clear()
+    behind_server = TwoStage(model.embedder, HttpJudge("http://127.0.0.1:9/v1", "m"), method="pairwise")
+    assert behind_server.mteb_model_meta.modalities == ["text", "image"]
 
 
 def test_token_ids_and_grids(golden_video: Path, golden_model: SentenceTransformer) -> None:
