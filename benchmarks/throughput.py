@@ -36,9 +36,7 @@ def throughput(model: SentenceTransformer, folder: Path, *, count: int, repeats:
     rows = [{"image": path} for path in paths]
     batches = pack(TokenCounter(model)(rows), budget)
     ready = [_prepared(model, [rows[index] for index in batch]) for batch in batches]
-    with FlopCounterMode(display=False) as counter:
-        _forward(model, ready)
-    flops = counter.get_total_flops()
+    flops = _flops(model, ready)
     with_decoding = _median(lambda: encode_items(model, rows, token_budget=budget), repeats)
     without = _median(lambda: _forward(model, ready), repeats)
     peak = peak_matmul_flops(model.device)
@@ -75,6 +73,18 @@ def _forward(model: SentenceTransformer, ready: list[dict[str, Any]]) -> None:
     for features in ready:
         model(dict(features))
     _wait()
+
+
+def forward_flops(model: SentenceTransformer, rows: list[Any], budget: int) -> int:
+    """Count the FLOPs of the forward passes of inputs, in batches of at most ``budget`` tokens."""
+    batches = pack(TokenCounter(model)(rows), budget)
+    return _flops(model, [_prepared(model, [rows[index] for index in batch]) for batch in batches])
+
+
+def _flops(model: SentenceTransformer, ready: list[dict[str, Any]]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        _forward(model, ready)
+    return counter.get_total_flops()
 
 
 def _wait() -> None:

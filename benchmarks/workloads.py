@@ -18,8 +18,11 @@ from unime_st import UniMEReranker
 SIZES = {
     "small": {"hidden": 128, "layers": 2, "vision": 64, "depth": 2},
     "mid": {"hidden": 384, "layers": 8, "vision": 256, "depth": 6},
-    "2b": {"hidden": 1536, "layers": 28, "vision": 1280, "depth": 32, "heads": 12, "inner": 8960},
-    "7b": {"hidden": 3584, "layers": 28, "vision": 1280, "depth": 32, "heads": 28, "inner": 18944},
+    "2b": {"hidden": 1536, "layers": 28, "vision": 1280, "depth": 32, "heads": 12, "inner": 8960, "vocab": 151936},
+    "7b": {
+        **{"hidden": 3584, "layers": 28, "heads": 28, "kv": 4, "inner": 18944, "vocab": 152064},
+        **{"vision": 1280, "depth": 32, "vision_inner": 3420},
+    },
 }
 
 
@@ -40,12 +43,12 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     heads = row.get("heads", row["hidden"] // 64)
     part = row["hidden"] // heads // 8
     text = {
-        "vocab_size": config.text_config.vocab_size,
+        "vocab_size": row.get("vocab", config.text_config.vocab_size),
         "hidden_size": row["hidden"],
         "intermediate_size": row.get("inner", row["hidden"] * 8 // 3),
         "num_hidden_layers": row["layers"],
         "num_attention_heads": heads,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": row.get("kv", 2),
         "rope_parameters": {"rope_type": "default", "mrope_section": [part, part, 2 * part], "rope_theta": 1e6},
         "bos_token_id": None,
         "eos_token_id": None,
@@ -82,8 +85,13 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     tokenizer, row = processor.tokenizer, SIZES[size]
     heads = row.get("heads", row["hidden"] // 64)
     inner, part = row.get("inner", row["hidden"] * 8 // 3), row["hidden"] // heads // 8
-    text: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": row["hidden"], "intermediate_size": inner}
-    text |= {"num_hidden_layers": row["layers"], "num_attention_heads": heads, "num_key_value_heads": 2}
+    text: dict[str, Any] = {
+        "vocab_size": row.get("vocab", len(tokenizer)),
+        "hidden_size": row["hidden"],
+        "intermediate_size": inner,
+    }
+    text |= {"num_hidden_layers": row["layers"], "num_attention_heads": heads}
+    text |= {"num_key_value_heads": row.get("kv", 2)}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [part, part, 2 * part], "rope_theta": 1e6}}
     text |= {"bos_token_id": None, "eos_token_id": None}
     vision: dict[str, Any] = {"depth": row["depth"], "hidden_size": row["vision"], "out_hidden_size": row["hidden"]}
@@ -91,7 +99,7 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     shape = ("patch_size", "spatial_merge_size", "temporal_patch_size", "in_channels")
     vision |= {name: getattr(vision_config, name) for name in shape}
     vision |= {
-        "intermediate_size": row["vision"] * 8 // 3,
+        "intermediate_size": row.get("vision_inner", row["vision"] * 8 // 3),
         "window_size": 4 * vision_config.patch_size * vision_config.spatial_merge_size,
     }
     vision |= {"fullatt_block_indexes": list(range(row["depth"] // 4 - 1, row["depth"], max(1, row["depth"] // 4)))}
