@@ -126,7 +126,7 @@ def write_modules(
             "transformers": transformers.__version__,
             "pytorch": torch.__version__,
         },
-        "prompts": dict(recipe.prompts),
+        "prompts": dict(recipe.prompts) if reranker else {"query": "", "document": "", **recipe.prompts},
         "default_prompt_name": None,
     }
     if needs_unime_st:

@@ -11,7 +11,6 @@ def _bare(name: str, family: str, title: str) -> Recipe:
         family=family,
         title=title,
         template_kwargs={"add_generation_prompt": True},
-        prompts={"query": "", "document": ""},
     )
 
 

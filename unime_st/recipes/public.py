@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from unime_st.recipes.recipe import ImageRule, Recipe
 
-_RETRIEVAL = "Retrieve images or text relevant to the user's query."
+_RETRIEVAL = {"retrieval": "Retrieve images or text relevant to the user's query."}
 # Qwen3-VL: 4 to 1800 visual tokens of 32 x 32 pixels.
 _QWEN3_IMAGES = ImageRule(min_pixels=4 * 32 * 32, max_pixels=1800 * 32 * 32, backend="torchvision")
 
@@ -20,7 +20,7 @@ _ROWS = (
         template="qwen3_vl_embedding.jinja",
         image=_QWEN3_IMAGES,
         dtype="bfloat16",
-        prompts={"query": "", "document": "", "retrieval": _RETRIEVAL},
+        prompts=_RETRIEVAL,
         license="apache-2.0",
     ),
     Recipe(
@@ -31,7 +31,7 @@ _ROWS = (
         template="qwen3_vl_reranker.jinja",
         image=_QWEN3_IMAGES,
         dtype="bfloat16",
-        prompts={"retrieval": _RETRIEVAL},
+        prompts=_RETRIEVAL,
         yes_no=("yes", "no"),
         license="apache-2.0",
     ),
@@ -44,7 +44,6 @@ _ROWS = (
         image=ImageRule(exif=False, min_pixels=4 * 28 * 28, max_pixels=1280 * 28 * 28),
         positions="1d",  # its forward pass gives the language model no positions
         dtype="float16",
-        prompts={"query": "", "document": ""},
         license="apache-2.0",
     ),
     Recipe(
@@ -54,7 +53,6 @@ _ROWS = (
         template="gme.jinja",
         image=ImageRule(exif=False, min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28),
         dtype="bfloat16",
-        prompts={"query": "", "document": ""},
         license="apache-2.0",
     ),
     Recipe(
@@ -63,7 +61,6 @@ _ROWS = (
         title="WeMM-Embedding",
         template="wemm_embedding.jinja",
         dtype="bfloat16",
-        prompts={"query": "", "document": ""},
         license="apache-2.0",
     ),
 )

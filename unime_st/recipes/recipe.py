@@ -116,7 +116,8 @@ class Recipe:
         dtype: Floating point type of the official numbers; a folder loads in the type its weights are stored in unless
             ``unime convert --dtype`` says otherwise.
         max_length: Tokens after which text is truncated; None keeps the tokenizer's limit.
-        prompts: Instructions by name, usable as ``prompt_name`` of ``encode``.
+        prompts: Instructions by name, usable as ``prompt_name`` of ``encode``, beside ``query`` and ``document``, which are
+            empty.
         yes_no: The two answer words of a reranker.
         demo: Published score to check converted weights with.
         license: License of the weights as stated by their publisher.

@@ -11,15 +11,12 @@ from unime_st.recipes.recipe import Demo, ImageRule, Recipe
 # Instructions of the official evaluation that contain no text of the sample. With an image they begin with the
 # separator that follows the image token in the MMEB strings.
 _V2_PROMPTS = {
-    "query": "",
-    "document": "",
     "find_caption": " Find an image caption describing the given image.",
     "represent_image": "\nRepresent the given image.\n",
     "classification": "\nRepresent the given image for classification\n",
     "find_image": "Find me an everyday image that matches the given caption: ",
     "question": "\nRepresent the given image with the following question: ",
 }
-_NO_PROMPTS = {"query": "", "document": ""}
 
 _V2_DEMO = Demo(
     score=0.62109375,
@@ -112,7 +109,6 @@ _ROWS = (
         template="v1_phi3_v.jinja",
         image=ImageRule(official=None, training=336, exif=False),
         dtype="float16",
-        prompts=_NO_PROMPTS,
         demo=_V1_DEMO,
     ),
     Recipe(
@@ -125,7 +121,6 @@ _ROWS = (
         template="v1_llava_next.jinja",
         image=_V1_LLAVA_IMAGES,
         dtype="float16",
-        prompts=_NO_PROMPTS,
         demo=_V1_DEMO,
     ),
     Recipe(
@@ -137,7 +132,6 @@ _ROWS = (
         template="v1_llava_onevision.jinja",
         image=_V1_LLAVA_OV_IMAGES,
         dtype="float16",
-        prompts=_NO_PROMPTS,
     ),
 )
 
@@ -148,6 +142,5 @@ TINY = Recipe(
     family="qwen2_vl",
     title="unime-tiny",
     template="tiny_embedding.jinja",
-    prompts=_NO_PROMPTS,
     license="apache-2.0",
 )
