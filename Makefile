@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 1
+ARMS ?= main
 WORKERS ?= logical
 MTEB := mteb-$(shell sed -n 's/^mteb==//p' constraints.txt)
 
@@ -13,7 +14,7 @@ MTEB := mteb-$(shell sed -n 's/^mteb==//p' constraints.txt)
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/python -m train_scripts.demo --seeds $(SEEDS)
+	$(BIN)/python -m train_scripts.demo --seeds $(SEEDS) --arms $(ARMS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def _environment() -> dict[str, str]:
 
 def test_the_demo_survives_a_kill_and_writes_every_number(tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    command = _command(output=output, **SMALL)
+    command = _command(output=output, arms="all", **SMALL)
     with subprocess.Popen(command, env=_environment(), stdout=-3, stderr=-3) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not (output / "seed-0" / "pools" / "manifest.json").exists():

@@ -11,9 +11,9 @@ from mteb_tasks.in_process import Scores
 from mteb_tasks.in_process import evaluate as run_mteb
 from mteb_tasks.loader import wrap
 from mteb_tasks.two_stage import TwoStage
-from train_scripts.demo.results import TASKS
+from train_scripts.demo.results import EVERYTHING, TASKS
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import COMPOSITIONAL, GROUPS, RERANKED, DemoArguments
+from train_scripts.demo.settings import COMPOSITIONAL, FUSED, GROUPS, RERANKED, DemoArguments
 from unime_st.files import write_json
 from unime_st.model import UniME
 from unime_st.reranking.unime_reranker import UniMEReranker
@@ -50,6 +50,17 @@ def _tasks(size: int) -> list[Any]:
 def _load(run: Seed, model: str) -> Any:
     if model == "base":
         return UniME("unime-tiny")
+    if model == EVERYTHING:
+        judge, alpha = UniMEReranker("unime-tiny", template="tiny"), 1 / run.arguments.temperature
+        return TwoStage(
+            wrap(UniME(run.path("soup"))),
+            judge,
+            top_k=FUSED,
+            method="pairwise",
+            batch_size=128,
+            pair_order="both",
+            alpha=alpha,
+        )
     if model != "v2_reranker":
         return UniME(run.path(model))
     reranker = UniMEReranker(run.path("reranker"), template="tiny")

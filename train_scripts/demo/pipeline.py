@@ -96,6 +96,11 @@ def _reranker(run: Seed) -> None:
     stages.train_reranker(stages.RerankerArguments(**common, template="tiny", num_negatives=5, min_list_length=2))
 
 
+def _soup(run: Seed) -> None:
+    models = [run.path("v2"), run.path("in_batch")]
+    stages.run_merge(stages.MergeArguments(models=models, output=run.path("soup"), overwrite=True))
+
+
 def prepare(arguments: DemoArguments, seed: int) -> None:
     """Everything that the compared models have in common: data, stages 1 and 2, mined and judged rows."""
     run, a = Seed(arguments, seed), arguments
@@ -117,9 +122,10 @@ _COMPARED: dict[str, Callable[[Seed], None]] = {
     "v2": _soft_labels,
     "in_batch": lambda run: _in_batch(run, "in_batch", run.arguments.steps),
     "v2_reranker": _reranker,
+    "soup": _soup,
 }
 
 
 def train(arguments: DemoArguments, seed: int, name: str) -> None:
-    """Train one of the models that are compared; none depends on another."""
+    """Train one of the models that are compared; none depends on another, but the soup on those that it averages."""
     _COMPARED[name](Seed(arguments, seed))

@@ -10,7 +10,17 @@ from typing import Any
 
 from train_scripts.demo.charts import dot_chart, line_chart
 from train_scripts.demo.judging_section import judged_gallery, selection_statistics
-from train_scripts.demo.results import COLUMNS, CONTROLS, MEAN, MODELS, REPORT, DemoResults, Summary, render_table
+from train_scripts.demo.results import (
+    COLUMNS,
+    CONTROLS,
+    EVERYTHING,
+    MEAN,
+    MODELS,
+    REPORT,
+    DemoResults,
+    Summary,
+    render_table,
+)
 from train_scripts.demo.retrieval_section import compare, gallery, outcome_table
 from unime_st.files import atomic_write, read_json
 from unime_st.report.html import Content, Html, element, facts, join, page, table
@@ -21,11 +31,13 @@ _GROUPS = (
     ("UniME: distilled, then in-batch hard negatives", ("base", "stage1", "stage2")),
     ("Controls: the same pairs, plain in-batch InfoNCE", CONTROLS),
     ("UniME-V2", ("v2", "v2_reranker")),
+    ("Best combination", (EVERYTHING,)),
 )
 _DIFFERENCES = (
     ("UniME-V2 − control, equal steps", "v2", "in_batch"),
     ("UniME-V2 − control, equal compute", "v2", "in_batch_compute"),
     ("reranker − UniME-V2 alone", "v2_reranker", "v2"),
+    ("everything we know − control, equal compute", EVERYTHING, "in_batch_compute"),
 )
 _STAGES = {
     "Records": "Scenes are drawn from a seed and described as (query, positive) pairs; some scenes occur twice, so "
@@ -139,6 +151,10 @@ def _verdict(results: DemoResults) -> Iterator[str]:
     if compute is not None:
         amount = " ".join(filter(None, compute.parts(signed=True)))
         yield f" It is {_direction(compute.mean)} the equal-compute control ({amount} points)."
+    everything = results.difference(EVERYTHING, "in_batch_compute", MEAN)
+    if everything is not None:
+        amount = " ".join(filter(None, everything.parts(signed=True)))
+        yield f" Everything we know is {_direction(everything.mean)} that control ({amount} points)."
 
 
 def _direction(difference: float) -> str:
@@ -273,7 +289,7 @@ def _compositional(results: DemoResults) -> Iterator[Html]:
     )
     yield element("p", how)
     for model in results.models:
-        if model in ("v2", "v2_reranker"):
+        if model in ("v2", "v2_reranker", EVERYTHING):
             yield element("p", _chance_sentence(results, model))
 
     def cell(model: str, category: str) -> Html:

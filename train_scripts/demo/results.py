@@ -18,8 +18,11 @@ MODELS = {
     "in_batch_compute": "control: in-batch InfoNCE, equal compute",
     "v2": "UniME-V2 (mined + judged + soft labels)",
     "v2_reranker": "UniME-V2 + reranker",
+    "everything": "everything we know (soup + judge, both orders, fused)",
 }
-"""Display names of the compared models, in display order."""
+"""Display names of the compared models, in display order; the last is for all arms only."""
+
+EVERYTHING = "everything"
 
 REPORT = "report.html"
 """File name of the report in the folder of a run."""
@@ -52,7 +55,10 @@ COLUMNS = {
 MEAN = "mean"
 
 # Stages that a model takes beyond the one it starts from, where they are not the one of its own name.
-_STAGES = {"v2": ("mine", "judge", "select", "v2")}
+_STAGES = {
+    "v2": ("mine", "judge", "select", "v2"),
+    EVERYTHING: ("mine", "judge", "select", "v2", "in_batch", "soup"),
+}
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "seed": int,

