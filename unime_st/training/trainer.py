@@ -226,7 +226,13 @@ class ReportingTrainer(BaseTrainer):
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what the trainer logs, and what this class adds."""
+        """Log what the trainer logs, and what this class adds.
+
+        fp16 skips a step whose gradient overflows, as the first ones do until its loss scale has settled. Such a gradient
+        norm is left out: JSON has no NaN.
+        """
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
         if "loss" in logs:
             logs = {**logs, **self._figures()}
         super().log(logs, start_time)

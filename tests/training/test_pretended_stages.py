@@ -1,0 +1,109 @@
+"""Training stages on a pretended CUDA device: no operator mixes devices, and the loss curve is that of the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pretended_devices import on_both
+from tiny_pairs import ITEMS
+
+from unime_st import Item, stages
+from unime_st.data.records import PairRecord, RecordSet
+from unime_st.data.scenes import training_records
+from unime_st.training import embedders, rerankers
+from unime_st.training.frozen_tower import FrozenTowerCache
+
+CLIP = [Image.fromarray(f) for f in np.random.default_rng(0).integers(0, 255, (3, 40, 56, 3), dtype=np.uint8)]
+VIDEOS = [Item(text, video=CLIP) for text in ("a red circle", "blue")]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Judged records of texts, images and videos."""
+    pairs = list(training_records(6, seed=4))
+    judged = [
+        PairRecord(p.query, p.positive, p.dataset, (pairs[i - 1].positive, pairs[i - 2].positive), 2.0, (-1.0, 0.5))
+        for i, p in enumerate(pairs)
+    ]
+    judged += [
+        PairRecord(video, Item(f"clip {number}"), "", (ITEMS[0], ITEMS[1]), 2.0, (-1.0, 0.5))
+        for number, video in enumerate(VIDEOS)
+    ]
+    return str(RecordSet.write(tmp_path_factory.mktemp("rows") / "rows", judged, {}).folder)
+
+
+EMBEDDER_RUNS: dict[str, dict[str, Any]] = {
+    "fp32, dropout": {"mini_batch_size": 3, "lora_dropout": 0.1},
+    "bf16, vision cache": {"mini_batch_size": 3, "bf16": True, "vision_cache": "cache"},
+    "fp16": {"mini_batch_size": 3, "fp16": True},
+    "token budget, Matryoshka": {"token_budget": "auto", "matryoshka_dims": [128, 32]},
+    "spilled": {"mini_batch_size": 3},
+    "prepared items, checkpointing": {
+        **{"item_cache": 64, "gradient_caching": False, "mini_batch_size": 3, "gradient_checkpointing": True},
+    },
+    "all weights, Muon": {"lora_rank": 0, "frozen": "visual", "optim": "muon", "mini_batch_size": 4},
+}
+
+
+def _curve(folder: Path, *, norms: bool = True) -> list[list[float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [[line["loss"], line["grad_norm"]] if norms else [line["loss"]] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EMBEDDER_RUNS)
+def test_embedder_stages(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Two steps of the trainer; the loss curve is that of the CPU."""
+    monkeypatch.setattr(embedders, "peak_matmul_flops", lambda *given: 1e12)  # matrices that suit a card
+    if name == "spilled":
+        created = FrozenTowerCache.__init__
+        monkeypatch.setattr(
+            FrozenTowerCache,
+            "__init__",
+            lambda self, *given: (created(self, *given), setattr(self, "max_bytes", 0))[0],
+        )
+    chosen = {**EMBEDDER_RUNS[name]}
+    common = {
+        "model": "unime-tiny",
+        "data": rows,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    common |= {"lora_dropout": 0.0, "learning_rate": 1e-3}
+
+    def run(device: str) -> list[list[float]]:
+        options = {**common, **chosen, "output": str(tmp_path / device), "use_cpu": device == "cpu"}
+        if "vision_cache" in options:
+            options["vision_cache"] = str(tmp_path / f"{device} cache")
+        if options.get("fp16") and device == "cpu":
+            options["fp16"] = False  # needs a card
+        stages.train_in_batch(stages.InBatchArguments(**options))
+        return _curve(tmp_path / device, norms=name != "fp16")  # the scale of fp16 first overflows, as on a card
+
+    on_both(run, {"fp16": 5e-2, "bf16, vision cache": 1e-3}.get(name, 1e-4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["hard_negatives", "soft_labels", "reranker"])
+def test_other_stages(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    monkeypatch.setattr(embedders, "peak_matmul_flops", lambda *given: 1e12)
+    monkeypatch.setattr(rerankers, "peak_matmul_flops", lambda *given: 1e12)
+    kind, train, own = {
+        "hard_negatives": (stages.HardNegativeArguments, stages.train_hard_negatives, {"mini_batch_size": 3}),
+        "soft_labels": (stages.SoftLabelArguments, stages.train_soft_labels, {"num_negatives": 2}),
+        "reranker": (stages.RerankerArguments, stages.train_reranker, {"template": "tiny", "num_negatives": 2}),
+    }[stage]
+    common: dict[str, Any] = {"model": "unime-tiny", "data": rows, "per_device_train_batch_size": 4, "max_steps": 2}
+    common |= {"logging_steps": 1, "lora_dropout": 0.0, **own}
+
+    def run(device: str) -> list[list[float]]:
+        train(kind(**common, output=str(tmp_path / device), use_cpu=device == "cpu"))
+        return _curve(tmp_path / device)
+
+    on_both(run, 1e-4)
