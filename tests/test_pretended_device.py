@@ -94,6 +94,7 @@ def test_nothing_stays_pretended() -> None:
     assert (torch.Tensor.to, torch.cuda.is_available()) == before and torch.ones(1).device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_encoding(tmp_path: Path) -> None:
     items = [*ITEMS, *VIDEOS, ITEMS[0], *(Item(f"text {number}") for number in range(70))]
 
@@ -157,6 +158,7 @@ def test_judges_and_rerankers() -> None:
     on_both(run, 1e-4)
 
 
+@pytest.mark.slow
 def test_two_stage_search_and_index(tmp_path: Path) -> None:
     corpus = [*ITEMS, *VIDEOS, *(Item(text) for text in ("a red circle", "a blue star", "two green rings"))]
 
@@ -188,6 +190,7 @@ def test_top_k_and_mining(tmp_path: Path) -> None:
     on_both(run, 1e-3)
 
 
+@pytest.mark.slow
 def test_mteb_loader() -> None:
     def run(device: str) -> list[float]:
         wrapped = wrap(UniME("unime-tiny", device=device))

@@ -51,7 +51,9 @@ EMBEDDER_RUNS: dict[str, dict[str, Any]] = {
 
 
 def _curve(folder: Path, *, norms: bool = True) -> list[list[float]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    text = (folder / "log.jsonl").read_text()
+    assert "NaN" not in text and (folder / "manifest.json").is_file()
+    lines = [json.loads(line) for line in text.splitlines()]
     return [[line["loss"], line["grad_norm"]] if norms else [line["loss"]] for line in lines]
 
 
