@@ -136,7 +136,7 @@ class PreparedItems:
             if name in _BY_TOKEN:
                 parts = [tokens[mask.bool()][None] for tokens, mask in zip(value, batch["attention_mask"])]
             elif name in _IMAGE_COUNTS:
-                owners, parts = with_image, value[torch.tensor(images)].split(1) if any(images) else ()
+                owners, parts = with_image, value[torch.tensor(images)].split(1) if any(images) else []
             elif name == "pixel_values":
                 owners, parts = with_image, value.split(batch["image_grid_thw"].prod(dim=1).tolist())
             elif name in _BY_IMAGE:
