@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 import types
 import weakref
@@ -133,12 +134,17 @@ def test_folders_of_video_files(
     assert caplog.text.count("2 videos are left out: video") == 1
 
 
-def test_index_sources_and_gallery(tmp_path: Path) -> None:
+def test_index_sources_and_gallery(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder_of(tmp_path / "whole", 2)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "x", "clip": "whole", "text": "a ship"}))
     ((name, item),) = read_items(tmp_path / "rows.jsonl", Columns(video="clip"))
     assert name == "x" and item == Item("a ship", video=tmp_path / "whole")
     assert str(show_item(item)).count("<img") == str(show_item(Item(video=VideoRef.of(Decoder(2))))).count("<img") == 2
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"clip": "absent"}))
-    with pytest.raises(ValueError, match=r"row 0: video .* no such file or folder"):
-        list(read_items(tmp_path / "rows.jsonl", Columns(video="clip")))
+    folder_of(tmp_path / "gap", 4)
+    (tmp_path / "gap" / "frame_0002.png").unlink()
+    (tmp_path / "empty").mkdir()
+    clips = ["absent", "gap", "empty", ["whole/frame_0001.png"] * 65, "whole"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"clip": clip, "text": "a ship"}) for clip in clips))
+    assert [name for name, _ in read_items(tmp_path / "rows.jsonl", Columns(video="clip"))] == ["rows.jsonl:4"]
+    for number, reason in enumerate(["no such file or folder", "frame_0002 is missing", "no frames", "65 frames are"]):
+        assert re.search(rf"row {number} is left out: video .*{reason}", caplog.text)

@@ -13,7 +13,7 @@ from unime_st.data.manifest import is_complete
 from unime_st.data.pdf_pages import render_pages
 from unime_st.data.records import RecordSet
 from unime_st.data.sources import read_rows, source_files
-from unime_st.data.videos import VIDEO_SUFFIXES, NoVideoDecoderError, video_decoder_class
+from unime_st.data.videos import VIDEO_SUFFIXES, BadVideoError, NoVideoDecoderError, video_decoder_class
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,9 @@ def _table_items(source: Path, columns: Columns) -> Iterator[tuple[str, Item]]:
                 None if is_empty(image) else as_image(image, root),
                 None if is_empty(video) else as_video(video, root),
             )
+        except BadVideoError as error:  # found here, and other bad media when they are read
+            logger.warning("%s is left out: %s", where, error)
+            continue
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         name = row.values.get(columns.id)
