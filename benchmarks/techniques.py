@@ -22,6 +22,7 @@ from harness import RESULTS, machine
 
 from mteb_tasks import TwoStage, scenes, wrap
 from mteb_tasks.in_process import evaluate
+from mteb_tasks.loader import UniMELoader
 from unime_st import UniME, UniMEReranker, stages
 from unime_st.data.manifest import is_complete
 from unime_st.data.records import RecordSet
@@ -187,7 +188,10 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, dict[str, float
     for name in (CONTROL, "short_vectors", "quantized"):
         for label, settings in FORMATS.items():
             if f"{name}, {label}" not in found:
-                model = wrap(UniME(run.path(name)), f"unime/{name}", **settings)
+                kept_vectors = run.folder / "embeddings" / name  # whole ones, for all formats
+                model = UniMELoader(
+                    f"unime/{name}", "1", model=UniME(run.path(name)), cache_folder=kept_vectors, **settings
+                )
                 found[f"{name}, {label}"] = hits(model, options.eval_size, seed)
                 write_json(kept, found)
     for name, settings in rankings(run).items():
