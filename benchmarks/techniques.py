@@ -196,11 +196,11 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, dict[str, float
                 write_json(kept, found)
     for name, settings in rankings(run).items():
         if name not in found:
-            model = TwoStage(
+            two_stages = TwoStage(
                 wrap(UniME(run.path("greedy_soup")), "unime/soup"), UniMEReranker("unime-tiny"),
                 method="pairwise", top_k=10, batch_size=128, **settings,
             )  # fmt: skip
-            found[name] = hits(model, options.eval_size, seed)
+            found[name] = hits(two_stages, options.eval_size, seed)
             write_json(kept, found)
     return found
 

@@ -205,6 +205,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["merge", "unime-tiny", "unime-tiny", "--weights", "0.5", "0.5", "--output", output]) == 0
     assert f'Load it: SentenceTransformer("{output}")' in capsys.readouterr().out
     assert main(["merge", "unime-tiny", "unime-tiny", "--output", output]) == 1
+    capsys.readouterr()
+    assert main(["merge", output, "--output", str(tmp_path / "alone")]) in (1, 2)
+    assert "at least 2 models to merge, got 1" in capsys.readouterr().err
     assert main(["merge", "unime-tiny", "unime-tiny", "--weights", "1", "1", "--output", output, "--overwrite"]) == 2
     assert "unime merge: the weights must sum to 1, got 1.0 + 1.0 = 2" in capsys.readouterr().err
 

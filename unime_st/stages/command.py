@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -132,17 +133,18 @@ def set_up_logging() -> None:
 def read_values(words: Sequence[str], options: Mapping[str, Option], stage: str | None = None) -> dict[str, object]:
     """Values of the options that ``[CONFIG] [--option value ...]`` gives, each in its declared type.
 
-    The command line wins over the file. Without a stage the configuration is a path. Several leading words are values of
-    the stage's positional option, if it has one.
+    The command line wins over the file. Without a stage the configuration is a path. Several leading words, or a folder,
+    are values of the stage's positional option, if it has one.
 
     Raises:
         OptionError: If an option is unknown or has a wrong value; for a file the message names the line.
     """
     values: dict[str, object] = {}
     words = list(words)
-    if stage is not None and STAGES[stage].positional and [word[:1] == "-" for word in words[:2]] == [False, False]:
+    leading = list(takewhile(lambda word: not word.startswith("-"), words))
+    if stage and STAGES[stage].positional and (len(leading) > 1 or any(Path(word).is_dir() for word in leading)):
         words.insert(0, f"--{STAGES[stage].positional}")
-    if words and not words[0].startswith("-"):
+    elif leading:
         path = find_config(words.pop(0), stage)
         for name, (value, line) in read_config(path, options).items():
             try:

@@ -252,7 +252,7 @@ class TrainArguments(StageArguments, SentenceTransformerTrainingArguments):
     """
 
     token_budget: int | str | None = option(
-        None, "In place of mini_batch_size: text and image tokens embedded at a time; auto: what fits the memory.",
+        None, "Text and image tokens embedded at a time, instead of mini_batch_size; auto: what fits the memory.",
         unit="tokens", at_least=1, choices=("auto",),
     )  # fmt: skip
     query_prompt: str | None = option(

@@ -54,8 +54,9 @@ class HeldOutEvaluator(BaseEvaluator, ABC):
 class RetrievalEvaluator(HeldOutEvaluator):
     """Retrieval of every query's positive among the positives of its dataset.
 
-    Every distinct item is embedded once, queries and documents with the prompts of the model. Other positives of a query count as found, too, and the query itself is not a
-    candidate. Rows with an image that cannot be read are left out, with a warning.
+    Every distinct item is embedded once, queries and documents with the prompts of the model. Other positives of a query
+    count as found, too, and the query itself is not a candidate. Rows with an image that cannot be read are left out, with a
+    warning.
 
     Example:
         >>> import tempfile

@@ -132,8 +132,12 @@ def test_embeddings_rankings_and_scores(golden_video: Path, golden_model: Senten
 class _Watched(LocalJudge):
     """A judge that keeps the pairs that it has judged."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pairs: list[tuple[Any, Any]] = []
+
     def score(self, groups: Sequence[Group], **options: Any) -> list[np.ndarray]:
-        self.__dict__.setdefault("pairs", []).extend((g.query, c) for g in groups for c in g.candidates)
+        self.pairs.extend((group.query, candidate) for group in groups for candidate in group.candidates)
         return super().score(groups, **options)
 
 
