@@ -241,7 +241,8 @@ def main() -> None:
     by_seed = [measure(options, seed) for seed in range(options.seeds)]
     pools = Pools(Seed(options, 0).path("pools"))
     orders = calibrate([LocalJudge("unime-tiny")], pools)["pair_orders"]
-    facts = {"options": vars(options), "machine": machine(), "pair_orders": orders}
+    chosen = {name: value for name, value in vars(options).items() if name != "output"}
+    facts = {"options": chosen, "machine": machine(), "pair_orders": orders}
     result = {"arms": table(by_seed), "by_seed": by_seed, **facts}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "techniques.json").write_text(json.dumps(result, indent=2) + "\n")
