@@ -143,12 +143,12 @@ def test_reading_a_long_list_needs_little_memory(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("unime_st.data.sources._CHUNK", 1 << 14)
     path = tmp_path / "long.json"
     with path.open("w", encoding="utf-8") as handle:
-        handle.write("[" + ",\n".join(json.dumps(record(0)) for _ in range(6_000)) + "]")
+        handle.write("[" + ",\n".join(json.dumps(record(0)) for _ in range(12_000)) + "]")
     tracemalloc.start()
     count = sum(1 for _ in json_list(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 6_000 and path.stat().st_size > 20 * peak
+    assert count == 12_000 and path.stat().st_size > 20 * peak
 
 
 @pytest.mark.parametrize(

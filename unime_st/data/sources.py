@@ -193,8 +193,10 @@ def _read_lines(path: Path) -> Iterator[SourceRow]:
             if line.strip():
                 try:
                     yield _row(path.name, number, json.loads(line.decode("utf-8-sig")))
-                except (ValueError, RecursionError) as error:
+                except ValueError as error:
                     yield SourceRow(path.name, number, None, f"not valid JSON ({error})")
+                except RecursionError:
+                    yield SourceRow(path.name, number, None, "JSON values are nested too deep (recursion)")
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow]:
