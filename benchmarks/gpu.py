@@ -71,7 +71,10 @@ class Shapes:
     repeats: int = 2
 
 
-REHEARSAL = Shapes("small", "small", 6, 4, 1, 4, 6, 2, 2, 512, 2000, 200, 64, 84, 1)
+REHEARSAL = Shapes(
+    embedder="small", judge="small", inputs=6, equality_inputs=4, queries=1, candidates=4, rows=6, batch_rows=2,
+    negatives=2, token_budget=512, corpus=2000, searches=200, dim=64, side=84, repeats=1,
+)  # fmt: skip
 
 
 @dataclass

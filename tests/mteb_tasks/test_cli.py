@@ -107,7 +107,7 @@ def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
 
 
 def test_mteb_s_own_trial_of_a_model_passes(tmp_path):
-    """With a second stage, which takes no videos: for models that do, mteb asks for the package av."""
+    """With a second stage, registered for texts and images: for models of videos mteb asks for the package av."""
     command = [sys.executable, "-m", "mteb", "mock-run", "-m", "unime-tiny+reranker"]
     environment = {**os.environ, "UNIME_RERANKER": "unime-tiny"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)

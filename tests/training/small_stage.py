@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+
+from unime_st.data.records import PairRecord
 
 SMALL = {
     "model": "unime-tiny",
@@ -48,3 +50,11 @@ def changed(folder: Path) -> float:
     before, after = (SentenceTransformer(name, device="cpu").encode(texts) for name in ("unime-tiny", str(folder)))
     assert np.allclose(np.linalg.norm(after, axis=1), 1.0, atol=1e-5)
     return float(np.abs(after - before).max())
+
+
+def with_judged_negatives(pairs: Sequence[PairRecord]) -> list[PairRecord]:
+    """The pairs as judged rows, whose negatives are the positives of the two pairs before."""
+    return [
+        PairRecord(p.query, p.positive, p.dataset, (pairs[i - 1].positive, pairs[i - 2].positive), 2.0, (-1.0, 0.5))
+        for i, p in enumerate(pairs)
+    ]

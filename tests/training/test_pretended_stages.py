@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pretended_devices import on_both
+from small_stage import with_judged_negatives
 from tiny_pairs import ITEMS
 
 from unime_st import Item, stages
@@ -26,10 +27,7 @@ VIDEOS = [Item(text, video=CLIP) for text in ("a red circle", "blue")]
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Judged records of texts, images and videos."""
     pairs = list(training_records(6, seed=4))
-    judged = [
-        PairRecord(p.query, p.positive, p.dataset, (pairs[i - 1].positive, pairs[i - 2].positive), 2.0, (-1.0, 0.5))
-        for i, p in enumerate(pairs)
-    ]
+    judged = with_judged_negatives(pairs)
     judged += [
         PairRecord(video, Item(f"clip {number}"), "", (ITEMS[0], ITEMS[1]), 2.0, (-1.0, 0.5))
         for number, video in enumerate(VIDEOS)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_stage import with_judged_negatives
 
 from unime_st import stages
 from unime_st.data.images import BadImageError, ImageRef
@@ -47,10 +48,7 @@ SMALL = {
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Judged records of all modalities; two passes over them are four steps."""
     pairs = list(training_records(16, seed=4))
-    judged = [
-        PairRecord(p.query, p.positive, p.dataset, (pairs[i - 1].positive, pairs[i - 2].positive), 2.0, (-1.0, 0.5))
-        for i, p in enumerate(pairs)
-    ]
+    judged = with_judged_negatives(pairs)
     return str(RecordSet.write(tmp_path_factory.mktemp("rows") / "rows", judged, {}).folder)
 
 

@@ -1,4 +1,4 @@
-"""Sources of a search index: folders of images, videos and PDF files, tables and record folders as streams of items with ids."""
+"""Sources of a search index: media folders, tables and record folders as streams of items with ids."""
 
 from __future__ import annotations
 
