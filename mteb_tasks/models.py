@@ -41,8 +41,8 @@ _RELEASES = {
     "unime-v1-llava-ov": (3584, None, None),
 }
 """Width, parameters and date of the released models, None where unknown; those of Qwen2-VL follow from its sizes."""
-_VIDEO_FAMILIES = ("qwen2_vl", "llava_onevision")
-"""Families of released embedders that take videos."""
+_VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_onevision")
+"""Families of released models that take videos."""
 RELEASED_RERANKER = "unime-v2-reranker"
 
 
@@ -176,6 +176,7 @@ def metas() -> dict[str, ModelMeta]:
         embedders.append(LOCAL_MODEL)
     second = os.environ.get(RERANKER_VARIABLE)
     second_revision = _revision(second or RELEASED_RERANKER)
+    second_modalities = _modalities(second or RELEASED_RERANKER)
     shape = _vector_settings()
     found: dict[str, ModelMeta] = {}
     for alias in embedders:
@@ -185,8 +186,9 @@ def metas() -> dict[str, ModelMeta]:
         if alias.startswith("unime-v2") or (alias in (LOCAL_MODEL, TINY) and second):
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
             meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **facts)
-            # Part of mteb's result key: mteb replaces the model's own description by this one.
-            changed = {"experiment_kwargs": {**shape, **_ranking_settings()} or None, "modalities": ["text", "image"]}
+            # mteb replaces the model's own description by this one.
+            shared = [modality for modality in meta.modalities if modality in second_modalities]
+            changed = {"experiment_kwargs": {**shape, **_ranking_settings()} or None, "modalities": shared}
             found[name] = meta.model_copy(update=changed)
     return found
 
@@ -245,13 +247,10 @@ def _facts(alias: str) -> dict[str, object]:
     folder = _folder_here(os.environ[MODEL_VARIABLE] if alias == LOCAL_MODEL else alias)
     with suppress(ValueError, OSError, KeyError, SafetensorError):
         found |= _measured(folder) if folder is not None else {}
-    with suppress(ValueError, OSError):
-        found |= {"modalities": _modalities(folder)} if folder is not None else {}
+    found["modalities"] = _modalities(os.environ[MODEL_VARIABLE] if alias == LOCAL_MODEL else alias)
     if recipe is not None:
         reference = f"https://huggingface.co/{recipe.hub_id}" if recipe.hub_id else None
         found |= {"license": recipe.license, "reference": reference, "adapted_from": recipe.base_model}
-    if folder is None and recipe is not None and recipe.family in _VIDEO_FAMILIES:
-        found["modalities"] = ["text", "image", "video"]
     return {**found, "open_weights": True} if recipe is not None or alias == TINY else found
 
 
@@ -266,10 +265,15 @@ def _measured(folder: Path) -> dict[str, int | float]:
     return {"embed_dim": width, "n_parameters": parameters, "memory_usage_mb": size}
 
 
-def _modalities(folder: Path) -> list[str]:
-    videos = read_json(folder / "processor_config.json").get("video_processor") or {}
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    takes_video = videos.get("video_processor_type") in VIDEO_PROCESSORS and "video" in template
+def _modalities(name: str) -> list[str]:
+    """Modalities of the model that an alias or a path stands for, by its folder, or its family before it is here."""
+    folder, recipe = _folder_here(name), RELEASED.get(name)
+    takes_video = folder is None and recipe is not None and recipe.family in _VIDEO_FAMILIES
+    if folder is not None:
+        with suppress(ValueError, OSError):
+            videos = read_json(folder / "processor_config.json").get("video_processor") or {}
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            takes_video = videos.get("video_processor_type") in VIDEO_PROCESSORS and "video" in template
     return ["text", "image", *(["video"] if takes_video else [])]
 
 

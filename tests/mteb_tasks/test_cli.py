@@ -106,12 +106,12 @@ def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
         assert name in listed.stdout
 
 
-def test_mteb_s_own_trial_of_a_model_passes(tmp_path):
-    """With a second stage, registered for texts and images: for models of videos mteb asks for the package av."""
-    command = [sys.executable, "-m", "mteb", "mock-run", "-m", "unime-tiny+reranker"]
-    environment = {**os.environ, "UNIME_RERANKER": "unime-tiny"}
+def test_mteb_s_own_trial_of_a_model_passes(tmp_path, converted):
+    """With a model of texts and images: for those that take videos mteb asks for the package av."""
+    command = [sys.executable, "-m", "mteb", "mock-run", "-m", "unime-local+reranker"]
+    environment = {**os.environ, "UNIME_MODEL": str(converted("llava-1.6")), "UNIME_RERANKER": "unime-tiny"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
-    assert "`unime/unime-tiny+reranker` passed all expected checks" in done.stdout + done.stderr
+    assert "`unime/unime-local+reranker` passed all expected checks" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
