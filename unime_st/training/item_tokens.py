@@ -82,9 +82,9 @@ def stacked_frames(records: ItemFolder, model: Any) -> np.ndarray | None:
     """Frames of each stored item's video, 0 without one, for a model whose mini-batches need equally many.
 
     Returns:
-        Int64 array of shape (items,); None for the other families.
+        Int64 array of shape (items,); None for the other families, and without videos.
     """
-    if not stacks_videos(getattr(model[0], "processor", None)):
+    if not stacks_videos(getattr(model[0], "processor", None)) or not records.items.has("video"):
         return None
     return np.array([_num_frames(item.video) for item in records.items], dtype=np.int64)
 

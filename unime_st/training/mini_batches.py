@@ -42,12 +42,10 @@ class MiniBatches:
     def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
         """Split items, given by their positions: indices into ``positions``, each once. A group has one side."""
         side = positions // (len(self.costs) // self.sides)
-        groups = [
-            own[group]
-            for s in np.unique(side)
-            for own in [np.flatnonzero(side == s)]
-            for group in self._split(positions[own])
-        ]
+        groups: list[np.ndarray] = []
+        for number in np.unique(side):
+            own = np.flatnonzero(side == number)
+            groups += [own[group] for group in self._split(positions[own])]
         return sorted(groups, key=lambda group: -len(group) * int(self.costs[positions[group]].max()))
 
     def _split(self, positions: np.ndarray) -> list[np.ndarray]:
