@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,6 @@ class Gpu:
     shapes: Shapes
     device: str
     peak: float = 0.0
-    found: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def dtype(self) -> torch.dtype:

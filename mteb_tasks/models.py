@@ -186,7 +186,7 @@ def metas() -> dict[str, ModelMeta]:
         if alias.startswith("unime-v2") or (alias in (LOCAL_MODEL, TINY) and second):
             name, both = f"{alias}+reranker", digest(f"{revision} {second_revision}", length=16)
             meta = model_meta(f"unime/{name}", both, loader=load_two_stage, **facts)
-            # mteb replaces the model's own description by this one.
+            # mteb replaces the model's own description by this one, and files results by it.
             shared = [modality for modality in meta.modalities if modality in second_modalities]
             changed = {"experiment_kwargs": {**shape, **_ranking_settings()} or None, "modalities": shared}
             found[name] = meta.model_copy(update=changed)
