@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
+from unime_st.backbones.varlen_attention import TORCH_FLASH, use_varlen_attention
 from unime_st.backbones.video_frames import raise_without_video, resize_frames
 from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
@@ -38,7 +39,9 @@ class UniME(ShardedByLayer, SentenceTransformer):
         image_size: Side in pixels of the square to which images are resized, ``"official"``, ``"training"`` or
             ``"native"``. Only for folders with an image rule, as written by :command:`unime convert`. Defaults to
             None, the setting of the folder.
-        **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`.
+        **kwargs: As for :class:`~sentence_transformers.SentenceTransformer`. ``attn_implementation`` in ``model_kwargs``
+            can also be ``"torch_flash"``: flash attention of torch on CUDA in 16 bits, without padding and without
+            the package flash-attn.
 
     Raises:
         ValueError: The folder is a vision-language checkpoint without ``modules.json``, or ``image_size`` is given for
@@ -56,8 +59,14 @@ class UniME(ShardedByLayer, SentenceTransformer):
     ) -> None:
         if image_size is not None:
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "image_size": image_size}
+        options = dict(kwargs.pop("model_kwargs", None) or {})
+        everywhere = options.get("attn_implementation") == TORCH_FLASH
+        if everywhere:  # transformers would look for a package of this name
+            options["attn_implementation"] = "sdpa"
         super().__init__(
-            str(model_name_or_path) if isinstance(model_name_or_path, Path) else model_name_or_path, **kwargs
+            str(model_name_or_path) if isinstance(model_name_or_path, Path) else model_name_or_path,
+            model_kwargs=options,
+            **kwargs,
         )
         if image_size is not None and not hasattr(self.processor, "image_rule"):
             raise ValueError(
@@ -65,6 +74,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
                 "with `unime convert ... --image-size`, or omit image_size."
             )
         replace_patch_projections(self)
+        use_varlen_attention(self, everywhere=everywhere)
         resize_frames(self.processor)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import truncate_embeddings
 
+from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
 from unime_st.backbones.video_frames import raise_without_video
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
@@ -24,6 +27,7 @@ from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.model_inputs import Features, load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
+from unime_st.encoding.rope_positions import RopePositions
 from unime_st.encoding.shared_videos import SharedVideo, VideoSharing
 from unime_st.encoding.token_counts import pack, pixel_budget
 from unime_st.options import check_count
@@ -131,6 +135,8 @@ class BatchRunner:
             self._free.put((shared_by_threads(copy), target))
         for _ in range(turns - 1 if on_cpu else 0):
             self._free.put((self.model, devices[0]))
+        self._positions = RopePositions(self.model[0])
+        self._last_only = _pools_last_token(self.model) and all(map(_prepare_last_layer, copies))
         self._shrinking = threading.Lock()
         sharing = VideoSharing(self.model, self.prompting) if len(devices) == 1 else None
         self.sharing = sharing if sharing is not None and sharing.applies else None
@@ -253,14 +259,25 @@ class BatchRunner:
             self._free.put((model, device))
 
     def _features(self, inputs: list[object]) -> Features:
-        return self.model.preprocess(inputs, **self.prompting)
+        return self._positions.add(self.model.preprocess(inputs, **self.prompting))
 
     @torch.inference_mode()
     def _run(self, model: SentenceTransformer, features: Features, device: torch.device) -> torch.Tensor:
         moved = {name: _to_device(value, device) for name, value in features.items()}
-        vectors = model(moved, **self.options)["sentence_embedding"]
+        last_only = only_last_tokens(moved["attention_mask"], packed=self.packed) if self._last_only else nullcontext()
+        with last_only:
+            vectors = model(moved, **self.options)["sentence_embedding"]
         vectors = truncate_embeddings(vectors, self.truncate_dim)
         return torch.nn.functional.normalize(vectors, p=2, dim=1) if self.normalize else vectors
+
+
+def _pools_last_token(model: SentenceTransformer) -> bool:
+    pooling = model[1] if len(model) > 1 else None
+    return isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken"
+
+
+def _prepare_last_layer(model: SentenceTransformer) -> bool:
+    return prepare_last_layer(model[0].model) if isinstance(model[0], Transformer) else False
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers.utils.generic import is_flash_attention_requested
 
 from unime_st.encoding.model_inputs import Features
+from unime_st.encoding.rope_positions import RopePositions
 
 
 def has_packed_attention(model: SentenceTransformer) -> bool:
@@ -73,9 +74,8 @@ class _PackedRows(Transformer):
         backbone: Any = self.model
         if not hasattr(backbone, "get_rope_index"):
             return counted
-        rotary = counted.expand(3, -1, -1)
-        if "image_grid_thw" in features or "video_grid_thw" in features:
-            names = ["input_ids", "mm_token_type_ids", "attention_mask"]
-            names += ["image_grid_thw", "video_grid_thw", "second_per_grid_ts"]
-            rotary = backbone.get_rope_index(**{name: features[name] for name in names if name in features})[0]
+        # Those of images and videos are there if a thread has computed them (RopePositions).
+        rotary = features.get("position_ids")
+        if rotary is None:
+            rotary = RopePositions(self).add(features).get("position_ids", counted.expand(3, -1, -1))
         return torch.cat([counted[None], rotary])

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoImageProcessor, ProcessorMixin
 
 from unime_st.backbones.patch_projection import replace_patch_projections
+from unime_st.backbones.varlen_attention import use_varlen_attention
 from unime_st.backbones.video_frames import resize_frames
 from unime_st.paths import PACKAGED
 from unime_st.registry import is_alias, resolve
@@ -181,6 +182,7 @@ def generative_modules(
         )
     use_pillow(transformer, folder)
     replace_patch_projections(transformer)
+    use_varlen_attention(transformer)
     resize_frames(transformer.processor)
     set_prompt(transformer, template, image_tokens, listwise=listwise)
     return [transformer, LogitScore(*answer_token_ids(transformer.tokenizer))]
@@ -224,6 +226,7 @@ def prepare_saved(
         return
     use_pillow(model[0], folder)
     replace_patch_projections(model)
+    use_varlen_attention(model)
     resize_frames(model[0].processor)
     if template is not None or image_tokens is not None:
         set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)
