@@ -6,7 +6,7 @@ ARMS ?= main
 WORKERS ?= logical
 MTEB := mteb-$(shell sed -n 's/^mteb==//p' constraints.txt)
 
-.PHONY: demo test test-fast lint docs bench
+.PHONY: demo test test-fast lint docs bench bench-record
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -53,3 +53,8 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/rerank.py --queries 2 --repeats 1
 	$(BIN)/python benchmarks/train_step.py speed --size small --batch_size 16 --repeats 2
 	$(BIN)/python benchmarks/train_step.py memory --batches 64 --stock_batches 64
+
+# All measurements of record, about an hour on two quiet cores; done results of this commit are kept.
+bench-record: .venv/.installed
+	$(BIN)/python benchmarks/all.py
+	$(BIN)/python benchmarks/all.py --readme

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def options(description: str | None, *, repeats: int) -> argparse.ArgumentParser
 
 
 def machine() -> dict[str, Any]:
-    """Date, hardware and package versions of a measurement."""
+    """Date, commit, command, hardware and package versions of a measurement."""
     processor = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -42,6 +43,8 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "transformers", "sentence-transformers", "unime-st")
     return {
         "date": date.today().isoformat(),
+        "commit": commit(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -49,6 +52,19 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
+
+
+@cache
+def commit() -> str:
+    """The last commit that changed more than results and pages; "+" follows where files differ from it."""
+    code = ("benchmarks/*.py", "unime_st", "mteb_tasks", "train_scripts", "pyproject.toml", "constraints.txt")
+
+    def git(*words: str) -> str:
+        command = ["git", *words, "--", *code]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("log", "-1", "--format=%h") or "unknown") + ("+" if git("status", "--porcelain") else "")
 
 
 def _lines(path: str) -> list[str]:
@@ -192,7 +208,8 @@ def where(result: dict[str, Any]) -> str:
     info = result["machine"]
     device = "" if info["accelerator"] == "none" else f" {info['accelerator']},"
     machine = f"{info['processor']}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}"
-    return f"{info['date']},{device} {machine}"
+    made = f" at {info['commit']}" if "commit" in info else ""
+    return f"{info['date']}{made},{device} {machine}"
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Search index benchmark: build time, queries per second, recall@10 and bytes per vector of every kind of index.
 
 python benchmarks/index.py [--vectors 100000 --dim 512 --queries 1000 --kinds flat ivf] [--threads 1]
+python benchmarks/index.py --beside_faiss [--items 5000]    # `Index` beside the same faiss calls by hand, wall time
 
 Times are CPU seconds of the process, which other processes on the machine hardly change. Vectors are unit vectors around
 random centers, as embeddings of similar items lie together; queries are displaced vectors.
@@ -12,18 +13,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import faiss
 import harness
 import numpy as np
 import torch
+from workloads import sentences
 
-from unime_st.retrieval import top_k
+from unime_st import UniME
+from unime_st.retrieval import Index, top_k
 from unime_st.retrieval.faiss_engine import Kind, make_engine, map_engine, search_engine
 
 BRUTE_FORCE, K = "brute force (top_k)", 10
 _BLOCK = 8192
+_SAME = 0.99  # share of equal results
 _SINGLE = 20  # queries that are also searched one by one
 
 
@@ -91,6 +95,56 @@ def measure(kind: Kind, vectors: np.ndarray, queries: np.ndarray, exact: np.ndar
     return _facts(build, len(queries) / seconds, _SINGLE / single, float(recall), size / len(vectors))
 
 
+def beside_faiss(chosen: Any) -> None:
+    """Time `Index.build` and `search` beside encoding and faiss by hand, and the engine alone on given vectors."""
+    model = UniME("unime-tiny", device="cpu")
+    texts, queries = sentences(chosen.items, least=3, most=20), sentences(chosen.queries, least=3, most=12)
+    made: dict[str, Any] = {}
+
+    def build_by_hand() -> None:
+        made["faiss"] = faiss.IndexFlatIP(int(model.get_embedding_dimension() or 0))
+        made["faiss"].add(model.encode(texts))
+
+    def build() -> None:
+        made["index"] = Index.build(texts, model)
+
+    def search_by_hand() -> None:
+        made["by hand"] = made["faiss"].search(model.encode(queries), K)[1].tolist()
+
+    def search() -> None:
+        made["hits"] = made["index"].search(queries, k=K)
+
+    shape = {"items": chosen.items, "queries": chosen.queries, "k": K}
+    runs = {"encode, faiss": build_by_hand, "Index.build": build}
+    tables = [harness.compare("index_beside_faiss_build", runs, repeats=chosen.repeats, facts=shape)]
+    runs = {"encode, faiss": search_by_hand, "Index.search": search}
+    tables.append(harness.compare("index_beside_faiss_search", runs, repeats=chosen.repeats, facts=shape))
+    found = [[int(hit.id) for hit in hits] for hits in made["hits"]]
+    if np.mean(np.array(found) == np.array(made["by hand"])) < _SAME:
+        raise RuntimeError("Index and faiss find other items")
+
+    vectors = clustered(chosen.vectors, chosen.dim)
+    asked = displaced(vectors, chosen.queries)
+
+    def add_by_hand() -> None:
+        made["plain"] = faiss.IndexFlatIP(chosen.dim)
+        made["plain"].add(vectors)
+
+    def add() -> None:
+        made["engine"] = make_engine("flat", vectors)
+
+    shape = {"vectors": chosen.vectors, "dim": chosen.dim, "queries": chosen.queries, "k": K}
+    runs = {"faiss": add_by_hand, "make_engine": add}
+    tables.append(harness.compare("index_beside_faiss_engine_build", runs, repeats=chosen.repeats, facts=shape))
+    runs = {
+        "faiss": lambda: made["plain"].search(asked, K),
+        "search_engine": lambda: search_engine(made["engine"], asked, K, ()),
+    }
+    tables.append(harness.compare("index_beside_faiss_engine_search", runs, repeats=chosen.repeats, facts=shape))
+    for result in tables:
+        sys.stdout.write(f"{result['name']}\n{harness.table(result)}\n")
+
+
 def _facts(build: float, rate: float, single: float, recall: float, size: float) -> dict[str, float]:
     values = {
         "build_cpu_s": build,
@@ -110,9 +164,14 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000, help="number of queries")
     parser.add_argument("--kinds", nargs="+", choices=get_args(Kind), default=get_args(Kind), help="kinds to measure")
     parser.add_argument("--threads", type=int, default=1, help="threads of faiss and of top_k")
+    parser.add_argument("--beside_faiss", action="store_true", help="compare `Index` with faiss by hand instead")
+    parser.add_argument("--items", type=int, default=5000, help="number of texts of --beside_faiss")
     chosen = parser.parse_args()
     faiss.omp_set_num_threads(chosen.threads)
     torch.set_num_threads(chosen.threads)
+    if chosen.beside_faiss:
+        beside_faiss(chosen)
+        return
     vectors = clustered(chosen.vectors, chosen.dim)
     queries = displaced(vectors, chosen.queries)
     start = time.process_time()

@@ -220,7 +220,7 @@ def memory(options: argparse.Namespace, work: Path) -> None:
 
 def _undated(result: dict[str, Any]) -> dict[str, Any]:
     """Description of the machine of a result, without the date."""
-    return {name: value for name, value in result["machine"].items() if name != "date"}
+    return {name: value for name, value in result["machine"].items() if name not in ("date", "command")}
 
 
 def _child(options: argparse.Namespace, side: str, work: Path, count: int) -> dict[str, float]:

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 
 from unime_st import UniMEReranker
 
@@ -111,6 +119,48 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def random_qwen3_vl(folder: Path, size: str = "mid", device: str = "cpu") -> Path:
+    """Write a random generative Qwen3-VL (DeepStack, interleaved rotary positions) with the tokenizer of ``unime-tiny``.
+
+    Args:
+        folder: Output folder.
+        size: Key of :data:`SIZES`. Defaults to "mid".
+        device: Device on which weights are drawn; bfloat16 on CUDA. Defaults to "cpu".
+    """
+    tiny: Any = UniMEReranker("unime-tiny", template="tiny", device="cpu")[0].processor
+    media = (tiny.image_processor, tiny.video_processor)
+    for part in media:
+        part.patch_size, part.size = 16, {"shortest_edge": 64 * 64, "longest_edge": 400 * 400}
+    processor = Qwen3VLProcessor(media[0], tiny.tokenizer, media[1], chat_template=tiny.chat_template)
+    row, tokenizer = SIZES[size], tiny.tokenizer
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": row["hidden"],
+        "intermediate_size": row["hidden"] * 8 // 3,
+        "num_hidden_layers": row["layers"],
+        "num_attention_heads": row["hidden"] // 64,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 5e6},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    text["rope_parameters"]["mrope_interleaved"] = True
+    vision: dict[str, Any] = {"depth": row["depth"], "hidden_size": row["vision"], "out_hidden_size": row["hidden"]}
+    vision |= {"num_heads": row["vision"] // 64, "intermediate_size": row["vision"] * 4, "patch_size": 16}
+    vision |= {"num_position_embeddings": 24 * 24, "deepstack_visual_indexes": list(range(1, row["depth"], 2))}
+    vision |= {"temporal_patch_size": media[0].temporal_patch_size}
+    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens: dict[str, Any] = dict(zip(keys, map(tokenizer.convert_tokens_to_ids, names), strict=True))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
     model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
