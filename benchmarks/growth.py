@@ -71,7 +71,12 @@ def small_model(work: Path) -> SentenceTransformer:
     """A text model of one narrow layer, so that its vectors cost little."""
     full = UniME("unime-tiny", device="cpu").tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=full.backend_tokenizer, pad_token=full.pad_token)
-    sizes = {"hidden_size": _DIM, "intermediate_size": _DIM, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": _DIM,
+        "intermediate_size": _DIM,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(work / "bert")
     tokenizer.save_pretrained(work / "bert")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -115,7 +116,7 @@ def beside_faiss(chosen: Any) -> None:
         made["hits"] = made["index"].search(queries, k=K)
 
     shape = {"items": chosen.items, "queries": chosen.queries, "k": K}
-    runs = {"encode, faiss": build_by_hand, "Index.build": build}
+    runs: dict[str, Callable[[], object]] = {"encode, faiss": build_by_hand, "Index.build": build}
     tables = [harness.compare("index_beside_faiss_build", runs, repeats=chosen.repeats, facts=shape)]
     runs = {"encode, faiss": search_by_hand, "Index.search": search}
     tables.append(harness.compare("index_beside_faiss_search", runs, repeats=chosen.repeats, facts=shape))

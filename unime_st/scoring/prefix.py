@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class PrefixEngine:
             raise TypeError(f"{type(model).__name__} has no linear language-model head")
         self.decoder: Any = model.get_decoder()
         self.positions = _Positions(model.base_model)
+        self._last_only = prepare_last_layer(model)
         self._takes_inner = "deepstack_visual_embeds" in inspect.signature(self.decoder.forward).parameters
 
     def logits(
@@ -146,7 +151,8 @@ class PrefixEngine:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             before = None if prefixes is None else prefixes.select([row.prefix for row in batch])
-            hidden, _ = self._forward([row.prompt for row in batch], before)
+            ends_only = all(len(row.reads) == 1 for row in batch)
+            hidden, _ = self._forward([row.prompt for row in batch], before, ends_only=ends_only)
             reads = [(number, row.group, *read) for number, row in enumerate(batch) for read in row.reads]
             ends = torch.tensor([[number, length - 1] for number, _, _, length in reads], device=hidden.device)
             answers = head(hidden[ends[:, 0], ends[:, 1]])
@@ -156,8 +162,10 @@ class PrefixEngine:
     def _compute_prefixes(self, prompts: list[Prompt]) -> PrefixCache:
         return self._forward(prompts, PrefixCache(DynamicCache(), None, None))[1]
 
-    def _forward(self, prompts: list[Prompt], before: PrefixCache | None) -> tuple[torch.Tensor, PrefixCache]:
-        """Hidden states of all positions, and the cache that a continuation needs."""
+    def _forward(
+        self, prompts: list[Prompt], before: PrefixCache | None, *, ends_only: bool = True
+    ) -> tuple[torch.Tensor, PrefixCache]:
+        """Hidden states of all positions, or right at the ends only, and the cache that a continuation needs."""
         device = self.decoder.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
@@ -179,14 +187,16 @@ class PrefixEngine:
                     torch.cat(layer).to(device) for layer in zip(*(image.inner for image in images), strict=True)
                 ]
         cache = None if before is None else before.cache
-        out = self.decoder(
-            inputs_embeds=embeddings,
-            attention_mask=None if whole.all() else whole.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **extra,
-        )
+        shortcut = only_last_tokens(mask.to(device)) if ends_only and self._last_only else nullcontext()
+        with shortcut:
+            out = self.decoder(
+                inputs_embeds=embeddings,
+                attention_mask=None if whole.all() else whole.to(device),
+                position_ids=positions.to(device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **extra,
+            )
         return out.last_hidden_state, PrefixCache(cache, whole, ends)
 
 
@@ -234,10 +244,19 @@ class PrefixCache:
         index = torch.tensor(rows)
         chosen = DynamicCache()
         width = int(self.mask[index].sum(1).max())  # the chosen may all be shorter than the longest
-        for layer, (keys, values, *_) in enumerate(self.cache):
-            where = index.to(keys.device)
-            chosen.update(keys[where, :, :width], values[where, :, :width], layer)
+        for keys, values, *_ in self.cache:
+            # Not by `update`, which would copy once more. Rows of one prefix, as of one query, are not copied at all.
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = (_rows(tensor[:, :, :width], rows, index) for tensor in (keys, values))
+            chosen.layers.append(layer)
         return PrefixCache(chosen, self.mask[index, :width], self.ends[index])
+
+
+def _rows(tensor: torch.Tensor, rows: list[int], index: torch.Tensor) -> torch.Tensor:
+    if len(set(rows)) == 1:
+        return tensor[rows[0]].expand(len(rows), *tensor.shape[1:])
+    return tensor[index.to(tensor.device)]
 
 
 class _Positions:
