@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ _CPU_THREADS, _DEVICE_THREADS = 4, 8
 class Job:
     """One input to encode: its row in the stream, and what is known of it.
 
-    ``tokens`` are those of a plain text, ``shared`` is the video that it has in common with other inputs.
+    ``tokens`` are those of a plain text, or of the prompt around one image; ``shared`` is the video that it has in common with other inputs.
     """
 
     row: int
@@ -125,21 +126,26 @@ class BatchRunner:
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options
         self.text_features: Callable[[list[np.ndarray]], Features] | None = None
+        self.image_features: Callable[[list[np.ndarray], list[Any]], Features] | None = None
         copies = on_devices(model, devices) if len(devices) > 1 else [model]
         self.packed = has_packed_attention(model) if packed is None else packed
         if self.packed:
             copies = [without_padding(copy) for copy in copies]
-        self.model = shared_by_threads(copies[0])
+        shared = [shared_by_threads(copy) for copy in copies]
+        self.model, self._num_devices = shared[0], len(devices)
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
-        for copy, target in zip(copies, devices):
-            self._free.put((shared_by_threads(copy), target))
-        for _ in range(turns - 1 if on_cpu else 0):
-            self._free.put((self.model, devices[0]))
+        for turn in range(turns if on_cpu and len(devices) == 1 else len(devices)):
+            index = min(turn, len(devices) - 1)
+            self._free.put((shared[index], devices[index]))
         self._positions = RopePositions(self.model[0])
         self._last_only = _pools_last_token(self.model) and all(map(_prepare_last_layer, copies))
         self._shrinking = threading.Lock()
-        sharing = VideoSharing(self.model, self.prompting) if len(devices) == 1 else None
-        self.sharing = sharing if sharing is not None and sharing.applies else None
+
+    @cached_property
+    def sharing(self) -> VideoSharing | None:
+        """Sharing of visual tokens between inputs with the same video; None if the model takes none, or on several devices."""
+        sharing = VideoSharing(self.model, self.prompting) if self._num_devices == 1 else None
+        return sharing if sharing is not None and sharing.applies else None
 
     @contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
@@ -198,8 +204,8 @@ class BatchRunner:
 
     def _prepare(self, jobs: list[Job]) -> tuple[list[int], Features]:
         """Indices of the jobs whose inputs can be read, and their features."""
-        if self.text_features is not None and all(job.tokens is not None for job in jobs):
-            rows = [job.tokens for job in jobs if job.tokens is not None]
+        rows = [job.tokens for job in jobs if job.tokens is not None]
+        if len(rows) == len(jobs) and not jobs[0].pixels and self.text_features is not None:
             return list(range(len(jobs))), self.text_features(rows)
         good, inputs = [], []
         for index, job in enumerate(jobs):
@@ -213,6 +219,9 @@ class BatchRunner:
         if not good:
             return [], {}
         try:
+            if len(rows) == len(good) == len(jobs) and self.image_features is not None:
+                images = [value["image"] if isinstance(value, Mapping) else value for value in inputs]
+                return good, self._positions.add(self.image_features(rows, images))
             return good, self._features(inputs)
         except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
             if _out_of_memory(error):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
 from unime_st.encoding.content_keys import content_key
+from unime_st.encoding.image_fast_path import ImageFastPath, order_and_text
 from unime_st.encoding.model_inputs import (
     copy_arrays,
     is_chat,
@@ -27,7 +28,7 @@ from unime_st.encoding.model_inputs import (
     raise_if_single,
 )
 from unime_st.encoding.shared_videos import SharedVideo, video_key, video_of
-from unime_st.encoding.text_fast_path import TextFastPath, plain_text
+from unime_st.encoding.text_fast_path import TextFastPath, plain_text, remembered
 from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
 from unime_st.encoding.vector_shards import VectorSink
 
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 WINDOW = 4096
 """Number of inputs that are deduplicated and batched together; also the number of rows per shard."""
 
-_MIN_TEXTS = 64
-"""Number of plain texts from which probing the chat template for the text fast path pays off."""
+_MIN_TEXTS, _MIN_IMAGES = 64, 16
+"""Number of plain texts, or of images, from which probing the chat template for a fast path pays off."""
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Engine:
         self._first: dict[Hashable, int] = {}
         self._warned = False
         self._texts: TextFastPath | None = None
+        self._images: ImageFastPath | None = None
         self._counter: TokenCounter | None = None
 
     def run(
@@ -170,7 +172,8 @@ class Engine:
         kinds: dict[str, list[Job]] = {}
         for job in self._share_videos(window.jobs):
             # Sentence Transformers formats a chat differently when it shares a batch with other inputs.
-            kind = "text" if job.tokens is not None else "chat" if is_chat(job.value) else "other"
+            framed = "image" if job.pixels else "text"
+            kind = framed if job.tokens is not None else "chat" if is_chat(job.value) else "other"
             # Processors stack videos, which must have as many frames as one another.
             kind += f", frames {job.frames}" if job.frames else ""
             kind += ", shared" if job.shared is not None else ""
@@ -184,7 +187,7 @@ class Engine:
 
     def _share_videos(self, jobs: list[Job]) -> list[Job]:
         """Mark jobs that have their video in common, and put them next to each other, also after sorting by length."""
-        if self.runner.sharing is None or not any(job.frames for job in jobs):
+        if not any(job.frames for job in jobs) or self.runner.sharing is None:
             return jobs
         groups: dict[Hashable, list[Job]] = {}
         for job in jobs:
@@ -203,6 +206,7 @@ class Engine:
     def _measure(self, jobs: list[Job]) -> None:
         self._tokenize(jobs)
         self._count_tokens([job for job in jobs if job.tokens is None])
+        self._tokenize_images(jobs)
 
     def _is_measurable(self, job: Job) -> bool:
         try:
@@ -217,13 +221,24 @@ class Engine:
     def _tokenize(self, jobs: list[Job]) -> None:
         texts = [(job, text) for job in jobs if (text := plain_text(job.value)) is not None]
         if self._texts is None and len(texts) >= _MIN_TEXTS:
-            self._texts = TextFastPath(self.runner.model, **self.runner.prompting)
+            self._texts = remembered(TextFastPath, self.runner.model, self.runner.prompting)
             self.runner.text_features = self._texts.features
         if self._texts is None or not self._texts.usable:
             return
         for (job, _), tokens in zip(texts, self._texts.tokens([text for _, text in texts])):
             if tokens is not None:
                 job.tokens, job.num_tokens = tokens, len(tokens)
+
+    def _tokenize_images(self, jobs: list[Job]) -> None:
+        found = [(job, plain) for job in jobs if job.pixels and (plain := order_and_text(job.value)) is not None]
+        if self._images is None and len(found) >= _MIN_IMAGES:
+            self._images = remembered(ImageFastPath, self.runner.model, self.runner.prompting)
+            self.runner.image_features = self._images.features
+        if self._images is None or not self._images.usable:
+            return
+        for (job, _), tokens in zip(found, self._images.tokens([plain for _, plain in found])):
+            if tokens is not None and self._images.fits(job.num_tokens):
+                job.tokens = tokens
 
     def _count_tokens(self, jobs: list[Job]) -> None:
         if not jobs:

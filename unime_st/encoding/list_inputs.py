@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
+from unime_st.encoding.batch_runner import BatchRunner, Job
 from unime_st.encoding.content_keys import content_key
 from unime_st.encoding.engine import encode_into
-from unime_st.encoding.model_inputs import normalize_input
+from unime_st.encoding.input_videos import has_video
+from unime_st.encoding.model_inputs import is_chat, looks_like_image_path, normalize_input
 from unime_st.encoding.vector_shards import MemorySink
+
+_FEW = 4
+"""Number of inputs that are encoded as one batch, without threads and without a look for duplicates."""
 
 
 def encode_list(
@@ -19,18 +26,43 @@ def encode_list(
     *,
     progress: bool = False,
     on_cpu: bool = True,
-    **options: object,
+    **options: Any,
 ) -> torch.Tensor:
     """Encode a list of inputs to a tensor of shape (len(inputs), dim) in the dtype of the model.
 
     With ``on_cpu`` vectors move to the CPU as they are computed. ``options`` are those of
     :class:`~unime_st.encoding.batch_runner.BatchRunner`.
     """
+    few = _encode_few(model, inputs, on_cpu=on_cpu, **options) if _are_few(inputs) and not progress else None
+    if few is not None:
+        return few
     results = MemorySink()
     options["output_device"] = "cpu" if on_cpu else None
     encode_into(model, inputs, results, on_error="raise", progress=progress, total=len(inputs), **options)
     vectors = results.tensor()
     return torch.tensor([], device=model.device) if vectors is None else vectors
+
+
+def _are_few(inputs: Sequence[object]) -> bool:
+    """Whether one batch without threads is the fastest way."""
+    if not 0 < len(inputs) <= _FEW or any(isinstance(value, str) and looks_like_image_path(value) for value in inputs):
+        return False
+    return len(inputs) == 1 or not any(is_chat(value) or has_video(value) for value in inputs)
+
+
+def _encode_few(
+    model: SentenceTransformer, inputs: Sequence[object], *, on_cpu: bool, **options: Any
+) -> Tensor | None:
+    """Encode inputs as one batch; None if something fails, for which the engine finds the input and a remedy."""
+    if isinstance(options.get("device"), (list, tuple)):
+        return None
+    options.pop("batch_size", None)
+    try:
+        runner = BatchRunner(model, workers=1, output_device="cpu" if on_cpu else None, **options)
+        vectors = runner.encode([Job(row, normalize_input(value)) for row, value in enumerate(inputs)])
+    except (RuntimeError, MemoryError, ValueError, TypeError):
+        return None
+    return None if any(vector is None for vector in vectors) else torch.stack([v for v in vectors if v is not None])
 
 
 def distinct_inputs(inputs: Sequence[object]) -> tuple[list[object], list[int]]:

@@ -7,10 +7,10 @@ preprocess the batches do it on the CPU, and inputs of the same layout share the
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class RopePositions:
 
     def __init__(self, transformer: nn.Module) -> None:
         self._backbone: Any = transformer.model if isinstance(transformer, Transformer) else None
-        self._layouts: OrderedDict[tuple[bytes, bytes], Tensor] = OrderedDict()
+        self._layouts: OrderedDict[tuple[bytes, bytes], tuple[np.ndarray, int]] = OrderedDict()
 
     def add(self, features: Features) -> Features:
         """Features with position ids of shape (3, batch, length); unchanged if the model computes them cheaply."""
@@ -53,32 +53,34 @@ class RopePositions:
         return {**features, "position_ids": positions}
 
     def _of_images(self, features: Features, counts: list[int]) -> Tensor:
-        types, mask, grids = (
-            features["mm_token_type_ids"],
-            features["attention_mask"].bool(),
-            features["image_grid_thw"],
-        )
-        positions = torch.zeros(3, *types.shape, dtype=features["input_ids"].dtype)
-        ends = list(itertools.accumulate(counts))
-        for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
-            kept = mask[row].nonzero().flatten()
-            own = types[row, kept]
-            visual = own.nonzero().flatten()
-            head = int(visual[-1]) + 1 if len(visual) else 0
-            before = self._layout(own[:head], grids[end - count : end]) if head else torch.zeros(3, 0).long()
-            start = int(before.max()) + 1 if head else 0
-            after = torch.arange(start, start + len(kept) - head).expand(3, -1)
-            positions[:, row, kept] = torch.cat([before, after], dim=1)
-        return positions.to(features["input_ids"].device)
+        names = ("mm_token_type_ids", "attention_mask", "image_grid_thw")
+        types, mask, grids = (features[name].cpu().numpy() for name in names)
+        positions = np.zeros((3, *types.shape), dtype=np.int64)
+        steps = np.arange(types.shape[1])
+        starts, lengths = mask.argmax(1).tolist(), mask.sum(1).tolist()
+        end_of_images = (types.shape[1] - types[:, ::-1].astype(bool).argmax(1)).tolist()
+        image = 0
+        for row, (start, length, count) in enumerate(zip(starts, lengths, counts, strict=True)):
+            begun = start
+            if count:
+                begun = end_of_images[row]
+                layout, first = self._layout(types[row, start:begun], grids[image : image + count])
+                positions[:, row, start:begun] = layout
+                image += count
+            positions[:, row, begun : start + length] = steps[: start + length - begun] + (first if count else 0)
+        return torch.from_numpy(positions).to(features["input_ids"].device)
 
-    def _layout(self, types: Tensor, grids: Tensor) -> Tensor:
-        """Positions of a row up to its last image token, shape (3, length)."""
-        key = (types.numpy().tobytes(), grids.numpy().tobytes())
+    def _layout(self, types: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Positions of a row up to its last image token, shape (3, length), and the position of the next token."""
+        key = (types.tobytes(), grids.tobytes())
         found = self._layouts.get(key)
         if found is None:
-            ids = torch.zeros_like(types, dtype=torch.long)[None]
-            found = self._backbone.get_rope_index(ids, mm_token_type_ids=types[None], image_grid_thw=grids)[0][:, 0]
-            self._layouts[key] = found
+            kinds, shapes = torch.from_numpy(types.copy())[None], torch.from_numpy(grids.copy())
+            ids = torch.zeros_like(kinds, dtype=torch.long)
+            layout = self._backbone.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=shapes)[0][
+                :, 0
+            ].numpy()
+            self._layouts[key] = found = layout, int(layout.max()) + 1
             while len(self._layouts) > _KEPT:
                 self._layouts.popitem(last=False)
         return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from sentence_transformers.base.modules import Transformer
 from unime_st.data.items import Item
 from unime_st.encoding.model_inputs import Features, is_media
 from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
+
+Path = TypeVar("Path")
 
 
 class TextFastPath:
@@ -35,7 +38,9 @@ class TextFastPath:
         self._special = False
         self._frame: TemplateFrame | None = None
         self.usable = (
-            _simple(model, options) and self._find_frame(model, prompt) and self._same_as(model, prompt, options)
+            has_plain_texts(model, options)
+            and self._find_frame(model, prompt)
+            and self._same_as(model, prompt, options)
         )
 
     def _find_frame(self, model: SentenceTransformer, prompt: str | None) -> bool:
@@ -57,10 +62,7 @@ class TextFastPath:
         """Whether the features of a batch equal those of the model."""
         limit = model.max_seq_length
         self._limit = int(min(limit if limit else 10**9, 10**9))
-        names = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        images = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
-        names |= {"<|image_", *(name for name in images if name)}
-        self._reserved = re.compile("|".join(map(re.escape, sorted(names))))
+        self._reserved = reserved_names(model)
         expected = model.preprocess(list(SAMPLES), prompt=prompt, **options)
         self._names = [name for name in expected if name not in ("input_ids", "attention_mask")]
         if set(self._names) - {"mm_token_type_ids", "token_type_ids", "modality"}:
@@ -96,13 +98,7 @@ class TextFastPath:
 
     def features(self, rows: list[np.ndarray]) -> Features:
         """Pad token ids from :meth:`tokens` to the features that ``model.preprocess`` computes for these texts."""
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), self._tokenizer.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        for number, row in enumerate(rows):
-            index = slice(width - len(row), None) if self._tokenizer.padding_side == "left" else slice(len(row))
-            ids[number, index] = row
-            mask[number, index] = 1
+        ids, mask = pad_rows(rows, self._tokenizer)
         features: Features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         for name in self._names:
             features[name] = self._modality if name == "modality" else torch.zeros(ids.shape, dtype=torch.long)
@@ -118,7 +114,43 @@ def plain_text(value: object) -> str | None:
     return value if isinstance(value, str) and not is_media(value) else None
 
 
-def _simple(model: SentenceTransformer, options: Mapping[str, object]) -> bool:
+_REMEMBERED: WeakKeyDictionary[object, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def remembered(kind: Callable[..., Path], model: SentenceTransformer, prompting: Mapping[str, Any]) -> Path:
+    """Fast path of a model, probed once for every prompt, template and length limit."""
+    first: Any = model[0]
+    state = (prompting, first.processing_kwargs, model.max_seq_length, model.tokenizer.padding_side)
+    template = getattr(model.processor, "chat_template", None)
+    key = (kind, repr(state), str(template), id(getattr(model.processor, "image_processor", None)))
+    kept = _REMEMBERED.setdefault(first.model, {})
+    if key not in kept:
+        kept[key] = kind(model, **prompting)
+    found: Path = kept[key]
+    return found
+
+
+def pad_rows(rows: Sequence[np.ndarray], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Pad token ids to one length on the side of the tokenizer; returns ids and attention mask."""
+    width = max(map(len, rows))
+    ids = np.full((len(rows), width), tokenizer.pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(rows):
+        index = slice(width - len(row), None) if tokenizer.padding_side == "left" else slice(len(row))
+        ids[number, index] = row
+        mask[number, index] = 1
+    return ids, mask
+
+
+def reserved_names(model: SentenceTransformer) -> re.Pattern[str]:
+    """Pattern of the special tokens that a text must not contain for a fast path."""
+    names = {token.content for token in model.tokenizer.added_tokens_decoder.values() if token.special}
+    images = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
+    names |= {"<|image_", *(name for name in images if name)}
+    return re.compile("|".join(map(re.escape, sorted(names))))
+
+
+def has_plain_texts(model: SentenceTransformer, options: Mapping[str, object]) -> bool:
     """Whether texts go through a chat template, and no option changes their truncation."""
     first: Any = model[0]
     if not isinstance(first, Transformer) or "message" not in first.modality_config or set(options) - {"task"}:

@@ -1,0 +1,172 @@
+"""Fast path for one image with or without a text: tokenization and image processor, without the chat template machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from unime_st.data.items import Item
+from unime_st.encoding.model_inputs import Features, is_media
+from unime_st.encoding.text_fast_path import has_plain_texts, pad_rows, reserved_names
+from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
+
+Order = tuple[str, ...]
+ORDERS: tuple[Order, ...] = (("image",), ("image", "text"), ("text", "image"))
+
+_KNOWN = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
+_COUNTS = {"num_images_per_sample", "batch_num_images"}
+_PROBES = ((60, 60), (90, 150), (200, 40))
+"""Sizes of the images on which features have to agree with those of the model, in pixels."""
+
+
+class ImageFastPath:
+    """Computes the features of ``model.preprocess`` for inputs of one image, with or without a text.
+
+    The template renders sample texts once; afterwards the image token of the rendered prompt is repeated as often as
+    the image needs. Probes show whether the features equal those of the model; if not, :attr:`usable` is False.
+
+    Example:
+        >>> from PIL import Image
+        >>> from unime_st import UniME
+        >>> from unime_st.encoding.image_fast_path import ImageFastPath
+        >>> path = ImageFastPath(UniME("unime-tiny"))
+        >>> path.usable, len(path.tokens([(("image", "text"), "a red circle")])[0])
+        (True, 8)
+    """
+
+    def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
+        self._processor: Any = getattr(model, "processor", None)
+        self._tokenizer = model.tokenizer
+        self._frames: dict[Order, TemplateFrame] = {}
+        token = getattr(self._processor, "image_token", None)
+        self.usable = (
+            isinstance(token, str)
+            and hasattr(self._processor, "image_processor")
+            and has_plain_texts(model, options)
+            and self._find_frames(model, prompt, token)
+            and self._same_as(model, prompt, options)
+        )
+
+    def _find_frames(self, model: SentenceTransformer, prompt: str | None, token: str) -> bool:
+        transformer: Any = model[0]
+        formatter = transformer.input_formatter
+        options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
+        options.pop("restore_suffix", None)
+        blank = Image.new("RGB", _PROBES[0])
+
+        def render(order: Order, text: str) -> str:
+            parts = {name: blank if name == "image" else text for name in order}
+            chat = [formatter.to_message(parts)]
+            chat = formatter.prepend_prompt_to_messages(chat, prompt) if prompt else chat
+            return str(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
+
+        for order in ORDERS:
+            if order == ("image",):
+                frame = TemplateFrame((render(order, ""), ""), (0,), str)
+            else:
+                found = TemplateFrame.find(lambda texts, order=order: render(order, texts[0]))  # type: ignore[misc]
+                if found is None:
+                    return False
+                frame = found
+            if "".join(frame.pieces).count(token) != 1:
+                return False
+            self._frames[order] = frame
+        self._token = self._tokenizer.convert_tokens_to_ids(token)
+        return True
+
+    def _same_as(self, model: SentenceTransformer, prompt: str | None, options: Mapping[str, object]) -> bool:
+        """Whether the features of a batch equal those of the model."""
+        self._limit = int(min(model.max_seq_length or 10**9, 10**9))
+        self._reserved = reserved_names(model)
+        noise = np.random.default_rng(0)
+        images = [
+            Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in _PROBES
+        ]
+        texts = [text for text in SAMPLES if text]
+        chosen = [
+            (order, texts[row] if "text" in order else "", images[(row + shift) % len(images)])
+            for shift, order in enumerate(ORDERS)
+            for row in range(len(texts))
+        ]
+        inputs: list[Any] = [
+            {name: image if name == "image" else text for name in order} if len(order) > 1 else image
+            for order, text, image in chosen
+        ]
+        expected = model.preprocess(inputs, prompt=prompt, **options)
+        if not expected.keys() >= _KNOWN or not set(expected) - _KNOWN - _COUNTS <= {"modality"}:
+            return False
+        self._names, self._modality = list(expected), expected.get("modality")
+        self._one_each = {name: expected[name].dtype for name in expected.keys() & _COUNTS}
+        self._kind = expected["mm_token_type_ids"].dtype
+        for self._special in (False, True):
+            rows = self.tokens([(order, text) for order, text, _ in chosen])
+            kept = [row for row in rows if row is not None]
+            if len(kept) < len(rows):
+                continue
+            try:
+                made = self.features(kept, [image for _, _, image in chosen])
+            except (ValueError, KeyError, AttributeError):  # another kind of processor
+                return False
+            if made.keys() == expected.keys() and all(
+                torch.equal(value, made[name]) if torch.is_tensor(value) else value == made[name]
+                for name, value in expected.items()
+            ):
+                return True
+        return False
+
+    def tokens(self, inputs: Sequence[tuple[Order, str]]) -> list[np.ndarray | None]:
+        """Token ids of prompts with one image token each; None if the text contains a special token."""
+        plain = [None if self._reserved.search(text) else self._frames[order].join([text]) for order, text in inputs]
+        framed = [text for text in plain if text is not None]
+        if not framed:
+            return [None] * len(inputs)
+        found = iter(
+            self._tokenizer(framed, add_special_tokens=self._special, return_attention_mask=False)["input_ids"]
+        )
+        return [None if text is None else np.asarray(next(found), dtype=np.int64) for text in plain]
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether an input of this length is not truncated."""
+        return num_tokens < self._limit
+
+    def features(self, rows: Sequence[np.ndarray], images: Sequence[Image.Image]) -> Features:
+        """Features of prompts from :meth:`tokens` with their images.
+
+        Raises:
+            ValueError: If the image processor refuses an image.
+        """
+        processor = self._processor.image_processor
+        processed = processor([[image] for image in images], return_tensors="pt")
+        counts = (processed["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
+        repeated = []
+        for row, count in zip(rows, counts, strict=True):
+            times = np.where(row == self._token, count, 1)
+            repeated.append(np.repeat(row, times))
+        ids, mask = pad_rows(repeated, self._tokenizer)
+        found: Features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), **processed}
+        found["mm_token_type_ids"] = (found["input_ids"] == self._token).to(self._kind)
+        found |= {name: torch.ones(len(rows), dtype=kind) for name, kind in self._one_each.items()}
+        if "modality" in self._names:
+            found["modality"] = self._modality
+        return {name: found[name] for name in self._names}
+
+
+def order_and_text(value: object) -> tuple[Order, str] | None:
+    """Order of the parts and the text of a normalized input of one image, else None."""
+    if isinstance(value, Item):
+        if value.image is None or value.video is not None:
+            return None
+        return (("image", "text"), value.text) if value.text is not None else (("image",), "")
+    if isinstance(value, Mapping):
+        order = tuple(value)
+        image, text = value.get("image"), value.get("text", "")
+        one = image is not None and not isinstance(image, (list, tuple)) and isinstance(text, str)
+        return (order, text) if one and order in ORDERS else None
+    if isinstance(value, Image.Image) or (isinstance(value, str) and is_media(value)):
+        return ("image",), ""
+    return None
