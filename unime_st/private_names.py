@@ -15,6 +15,7 @@ CHECKED = {
     "peft": "0.21.2",
     "huggingface_hub": "2.4.0",
     "pillow": "13.0.0",
+    "torch": "2.15.0",
 }
 """Version of each library that the names of this package were checked on."""
 
@@ -30,6 +31,7 @@ class PrivateName(NamedTuple):
 PRIVATE_NAMES = tuple(
     PrivateName(path, tuple(parameters.split()), use)
     for path, parameters, use in (
+        ("torch:ops.aten._flash_attention_forward", "", "the kernel behind sdpa, for sequences in one row"),
         # Patched here.
         ("sentence_transformers.base.model:BaseModel.__init__", "self model_name_or_path", "resolves aliases"),
         ("sentence_transformers.base.modules:Transformer.max_seq_length", "", "bare backbones store no truncation"),

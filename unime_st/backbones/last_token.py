@@ -34,10 +34,11 @@ def prepare_last_layer(model: nn.Module) -> bool:
     """
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = getattr(decoder, "layers", None)
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
     if not isinstance(mlp, nn.Module):
         return False
-    if _select not in mlp._forward_pre_hooks.values():
+    if not getattr(mlp, "takes_last_tokens", False):
+        mlp.takes_last_tokens = True
         mlp.register_forward_pre_hook(_select)
         mlp.register_forward_hook(_scatter)
     return True

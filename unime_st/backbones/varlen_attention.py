@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from unime_st.compat import packed_flash_attention
+
 TORCH_FLASH = "torch_flash"
 
 
@@ -141,10 +143,8 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, packed: _Packed, causal: bool, scaling: float | None, dropout: float
 ) -> Tensor:
     bounds = packed.bounds.to(query.device, torch.int32)
-    found: Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, bounds, bounds, packed.longest, packed.longest, dropout, causal, False, scale=scaling
-    )[0]
-    return found
+    states = (query, key, value)
+    return packed_flash_attention(states, bounds, packed.longest, dropout=dropout, is_causal=causal, scale=scaling)
 
 
 def _by_length(
