@@ -18,7 +18,7 @@ _POOLED: ContextVar[tuple[Tensor, tuple[int, ...]] | None] = ContextVar("pooled 
 """Indices of the pooled tokens in the flattened batch, and the shape of the batch."""
 
 
-def prepare_last_layer(model: nn.Module) -> bool:
+def prepare_last_layer(model: Any) -> bool:
     """Let :func:`only_last_tokens` reach the last decoder layer of a model, in place.
 
     Args:
@@ -37,8 +37,8 @@ def prepare_last_layer(model: nn.Module) -> bool:
     mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
     if not isinstance(mlp, nn.Module):
         return False
-    if not getattr(mlp, "takes_last_tokens", False):
-        mlp.takes_last_tokens = True
+    if "takes_last_tokens" not in mlp.__dict__:
+        mlp.__dict__["takes_last_tokens"] = True
         mlp.register_forward_pre_hook(_select)
         mlp.register_forward_hook(_scatter)
     return True

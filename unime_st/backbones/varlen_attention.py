@@ -41,7 +41,7 @@ def use_varlen_attention(model: nn.Module, *, everywhere: bool = False) -> None:
     """
     for module in model.modules():
         packs = "cu_seqlens" in inspect.signature(type(module).forward).parameters
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if (packs or everywhere) and getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = TORCH_FLASH
 
@@ -97,7 +97,7 @@ def varlen_attention(
     if packed.kept is not None:
         rows = [states[packed.kept] for states in rows]
     attend = _flash if _runs_flash(query) else _by_length
-    found = attend(*rows, packed, causal, scaling, dropout)
+    found = attend(rows, packed, causal, scaling, dropout)
     if packed.kept is not None:
         found = found.new_zeros(batch * tokens, *found.shape[1:]).index_put((packed.kept,), found)
     return found.view(batch, tokens, *found.shape[1:]), None
@@ -130,7 +130,7 @@ def _packed_rows(
         else:
             bounds, kept = F.pad((source[0] == 0).nonzero().flatten(), (0, 1), value=tokens), None
         found = _Packed(bounds, int(bounds.diff().max()), kept)
-        source._packed_rows = found
+        source._packed_rows = found  # type: ignore[attr-defined]
     return found
 
 
@@ -139,33 +139,34 @@ def _runs_flash(states: Tensor) -> bool:
     return states.is_cuda and half and states.shape[-1] % 8 == 0 and states.shape[-1] <= 256
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, packed: _Packed, causal: bool, scaling: float | None, dropout: float
-) -> Tensor:
-    bounds = packed.bounds.to(query.device, torch.int32)
-    states = (query, key, value)
+def _flash(states: list[Tensor], packed: _Packed, causal: bool, scaling: float | None, dropout: float) -> Tensor:
+    bounds = packed.bounds.to(states[0].device, torch.int32)
     return packed_flash_attention(states, bounds, packed.longest, dropout=dropout, is_causal=causal, scale=scaling)
 
 
-def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, packed: _Packed, causal: bool, scaling: float | None, dropout: float
-) -> Tensor:
+def _by_length(states: list[Tensor], packed: _Packed, causal: bool, scaling: float | None, dropout: float) -> Tensor:
     def attend(count: int, length: int, parts: list[Tensor]) -> Tensor:
-        batched = [part.view(count, length, *part.shape[1:]).transpose(1, 2) for part in parts]
+        query, key, value = (part.view(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
         found = F.scaled_dot_product_attention(
-            *batched, is_causal=causal, scale=scaling, dropout_p=dropout, enable_gqa=key.shape[1] != query.shape[1]
+            query,
+            key,
+            value,
+            is_causal=causal,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=len(key[0]) != len(query[0]),
         )
         return found.transpose(1, 2).flatten(0, 1)
 
     bounds, lengths = packed.bounds, packed.bounds.diff()
     distinct = lengths.unique().tolist()
     if len(distinct) == 1:
-        return attend(len(lengths), distinct[0], [query, key, value])
+        return attend(len(lengths), distinct[0], states)
     pieces, indices = [], []
     for length in distinct:
         starts = bounds[:-1][lengths == length]
         rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        pieces.append(attend(len(starts), length, [part[rows] for part in (query, key, value)]))
+        pieces.append(attend(len(starts), length, [part[rows] for part in states]))
         indices.append(rows)
     return torch.cat(pieces)[torch.cat(indices).argsort()]
 

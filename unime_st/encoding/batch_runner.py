@@ -273,8 +273,9 @@ class BatchRunner:
     @torch.inference_mode()
     def _run(self, model: SentenceTransformer, features: Features, device: torch.device) -> torch.Tensor:
         moved = {name: _to_device(value, device) for name, value in features.items()}
-        last_only = only_last_tokens(moved["attention_mask"], packed=self.packed) if self._last_only else nullcontext()
-        with last_only:
+        mask = moved.get("attention_mask")
+        masked = self._last_only and isinstance(mask, torch.Tensor)
+        with only_last_tokens(mask, packed=self.packed) if masked else nullcontext():  # type: ignore[arg-type]
             vectors = model(moved, **self.options)["sentence_embedding"]
         vectors = truncate_embeddings(vectors, self.truncate_dim)
         return torch.nn.functional.normalize(vectors, p=2, dim=1) if self.normalize else vectors
