@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_devices import pretended_devices
 
 from unime_st.retrieval import paired_similarity, top_k
 
@@ -127,3 +131,30 @@ def test_memory_maps(tmp_path):
     np.save(tmp_path / "corpus.npy", corpus)
     check(top_k(corpus, np.load(tmp_path / "corpus.npy", mmap_mode="r"), 3), brute_force(corpus, corpus, 3))
     check(top_k(corpus[:, ::2], np.asfortranarray(corpus[:, ::2]), 3), brute_force(corpus[:, ::2], corpus[:, ::2], 3))
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "block by block"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_device_finds_the_same(kind: type, resident: bool, monkeypatch: pytest.MonkeyPatch):
+    """Arrays and tensors of the device, with duplicates, near ties, limits that are similarities, and exclusions."""
+    rng = np.random.default_rng(6)
+    queries, corpus = unit(rng, 9, 16).astype(kind), unit(rng, 900, 16).astype(kind)
+    corpus[100:160] = corpus[7]
+    corpus[200:300] = (corpus[8] + rng.standard_normal((100, 16)) * 1e-7).astype(kind)
+    queries[0] = corpus[7]
+    limits = paired_similarity(queries, corpus[:9])
+    exclude = [rng.integers(0, 900, 40).tolist() for _ in queries]
+    monkeypatch.setattr(sys.modules[top_k.__module__], "_DEVICE_BYTES", 4 * 9 * 400)  # several blocks
+    with nullcontext() if torch.cuda.is_available() else pretended_devices():
+        if not resident:
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (0, 0))
+        sides = [(queries, corpus)]
+        sides += [tuple(torch.tensor(side, device="cuda") for side in sides[0])] if resident else []
+        for left, right in sides:
+            for limit, excluded in ((None, None), (limits, exclude)):
+                found = top_k(left, right, 12, max_similarity=limit, exclude=excluded, corpus_chunk=100, device="cuda")
+                check(found, brute_force(queries, corpus, 12, limit, excluded))
+            with pytest.raises(ValueError, match="corpus: 1 vectors are not finite, the first at position 3"):
+                spoiled = right * 1
+                spoiled[3, 0] = np.nan
+                top_k(left, spoiled, 2, device="cuda")

@@ -15,6 +15,9 @@ from unime_st.options import check_count
 
 _RESCORE_BYTES = 1 << 20  # fits in the cache of a core
 _PART = 32  # adjacent similarities that are inspected one by one only if their maximum is among the best
+_DEVICE_BYTES = 1 << 30  # of the largest tensor beside a corpus that is on a GPU
+Matrix = np.ndarray | torch.Tensor
+_EXACT_IN_FLOAT32 = ("float16", "bfloat16", "float32")
 
 
 def paired_similarity(left: ArrayLike, right: ArrayLike) -> np.ndarray:
@@ -58,7 +61,8 @@ def top_k(
 
     Memory is bounded by a few blocks of ``query_chunk`` x ``corpus_chunk`` similarities, 32 MiB each by default. A
     memory-mapped corpus is not copied, and a float16 corpus is converted ``corpus_chunk`` vectors at a time. A GPU also
-    holds the corpus in float32 if that takes less than half of its free memory.
+    holds the corpus in float32 if that takes less than half of its free memory; then blocks are 1 GiB each, and
+    candidates are compared on the GPU. Tensors that are on the GPU already are not copied.
 
     Args:
         queries: Array or tensor of shape (n, dim).
@@ -85,7 +89,8 @@ def top_k(
         >>> indices, scores
         (array([[2, 0]]), array([[0.6, 0. ]], dtype=float32))
     """
-    left, right = _matrix(queries, "queries"), _matrix(corpus, "corpus")
+    place = torch.device(device or "cpu")
+    left, right = _matrix(queries, "queries", place), _matrix(corpus, "corpus", place)
     check_count("k", k)
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"queries and corpus must have equal dimensions, got {left.shape[1]} and {right.shape[1]}")
@@ -95,12 +100,11 @@ def top_k(
     limit = np.broadcast_to(limit.astype(np.float64), (len(left),))
     if exclude is not None and len(exclude) != len(left):
         raise ValueError(f"exclude has {len(exclude)} lists for {len(left)} queries")
-    norms, largest_norm = _norms(left, "queries"), _norms(right, "corpus").max(initial=0.0)
     scores = np.full((len(left), k), -np.inf, dtype=np.float32)
     indices = np.full((len(left), k), -1, dtype=np.int64)
     # Float32 may rank a neighbor of rank k slightly lower, the more so with a limit among many similar vectors.
     spare = max(8 if np.isposinf(limit).all() else 64, k // 4)
-    search = _Search(right, float(largest_norm), k, spare, corpus_chunk, torch.device(device or "cpu"))
+    norms, search = _norms(left, "queries"), _Search(right, k, spare, corpus_chunk, place)
     starts = range(0, len(left), query_chunk)
     for start in tqdm(starts, desc="searching", unit="block", disable=not show_progress_bar):
         block = slice(start, start + query_chunk)
@@ -112,17 +116,19 @@ def top_k(
 class _Search:
     """Search of one corpus for blocks of queries."""
 
-    def __init__(
-        self, corpus: np.ndarray, largest_norm: float, k: int, spare: int, chunk: int, device: torch.device
-    ) -> None:
-        self.corpus, self.largest_norm, self.k, self.chunk, self.device = corpus, largest_norm, k, chunk, device
+    def __init__(self, corpus: Matrix, k: int, spare: int, chunk: int, device: torch.device) -> None:
+        self.corpus, self.k, self.chunk, self.device = corpus, k, chunk, device
         self.width = k + spare
         self._crowded = False
         self._out = np.empty(0, dtype=np.float32)
         self._resident = self._on_the_device()
+        exact = str(corpus.dtype).removeprefix("torch.") in _EXACT_IN_FLOAT32
+        self._compares_here = self._resident is not None and exact
+        norms = _norms(self._resident if self._resident is not None and exact else corpus, "corpus")
+        self.largest_norm = float(norms.max(initial=0.0))
 
     def answers(
-        self, queries: np.ndarray, norms: np.ndarray, limit: np.ndarray, exclude: Sequence[Sequence[int]]
+        self, queries: Matrix, norms: np.ndarray, limit: np.ndarray, exclude: Sequence[Sequence[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Search in float32, undecided queries again in float64, and exact ties by brute force."""
         scores = np.full((len(queries), self.k), -np.inf)
@@ -142,52 +148,77 @@ class _Search:
 
     def _attempt(
         self,
-        queries: np.ndarray,
+        queries: Matrix,
         norms: np.ndarray,
         limit: np.ndarray,
         exclude: Sequence[Sequence[int]],
         dtype: torch.dtype,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best proposals rescored in float64, their positions, and for which queries the result is proven."""
-        limits = torch.finfo(dtype)
-        # Blocked sums of d products deviate by about sqrt(d) roundings; eight times that is a safe margin. Subnormal
-        # values may be flushed to zero.
         size, width = norms * self.largest_norm, queries.shape[1]
-        error = 4 * limits.eps * np.sqrt(width) * size + width * limits.tiny
-        proposed, where = self._propose(queries, limit + error, exclude, dtype)
-        contenders = _contenders(proposed, limit, error, self.k)
-        similarity = np.where(contenders, proposed, -np.inf)
-        self._rescore(queries, where, contenders & _unclear(proposed, limit, error), similarity)
-        similarity[similarity >= limit[:, None]] = -np.inf
-        order = np.lexsort((where, -similarity), axis=1)[:, : self.k]
-        score, index = np.take_along_axis(similarity, order, 1), np.take_along_axis(where, order, 1)
-        index[np.isneginf(score)] = -1
-        certain = size < limits.max  # otherwise the proposals may have overflowed
+
+        def error_of(precision: torch.dtype) -> np.ndarray:
+            # Blocked sums of d products deviate by about sqrt(d) roundings; eight times that is a safe margin. Subnormal
+            # values may be flushed to zero.
+            limits = torch.finfo(precision)
+            error: np.ndarray = 4 * limits.eps * np.sqrt(width) * size + width * limits.tiny
+            return error
+
+        proposed, where = self._propose(queries, limit + error_of(dtype), exclude, dtype)
+        error, rest, bound = (
+            torch.tensor(values, device=proposed.device)[:, None]
+            for values in (error_of(dtype), error_of(torch.float64), limit)
+        )
+        contenders = _contenders(proposed, bound, error, self.k)
+        similarity = proposed.masked_fill(~contenders, -torch.inf)
+        unclear = contenders & _unclear(proposed, bound, error)
+        if self._compares_here:  # what float64 on the device leaves open is compared by the arithmetic of the CPU
+            self._rescore_here(queries, where, unclear, similarity)
+            similarity, where = _in_order(similarity, where)
+            unclear = similarity.isfinite() & _unclear(similarity, bound, rest)
+        if not self._compares_here or bool(unclear.any()):
+            similarity = self._rescore(queries, where, unclear, similarity)
+        similarity.masked_fill_(similarity >= bound, -torch.inf)
+        similarity, where = (found[:, : self.k] for found in _in_order(similarity, where))
+        where = where.masked_fill(similarity.isneginf(), -1)
+        score = similarity.cpu().numpy()
+        certain = size < torch.finfo(dtype).max  # otherwise the proposals may have overflowed
         if proposed.shape[1] < len(self.corpus):
-            least = proposed[:, -1]  # no other vector is above it
-            certain &= np.isneginf(least) | (score[:, -1] > least + error)
-        return score, index, certain
+            least = proposed[:, -1].cpu().numpy()  # no other vector is above it
+            certain &= np.isneginf(least) | (score[:, -1] > least + error_of(dtype))
+        return score, where.cpu().numpy(), certain
 
     def _propose(
-        self, queries: np.ndarray, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, queries: Matrix, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best ``width`` similarities below the bound, in one precision and in decreasing order, and their positions."""
-        left = torch.tensor(queries, dtype=dtype, device=self.device)
+        left = torch.as_tensor(queries).to(self.device, dtype)
         upper = torch.tensor(np.minimum(bound, torch.finfo(dtype).max), dtype=dtype, device=self.device)[:, None]
+        bounded = bool(np.isfinite(bound).any())
         rows, columns = _flatten(exclude)
         best = torch.empty((len(queries), 0), dtype=dtype, device=self.device)
         where = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
-        for start in range(0, len(self.corpus), self.chunk):
-            stop = min(start + self.chunk, len(self.corpus))
+        chunk = self.chunk
+        if self._resident is not None and dtype == torch.float32:
+            chunk = max(chunk, _DEVICE_BYTES // (4 * len(queries)))
+        for start in range(0, len(self.corpus), chunk):
+            stop = min(start + chunk, len(self.corpus))
             similarity = self._similarity(left, start, stop)
             inside = (columns >= start) & (columns < stop)
-            similarity[rows[inside], columns[inside] - start] = -torch.inf
-            found, index = self._better(similarity, upper, best)
+            if inside.any():
+                similarity[rows[inside], columns[inside] - start] = -torch.inf
+            if self.device.type == "cpu":
+                found, index = self._better(similarity, upper, best)
+            else:  # sorting is cheap there, and waiting for a number of entries is not
+                similarity = similarity.masked_fill_(similarity > upper, -torch.inf) if bounded else similarity
+                found, index = similarity.topk(min(self.width, stop - start), dim=1, sorted=False)
             best, where = torch.cat([best, found], 1), torch.cat([where, index + start], 1)
             best, kept = best.topk(min(self.width, best.shape[1]), dim=1, sorted=False)
             where = where.gather(1, kept)
+        if not self._compares_here:
+            best, where = best.cpu(), where.cpu()
         best, order = best.sort(dim=1, descending=True)
-        return best.cpu().numpy().astype(np.float64), where.gather(1, order).cpu().numpy()
+        return best.double(), where.gather(1, order)
 
     def _similarity(self, left: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Similarities to a block of the corpus, in a buffer that the next block reuses."""
@@ -207,6 +238,8 @@ class _Search:
 
     def _on_the_device(self) -> torch.Tensor | None:
         """The corpus on a GPU with enough memory: copying it for every block of queries would dominate the time."""
+        if isinstance(self.corpus, torch.Tensor):
+            return self.corpus
         if self.device.type != "cuda" or 4 * self.corpus.size > torch.cuda.mem_get_info(self.device)[0] / 2:
             return None
         resident = torch.empty(self.corpus.shape, dtype=torch.float32, device=self.device)
@@ -216,8 +249,12 @@ class _Search:
         return resident
 
     def _moved(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        # A copy, because PyTorch cannot share memory that is read-only.
-        return torch.tensor(np.asarray(self.corpus[start:stop]), dtype=dtype, device=self.device)
+        block = self.corpus[start:stop]
+        if isinstance(block, torch.Tensor):
+            return block.to(dtype)
+        # PyTorch cannot share memory that is read-only.
+        shared = torch.from_numpy(block) if block.flags.writeable else torch.tensor(np.asarray(block))
+        return shared.to(self.device, dtype)
 
     def _better(
         self, similarity: torch.Tensor, upper: torch.Tensor, best: torch.Tensor
@@ -254,27 +291,42 @@ class _Search:
         found[row, position], index[row, position] = value, column
         return found, index
 
-    def _rescore(self, queries: np.ndarray, where: np.ndarray, chosen: np.ndarray, similarity: np.ndarray) -> None:
+    def _rescore_here(
+        self, queries: Matrix, where: torch.Tensor, chosen: torch.Tensor, similarity: torch.Tensor
+    ) -> None:
+        """Replace the chosen similarities by products in float64 on the device."""
+        assert self._resident is not None
+        left, step = torch.as_tensor(queries).to(self.device), max(1, _DEVICE_BYTES // (32 * queries.shape[1]))
+        for rows, columns in zip(*(found.split(step) for found in chosen.nonzero(as_tuple=True))):
+            products = left[rows].double() * self._resident[where[rows, columns]].double()
+            similarity[rows, columns] = products.sum(dim=1)
+
+    def _rescore(
+        self, queries: Matrix, where: torch.Tensor, chosen: torch.Tensor, similarity: torch.Tensor
+    ) -> torch.Tensor:
         """Replace the chosen similarities by float64 values."""
         step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        index, mask, values = where.cpu().numpy(), chosen.cpu().numpy(), similarity.cpu().numpy()
+        due = np.flatnonzero(mask.any(axis=1))
 
-        def rescore(rows: range) -> None:
-            for row in rows:
-                query, (columns,) = queries[row].astype(np.float64), chosen[row].nonzero()
+        def rescore(rows: np.ndarray) -> None:
+            for row in rows.tolist():
+                query, (columns,) = _on_the_host(queries[row]).astype(np.float64), mask[row].nonzero()
                 for start in range(0, len(columns), step):
                     part = columns[start : start + step]
                     # Converted beforehand, which is twice as fast as a conversion during the multiplication.
-                    found = self.corpus[where[row, part]].astype(np.float64)
-                    similarity[row, part] = paired_similarity(query, found)
+                    found = _on_the_host(self.corpus[index[row, part]]).astype(np.float64)
+                    values[row, part] = paired_similarity(query, found)
 
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(rescore, [range(first, len(queries), threads) for first in range(threads)]))
+            list(pool.map(rescore, [due[first::threads] for first in range(threads)]))
+        return torch.from_numpy(values).to(similarity.device)
 
-    def _brute_force(self, query: np.ndarray, limit: float, exclude: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        starts = range(0, len(self.corpus), self.chunk)
-        blocks = (self.corpus[start : start + self.chunk] for start in starts)
-        similarity = np.concatenate([paired_similarity(query[None, :], block) for block in blocks])
+    def _brute_force(self, query: Matrix, limit: float, exclude: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        starts, own = range(0, len(self.corpus), self.chunk), _on_the_host(query)[None, :]
+        blocks = (_on_the_host(self.corpus[start : start + self.chunk]) for start in starts)
+        similarity = np.concatenate([paired_similarity(own, block) for block in blocks])
         counts = similarity < limit
         counts[list(exclude)] = False
         index = np.flatnonzero(counts)
@@ -282,10 +334,25 @@ class _Search:
         return similarity[index[order]], index[order]
 
 
-def _matrix(values: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
-    """Convert to a 2-d array in the precision of the values, without a copy if possible."""
+def _on_the_host(values: Matrix) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+
+
+def _in_order(similarity: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort by decreasing similarity, equal ones by position."""
+    where, order = where.sort(dim=1)
+    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarity, where.gather(1, order)
+
+
+def _matrix(values: ArrayLike | torch.Tensor, name: str, device: torch.device) -> Matrix:
+    """Convert to a 2-d array in the precision of the values, without a copy if possible; a tensor of the GPU stays there."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
+        values = values.detach()
+        stays = values.is_cuda and device.type == "cuda" and device.index in (None, values.device.index)
+        if stays and values.ndim == 2 and str(values.dtype).removeprefix("torch.") in _EXACT_IN_FLOAT32:
+            return values.float()
+        values = values.cpu()
         values = (values if values.dtype == torch.float64 else values.float()).numpy()
     kept = getattr(values, "dtype", None) in (np.float16, np.float32, np.float64)
     try:
@@ -297,30 +364,32 @@ def _matrix(values: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
     return matrix
 
 
-def _norms(matrix: np.ndarray, name: str) -> np.ndarray:
-    norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64))
+def _norms(matrix: Matrix, name: str) -> np.ndarray:
+    if isinstance(matrix, torch.Tensor):
+        rows = max(1, _DEVICE_BYTES // (16 * max(1, matrix.shape[1])))
+        norms = torch.cat([part.double().norm(dim=1) for part in matrix.split(rows)]).cpu().numpy()
+    else:
+        norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64))
     bad = np.flatnonzero(~np.isfinite(norms))
     if len(bad):
         raise ValueError(f"{name}: {len(bad)} vectors are not finite, the first at position {bad[0]}")
     return norms
 
 
-def _contenders(proposed: np.ndarray, limit: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
+def _contenders(proposed: torch.Tensor, limit: torch.Tensor, error: torch.Tensor, k: int) -> torch.Tensor:
     """Mask of sorted proposals that may be among the k best below the limit, with errors up to ``error``."""
-    if not proposed.size:
-        return np.zeros(proposed.shape, dtype=bool)
-    certain = proposed < (limit - error)[:, None]
-    enough = certain.cumsum(axis=1) >= k
-    kth = np.take_along_axis(proposed, enough.argmax(axis=1)[:, None], axis=1)
-    least = np.where(enough[:, -1:], kth - 2 * error[:, None], -np.inf)
-    return np.isfinite(proposed) & (proposed >= least)
+    if not proposed.numel():
+        return torch.zeros_like(proposed, dtype=torch.bool)
+    counts = (proposed < limit - error).cumsum(dim=1)  # of proposals that are certainly below the limit
+    kth = proposed.gather(1, (counts < k).sum(dim=1, keepdim=True).clamp(max=proposed.shape[1] - 1))
+    least = (kth - 2 * error).masked_fill(counts[:, -1:] < k, -torch.inf)
+    return proposed.isfinite() & (proposed >= least)
 
 
-def _unclear(proposed: np.ndarray, limit: np.ndarray, error: np.ndarray) -> np.ndarray:
+def _unclear(proposed: torch.Tensor, limit: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     """Mask of sorted proposals whose order relative to a neighbor or the limit is uncertain, given ``error``."""
-    unclear = np.abs(proposed - limit[:, None]) <= error[:, None]
-    with np.errstate(invalid="ignore"):  # -inf less -inf
-        close = proposed[:, :-1] - proposed[:, 1:] <= 2 * error[:, None]
+    unclear = (proposed - limit).abs() <= error
+    close = proposed[:, :-1] - proposed[:, 1:] <= 2 * error
     unclear[:, :-1] |= close
     unclear[:, 1:] |= close
     return unclear
