@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Device = str | int | torch.device
 
 CPU = torch.device("cpu")
+REAL_CARD = torch.cuda.is_available()
 _CPU_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 """Operators that take indices on the CPU for a tensor on a device."""
 
@@ -266,6 +267,11 @@ def _cuda(count: int) -> dict[str, Any]:
         "Event": _Event,
         "Stream": _Stream,
     }
+
+
+def equal_dropout(probability: float) -> float:
+    """Dropout whose masks are equal on both devices: none with a real card, which has random numbers of its own."""
+    return 0.0 if REAL_CARD else probability
 
 
 def on_both(run: Callable[[str], Any], tolerance: float = 1e-5, *, count: int = 1) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import loss_batches
 import pytest
 import torch
-from pretended_devices import on_both
+from pretended_devices import equal_dropout, on_both
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from tiny_pairs import ITEMS
 
@@ -26,7 +26,7 @@ def test_losses_and_their_gradients(name: str, cached: dict[str, int]) -> None:
         model = UniME("unime-tiny", device=device).train()
         for module in model.modules():
             if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.2
+                module.attention_dropout = equal_dropout(0.2)
         loss, num_columns, labels = loss_batches.labelled_losses(model, 5, **cached)[name]
         loss.to(device)
         wrapped = MatryoshkaLoss(model, loss, matryoshka_dims=[128, 32])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from pretended_devices import on_both
+from pretended_devices import REAL_CARD, equal_dropout, on_both, pretended_devices
 from small_stage import with_judged_negatives
 from tiny_pairs import ITEMS
 
@@ -17,6 +20,7 @@ from unime_st import Item, stages
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.training import embedders, rerankers
+from unime_st.training.feed import Feed
 from unime_st.training.frozen_tower import FrozenTowerCache
 
 CLIP = [Image.fromarray(f) for f in np.random.default_rng(0).integers(0, 255, (3, 40, 56, 3), dtype=np.uint8)]
@@ -36,7 +40,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 EMBEDDER_RUNS: dict[str, dict[str, Any]] = {
-    "fp32, dropout": {"mini_batch_size": 3, "lora_dropout": 0.1},
+    "fp32, dropout": {"mini_batch_size": 3, "lora_dropout": equal_dropout(0.1)},
     "bf16, vision cache": {"mini_batch_size": 3, "bf16": True, "vision_cache": "cache"},
     "fp16": {"mini_batch_size": 3, "fp16": True},
     "token budget, Matryoshka": {"token_budget": "auto", "matryoshka_dims": [128, 32]},
@@ -86,7 +90,8 @@ def test_embedder_stages(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         stages.train_in_batch(stages.InBatchArguments(**options))
         return _curve(tmp_path / device, norms=name != "fp16")  # the scale of fp16 first overflows, as on a card
 
-    on_both(run, {"fp16": 5e-2, "bf16, vision cache": 1e-3}.get(name, 1e-4))
+    # A card rounds 16-bit products otherwise than a CPU.
+    on_both(run, {"fp16": 5e-2, "bf16, vision cache": 5e-2 if REAL_CARD else 1e-3}.get(name, 1e-4))
 
 
 @pytest.mark.slow
@@ -107,3 +112,31 @@ def test_other_stages(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return _curve(tmp_path / device)
 
     on_both(run, 1e-4)
+
+
+def test_threads_prepare_mini_batches_in_order_and_ahead() -> None:
+    """Also those of the next batch; each once, an error where it is due, and a feed that was left halfway goes on."""
+    begun, released = [], threading.Event()
+
+    def prepare(positions: list[int]) -> dict[str, torch.Tensor]:
+        begun.append(positions)
+        if positions == [7]:
+            raise ValueError("item 7")
+        if positions == [5, 6]:
+            released.set()
+        return {"input_ids": torch.tensor(positions)}
+
+    with nullcontext() if REAL_CARD else pretended_devices():
+        feed, device = Feed(prepare, threads=2), torch.device("cuda", 0)
+        feed.expect([[5, 6], [7]])
+        seen = []
+        for features in feed.stream([[0], [1, 2], [3], [4]], device):
+            assert features["input_ids"].device.type == "cuda" and len(begun) <= len(seen) + 4
+            seen.append(features["input_ids"].tolist())
+        assert released.wait(60) and seen == [[0], [1, 2], [3], [4]]
+        stream = feed.stream([[5, 6], [7], [8]], device)
+        assert next(stream)["input_ids"].tolist() == [5, 6]
+        with pytest.raises(ValueError, match="item 7"):
+            next(stream)
+        assert [features["input_ids"].tolist() for features in feed.stream([[9], [5, 6]], device)] == [[9], [5, 6]]
+        assert begun.count([5, 6]) == 2 and begun.count([0]) == 1

@@ -46,6 +46,8 @@ class ItemCollator(SentenceTransformerDataCollator):
             the data loader: for small batches that are embedded in one pass.
         prepare: Makes the features of items by their positions. Defaults to None: items are decoded, then
             ``preprocess_fn`` makes them.
+        expect: With ``lazy``, is told the mini-batches of a batch when it is collated, thus before it is trained. Defaults
+            to None.
     """
 
     records: RecordSet | None = None
@@ -53,6 +55,7 @@ class ItemCollator(SentenceTransformerDataCollator):
     item_prompts: ItemPrompts | None = None
     lazy: bool = False
     prepare: Callable[[list[int]], Features] | None = None
+    expect: Callable[[list[list[int]]], None] | None = None
 
     def __call__(self, features: list[Row]) -> Features:
         """Collate rows with the columns ``query, positive, negative_1, ...`` of item ids, and optionally ``label``."""
@@ -82,6 +85,10 @@ class ItemCollator(SentenceTransformerDataCollator):
         return batch
 
     def _planned(self, positions: np.ndarray, groups: list[np.ndarray]) -> Features:
+        if self.expect:
+            self.expect(
+                [part.tolist() for part in np.split(positions, np.cumsum([len(group) for group in groups])[:-1])]
+            )
         return {
             "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the trainer recognizes inputs by this name
             "bucket0_sizes": torch.tensor([len(group) for group in groups]),

@@ -13,6 +13,7 @@ from torch import nn
 from unime_st.data.items import Item
 from unime_st.data.records import RecordSet
 from unime_st.encoding.model_inputs import Features
+from unime_st.encoding.replicas import shared_by_threads
 from unime_st.losses.base import CachedEmbeddingLoss
 from unime_st.losses.quantization import Precision
 from unime_st.model import UniME
@@ -38,6 +39,7 @@ from unime_st.training.vision_cache import VisionCache, max_cache_bytes, media_k
 from unime_st.training.visual_tokens import check_frozen, is_frozen
 
 MEDIA = "media.npy"
+_THREADS = 4  # that decode ahead of a GPU
 
 
 class EmbedderStage(TrainingStage[TrainArguments, UniME]):
@@ -92,7 +94,11 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         self.check_rows(len(rows))
         clusters = self._clusters(rows, in_batch and distinct)
         vision = self._vision_cache(model, tokens, pixels, indices)
-        preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (model.preprocess, Item.to_input)
+        # Prepared items are kept by the thread that trains, and a vision cache has one state for all threads.
+        ahead = not (args.dataloader_num_workers or args.item_cache or vision)
+        threads = _THREADS if model.device.type == "cuda" and ahead else 0
+        preprocess = shared_by_threads(model).preprocess if threads else model.preprocess
+        preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (preprocess, Item.to_input)
         prompts = ItemPrompts(self.records, model)
         indices = prompts.positions([n for n in rows.column_names if n not in ("label", "dataset")], indices)
         tokens, pixels = prompts.costs(tokens, pixels)
@@ -101,7 +107,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         prepare: Callable[[list[int]], Features] = features
         if args.item_cache:
             prepare = PreparedItems(model, features, args.item_cache << 20, np.unique(indices).tolist(), dtype)
-        feed = Feed(prepare, args.dataloader_num_workers)
+        feed = Feed(prepare, args.dataloader_num_workers, threads)
         passes = Passes.of(
             args,
             model,
@@ -148,6 +154,7 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
                 item_prompts=prompts,
                 lazy=passes.cached,
                 prepare=prepare,
+                expect=feed.expect,
             ),
             plan,
             rows_per_pass=passes.rows,

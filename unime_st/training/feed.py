@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from unime_st.data.images import BadImageError
@@ -82,6 +84,11 @@ def _unchanged(features: Any) -> Features:
     return features
 
 
+def _begin_thread(device: torch.device, cores: int) -> None:
+    torch.cuda.set_device(device)  # pinned memory belongs to the current one
+    torch.set_num_threads(cores)
+
+
 class Feed:
     """Streams the mini-batches of a batch; only a few of them are in memory at any time.
 
@@ -89,6 +96,8 @@ class Feed:
         prepare: Makes the features of items by their positions: :class:`ItemFeatures`, or
             :class:`~unime_st.training.prepared_items.PreparedItems`.
         workers: Processes that decode ahead of the model. Defaults to 0: decode when asked.
+        threads: Threads that decode ahead of a GPU, also the first mini-batches of the next batch (see :meth:`expect`).
+            Each holds one mini-batch. Defaults to 0: decode when asked.
 
     Example:
         >>> import tempfile
@@ -102,11 +111,14 @@ class Feed:
         [2, 1]
     """
 
-    def __init__(self, prepare: Callable[[list[int]], Features], workers: int = 0) -> None:
+    def __init__(self, prepare: Callable[[list[int]], Features], workers: int = 0, threads: int = 0) -> None:
         self._dataset = _MiniBatches(prepare)
         self._mini_batches: list[list[int]] = []
-        self._workers = workers
+        self._workers, self._threads = workers, threads
         self._loader: DataLoader | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._next: list[list[int]] = []
+        self._begun: dict[tuple[int, ...], Future[Features]] = {}
 
     def stream(self, mini_batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[Features]:
         """Yield the features of mini-batches, given by the positions of their items, in order and on a device.
@@ -114,11 +126,48 @@ class Feed:
         Raises:
             BadImageError: If an image cannot be decoded; the message names the item.
         """
-        self._mini_batches[:] = [list(positions) for positions in mini_batches]
-        if self._loader is None:
-            self._loader = self._make_loader(device)
+        planned = [list(positions) for positions in mini_batches]
+        ready: Iterable[Features]
+        if self._threads and device.type == "cuda":
+            ready = self._in_threads(planned, device)
+        else:
+            self._mini_batches[:] = planned
+            if self._loader is None:
+                self._loader = self._make_loader(device)
+            ready = self._loader
         # A loop variable would keep the pixels alive while the model trains and while the next ones are decoded.
-        yield from map(partial(send_to_device, device=device, non_blocking=True), self._loader)
+        yield from map(partial(send_to_device, device=device, non_blocking=True), ready)
+
+    def expect(self, mini_batches: Sequence[Sequence[int]]) -> None:
+        """Announce the next batch: threads that have nothing else to do begin with it."""
+        self._next = [list(positions) for positions in mini_batches][: self._threads]
+
+    def _in_threads(self, mini_batches: list[list[int]], device: torch.device) -> Iterator[Features]:
+        """Features in order, of which at most one per thread and the next one are in memory."""
+        if self._pool is None:
+            share = max(1, torch.get_num_threads() // self._threads)
+            self._pool = ThreadPoolExecutor(self._threads, "feed", initializer=_begin_thread, initargs=(device, share))
+        coming, begun = deque(mini_batches), deque[Future[Features]]()
+        try:
+            while coming or begun:
+                while coming and len(begun) <= self._threads:
+                    positions = coming.popleft()
+                    early = self._begun.pop(tuple(positions), None)
+                    begun.append(early or self._pool.submit(self._pinned, positions))
+                while self._next and len(begun) + len(self._begun) <= self._threads:
+                    positions = self._next.pop(0)
+                    self._begun[tuple(positions)] = self._pool.submit(self._pinned, positions)
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
+
+    def _pinned(self, positions: list[int]) -> Features:
+        found: Features = recursively_apply(
+            lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor,
+            self._dataset.prepare(positions),
+        )
+        return found
 
     def _make_loader(self, device: torch.device) -> DataLoader:
         options: dict[str, Any] = {}
