@@ -1,11 +1,12 @@
-"""All speed and memory figures of one GPU in one call: at most nine minutes on an H100 or H200, nothing is downloaded.
+"""All speed and memory figures of one GPU in one call: three minutes on an H200, nothing is downloaded.
 
     pip install . && python benchmarks/gpu.py
     python benchmarks/gpu.py --rehearse        # the same parts with tiny shapes on the CPU
 
 Models have random weights in the shapes of Qwen2-VL-2B (embedder) and Qwen2.5-VL-7B (judge, reranker), in bfloat16. Each
 part is timed after a warm-up. A part that fails is reported, and the others run. A part that would start after
-``--seconds`` is left out. ``results/gpu.json`` and ``gpu.md`` are written after every part.
+``--seconds`` is left out; ``--parts`` names those to run. ``results/gpu.json`` and ``gpu.md`` are written after every
+part.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +38,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads import images, mixed, random_qwen2_5_vl, random_qwen2_vl, sentences
 
 from unime_st import Item, UniME, stages
+from unime_st.backbones.varlen_attention import use_varlen_attention
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.encoding.list_inputs import encode_list
+from unime_st.encoding.model_inputs import Features
 from unime_st.judging import LocalJudge
 from unime_st.memory import peak_resident
 from unime_st.retrieval import top_k
 from unime_st.training import embedders
+from unime_st.training.feed import Feed
+from unime_st.training.trainer import ReportingTrainer
 
 LEAST_COSINE = 0.9999
+"""Of packed to padded batches in float32 and float16. In bfloat16 the rounding of 28 layers alone is larger."""
+
+MARGIN = 1e-4
+"""By which the least cosine to float32 may be below that of the model as Sentence Transformers runs it, in bfloat16."""
+
 SOFT_LABELS_GIB, RERANKER_GIB = 8, 28
 """Computed peaks of soft_labels/qwen2-vl-2b and reranker/qwen2.5-vl-7b in docs/memory.md, at 16,384 tokens."""
 
@@ -56,12 +67,13 @@ class Shapes:
 
     embedder: str = "2b"
     judge: str = "7b"
-    inputs: int = 300
-    equality_inputs: int = 48
+    inputs: int = 160
+    equality_inputs: int = 24
     queries: int = 2
     candidates: int = 50
     rows: int = 48
     batch_rows: int = 16
+    steps: int = 8
     negatives: int = 8
     token_budget: int = 16384
     corpus: int = 500_000
@@ -73,7 +85,7 @@ class Shapes:
 
 REHEARSAL = Shapes(
     embedder="small", judge="small", inputs=6, equality_inputs=4, queries=1, candidates=4, rows=6, batch_rows=2,
-    negatives=2, token_budget=512, corpus=2000, searches=200, dim=64, side=84, repeats=1,
+    steps=3, negatives=2, token_budget=512, corpus=2000, searches=200, dim=64, side=84, repeats=1,
 )  # fmt: skip
 
 
@@ -105,9 +117,9 @@ class Gpu:
         """Folder of the random generative model."""
         return str(random_qwen2_5_vl(self.work / "judge", self.shapes.judge, self.device))
 
-    def embedder(self, attention: str = "sdpa") -> UniME:
+    def embedder(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> UniME:
         """Load the embedder."""
-        options = {"dtype": self.dtype, "attn_implementation": attention}
+        options = {"dtype": dtype or self.dtype, "attn_implementation": attention}
         return UniME(self.embedder_folder, device=self.device, model_kwargs=options)
 
     @cached_property
@@ -129,14 +141,14 @@ class Gpu:
         return RecordSet.write(self.work / "records", rows, {}, image_root=self.work / "train")
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Median seconds of a call after a warm-up."""
+        """Median seconds of a call that has run once to warm up."""
         spent = []
-        for _ in range(self.shapes.repeats + 1):
+        for _ in range(self.shapes.repeats):
             started = time.perf_counter()
             run()
             self.wait()
             spent.append(time.perf_counter() - started)
-        return statistics.median(spent[1:])
+        return statistics.median(spent)
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -167,7 +179,9 @@ def encode(gpu: Gpu) -> dict[str, Any]:
     count = gpu.shapes.inputs
     rows = mixed(gpu.work / "encode", count, repeats=0.0)
     options: dict[str, Any] = {"device": gpu.device, "model_kwargs": {"dtype": gpu.dtype}}
-    stock = partial(SentenceTransformer(gpu.embedder_folder, **options).encode, rows, batch_size=32)
+    folder = gpu.embedder_folder
+    gpu.free()  # what was needed to draw the weights
+    stock = partial(SentenceTransformer(folder, **options).encode, rows, batch_size=32)
     expected, theirs = stock(), gpu.seconds(stock)
     flops = forward_flops(gpu.embedder(), rows, gpu.shapes.token_budget)
     found = {
@@ -176,7 +190,9 @@ def encode(gpu: Gpu) -> dict[str, Any]:
         "GFLOP an item": round(flops / count / 1e9, 1),
         "peak GiB, stock": gpu.peak_gib(),
     }
+    del stock
     for attention in ("sdpa", "torch_flash"):
+        model = None
         gpu.free()
         model = gpu.embedder(attention)
         vectors, ours = model.encode(rows), gpu.seconds(partial(model.encode, rows))
@@ -191,29 +207,56 @@ def encode(gpu: Gpu) -> dict[str, Any]:
 
 
 def attention(gpu: Gpu) -> dict[str, Any]:
-    """Packed batches and flash attention, beside padded batches with sdpa: cosine and seconds."""
+    """Packed batches and flash attention: cosine to padded batches, and to float32.
+
+    Packing computes the same in another order. In float32 and float16 that shows: the cosine to padded batches is at
+    least 0.9999. In bfloat16 all ways differ from float32 and from one another by the rounding of its 8 bits, so what is
+    compared is how far each is from float32.
+    """
     rows = mixed(gpu.work / "attention", gpu.shapes.equality_inputs, repeats=0.0)
     found: dict[str, Any] = {}
-    padded = partial(encode_list, gpu.embedder(), rows, packed=False)
-    expected = padded().float().cpu().numpy()
-    found["padded, sdpa: s"] = round(gpu.seconds(padded), 3)
-    for name in ("sdpa", "torch_flash", "flash_attention_2"):
-        try:
-            other = gpu.embedder(name)
-        except (ImportError, ValueError) as error:  # the package is missing, or the device is a CPU
-            found[f"packed, {name}"] = f"not available: {str(error).splitlines()[0][:100]}"
-            continue
-        cosine = _least_cosine(expected, encode_list(other, rows, packed=True).float().cpu().numpy())
-        found[f"packed, {name}: least cosine"] = cosine
-        found[f"packed, {name}: equal"] = cosine >= LEAST_COSINE
-        found[f"packed, {name}: s"] = round(gpu.seconds(partial(encode_list, other, rows, packed=True)), 3)
+
+    def vectors(model: UniME, packed: bool) -> np.ndarray:
+        return encode_list(model, rows, packed=packed).float().cpu().numpy()
+
+    def ways(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+        model = gpu.embedder(dtype=dtype)
+        yield "padded, sdpa", partial(vectors, model, False)
+        yield "packed, sdpa", partial(vectors, model, True)
+        use_varlen_attention(model, everywhere=True)
+        yield "packed, torch_flash", partial(vectors, model, True)
+
+    exact = np.empty(0)
+    for dtype in (torch.float32, torch.float16) if gpu.device == "cuda" else (torch.float32,):
+        gpu.free()
+        padded = np.empty(0)
+        for name, run in ways(dtype):
+            made, kind = run(), str(dtype).removeprefix("torch.")
+            if name == "padded, sdpa":
+                padded, exact = made, exact if exact.size else made
+                continue
+            cosine = _least_cosine(padded, made)
+            found[f"{name}, {kind}: least cosine to padded"] = cosine
+            found[f"{name}, {kind}: equal"] = cosine >= LEAST_COSINE
+    gpu.free()
+    kind = str(gpu.dtype).removeprefix("torch.")
+    options: dict[str, Any] = {"device": gpu.device, "model_kwargs": {"dtype": gpu.dtype}}
+    stock = _least_cosine(exact, SentenceTransformer(gpu.embedder_folder, **options).encode(rows))
+    found[f"Sentence Transformers, {kind}: least cosine to float32"] = stock
+    for name, run in ways(gpu.dtype):
+        cosine = _least_cosine(exact, run())
+        found[f"{name}, {kind}: least cosine to float32"] = cosine
+        found[f"{name}, {kind}: as near as stock"] = cosine >= stock - MARGIN
+        found[f"{name}, {kind}: s"] = round(gpu.seconds(run), 3)
     return found
 
 
 def judge(gpu: Gpu) -> dict[str, Any]:
     """Judging with the official prompt, beside ``CrossEncoder.predict``; hours for the 33.1 M pairs of the paper."""
+    folder = gpu.judge_folder
+    gpu.free()  # what was needed to draw the weights
     judging = LocalJudge(
-        gpu.judge_folder,
+        folder,
         template="official",
         batch_size=32,
         device=gpu.device,
@@ -243,47 +286,122 @@ def judge(gpu: Gpu) -> dict[str, Any]:
     return {**found, "peak GiB": gpu.peak_gib()}
 
 
-def training(gpu: Gpu) -> dict[str, Any]:
+@dataclass
+class _Watch:
+    """What the steps of a training waited for and sent to the vision tower."""
+
+    waited: list[float] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def _watched(gpu: Gpu) -> Iterator[_Watch]:
+    """Measure how long the device is idle until a mini-batch is prepared, and count the patches of its images."""
+    watch, stream, step = _Watch(), Feed.stream, ReportingTrainer.training_step
+
+    def watched_stream(feed: Feed, *args: Any) -> Iterator[Features]:
+        source = stream(feed, *args)
+        while True:
+            gpu.wait()
+            began = time.perf_counter()
+            held = [next(source, None)]
+            if watch.waited:
+                watch.waited[-1] += time.perf_counter() - began
+            if held[0] is None:
+                return
+            if watch.patches and "image_grid_thw" in held[0]:
+                watch.patches[-1] += int(held[0]["image_grid_thw"].prod(dim=1).sum())
+            yield held.pop()  # the pixels are not kept alive here
+
+    def watched_step(trainer: ReportingTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.waited.append(0.0)
+        watch.patches.append(0)
+        return step(trainer, *args, **kwargs)
+
+    with (
+        mock.patch.object(Feed, "stream", watched_stream),
+        mock.patch.object(ReportingTrainer, "training_step", watched_step),
+    ):
+        yield watch
+
+
+def _flops_per_patch(gpu: Gpu) -> float:
+    """FLOPs of the vision tower for a patch of 14 x 14 pixels, from a few images of the training."""
+    model: Any = gpu.embedder()
+    photos = [item.to_input() for item in gpu.records.items if item.image is not None][:4]
+    features = model.preprocess(photos)
+    pixels, grid = features["pixel_values"].to(gpu.device, gpu.dtype), features["image_grid_thw"].to(gpu.device)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model[0].model.visual(pixels, grid_thw=grid)
+    return counter.get_total_flops() / len(pixels)
+
+
+def training(gpu: Gpu, variants: Sequence[str] = ("frozen-tower cache", "no cache")) -> dict[str, Any]:
     """UniME-V2 step (query, positive, hard negatives, in-batch term) with and without frozen-tower cache.
 
-    The whole stage runs. MFU counts the language model's weights only, and not the second pass of gradient caching.
+    The whole stage runs; its first two steps do not count. MFU counts the weights of the language model, and with the
+    vision tower also the FLOPs of its forward passes; second passes of gradient caching and checkpointing are included.
     """
     found: dict[str, Any] = {}
-    for name, frozen in (("frozen-tower cache", True), ("no cache", False)):
+    patch_flops, rows = _flops_per_patch(gpu), gpu.shapes.batch_rows
+    for name in variants:
         gpu.free()
         output = gpu.work / f"step, {name}"
-        given = {"in_batch_weight": 0.5, "token_budget": gpu.shapes.token_budget}
-        with mock.patch.object(embedders, "is_frozen", lambda model, frozen=frozen: frozen):
+        given = {"in_batch_weight": 0.5, "token_budget": gpu.shapes.token_budget, "max_steps": gpu.shapes.steps}
+        with (
+            mock.patch.object(embedders, "is_frozen", lambda model, frozen=name != "no cache": frozen),
+            mock.patch.object(embedders, "UniME", partial(_loaded, name.removeprefix("frozen-tower cache, "))),
+            _watched(gpu) as watch,
+        ):
             stages.train_soft_labels(_soft_labels(gpu, output, **given))
-        lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        rate = statistics.median(line["examples_per_second"] for line in lines[1:])
-        found[f"{name}: rows/s"] = round(rate, 2)
-        found[f"{name}: MFU"] = statistics.median(line["mfu"] for line in lines[1:])
-        found[f"{name}: loss"] = round(lines[-1]["loss"], 4)
-        found[f"{name}: peak GiB"] = gpu.peak_gib()
+        lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()][2:]
+        rate = statistics.median(line["examples_per_second"] for line in lines)
+        language = statistics.median(line["mfu"] for line in lines)
+        vision = patch_flops * statistics.mean(watch.patches[2:]) * rate / rows / gpu.peak
+        found |= {
+            f"{name}: rows/s": round(rate, 2),
+            f"{name}: s a step": round(rows / rate, 3),
+            f"{name}: s a step, device idle until data is prepared": round(statistics.median(watch.waited[2:]), 3),
+            f"{name}: MFU, language model": round(language, 3),
+            f"{name}: MFU, with vision tower": round(language + vision, 3),
+            f"{name}: loss": round(lines[-1]["loss"], 4),
+            f"{name}: peak GiB": gpu.peak_gib(),
+        }
     return found
 
 
+def training_torch_flash(gpu: Gpu) -> dict[str, Any]:
+    """The same step with the flash attention of torch in the language model."""
+    return training(gpu, ["frozen-tower cache, torch_flash"])
+
+
+def _loaded(attention: str, *args: Any, model_kwargs: dict[str, Any], **options: Any) -> UniME:
+    """Load a model to train, with flash attention if it is named."""
+    chosen = {"attn_implementation": attention} if attention == "torch_flash" else {}
+    return UniME(*args, model_kwargs={**model_kwargs, **chosen}, **options)
+
+
 def memory(gpu: Gpu) -> dict[str, Any]:
-    """Peak memory of two configurations, as ``--dry_run`` measures it, beside the computed one of docs/memory.md."""
+    """Peak memory of training an embedder, as ``--dry_run`` measures it, beside the computed one of docs/memory.md."""
     given = {"token_budget": gpu.shapes.token_budget, "dry_run": True}
     stages.train_soft_labels(_soft_labels(gpu, gpu.work / "dry", **given))
-    found: dict[str, Any] = {
+    return {
         "soft_labels/qwen2-vl-2b: GiB": gpu.peak_gib(),
         "soft_labels/qwen2-vl-2b: GiB, computed": SOFT_LABELS_GIB,
     }
-    gpu.free()
+
+
+def memory_reranker(gpu: Gpu) -> dict[str, Any]:
+    """Peak memory of training a reranker, likewise."""
+    folder = gpu.judge_folder
+    gpu.free()  # what was needed to draw the weights
     stages.train_reranker(
         stages.RerankerArguments(
-            model=gpu.judge_folder, template="official", num_negatives=gpu.shapes.negatives, lora_rank=128,
-            lora_alpha=256, **_common(gpu, gpu.work / "dry reranker", per_device_train_batch_size=2, dry_run=True),
+            model=folder, template="official", num_negatives=gpu.shapes.negatives, lora_rank=128, lora_alpha=256,
+            **_common(gpu, gpu.work / "dry reranker", per_device_train_batch_size=2, dry_run=True),
         )
     )  # fmt: skip
-    return {
-        **found,
-        "reranker/qwen2.5-vl-7b: GiB": gpu.peak_gib(),
-        "reranker/qwen2.5-vl-7b: GiB, computed": RERANKER_GIB,
-    }
+    return {"reranker/qwen2.5-vl-7b: GiB": gpu.peak_gib(), "reranker/qwen2.5-vl-7b: GiB, computed": RERANKER_GIB}
 
 
 def _soft_labels(gpu: Gpu, output: Path, **given: Any) -> stages.SoftLabelArguments:
@@ -298,32 +416,36 @@ def _common(gpu: Gpu, output: Path, **given: Any) -> dict[str, Any]:
 
 
 def search(gpu: Gpu) -> dict[str, Any]:
-    """Exact top 50, beside the plain products with ``torch.topk`` in blocks; float32."""
+    """Exact top 50, beside the plain products with ``torch.topk`` in blocks; float32, from tensors of the device."""
     shapes, device = gpu.shapes, torch.device(gpu.device)
     own = torch.Generator(device).manual_seed(0)
     corpus, queries = (
         torch.nn.functional.normalize(torch.randn(rows, shapes.dim, device=device, generator=own), dim=1)
         for rows in (shapes.corpus, shapes.searches)
     )
-    left, right = queries.cpu().numpy(), corpus.cpu().numpy()
 
     def plain() -> list[torch.Tensor]:
         return [(block @ corpus.T).topk(50).indices.cpu() for block in queries.split(1024)]
 
-    exact = top_k(left, right, 50, device=device)[1]
-    same = float((torch.cat(plain()).numpy() == exact).mean())
-    spent, reference = gpu.seconds(lambda: top_k(left, right, 50, device=device)), gpu.seconds(plain)
+    ours = partial(top_k, queries, corpus, 50, device=device)
+    same = float((torch.cat(plain()).numpy() == ours()[1]).mean())
+    spent, reference = gpu.seconds(ours), gpu.seconds(plain)
+    peak, host = gpu.peak_gib(), partial(top_k, queries.cpu().numpy(), corpus.cpu().numpy(), 50, device=device)
+    host()
     return {
         "vectors": f"{shapes.searches:,} x {shapes.corpus:,} x {shapes.dim}",
         "s": round(spent, 3),
         "plain products: s": round(reference, 3),
         "times the plain products": round(spent / reference, 2),
+        "from arrays in host memory: s": round(gpu.seconds(host), 3),
         "same neighbors": round(same, 5),
-        "peak GiB": gpu.peak_gib(),
+        "peak GiB": peak,
     }
 
 
-PARTS: tuple[Part, ...] = (matmul, encode, attention, judge, training, search, memory)
+PARTS: tuple[Part, ...] = (
+    *(matmul, search, encode, attention, judge, training, memory, memory_reranker, training_torch_flash),
+)
 
 
 def _least_cosine(left: np.ndarray, right: np.ndarray) -> float:
@@ -389,13 +511,17 @@ def main() -> None:
         "--rehearse", action="store_true", help="tiny shapes on the CPU, written to gpu_rehearsal.json"
     )
     parser.add_argument("--seconds", type=float, default=440, help="time after which no part begins (default: 440)")
+    parser.add_argument(
+        "--parts", nargs="*", choices=[part.__name__ for part in PARTS[1:]], help="parts to run (default: all)"
+    )
     chosen = parser.parse_args()
     if not chosen.rehearse and not torch.cuda.is_available():
         parser.error("no GPU was found: add --rehearse to run tiny shapes on the CPU")
     with tempfile.TemporaryDirectory() as folder:
         shapes, device = (REHEARSAL, "cpu") if chosen.rehearse else (Shapes(), "cuda")
         gpu = Gpu(Path(folder), shapes, device)
-        result = measure(gpu, "gpu_rehearsal" if chosen.rehearse else "gpu", chosen.seconds)
+        parts = tuple(part for part in PARTS if part is matmul or not chosen.parts or part.__name__ in chosen.parts)
+        result = measure(gpu, "gpu_rehearsal" if chosen.rehearse else "gpu", chosen.seconds, parts)
     if any("error" in row for row in result["parts"].values()):
         raise SystemExit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
-    Qwen2VLModel,
     Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
 
@@ -67,11 +67,12 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     vision |= {"num_heads": row["vision"] // 64 if row["vision"] % 80 else row["vision"] // 80, "mlp_ratio": 4}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     torch.manual_seed(0)
+    ids = {name: getattr(config, name) for name in names}
     with torch.device(device):
-        made: Any = Qwen2VLModel(
-            Qwen2VLConfig(text_config=text, vision_config=vision, **{name: getattr(config, name) for name in names})
+        made: Any = AutoModel.from_config(
+            Qwen2VLConfig(text_config=text, vision_config=vision, **ids), dtype=_precision(device)
         )
-    made.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder / "backbone")
+    made.save_pretrained(folder / "backbone")
     processor.save_pretrained(folder / "backbone")
     transformer = Transformer(str(folder / "backbone"), unpad_inputs=False)
     pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
@@ -91,6 +92,7 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     processor, vision_config = tiny.processor, tiny.model.config.vision_config
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 400 * 400}
     tokenizer, row = processor.tokenizer, SIZES[size]
+    tokenizer.model_max_length = 32768  # that of unime-tiny is 1024
     heads = row.get("heads", row["hidden"] // 64)
     inner, part = row.get("inner", row["hidden"] * 8 // 3), row["hidden"] // heads // 8
     text: dict[str, Any] = {
@@ -118,8 +120,8 @@ def random_qwen2_5_vl(folder: Path, size: str, device: str) -> Path:
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=_precision(device))
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -160,10 +162,15 @@ def random_qwen3_vl(folder: Path, size: str = "mid", device: str = "cpu") -> Pat
     tokens: dict[str, Any] = dict(zip(keys, map(tokenizer.convert_tokens_to_ids, names), strict=True))
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
-    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=_precision(device))
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def _precision(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def images(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600) -> list[str]:
@@ -177,11 +184,19 @@ def images(folder: Path, count: int, *, shortest: int = 200, longest: int = 1600
     """
     rng, paths = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        width, height = (int(side) for side in rng.integers(shortest, longest + 1, 2))
-        grain = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-        paths.append(str(folder / f"{number}.jpg"))
-        Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC).save(paths[-1], quality=85)
+
+    def write(path: str, grain: np.ndarray, size: tuple[int, int]) -> None:
+        Image.fromarray(grain).resize(size, Image.Resampling.BICUBIC).save(path, quality=85)
+
+    with ThreadPoolExecutor() as pool:
+        written = []
+        for number in range(count):
+            width, height = (int(side) for side in rng.integers(shortest, longest + 1, 2))
+            grain = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+            paths.append(str(folder / f"{number}.jpg"))
+            written.append(pool.submit(write, paths[-1], grain, (width, height)))
+        for future in written:
+            future.result()
     return paths
 
 
