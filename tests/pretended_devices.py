@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from unime_st.backbones import varlen_attention
+
 Device = str | int | torch.device
 
 CPU = torch.device("cpu")
@@ -349,6 +351,7 @@ def pretended_devices(count: int = 1) -> Iterator[None]:
                 patch.setattr(owner, name, value, raising=False)
         attention = torch.nn.functional.scaled_dot_product_attention
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _composite(attention))
+        patch.setattr(varlen_attention, "_runs_flash", lambda states: False)  # a kernel of real cards
         patch.setattr(torch.utils.checkpoint.DefaultDeviceType, "_default_device_type", "cuda")
         patch.setattr(torch.amp, "autocast", _Autocast)
         patch.setattr(torch.amp.autocast_mode, "autocast", _Autocast)
