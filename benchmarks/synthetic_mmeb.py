@@ -23,7 +23,7 @@ def write_synthetic_mmeb(
     queries: int = 10,
     candidates: int = 8,
     documents: int = 24,
-    side: int = 32,
+    side: int | tuple[int, int] = 32,
     layout: Literal["v1", "v2"] = "v1",
     duplicates: bool = True,
     shared: bool = False,
@@ -40,7 +40,7 @@ def write_synthetic_mmeb(
         queries: Rows of each subset.
         candidates: Candidates of each row (capped by what the subset allows).
         documents: Distinct candidates of each subset, among which the rows draw theirs.
-        side: Side of the images in pixels.
+        side: Side of the images in pixels; shortest and longest side of photos, which are JPEG files of any shape.
         layout: Fields of ``TIGER-Lab/MMEB-eval`` ("v1") or of VLM2Vec-V2 ("v2").
         duplicates: Repeat the positive at the end of every fifth row.
         shared: Share candidates as the real data do: all rows of a classification set have its labels, ImageNet-1K and
@@ -88,15 +88,20 @@ def _shared_candidates(subset: Subset, documents: int, rng: random.Random, seed:
     return []
 
 
-def _side(root: Path, subset: Subset, side: str, name: str, rng: random.Random, size: int) -> tuple[str, str]:
+def _side(
+    root: Path, subset: Subset, side: str, name: str, rng: random.Random, size: int | tuple[int, int]
+) -> tuple[str, str]:
     """Body and image path of one item; the image is written."""
     template = subset.query if side == "query" else subset.target
     plain = side == "target" and not template
     body = " ".join(rng.choice(_WORDS) for _ in range(4)) if plain or "{}" in template else ""
     if not subset.has_image(side):
         return body, ""
-    relative = f"{subset.name}/{name}.png"
-    image = Image.frombytes("RGB", (4, 4), rng.randbytes(48)).resize((size, size), Image.Resampling.NEAREST)
+    pixels = Image.frombytes("RGB", (4, 4), rng.randbytes(48))
+    if isinstance(size, int):
+        relative, image = f"{subset.name}/{name}.png", pixels.resize((size, size), Image.Resampling.NEAREST)
+    else:
+        relative, image = f"{subset.name}/{name}.jpg", pixels.resize((rng.randint(*size), rng.randint(*size)))
     (root / "images" / subset.name).mkdir(parents=True, exist_ok=True)
     image.save(root / "images" / relative)
     return body, relative
