@@ -217,3 +217,29 @@ def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path:
         judged_rows(plain, 1)
     with pytest.raises(ValueError, match="no judge scores"):
         judged_rows(plain, 0)
+
+
+def test_the_first_of_the_cached_mini_batches_is_embedded_once(
+    records: RecordSet, model: UniME, costs: np.ndarray
+) -> None:
+    rows = [{key: row[key] for key in ("query", "positive")} for row in judged_rows(records, 2)]
+    collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=3), lazy=True)
+    batch = collator(rows)
+    loss = DistinctItemsLoss(LOSSES["hard"](model), Feed(ItemFeatures(records, model.preprocess)))
+    embedded: list[tuple[int, bool]] = []
+    hook = model.register_forward_hook(
+        lambda module, args, output: embedded.append(
+            (len(args[0]["input_ids"]), output["sentence_embedding"].requires_grad)
+        )
+    )
+    loss(_features(batch)).backward()
+    hook.remove()
+    sizes = batch["bucket0_sizes"].tolist()
+    assert len(sizes) > 2
+    assert embedded == [
+        (sizes[0], True),
+        *((size, False) for size in sizes[1:]),
+        *((size, True) for size in sizes[1:]),
+    ]
+    with torch.no_grad():
+        loss(_features(collator(rows)))

@@ -138,7 +138,7 @@ class BatchRunner:
             index = min(turn, len(devices) - 1)
             self._free.put((shared[index], devices[index]))
         self._positions = RopePositions(self.model[0])
-        self._last_only = _pools_last_token(self.model) and all(map(_prepare_last_layer, copies))
+        self._last_only = all(map(needs_last_tokens_only, copies))
         self._shrinking = threading.Lock()
 
     @cached_property
@@ -281,13 +281,18 @@ class BatchRunner:
         return torch.nn.functional.normalize(vectors, p=2, dim=1) if self.normalize else vectors
 
 
-def _pools_last_token(model: SentenceTransformer) -> bool:
+def needs_last_tokens_only(model: SentenceTransformer) -> bool:
+    """Whether a model pools last tokens, and its last layer is now prepared for ``only_last_tokens``.
+
+    Example:
+        >>> from unime_st import UniME
+        >>> from unime_st.encoding.batch_runner import needs_last_tokens_only
+        >>> needs_last_tokens_only(UniME("unime-tiny"))
+        True
+    """
     pooling = model[1] if len(model) > 1 else None
-    return isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken"
-
-
-def _prepare_last_layer(model: SentenceTransformer) -> bool:
-    return prepare_last_layer(model[0].model) if isinstance(model[0], Transformer) else False
+    pools = isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken"
+    return pools and isinstance(model[0], Transformer) and prepare_last_layer(model[0].model)
 
 
 def _out_of_memory(error: Exception) -> bool:

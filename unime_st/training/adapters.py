@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from unime_st.compat import forget_adapter
 from unime_st.training.arguments import StageArguments
+from unime_st.training.lora_linear import merge_lora_products
 
 ADAPTER = "default"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,6 +88,7 @@ def add_lora(model: BaseModel, args: StageArguments) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    merge_lora_products(model)
 
 
 def merge_lora(model: BaseModel) -> None:

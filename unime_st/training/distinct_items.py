@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from unime_st.backbones.last_token import only_last_tokens
 from unime_st.data.items import Item
 from unime_st.data.parquet_shards import Row
 from unime_st.data.records import RecordSet
+from unime_st.encoding.batch_runner import needs_last_tokens_only
 from unime_st.encoding.model_inputs import Features
 from unime_st.losses.base import CachedEmbeddingLoss, whole_columns
 from unime_st.losses.quantization import Precision, fake_quantize
@@ -99,8 +102,9 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
     """Embeds the distinct items of a batch once and computes any embedding loss on its columns.
 
     With a feed gradients are cached (https://huggingface.co/papers/2101.06983), and only a few mini-batches are
-    decoded at a time; without one each bucket is one forward pass. Value and gradient equal those of the inner loss on
-    columns that are embedded one by one.
+    decoded at a time; without one each bucket is one forward pass. The first mini-batch, which is the most expensive, is
+    embedded once: its activations, for which there has to be memory anyway, are kept for the backward pass. Value and
+    gradient equal those of the inner loss on columns that are embedded one by one.
 
     Args:
         loss: A loss with ``calculate_loss(reps, labels, with_backward=...)``, as all cached losses have.
@@ -140,6 +144,9 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._planned: list[list[int]] = []
         self._scheduled: list[tuple[int, bool]] = []  # mini-batches that the stream will yield; True: second pass
         self._step_cache: FrozenTowerCache | None = None
+        self._keeps_first = False
+        self._first: Tensor | None = None  # embeddings of the first mini-batch, with their graph
+        self._last_only: bool | None = None
         self._used = 0
 
     @property
@@ -161,7 +168,10 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         for bucket in buckets:
             self._count(bucket)
         buckets += buckets[-1:] * (self._most_of_any_process(len(buckets)) - len(buckets))
-        parts = [self.model(dict(bucket))["sentence_embedding"] for bucket in buckets]
+        parts = []
+        for bucket in buckets:
+            with self._pooled_tokens(bucket):
+                parts.append(self.model(dict(bucket))["sentence_embedding"])
         loss = self.calculate_loss([parts], labels)
         for repeated in parts[self._used :]:
             loss = loss + repeated[:0].sum()  # adds 0, but has a backward pass
@@ -177,14 +187,17 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._heap_trimmer.begin()
         self._planned = planned
         scheduled = [(number, False) for number in range(len(planned))]
-        self._step_cache = None
+        self._step_cache, self._keeps_first, self._first = None, False, None
         if torch.is_grad_enabled():
+            sharded = isinstance(next(self.model.parameters()), DTensor)
+            # DDP and FSDP prepare the backward pass of one forward pass at a time.
+            self._keeps_first = not sharded and not isinstance(self.model, DistributedDataParallel)
             # Sharded weights are gathered while the model itself runs, not while its vision tower runs alone.
-            self._step_cache = None if isinstance(next(self.model.parameters()), DTensor) else self.frozen_tower
+            self._step_cache = None if sharded else self.frozen_tower
             if self._step_cache:
                 self._step_cache.begin()
             else:
-                scheduled += [(number, True) for number in range(len(planned))]
+                scheduled += [(number, True) for number in range(self._keeps_first, len(planned))]
         self._start(scheduled)
         loss = self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
         if isinstance(self.loss, CachedEmbeddingLoss):
@@ -212,6 +225,9 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._heap_trimmer.trim(
             "gradient" if with_grad else "forward", self._step_cache.host_bytes if self._step_cache else 0
         )
+        if with_grad and begin == 0 and self._first is not None:
+            first, self._first = self._first, None
+            return first, random_state
         if self._step_cache and with_grad and begin in self._step_cache:
             features = self._step_cache[begin]
         else:
@@ -219,7 +235,20 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         if not with_grad:
             self._count(features)
         count = len(self._planned[begin])
-        return super().embed_minibatch(features, 0, count, with_grad, copy_random_state, random_state)
+        keeps = self._keeps_first and begin == 0 and not with_grad
+        with self._pooled_tokens(features):
+            found = super().embed_minibatch(features, 0, count, with_grad or keeps, copy_random_state, random_state)
+        self._first = found[0] if keeps else self._first
+        return found
+
+    def _pooled_tokens(self, features: Features) -> AbstractContextManager[None]:
+        """Context in which the last layer runs for the pooled tokens only, where the model pools last tokens."""
+        if self._last_only is None:
+            model = getattr(self.model, "module", self.model)
+            # Recomputed activations would be those of all tokens.
+            recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            self._last_only = not recomputed and needs_last_tokens_only(model)
+        return only_last_tokens(features["attention_mask"]) if self._last_only else nullcontext()
 
     def _start(self, scheduled: list[tuple[int, bool]]) -> None:
         """Let the feed prepare these mini-batches in order."""
@@ -236,7 +265,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         else:  # not scheduled: the mixin repeats a mini-batch so that DDP synchronizes
             assert self.feed is not None
             features = next(self.feed.stream([self._planned[begin]], self._columns.device))
-        return self._step_cache.encode_images(begin, features, keep=not with_grad) if self._step_cache else features
+        keep = not with_grad and not (self._keeps_first and begin == 0)
+        return self._step_cache.encode_images(begin, features, keep=keep) if self._step_cache else features
 
     def _count(self, features: Features) -> None:
         if "attention_mask" in features:
