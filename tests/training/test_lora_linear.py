@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
 from torch import nn
 
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import training_records
+from unime_st.losses import HardNegativeRankingLoss
 from unime_st.model import UniME
 from unime_st.stages import InBatchArguments
 from unime_st.training.adapters import add_lora, merge_lora
+from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
+from unime_st.training.feed import Feed, ItemFeatures
+from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.item_tokens import item_costs
 from unime_st.training.lora_linear import MergedLoraLinear, merge_lora_products
+from unime_st.training.mini_batches import MiniBatches
 
 
 def _layers(dtype: torch.dtype = torch.float64, **options: object) -> tuple[nn.Module, nn.Module]:
@@ -74,3 +84,36 @@ def test_an_adapter_of_a_stage_is_computed_merged_and_can_be_folded_in() -> None
     trained = model.encode(texts)
     merge_lora(model)
     assert abs(trained - before).max() > 1e-3 and abs(model.encode(texts) - trained).max() < 1e-5
+
+
+def test_a_cached_step_in_float64_is_that_of_peft_on_whole_columns(tmp_path: Path) -> None:
+    records = RecordSet.write(tmp_path / "records", training_records(12, seed=5), {})
+    model = UniME("unime-tiny", device="cpu")
+    add_lora(model, InBatchArguments(lora_rank=4, lora_dropout=0.0))
+    model.double().train()
+    adapter = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    torch.manual_seed(0)
+    for weight in adapter.values():
+        nn.init.normal_(weight, std=0.05)
+    inner = HardNegativeRankingLoss(model, 0.1, num_negatives=3)
+
+    rows = [{"query": row["query"], "positive": row["positive"]} for row in records.row_shards.rows()]
+    split = MiniBatches(item_costs(records, model)[0], size=8)
+    batch = ItemCollator(model.preprocess, records=records, mini_batches=split, lazy=True)(rows)
+    assert len(batch["bucket0_sizes"]) > 2
+    features = {name.removeprefix("bucket0_"): value for name, value in batch.items()}
+    cache = FrozenTowerCache(model, torch.float32)  # without autocast
+    loss = DistinctItemsLoss(inner, Feed(ItemFeatures(records, model.preprocess)), frozen_tower=cache)([features])
+    loss.backward()
+    found = {name: weight.grad for name, weight in adapter.items()}
+
+    model.zero_grad()
+    for module in model.modules():
+        if type(module) is MergedLoraLinear:
+            module.__class__ = Linear
+    columns = [model.preprocess([records.item(row[n]).to_input() for row in rows]) for n in ("query", "positive")]
+    expected = inner(columns)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    for name, weight in adapter.items():
+        assert torch.allclose(found[name], weight.grad, rtol=1e-6, atol=1e-9 * float(weight.grad.abs().max())), name

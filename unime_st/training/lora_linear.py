@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class MergedLoraLinear(Linear):
@@ -44,30 +47,23 @@ class MergedLoraLinear(Linear):
 
 class _MergedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scaling: float,
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
-        ctx.scaling = scaling  # type: ignore[attr-defined]
+        ctx.scaling = scaling
         return F.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, down, up = ctx.saved_tensors  # type: ignore[attr-defined]
-        scaling: float = ctx.scaling  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up = ctx.saved_tensors
         rows, outputs = x.flatten(end_dim=-2), gradient.flatten(end_dim=-2)
         of_x = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            of_x = (outputs @ torch.addmm(weight, up, down, alpha=scaling)).view_as(x)
-        of_down = (outputs @ up).mul_(scaling).T @ rows
-        of_up = outputs.T @ (rows @ down.T).mul_(scaling)
+        if ctx.needs_input_grad[0]:
+            of_x = (outputs @ torch.addmm(weight, up, down, alpha=ctx.scaling)).view_as(x)
+        of_down = (outputs @ up).mul_(ctx.scaling).T @ rows
+        of_up = outputs.T @ (rows @ down.T).mul_(ctx.scaling)
         return of_x, None, None, of_down, of_up, None
 
 
