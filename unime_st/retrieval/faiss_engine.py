@@ -20,7 +20,6 @@ Kind = Literal["flat", "hnsw", "ivf", "sq8", "binary"]
 per dimension, "binary" 1 bit (RaBitQ)."""
 
 _SAMPLE = 256  # vectors on which the recall of an approximate index is measured
-_BLOCK = 8192
 _MATRIX_QUERIES = 4  # from so many queries on a matrix product is faster than inner products one by one
 GPU_LIMIT = 2048
 """Largest k that faiss supports on a GPU."""
@@ -60,8 +59,7 @@ def make_engine(kind: Kind, vectors: np.ndarray) -> faiss.Index:
         engine = module.IndexFlatIP(dim)
     if not engine.is_trained:
         engine.train(vectors)
-    for start in range(0, count, _BLOCK):
-        engine.add(vectors[start : start + _BLOCK])
+    engine.add(vectors)  # at once: in blocks, the storage of faiss would be copied whenever it grows
     return engine
 
 

@@ -40,7 +40,10 @@ class IndexedItems:
 
     def load_all(self) -> None:
         """Read all items into memory, so that their folder may be removed."""
-        self.extra = [self[position] for position in range(len(self.positions))] + self.extra
+        assert self.reader is not None
+        wanted = set(self.positions.tolist())
+        stored = {position: item for position, item in enumerate(self.reader) if position in wanted}
+        self.extra = [stored[position] for position in self.positions.tolist()] + self.extra
         self.reader, self.positions = None, np.zeros(0, dtype=np.int64)
 
 
