@@ -304,7 +304,7 @@ def _watched(gpu: Gpu) -> Iterator[_Watch]:
         while True:
             gpu.wait()
             began = time.perf_counter()
-            held = [next(source, None)]
+            held: list[Any] = [next(source, None)]
             if watch.waited:
                 watch.waited[-1] += time.perf_counter() - began
             if held[0] is None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def machine() -> dict[str, Any]:
 @cache
 def commit() -> str:
     """The last commit that changed more than results and pages; "+" follows where files differ from it."""
+    if shutil.which("git") is None:
+        return "unknown"
     code = ("benchmarks/*.py", "unime_st", "mteb_tasks", "train_scripts", "pyproject.toml", "constraints.txt")
 
     def git(*words: str) -> str:

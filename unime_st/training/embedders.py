@@ -97,8 +97,10 @@ class EmbedderStage(TrainingStage[TrainArguments, UniME]):
         # Prepared items are kept by the thread that trains, and a vision cache has one state for all threads.
         ahead = not (args.dataloader_num_workers or args.item_cache or vision)
         threads = _THREADS if model.device.type == "cuda" and ahead else 0
-        preprocess = shared_by_threads(model).preprocess if threads else model.preprocess
-        preprocess, open_item = (vision.preprocess, vision.open_item) if vision else (preprocess, Item.to_input)
+        encoder = shared_by_threads(model) if threads else model
+        preprocess, open_item = (
+            (vision.preprocess, vision.open_item) if vision else (encoder.preprocess, Item.to_input)
+        )
         prompts = ItemPrompts(self.records, model)
         indices = prompts.positions([n for n in rows.column_names if n not in ("label", "dataset")], indices)
         tokens, pixels = prompts.costs(tokens, pixels)
