@@ -65,6 +65,13 @@ ROWS = (
     Row("rank 50 texts for an image, pairwise", "`CrossEncoder.rank`", "rerank_pairwise", "rerank"),
     Row("rank 10 texts in one list", "generating the answer", "rerank_listwise", "rerank"),
     Row("training step of 32 pairs, LoRA", _STOCK_LOSS, "train_step_speed", "train_step"),
+    Row(
+        "training step of 4 queries with positive and 8 negatives",
+        _STOCK_LOSS,
+        "train_step_v2",
+        "train_step_v2",
+        _against("Sentence Transformers, eager images", "unime_st"),
+    ),
     Row("step of the stage `in_batch tiny`", "its former default", "train_step_tiny", "train_step_tiny", _stages),
     Row(
         "exact top 50 of 50,000 for 2,048 queries",
