@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from word_judge import WordJudge
 from unime_st.data import Item, RecordSet, StageConflictError
 from unime_st.data.scenes import training_records
 from unime_st.judging import CascadeJudge, Group, LocalJudge, PairError
-from unime_st.judging.calibration import calibrate, report
+from unime_st.judging.calibration import LEAST_AUC, LOW_AUC_ADVICE, calibrate, report
 from unime_st.judging.estimate import estimate_judging
 from unime_st.judging.judge_pools import judge_part, judge_pools
 from unime_st.judging.score_store import Scores
@@ -67,6 +68,26 @@ def test_calibration(pools: Pools, judge: LocalJudge):
         "rank_correlation"
     ] == pytest.approx(1.0)
     assert "| unime-tiny | " in report(found) and words["auc"] is not None
+
+
+class BlindJudge(WordJudge):
+    """Scores that say nothing about images, and a little too much about texts."""
+
+    name = "blind"
+
+    def score(self, groups: Sequence[Group], *, errors: list[PairError] | None = None) -> list[np.ndarray]:
+        return [np.array([float(c.image is None) for c in group.candidates], np.float32) for group in groups]
+
+
+def test_a_judge_below_the_least_auc_is_warned_of(pools: Pools, judge: LocalJudge):
+    found = calibrate([BlindJudge()], pools, 24)
+    by_pairs = found["judges"]["blind"]["auc_hard_by_pairs"]
+    assert by_pairs["text -> image"] == 0.5 and len(by_pairs) > 2
+    text = report(found)
+    assert f"WARNING: blind: AUC 0.50 on mined candidates, text -> image. {LOW_AUC_ADVICE}" in text
+    assert text.count("WARNING") == sum(value is not None and value < LEAST_AUC for value in by_pairs.values())
+    good = calibrate([judge], pools, 24)["judges"]["unime-tiny"]["auc_hard_by_pairs"]
+    assert good.keys() == by_pairs.keys() and max(value for value in good.values() if value is not None) > 0.7
 
 
 def test_each_pair_order_is_measured(pools: Pools, judge: LocalJudge):

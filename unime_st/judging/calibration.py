@@ -16,6 +16,12 @@ from unime_st.retrieval.mining import Pools
 from unime_st.scoring.groups import Group, Judge, PairOrder, orders_of
 
 _KINDS = ("positive", "random", "hard")
+LEAST_AUC = 0.6
+"""AUC on mined candidates below which a judge's labels are little better than chance."""
+LOW_AUC_ADVICE = (
+    "Its labels are little better than chance there: turn the pair (--pair_order), trust the pairs more than the judge "
+    "(--min_positive_score 1), or take another judge."
+)
 
 
 def calibration_groups(pools: Pools, queries: int = 200, *, seed: int = 0) -> tuple[list[Group], list[list[str]]]:
@@ -61,8 +67,8 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
 
     Returns:
         dict: "sample": number of pairs of each kind; "judges": per name the AUC of positives against random, hard and
-        all negatives, the accuracy of P(Yes) > 0.5, the expected calibration error (ECE) and the number of pairs that
-        could not be judged ("set_aside"); "pair_orders": per name of a judge that can show pairs in either order, and per
+        all negatives, the accuracy of P(Yes) > 0.5, the expected calibration error (ECE), the number of pairs that
+        could not be judged ("set_aside") and the AUC against hard ones per modalities ("auc_hard_by_pairs"); "pair_orders": per name of a judge that can show pairs in either order, and per
         modalities of query and candidate ("all" for all pairs), the AUC of each order and which is "best"; with two or
         more judges "agreement": per pair of names Spearman's rank correlation of the scores and the fraction of equal
         decisions.
@@ -80,7 +86,10 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
             pair_orders[name] = _compare_orders(orders, kinds == "positive", modalities)
     result: Json = {
         "sample": {kind: int((kinds == kind).sum()) for kind in _KINDS},
-        "judges": {name: _quality(found, kinds) for name, found in scores.items()},
+        "judges": {
+            name: {**_quality(found, kinds), "auc_hard_by_pairs": _hard_by_pairs(found, kinds, modalities)}
+            for name, found in scores.items()
+        },
         "pair_orders": pair_orders,
     }
     names = list(scores)
@@ -124,6 +133,15 @@ def _quality(logits: np.ndarray, kinds: np.ndarray) -> dict[str, float | int | N
         "accuracy": float(((probability > 0.5) == positive).mean()) if len(logits) else None,
         "ece": expected_calibration_error(probability, positive),
         "set_aside": int((~judged).sum()),
+    }
+
+
+def _hard_by_pairs(logits: np.ndarray, kinds: np.ndarray, modalities: np.ndarray) -> dict[str, float | None]:
+    """AUC of positives against hard negatives, for each combination of modalities."""
+    judged = np.isfinite(logits)
+    return {
+        name: auc(*(logits[judged & (modalities == name) & (kinds == kind)] for kind in ("positive", "hard")))
+        for name in sorted(set(modalities.tolist()))
     }
 
 
@@ -182,6 +200,10 @@ def report(result: Json) -> str:
     for names, row in result.get("agreement", {}).items():
         lines.append(f"{names}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
     lines += _report_orders(result["pair_orders"])
+    for name, row in result["judges"].items():
+        for pairs, value in row["auc_hard_by_pairs"].items():
+            if value is not None and value < LEAST_AUC:
+                lines.append(f"WARNING: {name}: AUC {value:.2f} on mined candidates, {pairs}. {LOW_AUC_ADVICE}")
     best = max(result["judges"], key=lambda name: result["judges"][name]["auc"] or 0.0)
     return "\n".join([*lines, f"Best AUC of matches against the rest: {best}"])
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from unime_st.data.scenes import FOIL_CATEGORIES, SCENE_TASKS, foils, retrieval_data, training_records
+from unime_st.data.scenes import FOIL_CATEGORIES, SCENE_TASKS, TWIN_TASKS, foils, retrieval_data, training_records
 from unime_st.data.scenes.contrast import contrastive_record, sample_scene_for
 from unime_st.data.scenes.draw import draw_scene
 from unime_st.data.scenes.foils import sample_foil
@@ -112,7 +112,7 @@ def test_training_records_are_seeded_and_hold_duplicates() -> None:
     assert {record.dataset for record in first} == set(SCENE_TASKS)
 
 
-@pytest.mark.parametrize("task", SCENE_TASKS)
+@pytest.mark.parametrize("task", [*SCENE_TASKS, *TWIN_TASKS])
 def test_every_query_has_a_right_answer_among_its_candidates(task: str) -> None:
     data = retrieval_data(task, size=40)
     assert len(data.queries) == 40

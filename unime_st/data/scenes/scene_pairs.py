@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord
 from unime_st.data.scenes.contrast import (
-    SCENE_TASKS,
     class_label,
     contrastive_record,
     sample_grounding_target,
@@ -27,6 +26,7 @@ from unime_st.data.scenes.language import (
     sample_question,
     short_caption,
 )
+from unime_st.data.scenes.twins import held_out_twins
 from unime_st.data.scenes.world import COLORS, SHAPES, describe
 
 TRAINING_MIX = {
@@ -183,13 +183,25 @@ def _labels(rng: random.Random, split: str, size: int) -> RetrievalData:
     return data
 
 
+def _twins(split: str, size: int, seed: int, to_image: bool) -> RetrievalData:
+    members, asked, true = held_out_twins(split, size, seed)
+    right = true if to_image else true.T
+    items = [member.items() for member in members]
+    query, document = (0, 1) if to_image else (2, 3)
+    return RetrievalData(
+        {f"q{i}": items[i][query] for i in asked},
+        {f"d{i}": item[document] for i, item in enumerate(items)},
+        {f"q{i}": {f"d{j}" for j in right[i].nonzero()[0]} for i in asked},
+    )
+
+
 def retrieval_data(task: str, *, split: str = "test", size: int = 300, seed: int = 0) -> RetrievalData:
     """Generate the retrieval dataset of one scene task.
 
     Args:
-        task: One of :data:`SCENE_TASKS`.
+        task: One of ``SCENE_TASKS``, ``"twins_t2i"`` or ``"twins_i2t"``.
         split: Split of the scenes. Defaults to "test".
-        size: Number of queries. Defaults to 300.
+        size: Number of queries. Defaults to 300. The gallery of a twins task is twice as large.
         seed: Seed of scenes, drawing and words. Defaults to 0.
 
     Returns:
@@ -209,9 +221,11 @@ def retrieval_data(task: str, *, split: str = "test", size: int = 300, seed: int
         "grounding": lambda: _crops(rng, split, size),
         "composed": lambda: _edits(rng, split, size),
         "classification": lambda: _labels(rng, split, size),
+        "twins_t2i": lambda: _twins(split, size, seed, to_image=True),
+        "twins_i2t": lambda: _twins(split, size, seed, to_image=False),
     }
     if task not in makers:
-        raise ValueError(f"Unknown scenes task {task!r}; expected one of {', '.join(SCENE_TASKS)}.")
+        raise ValueError(f"Unknown scenes task {task!r}; expected one of {', '.join(makers)}.")
     return makers[task]()
 
 
