@@ -84,6 +84,7 @@ class BatchRunner:
         normalize_embeddings: Scale vectors to unit length.
         output_device: Device of the vectors. None leaves them on the model's device.
         packed: Encode a batch as one row without padding. Defaults to None, if the model uses flash attention.
+        alone: One thread calls the runner, and no other tokenizes meanwhile.
         **options: Passed on to ``preprocess`` and ``forward`` of the model.
     """
 
@@ -100,6 +101,7 @@ class BatchRunner:
         normalize_embeddings: bool = False,
         output_device: str | torch.device | None = "cpu",
         packed: bool | None = None,
+        alone: bool = False,
         **options: Any,
     ) -> None:
         model.eval()
@@ -131,7 +133,7 @@ class BatchRunner:
         self.packed = has_packed_attention(model) if packed is None else packed
         if self.packed:
             copies = [without_padding(copy) for copy in copies]
-        shared = [shared_by_threads(copy) for copy in copies]
+        shared = copies if alone else [shared_by_threads(copy) for copy in copies]
         self.model, self._num_devices = shared[0], len(devices)
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
         for turn in range(turns if on_cpu and len(devices) == 1 else len(devices)):
