@@ -118,6 +118,7 @@ STAGES: dict[str, tuple[Callable, type, dict[str, object]]] = {
             "optim": "muon",
             "lora_rank": 0,
             "frozen": "visual",
+            "learning_rate": 1e-4,  # see SHARDED
         },
     ),
 }
