@@ -219,11 +219,13 @@ def test_rows_without_enough_negatives_are_refused(records: RecordSet, tmp_path:
         judged_rows(plain, 0)
 
 
-def test_the_first_of_the_cached_mini_batches_is_embedded_once(
-    records: RecordSet, model: UniME, costs: np.ndarray
+@pytest.mark.parametrize("limit", [10**9, 1], ids=["whole", "cut by pixels"])
+def test_as_many_mini_batches_as_are_a_full_one_are_embedded_once(
+    records: RecordSet, model: UniME, costs: np.ndarray, limit: int
 ) -> None:
     rows = [{key: row[key] for key in ("query", "positive")} for row in judged_rows(records, 2)]
-    collator = ItemCollator(model.preprocess, records=records, mini_batches=MiniBatches(costs, size=3), lazy=True)
+    split = MiniBatches(costs, size=3, pixels=np.ones_like(costs), max_pixels=limit)
+    collator = ItemCollator(model.preprocess, records=records, mini_batches=split, lazy=True)
     batch = collator(rows)
     loss = DistinctItemsLoss(LOSSES["hard"](model), Feed(ItemFeatures(records, model.preprocess)))
     embedded: list[tuple[int, bool]] = []
@@ -236,10 +238,10 @@ def test_the_first_of_the_cached_mini_batches_is_embedded_once(
     hook.remove()
     sizes = batch["bucket0_sizes"].tolist()
     assert len(sizes) > 2
-    assert embedded == [
-        (sizes[0], True),
-        *((size, False) for size in sizes[1:]),
-        *((size, True) for size in sizes[1:]),
-    ]
+    tokens = costs[batch["bucket0_input_ids"][:, 0].numpy()]
+    kept = 1 if limit > 1 else int((tokens.cumsum() <= 3 * tokens.max()).sum())
+    assert limit > 1 or 3 <= kept
+    first = [(size, number < kept) for number, size in enumerate(sizes)]
+    assert embedded == [*first, *((size, True) for size in sizes[kept:])]
     with torch.no_grad():
         loss(_features(collator(rows)))

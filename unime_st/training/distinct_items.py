@@ -95,6 +95,7 @@ class ItemCollator(SentenceTransformerDataCollator):
         return {
             "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the trainer recognizes inputs by this name
             "bucket0_sizes": torch.tensor([len(group) for group in groups]),
+            "bucket0_kept": torch.tensor([self.mini_batches.count_kept(positions, groups)]),
         }
 
 
@@ -102,9 +103,9 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
     """Embeds the distinct items of a batch once and computes any embedding loss on its columns.
 
     With a feed gradients are cached (https://huggingface.co/papers/2101.06983), and only a few mini-batches are
-    decoded at a time; without one each bucket is one forward pass. The first mini-batch, which is the most expensive, is
-    embedded once: its activations, for which there has to be memory anyway, are kept for the backward pass. Value and
-    gradient equal those of the inner loss on columns that are embedded one by one.
+    decoded at a time; without one each bucket is one forward pass. The first mini-batches, as far as they are one of full
+    size together, are embedded once: their activations, for which there has to be memory anyway, are kept for the backward
+    pass. Value and gradient equal those of the inner loss on columns that are embedded one by one.
 
     Args:
         loss: A loss with ``calculate_loss(reps, labels, with_backward=...)``, as all cached losses have.
@@ -144,8 +145,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._planned: list[list[int]] = []
         self._scheduled: list[tuple[int, bool]] = []  # mini-batches that the stream will yield; True: second pass
         self._step_cache: FrozenTowerCache | None = None
-        self._keeps_first = False
-        self._first: Tensor | None = None  # embeddings of the first mini-batch, with their graph
+        self._kept = 0  # number of first mini-batches that are embedded once
+        self._graphs: dict[int, Tensor] = {}  # their embeddings, with the graph
         self._last_only: bool | None = None
         self._used = 0
 
@@ -187,17 +188,18 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._heap_trimmer.begin()
         self._planned = planned
         scheduled = [(number, False) for number in range(len(planned))]
-        self._step_cache, self._keeps_first, self._first = None, False, None
+        self._step_cache, self._kept, self._graphs = None, 0, {}
         if torch.is_grad_enabled():
             sharded = isinstance(next(self.model.parameters()), DTensor)
             # DDP and FSDP prepare the backward pass of one forward pass at a time.
-            self._keeps_first = not sharded and not isinstance(self.model, DistributedDataParallel)
+            if not sharded and not isinstance(self.model, DistributedDataParallel):
+                self._kept = int(batch["kept"])
             # Sharded weights are gathered while the model itself runs, not while its vision tower runs alone.
             self._step_cache = None if sharded else self.frozen_tower
             if self._step_cache:
                 self._step_cache.begin()
             else:
-                scheduled += [(number, True) for number in range(self._keeps_first, len(planned))]
+                scheduled += [(number, True) for number in range(self._kept, len(planned))]
         self._start(scheduled)
         loss = self.forward_cached([{"input_ids": torch.arange(len(planned))[:, None]}], labels)
         if isinstance(self.loss, CachedEmbeddingLoss):
@@ -225,9 +227,8 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         self._heap_trimmer.trim(
             "gradient" if with_grad else "forward", self._step_cache.host_bytes if self._step_cache else 0
         )
-        if with_grad and begin == 0 and self._first is not None:
-            first, self._first = self._first, None
-            return first, random_state
+        if with_grad and begin in self._graphs:
+            return self._graphs.pop(begin), random_state
         if self._step_cache and with_grad and begin in self._step_cache:
             features = self._step_cache[begin]
         else:
@@ -235,10 +236,11 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         if not with_grad:
             self._count(features)
         count = len(self._planned[begin])
-        keeps = self._keeps_first and begin == 0 and not with_grad
+        keeps = not with_grad and begin < self._kept
         with self._pooled_tokens(features):
             found = super().embed_minibatch(features, 0, count, with_grad or keeps, copy_random_state, random_state)
-        self._first = found[0] if keeps else self._first
+        if keeps:
+            self._graphs[begin] = found[0]
         return found
 
     def _pooled_tokens(self, features: Features) -> AbstractContextManager[None]:
@@ -265,7 +267,7 @@ class DistinctItemsLoss(CachedLossMixin, nn.Module):
         else:  # not scheduled: the mixin repeats a mini-batch so that DDP synchronizes
             assert self.feed is not None
             features = next(self.feed.stream([self._planned[begin]], self._columns.device))
-        keep = not with_grad and not (self._keeps_first and begin == 0)
+        keep = not with_grad and begin >= self._kept
         return self._step_cache.encode_images(begin, features, keep=keep) if self._step_cache else features
 
     def _count(self, features: Features) -> None:

@@ -48,6 +48,13 @@ class MiniBatches:
             groups += [own[group] for group in self._split(positions[own])]
         return sorted(groups, key=lambda group: -len(group) * int(self.costs[positions[group]].max()))
 
+    def count_kept(self, positions: np.ndarray, groups: list[np.ndarray]) -> int:
+        """Number of first groups that take no more tokens together than one mini-batch may: 1 where no limit cut them."""
+        costs = self.costs[positions]
+        padded = np.cumsum([len(group) * int(costs[group].max()) for group in groups])
+        most = self.budget if self.size is None and self.budget else (self.size or len(costs)) * int(costs.max())
+        return max(1, int(np.searchsorted(padded, most, side="right")))
+
     def _split(self, positions: np.ndarray) -> list[np.ndarray]:
         costs = self.costs[positions]
         if self.size is None:
