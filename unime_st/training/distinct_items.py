@@ -88,14 +88,13 @@ class ItemCollator(SentenceTransformerDataCollator):
         return batch
 
     def _planned(self, positions: np.ndarray, groups: list[np.ndarray]) -> Features:
+        parts = np.split(positions, np.cumsum([len(group) for group in groups])[:-1])
         if self.expect:
-            self.expect(
-                [part.tolist() for part in np.split(positions, np.cumsum([len(group) for group in groups])[:-1])]
-            )
+            self.expect([part.tolist() for part in parts])
         return {
             "bucket0_input_ids": torch.from_numpy(positions)[:, None],  # the trainer recognizes inputs by this name
             "bucket0_sizes": torch.tensor([len(group) for group in groups]),
-            "bucket0_kept": torch.tensor([self.mini_batches.count_kept(positions, groups)]),
+            "bucket0_kept": torch.tensor([self.mini_batches.count_kept(parts)]),
         }
 
 

@@ -48,12 +48,13 @@ class MiniBatches:
             groups += [own[group] for group in self._split(positions[own])]
         return sorted(groups, key=lambda group: -len(group) * int(self.costs[positions[group]].max()))
 
-    def count_kept(self, positions: np.ndarray, groups: list[np.ndarray]) -> int:
-        """Number of first groups that take no more tokens together than one mini-batch may: 1 where no limit cut them."""
-        costs = self.costs[positions]
-        padded = np.cumsum([len(group) * int(costs[group].max()) for group in groups])
-        most = self.budget if self.size is None and self.budget else (self.size or len(costs)) * int(costs.max())
-        return max(1, int(np.searchsorted(padded, most, side="right")))
+    def count_kept(self, mini_batches: list[np.ndarray]) -> int:
+        """Number of first mini-batches that take no more tokens together than one may: 1 where no limit cut them."""
+        longest = [int(self.costs[positions].max()) for positions in mini_batches]
+        padded = np.cumsum([most * len(positions) for most, positions in zip(longest, mini_batches)])
+        size = self.size or sum(map(len, mini_batches))
+        limit = self.budget if self.size is None and self.budget else size * max(longest)
+        return max(1, int(np.searchsorted(padded, limit, side="right")))
 
     def _split(self, positions: np.ndarray) -> list[np.ndarray]:
         costs = self.costs[positions]
