@@ -71,7 +71,11 @@ def load(folder: Path, side: str = OURS) -> SentenceTransformer:
     torch.manual_seed(0)
     options = TrainArguments(lora_rank=16, lora_dropout=0.0)
     if side == STOCK:  # peft's own layers
-        config = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "target_modules": options.lora_targets}
+        config: dict[str, Any] = {
+            "r": options.lora_rank,
+            "lora_alpha": options.lora_alpha,
+            "target_modules": options.lora_targets,
+        }
         model.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **config))
     else:
         add_lora(model, options)

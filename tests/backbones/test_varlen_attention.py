@@ -32,6 +32,13 @@ def states(batch: int, tokens: int, heads: tuple[int, int] = (4, 2)) -> list[tor
     return [state.requires_grad_() for state in made]
 
 
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor | None, **how: Any
+) -> Any:
+    """The function as a causal module calls it."""
+    return varlen_attention(CAUSAL, query, key, value, mask, **how)
+
+
 def alone(parts: list[torch.Tensor], lengths: tuple[int, ...], causal: bool) -> torch.Tensor:
     """Each sequence of one packed row by itself."""
     pieces = [
@@ -46,7 +53,7 @@ def alone(parts: list[torch.Tensor], lengths: tuple[int, ...], causal: bool) -> 
 def test_packed_rows_with_boundaries(lengths: tuple[int, ...], causal: bool) -> None:
     parts = states(1, sum(lengths))
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    found, weights = varlen_attention(CAUSAL, *parts, None, is_causal=causal, cu_seq_lens_q=bounds)
+    found, weights = attend(*parts, mask=None, is_causal=causal, cu_seq_lens_q=bounds)
     expected = alone(parts, lengths, causal)
     torch.testing.assert_close(found, expected)
     assert weights is None
@@ -59,9 +66,7 @@ def test_packed_rows_with_boundaries(lengths: tuple[int, ...], causal: bool) -> 
 def test_packed_rows_with_positions_that_restart() -> None:
     parts = states(1, sum(LENGTHS))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    torch.testing.assert_close(
-        varlen_attention(CAUSAL, *parts, None, position_ids=positions)[0], alone(parts, LENGTHS, True)
-    )
+    torch.testing.assert_close(attend(*parts, mask=None, position_ids=positions)[0], alone(parts, LENGTHS, True))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -69,7 +74,7 @@ def test_padded_batches(side: str) -> None:
     parts = states(len(LENGTHS), max(LENGTHS))
     steps, lengths = torch.arange(max(LENGTHS))[None], torch.tensor(LENGTHS)[:, None]
     mask = steps < lengths if side == "right" else steps >= max(LENGTHS) - lengths
-    found = varlen_attention(CAUSAL, *parts, mask)[0]
+    found = attend(*parts, mask=mask)[0]
     rows = [part.transpose(1, 2)[mask].transpose(0, 1)[None] for part in parts]
     torch.testing.assert_close(found[mask], alone(rows, LENGTHS, True)[0])
     assert not found[~mask].any()
@@ -78,14 +83,14 @@ def test_padded_batches(side: str) -> None:
 def test_rows_without_padding_are_sequences() -> None:
     parts = states(2, 4)
     expected = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(varlen_attention(CAUSAL, *parts, None, position_ids=torch.arange(4)[None])[0], expected)
+    torch.testing.assert_close(attend(*parts, mask=None, position_ids=torch.arange(4)[None])[0], expected)
 
 
 def test_a_sliding_window_is_refused_only_where_it_matters() -> None:
     parts = states(1, 4)
-    varlen_attention(CAUSAL, *parts, None, sliding_window=4)
+    attend(*parts, mask=None, sliding_window=4)
     with pytest.raises(ValueError, match=r"no sliding window.*3 tokens.*'sdpa'"):
-        varlen_attention(CAUSAL, *parts, None, sliding_window=3)
+        attend(*parts, mask=None, sliding_window=3)
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "unime-v2-2b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_a_device_finds_the_same(kind: type, resident: bool, monkeypatch: pytest
     with nullcontext() if torch.cuda.is_available() else pretended_devices():
         if not resident:
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (0, 0))
-        sides = [(queries, corpus)]
+        sides: list[tuple[Any, ...]] = [(queries, corpus)]
         sides += [tuple(torch.tensor(side, device="cuda") for side in sides[0])] if resident else []
         for left, right in sides:
             for limit, excluded in ((None, None), (limits, exclude)):

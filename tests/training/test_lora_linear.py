@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from unime_st.training.lora_linear import MergedLoraLinear, merge_lora_products
 from unime_st.training.mini_batches import MiniBatches
 
 
-def _layers(dtype: torch.dtype = torch.float64, **options: object) -> tuple[nn.Module, nn.Module]:
+def _layers(dtype: torch.dtype = torch.float64, **options: object) -> tuple[Any, Any]:
     """The same two adapted layers, of peft and merged."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4, bias=False)).to(dtype)

@@ -29,12 +29,12 @@ class MergedLoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Apply the layer to ``x`` of shape ``(..., in_features)``."""
-        weight = self.get_base_layer().weight
-        if args or kwargs or not self._can_merge(x, weight):
+        base: nn.Linear = self.get_base_layer()  # type: ignore[assignment]
+        if args or kwargs or not self._can_merge(x, base.weight):
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
         thin = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-        product: Tensor = _MergedProduct.apply(x, weight, self.get_base_layer().bias, *thin)
+        product: Tensor = _MergedProduct.apply(x, base.weight, base.bias, *thin)
         return product
 
     def _can_merge(self, x: Tensor, weight: Tensor) -> bool:
