@@ -380,30 +380,6 @@ def patch_mteb_run(wrap: Wrap) -> None:
     home.run = wrap(home.run)
 
 
-# torch
-
-
-def packed_flash_attention(
-    states: Sequence[torch.Tensor],
-    bounds: torch.Tensor,
-    longest: int,
-    *,
-    dropout: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """Flash attention of torch on CUDA for queries, keys and values (tokens, heads, head_dim) of sequences in one row.
-
-    The public ``torch.nn.attention.varlen`` has other arguments in each of the versions that may be installed.
-    """
-    from torch import ops
-
-    found: torch.Tensor = ops.aten._flash_attention_forward(
-        *states, bounds, bounds, longest, longest, dropout, is_causal, False, scale=scale
-    )[0]
-    return found
-
-
 # Pillow
 
 

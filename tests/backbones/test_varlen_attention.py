@@ -93,7 +93,9 @@ def test_a_sliding_window_is_refused_only_where_it_matters() -> None:
         attend(*parts, mask=None, sliding_window=3)
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "unime-v2-2b"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "unime-v2-2b", "unime-v2", "llava-1.6", "unime-v1-phi3.5"]
+)
 def test_models_give_the_vectors_of_sdpa(converted: Get, name: str) -> None:
     """Of the vision tower by default; of the language model, too, where the user asks for it."""
     noise = np.random.default_rng(0)
@@ -104,12 +106,19 @@ def test_models_give_the_vectors_of_sdpa(converted: Get, name: str) -> None:
     for options, text in (({}, "sdpa"), ({"attn_implementation": TORCH_FLASH}, TORCH_FLASH)):
         model = UniME(converted(name), device="cpu", model_kwargs=options)
         config: Any = model[0].model.config
-        assert config.vision_config._attn_implementation == TORCH_FLASH
+        if "qwen" in name or text == TORCH_FLASH:
+            assert config.vision_config._attn_implementation == TORCH_FLASH
         assert config.get_text_config()._attn_implementation == text
         np.testing.assert_allclose(model.encode(rows), expected, atol=2e-5)
         np.testing.assert_allclose(
             SentenceTransformer(modules=list(model.children()), device="cpu").encode(rows), expected, atol=2e-5
         )
+
+
+def test_a_cache_is_refused() -> None:
+    query, key, value = states(1, 4)
+    with pytest.raises(ValueError, match=r"no key-value cache.*'sdpa'"):
+        attend(query[:, :, -1:], key, value, mask=None)
 
 
 def test_other_implementations_stay() -> None:

@@ -17,13 +17,14 @@ from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
 from unime_st.data.images import BadImageError
 from unime_st.encoding import encode_items
 from unime_st.encoding.engine import Engine
+from unime_st.encoding.fast_paths import remembered
 from unime_st.encoding.image_fast_path import ImageFastPath, order_and_text
 from unime_st.encoding.list_inputs import encode_list
+from unime_st.encoding.model_inputs import load_input
 from unime_st.encoding.rope_positions import RopePositions
-from unime_st.encoding.text_fast_path import remembered
 
 Get = Callable[[str], UniME]
-FAMILIES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
+FAST = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "unime-v2-2b"]
 
 
 def photo(seed: int, width: int = 90, height: int = 60) -> Image.Image:
@@ -45,7 +46,7 @@ MIXED: list[Any] = [
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", [*FAMILIES, "unime-v2-2b"])
+@pytest.mark.parametrize("name", FAST)
 def test_positions_are_those_of_the_backbone(embedder: Get, name: str, side: str) -> None:
     model = embedder(name)
     before, model.tokenizer.padding_side = model.tokenizer.padding_side, side
@@ -100,7 +101,7 @@ def test_no_token_is_left_out_without_a_context() -> None:
     assert torch.equal(model(dict(features))["token_embeddings"], everything)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "unime-v2-2b", "unime-v2", "unime-v1-phi3.5"])
+@pytest.mark.parametrize("name", [*FAST, "unime-v2", "unime-v1-phi3.5"])
 def test_images_skip_the_chat_template(embedder: Get, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where processor and template allow it; the vectors are those of the model everywhere."""
     model = embedder(name)
@@ -110,17 +111,44 @@ def test_images_skip_the_chat_template(embedder: Get, name: str, monkeypatch: py
     items += [{"text": f"about {seed}", "image": photo(seed)} for seed in range(5)]
     items += [Item("an item", image=photo(40)), Item(image=photo(41)), photo(42), {"image": photo(43), "text": ""}]
     items += [{"image": photo(44), "text": "special <|im_end|> token"}, {"image": [photo(45)], "text": "a list"}]
-    assert remembered(ImageFastPath, model, {"prompt": "find: "}).usable == (name in FAMILIES)
+    assert remembered(ImageFastPath, model, {"prompt": "find: "}).usable == (name in FAST)
     prompts: list[int] = []
     original = ImageFastPath.features
     monkeypatch.setattr(
         ImageFastPath, "features", lambda self, rows, images: prompts.append(len(rows)) or original(self, rows, images)
     )
     found = encode_items(model, items, prompt="find: ")
-    assert sum(prompts) == (39 if name in FAMILIES else 0)
+    assert sum(prompts) == (39 if name in FAST else 0)
     plain = [item.to_input() if isinstance(item, Item) else item for item in items]
     slow = np.concatenate([stock(model).encode(plain[b : b + 8], prompt="find: ") for b in range(0, len(plain), 8)])
     np.testing.assert_allclose(found, slow, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_images_of_every_mode_and_shape_have_the_features_of_the_model(embedder: Get, name: str) -> None:
+    """The image rule of the recipe applies, too."""
+    model, noise = embedder(name), np.random.default_rng(0)
+    path = remembered(ImageFastPath, model, {"prompt": None})
+    assert path.usable
+    shapes = [("RGB", 1, 1), ("RGB", 900, 5), ("RGB", 5, 900), ("RGB", 1900, 1300), ("RGB", 5000, 30), ("L", 70, 90)]
+    shapes += [("RGBA", 70, 90), ("LA", 70, 90), ("CMYK", 70, 90)]
+    for mode, width, height in shapes:
+        image = Image.frombytes(mode, (width, height), noise.bytes(width * height * len(mode)))
+        for value in (image, image.convert("P") if mode == "RGB" else image):
+            loaded: Any = load_input(value)
+            found = path.features(path.tokens([(("image",), ""), (("image", "text"), "a b")]), [loaded, loaded])
+            expected = model.preprocess([value, {"image": value, "text": "a b"}])
+            assert found.keys() == expected.keys()
+            for part, tensor in expected.items():
+                assert torch.equal(found[part], tensor) if torch.is_tensor(tensor) else found[part] == tensor, mode
+
+
+def test_own_options_for_images_go_the_long_way() -> None:
+    model = UniME("unime-tiny", device="cpu", processor_kwargs={})
+    assert remembered(ImageFastPath, model, {"prompt": None}).usable
+    first: Any = model[0]
+    first.processing_kwargs = {**(first.processing_kwargs or {}), "image": {"do_rescale": False}}
+    assert not remembered(ImageFastPath, model, {"prompt": None}).usable
 
 
 def test_prompts_are_probed_once_per_model_and_prompt() -> None:

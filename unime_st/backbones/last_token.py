@@ -19,7 +19,7 @@ _POOLED: ContextVar[tuple[Tensor, tuple[int, ...]] | None] = ContextVar("pooled 
 
 
 def prepare_last_layer(model: Any) -> bool:
-    """Let :func:`only_last_tokens` reach the last decoder layer of a model, in place.
+    """Let :func:`only_last_tokens` reach the last decoder layer of a model; adds hooks to it.
 
     Args:
         model: A model of transformers.

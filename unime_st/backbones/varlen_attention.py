@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,13 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from unime_st.compat import packed_flash_attention
-
 TORCH_FLASH = "torch_flash"
 
 
 def use_varlen_attention(model: nn.Module, *, everywhere: bool = False) -> None:
-    """Let vision towers that pack their images use :func:`varlen_attention` instead of sdpa, in place.
+    """Let vision towers that pack their images use :func:`varlen_attention` instead of sdpa; modifies the model.
 
     Towers of other implementations, such as ``flash_attention_2`` or ``eager``, stay as they are. Saved files do not
     change.
@@ -40,10 +39,15 @@ def use_varlen_attention(model: nn.Module, *, everywhere: bool = False) -> None:
         'torch_flash'
     """
     for module in model.modules():
-        packs = "cu_seqlens" in inspect.signature(type(module).forward).parameters
+        packs = _packs_sequences(type(module))
         config: Any = getattr(module, "config", None)
         if (packs or everywhere) and getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = TORCH_FLASH
+
+
+@cache
+def _packs_sequences(kind: type[nn.Module]) -> bool:
+    return "cu_seqlens" in inspect.signature(kind.forward).parameters
 
 
 def varlen_attention(
@@ -83,8 +87,13 @@ def varlen_attention(
         tuple: States of shape ``(batch, tokens, heads, head_dim)``, and None for the attention weights.
 
     Raises:
-        ValueError: If a sequence is longer than ``sliding_window``.
+        ValueError: If a sequence is longer than ``sliding_window``, or keys come from a cache.
     """
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"attention implementation {TORCH_FLASH!r} takes no key-value cache, which generation needs: load the model "
+            "with attn_implementation 'sdpa'"
+        )
     batch, tokens = query.shape[0], query.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     packed = _packed_rows(query, attention_mask, position_ids, cu_seq_lens_q, max_length_q)
@@ -128,7 +137,7 @@ def _packed_rows(
         if mask is not None:
             bounds, kept = F.pad(mask.sum(1).cumsum(0), (1, 0)), mask.flatten().nonzero().flatten()
         else:
-            bounds, kept = F.pad((source[0] == 0).nonzero().flatten(), (0, 1), value=tokens), None
+            bounds, kept = F.pad((source[0] == source.min()).nonzero().flatten(), (0, 1), value=tokens), None
         found = _Packed(bounds, int(bounds.diff().max()), kept)
         source._packed_rows = found  # type: ignore[attr-defined]
     return found
@@ -141,7 +150,11 @@ def _runs_flash(states: Tensor) -> bool:
 
 def _flash(states: list[Tensor], packed: _Packed, causal: bool, scaling: float | None, dropout: float) -> Tensor:
     bounds = packed.bounds.to(states[0].device, torch.int32)
-    return packed_flash_attention(states, bounds, packed.longest, dropout=dropout, is_causal=causal, scale=scaling)
+    # The public `torch.nn.attention.varlen` has other arguments in each of the versions that may be installed.
+    found: Tensor = torch.ops.aten._flash_attention_forward(
+        *states, bounds, bounds, packed.longest, packed.longest, dropout, causal, False, scale=scaling
+    )[0]
+    return found
 
 
 def _by_length(states: list[Tensor], packed: _Packed, causal: bool, scaling: float | None, dropout: float) -> Tensor:

@@ -51,7 +51,8 @@ _CPU_THREADS, _DEVICE_THREADS = 4, 8
 class Job:
     """One input to encode: its row in the stream, and what is known of it.
 
-    ``tokens`` are those of a plain text, or of the prompt around one image; ``shared`` is the video that it has in common with other inputs.
+    ``tokens`` are those of a plain text, or of the prompt around one image; ``shared`` is the video that it has in common
+    with other inputs.
     """
 
     row: int
@@ -84,7 +85,7 @@ class BatchRunner:
         normalize_embeddings: Scale vectors to unit length.
         output_device: Device of the vectors. None leaves them on the model's device.
         packed: Encode a batch as one row without padding. Defaults to None, if the model uses flash attention.
-        alone: One thread calls the runner, and no other tokenizes meanwhile.
+        single_thread: One thread calls the runner, and no other tokenizes meanwhile. Defaults to False.
         **options: Passed on to ``preprocess`` and ``forward`` of the model.
     """
 
@@ -101,7 +102,7 @@ class BatchRunner:
         normalize_embeddings: bool = False,
         output_device: str | torch.device | None = "cpu",
         packed: bool | None = None,
-        alone: bool = False,
+        single_thread: bool = False,
         **options: Any,
     ) -> None:
         model.eval()
@@ -133,7 +134,7 @@ class BatchRunner:
         self.packed = has_packed_attention(model) if packed is None else packed
         if self.packed:
             copies = [without_padding(copy) for copy in copies]
-        shared = copies if alone else [shared_by_threads(copy) for copy in copies]
+        shared = copies if single_thread else [shared_by_threads(copy) for copy in copies]
         self.model, self._num_devices = shared[0], len(devices)
         self._free: queue.SimpleQueue[tuple[SentenceTransformer, torch.device]] = queue.SimpleQueue()
         for turn in range(turns if on_cpu and len(devices) == 1 else len(devices)):

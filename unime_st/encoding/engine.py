@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
 from unime_st.encoding.content_keys import content_key
+from unime_st.encoding.fast_paths import remembered
 from unime_st.encoding.image_fast_path import ImageFastPath, order_and_text
 from unime_st.encoding.model_inputs import (
     copy_arrays,
@@ -28,7 +29,7 @@ from unime_st.encoding.model_inputs import (
     raise_if_single,
 )
 from unime_st.encoding.shared_videos import SharedVideo, video_key, video_of
-from unime_st.encoding.text_fast_path import TextFastPath, plain_text, remembered
+from unime_st.encoding.text_fast_path import TextFastPath, plain_text
 from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
 from unime_st.encoding.vector_shards import VectorSink
 

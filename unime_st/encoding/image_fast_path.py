@@ -11,8 +11,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from unime_st.data.items import Item
+from unime_st.encoding.fast_paths import pad_rows, reserved_tokens, uses_chat_template
 from unime_st.encoding.model_inputs import Features, is_media
-from unime_st.encoding.text_fast_path import has_plain_texts, pad_rows, reserved_names
 from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
 
 Order = tuple[str, ...]
@@ -20,8 +20,8 @@ ORDERS: tuple[Order, ...] = (("image",), ("image", "text"), ("text", "image"))
 
 _KNOWN = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
 _COUNTS = {"num_images_per_sample", "batch_num_images"}
-_PROBES = ((60, 60), (90, 150), (200, 40))
-"""Sizes of the images on which features have to agree with those of the model, in pixels."""
+_PROBES = (("RGB", 60, 60), ("RGBA", 90, 150), ("L", 200, 40), ("RGB", 1200, 900))
+"""Modes, widths and heights in pixels of the images on which features have to agree with those of the model."""
 
 
 class ImageFastPath:
@@ -42,12 +42,14 @@ class ImageFastPath:
     def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
         self._processor: Any = getattr(model, "processor", None)
         self._tokenizer = model.tokenizer
+        own: Any = getattr(model[0], "processing_kwargs", None) or {}
         self._frames: dict[Order, TemplateFrame] = {}
         token = getattr(self._processor, "image_token", None)
         self.usable = (
             isinstance(token, str)
+            and not own.keys() & {"image", "common"}
             and hasattr(self._processor, "image_processor")
-            and has_plain_texts(model, options)
+            and uses_chat_template(model, options)
             and self._find_frames(model, prompt, token)
             and self._same_as(model, prompt, options)
         )
@@ -57,7 +59,7 @@ class ImageFastPath:
         formatter = transformer.input_formatter
         options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
         options.pop("restore_suffix", None)
-        blank = Image.new("RGB", _PROBES[0])
+        blank = Image.new("RGB", (60, 60))
 
         def render(order: Order, text: str) -> str:
             parts = {name: blank if name == "image" else text for name in order}
@@ -82,17 +84,20 @@ class ImageFastPath:
     def _same_as(self, model: SentenceTransformer, prompt: str | None, options: Mapping[str, object]) -> bool:
         """Whether the features of a batch equal those of the model."""
         self._limit = int(min(model.max_seq_length or 10**9, 10**9))
-        self._reserved = reserved_names(model)
+        self._reserved = reserved_tokens(model)
         noise = np.random.default_rng(0)
         images = [
-            Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in _PROBES
+            Image.frombytes(mode, (width, height), noise.bytes(width * height * len(mode)))
+            for mode, width, height in _PROBES
         ]
         texts = [text for text in SAMPLES if text]
+        *small, large = images
         chosen = [
-            (order, texts[row] if "text" in order else "", images[(row + shift) % len(images)])
+            (order, texts[row] if "text" in order else "", small[(row + shift) % len(small)])
             for shift, order in enumerate(ORDERS)
             for row in range(len(texts))
         ]
+        chosen.append((("image",), "", large))
         inputs: list[Any] = [
             {name: image if name == "image" else text for name in order} if len(order) > 1 else image
             for order, text, image in chosen
@@ -141,7 +146,8 @@ class ImageFastPath:
             ValueError: If the image processor refuses an image.
         """
         processor = self._processor.image_processor
-        processed = processor([[image] for image in images], return_tensors="pt")
+        ready = self._processor.prepare_inputs_layout(images=[[image] for image in images])[0]  # image rule of recipes
+        processed = processor(ready, return_tensors="pt")
         counts = (processed["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
         repeated = []
         for row, count in zip(rows, counts, strict=True):

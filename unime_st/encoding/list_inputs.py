@@ -58,7 +58,7 @@ def _encode_few(
         return None
     options.pop("batch_size", None)
     try:
-        runner = BatchRunner(model, workers=1, alone=True, output_device="cpu" if on_cpu else None, **options)
+        runner = BatchRunner(model, workers=1, single_thread=True, output_device="cpu" if on_cpu else None, **options)
         vectors = runner.encode([Job(row, normalize_input(value)) for row, value in enumerate(inputs)])
     except (RuntimeError, MemoryError, ValueError, TypeError):
         return None

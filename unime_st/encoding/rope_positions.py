@@ -77,9 +77,8 @@ class RopePositions:
         if found is None:
             kinds, shapes = torch.from_numpy(types.copy())[None], torch.from_numpy(grids.copy())
             ids = torch.zeros_like(kinds, dtype=torch.long)
-            layout = self._backbone.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=shapes)[0][
-                :, 0
-            ].numpy()
+            positions = self._backbone.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=shapes)[0]
+            layout = positions[:, 0].numpy()
             self._layouts[key] = found = layout, int(layout.max()) + 1
             while len(self._layouts) > _KEPT:
                 self._layouts.popitem(last=False)

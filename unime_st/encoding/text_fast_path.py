@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
 
 from unime_st.data.items import Item
+from unime_st.encoding.fast_paths import pad_rows, reserved_tokens, uses_chat_template
 from unime_st.encoding.model_inputs import Features, is_media
 from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
-
-Path = TypeVar("Path")
 
 
 class TextFastPath:
@@ -38,7 +34,7 @@ class TextFastPath:
         self._special = False
         self._frame: TemplateFrame | None = None
         self.usable = (
-            has_plain_texts(model, options)
+            uses_chat_template(model, options)
             and self._find_frame(model, prompt)
             and self._same_as(model, prompt, options)
         )
@@ -62,7 +58,7 @@ class TextFastPath:
         """Whether the features of a batch equal those of the model."""
         limit = model.max_seq_length
         self._limit = int(min(limit if limit else 10**9, 10**9))
-        self._reserved = reserved_names(model)
+        self._reserved = reserved_tokens(model)
         expected = model.preprocess(list(SAMPLES), prompt=prompt, **options)
         self._names = [name for name in expected if name not in ("input_ids", "attention_mask")]
         if set(self._names) - {"mm_token_type_ids", "token_type_ids", "modality"}:
@@ -112,47 +108,3 @@ def plain_text(value: object) -> str | None:
     if isinstance(value, dict) and value.keys() == {"text"} and isinstance(value["text"], str):
         return value["text"]
     return value if isinstance(value, str) and not is_media(value) else None
-
-
-_REMEMBERED: WeakKeyDictionary[object, dict[Hashable, Any]] = WeakKeyDictionary()
-
-
-def remembered(kind: Callable[..., Path], model: SentenceTransformer, prompting: Mapping[str, Any]) -> Path:
-    """Fast path of a model, probed once for every prompt, template and length limit."""
-    first: Any = model[0]
-    state = (prompting, first.processing_kwargs, model.max_seq_length, model.tokenizer.padding_side)
-    template = getattr(model.processor, "chat_template", None)
-    key = (kind, repr(state), str(template), id(getattr(model.processor, "image_processor", None)))
-    kept = _REMEMBERED.setdefault(first.model, {})
-    if key not in kept:
-        kept[key] = kind(model, **prompting)
-    found: Path = kept[key]
-    return found
-
-
-def pad_rows(rows: Sequence[np.ndarray], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Pad token ids to one length on the side of the tokenizer; returns ids and attention mask."""
-    width = max(map(len, rows))
-    ids = np.full((len(rows), width), tokenizer.pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for number, row in enumerate(rows):
-        index = slice(width - len(row), None) if tokenizer.padding_side == "left" else slice(len(row))
-        ids[number, index] = row
-        mask[number, index] = 1
-    return ids, mask
-
-
-def reserved_names(model: SentenceTransformer) -> re.Pattern[str]:
-    """Pattern of the special tokens that a text must not contain for a fast path."""
-    names = {token.content for token in model.tokenizer.added_tokens_decoder.values() if token.special}
-    images = (getattr(model.processor, name, None) for name in ("image_token", "video_token"))
-    names |= {"<|image_", *(name for name in images if name)}
-    return re.compile("|".join(map(re.escape, sorted(names))))
-
-
-def has_plain_texts(model: SentenceTransformer, options: Mapping[str, object]) -> bool:
-    """Whether texts go through a chat template, and no option changes their truncation."""
-    first: Any = model[0]
-    if not isinstance(first, Transformer) or "message" not in first.modality_config or set(options) - {"task"}:
-        return False
-    return "task" not in options or (first.query_length is None and first.document_length is None)
