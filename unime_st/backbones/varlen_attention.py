@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -39,15 +38,10 @@ def use_varlen_attention(model: nn.Module, *, everywhere: bool = False) -> None:
         'torch_flash'
     """
     for module in model.modules():
-        packs = _packs_sequences(type(module))
+        packs = "cu_seqlens" in inspect.signature(type(module).forward).parameters
         config: Any = getattr(module, "config", None)
         if (packs or everywhere) and getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = TORCH_FLASH
-
-
-@cache
-def _packs_sequences(kind: Any) -> bool:
-    return "cu_seqlens" in inspect.signature(kind.forward).parameters
 
 
 def varlen_attention(
