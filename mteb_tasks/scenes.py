@@ -52,16 +52,17 @@ class _ScenesRetrieval(_DrawnTask, ItemRetrievalTask):
     """Scenes as a retrieval task.
 
     Args:
-        size: Number of queries.
+        size: Number of queries. Defaults to that of the official task: 300, and 1,600 for the tasks on near-twins.
         data_seed: Which held-out scenes are drawn.
         **kwargs: mteb's task arguments.
     """
 
     scene_task: ClassVar[str]
+    official_size: ClassVar[int] = 300
 
-    def __init__(self, *, size: int = 300, data_seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *, size: int | None = None, data_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.set_sample(size, data_seed, 300)
+        self.set_sample(self.official_size if size is None else size, data_seed, self.official_size)
 
     def retrieval_data(self, subset: str, split: str) -> RetrievalData:
         """Draw the scenes of the split."""
@@ -141,6 +142,36 @@ class ScenesClassification(_ScenesRetrieval):
     )
 
 
+class _TwinsRetrieval(_ScenesRetrieval):
+    """Families of near-twins; a gallery of twice as many documents as queries, several of which may be right."""
+
+    official_size = 1600
+
+
+class ScenesTwinsT2IRetrieval(_TwinsRetrieval):
+    """Find the images of a caption among near-twins."""
+
+    scene_task = "twins_t2i"
+    metadata = _metadata(
+        "ScenesTwinsT2IRetrieval",
+        "Find the drawn scenes of which a caption is true, in a gallery of their near-twins.",
+        "t2i",
+        main_score="ndcg_at_10",
+    )
+
+
+class ScenesTwinsI2TRetrieval(_TwinsRetrieval):
+    """Find the captions of an image among those of near-twins."""
+
+    scene_task = "twins_i2t"
+    metadata = _metadata(
+        "ScenesTwinsI2TRetrieval",
+        "Find the captions that are true of a drawn scene, in a gallery of captions of its near-twins.",
+        "i2t",
+        main_score="ndcg_at_10",
+    )
+
+
 class ScenesCompositional(_DrawnTask, CaptionPreferenceTask):
     """Tell a caption from a foil that differs in one object, attribute or relation.
 
@@ -178,6 +209,8 @@ SCENES_TASKS = (
     ScenesGrounding,
     ScenesComposedRetrieval,
     ScenesClassification,
+    ScenesTwinsT2IRetrieval,
+    ScenesTwinsI2TRetrieval,
     ScenesCompositional,
 )
 """Every scenes task."""

@@ -45,13 +45,17 @@ def test_every_retrieval_task_runs_and_ranks_as_numpy_does(tiny, task, tmp_path)
     data = made.retrieval_data("default", "test")
     queries = tiny.encode([item.to_input() for item in data.queries.values()])
     documents = tiny.encode([item.to_input() for item in data.corpus.values()])
-    names, hits = list(data.corpus), []
+    names, hits, gains = list(data.corpus), [], []
+    discounts = 1 / np.log2(np.arange(2, 12))
     for row, query in enumerate(data.queries):
-        listed = data.candidates[query] if data.candidates is not None else names
+        listed, relevant = data.candidates[query] if data.candidates is not None else names, data.relevant[query]
         similar = documents[[names.index(name) for name in listed]] @ queries[row]
-        hits.append(listed[int(similar.argmax())] in data.relevant[query])
+        right = [listed[index] in relevant for index in np.argsort(-similar)[:10]]
+        hits.append(right[0])
+        gains.append(discounts[: len(right)] @ right / discounts[: len(relevant)].sum())
     assert scores["hit_rate_at_1"] == pytest.approx(np.mean(hits), abs=1e-5)
-    assert scores["main_score"] == scores["hit_rate_at_1"]
+    assert scores["ndcg_at_10"] == pytest.approx(np.mean(gains), abs=1e-5)
+    assert scores["main_score"] == scores[made.metadata.main_score]
     ranked = json.loads((tmp_path / f"{made.metadata.name}_predictions.json").read_text())["default"]["test"]
     assert ranked.keys() == set(data.queries) and all(len(found) <= 10 for found in ranked.values())
     assert 0 < scores["chance"] < 0.5

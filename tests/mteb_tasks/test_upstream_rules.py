@@ -19,12 +19,14 @@ from mteb_tasks.sugarcrepe import SugarCrepeByCategory
 
 TASKS = registered_tasks()
 EACH = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.metadata.name)
-# By construction: answers of one word, questions and crops that fit several drawings, two captions to an image.
+# By construction: answers of one word, questions, crops and captions that fit several drawings, two captions to an image.
 # mteb keeps such a list, too, with every VQA set and SugarCrepe on it.
 KNOWN = {
     "ScenesVQA": {"short_text", "duplicate_text"},
     "ScenesGrounding": {"duplicate_image", "duplicate_text"},
     "ScenesComposedRetrieval": {"duplicate_text"},
+    "ScenesTwinsT2IRetrieval": {"duplicate_text"},
+    "ScenesTwinsI2TRetrieval": {"duplicate_text"},
     "ScenesCompositional": {"impossible_unique_count"},
 }
 
@@ -48,6 +50,7 @@ def test_metadata_are_filled_and_valid(task):
         "hit_rate_at_1",
         "text_acc",
         "ndcg_at_5",
+        "ndcg_at_10",
         "overall",
     )
     assert metadata.intext_citation().startswith("\\cite{")
