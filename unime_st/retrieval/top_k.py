@@ -17,6 +17,7 @@ _RESCORE_BYTES = 1 << 20  # fits in the cache of a core
 _PART = 32  # adjacent similarities that are inspected one by one only if their maximum is among the best
 _DEVICE_BYTES = 1 << 30  # of the largest tensor beside a corpus that is on a GPU
 Matrix = np.ndarray | torch.Tensor
+_IndexLists = Sequence[Sequence[int]]
 _EXACT_IN_FLOAT32 = ("float16", "bfloat16", "float32")
 
 
@@ -89,8 +90,8 @@ def top_k(
         >>> indices, scores
         (array([[2, 0]]), array([[0.6, 0. ]], dtype=float32))
     """
-    place = torch.device(device or "cpu")
-    left, right = _matrix(queries, "queries", place), _matrix(corpus, "corpus", place)
+    device = torch.device(device or "cpu")
+    left, right = _matrix(queries, "queries", device), _matrix(corpus, "corpus", device)
     check_count("k", k)
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"queries and corpus must have equal dimensions, got {left.shape[1]} and {right.shape[1]}")
@@ -104,9 +105,8 @@ def top_k(
     indices = np.full((len(left), k), -1, dtype=np.int64)
     # Float32 may rank a neighbor of rank k slightly lower, the more so with a limit among many similar vectors.
     spare = max(8 if np.isposinf(limit).all() else 64, k // 4)
-    norms, search = _norms(left, "queries"), _Search(right, k, spare, corpus_chunk, place)
-    starts = range(0, len(left), query_chunk)
-    for start in tqdm(starts, desc="searching", unit="block", disable=not show_progress_bar):
+    norms, search = _norms(left, "queries"), _Search(right, k, spare, corpus_chunk, device)
+    for start in tqdm(range(0, len(left), query_chunk), desc="searching", unit="block", disable=not show_progress_bar):
         block = slice(start, start + query_chunk)
         excluded = [()] * len(left[block]) if exclude is None else exclude[block]
         scores[block], indices[block] = search.answers(left[block], norms[block], limit[block], excluded)
@@ -123,12 +123,12 @@ class _Search:
         self._out = np.empty(0, dtype=np.float32)
         self._resident = self._on_the_device()
         exact = str(corpus.dtype).removeprefix("torch.") in _EXACT_IN_FLOAT32
-        self._compares_here = self._resident is not None and exact
+        self._compares_on_device = self._resident is not None and exact
         norms = _norms(self._resident if self._resident is not None and exact else corpus, "corpus")
         self.largest_norm = float(norms.max(initial=0.0))
 
     def answers(
-        self, queries: Matrix, norms: np.ndarray, limit: np.ndarray, exclude: Sequence[Sequence[int]]
+        self, queries: Matrix, norms: np.ndarray, limit: np.ndarray, exclude: _IndexLists
     ) -> tuple[np.ndarray, np.ndarray]:
         """Search in float32, undecided queries again in float64, and exact ties by brute force."""
         scores = np.full((len(queries), self.k), -np.inf)
@@ -147,49 +147,36 @@ class _Search:
         return scores, indices
 
     def _attempt(
-        self,
-        queries: Matrix,
-        norms: np.ndarray,
-        limit: np.ndarray,
-        exclude: Sequence[Sequence[int]],
-        dtype: torch.dtype,
+        self, queries: Matrix, norms: np.ndarray, limit: np.ndarray, exclude: _IndexLists, dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best proposals rescored in float64, their positions, and for which queries the result is proven."""
-        size, width = norms * self.largest_norm, queries.shape[1]
-
-        def error_of(precision: torch.dtype) -> np.ndarray:
-            # Blocked sums of d products deviate by about sqrt(d) roundings; eight times that is a safe margin. Subnormal
-            # values may be flushed to zero.
-            limits = torch.finfo(precision)
-            error: np.ndarray = 4 * limits.eps * np.sqrt(width) * size + width * limits.tiny
-            return error
-
-        proposed, where = self._propose(queries, limit + error_of(dtype), exclude, dtype)
-        error, rest, bound = (
-            torch.tensor(values, device=proposed.device)[:, None]
-            for values in (error_of(dtype), error_of(torch.float64), limit)
+        size = norms * self.largest_norm
+        error, least_error = (_rounding_error(size, queries.shape[1], each) for each in (dtype, torch.float64))
+        proposed, indices = self._propose(queries, limit + error, exclude, dtype)
+        margin, least_margin, bound = (
+            torch.tensor(values, device=proposed.device)[:, None] for values in (error, least_error, limit)
         )
-        contenders = _contenders(proposed, bound, error, self.k)
+        contenders = _contenders(proposed, bound, margin, self.k)
         similarity = proposed.masked_fill(~contenders, -torch.inf)
-        unclear = contenders & _unclear(proposed, bound, error)
-        if self._compares_here:  # what float64 on the device leaves open is compared by the arithmetic of the CPU
-            self._rescore_here(queries, where, unclear, similarity)
-            similarity, where = _in_order(similarity, where)
-            unclear = similarity.isfinite() & _unclear(similarity, bound, rest)
-        if not self._compares_here or bool(unclear.any()):
-            similarity = self._rescore(queries, where, unclear, similarity)
+        unclear = contenders & _unclear(proposed, bound, margin)
+        if self._compares_on_device:  # what float64 on the device leaves open is compared by the arithmetic of the CPU
+            self._rescore_on_device(queries, indices, unclear, similarity)
+            similarity, indices = _in_order(similarity, indices)
+            unclear = similarity.isfinite() & _unclear(similarity, bound, least_margin)
+        if not self._compares_on_device or bool(unclear.any()):
+            similarity = self._rescore_on_host(queries, indices, unclear, similarity)
         similarity.masked_fill_(similarity >= bound, -torch.inf)
-        similarity, where = (found[:, : self.k] for found in _in_order(similarity, where))
-        where = where.masked_fill(similarity.isneginf(), -1)
+        similarity, indices = (found[:, : self.k] for found in _in_order(similarity, indices))
+        indices = indices.masked_fill(similarity.isneginf(), -1)
         score = similarity.cpu().numpy()
         certain = size < torch.finfo(dtype).max  # otherwise the proposals may have overflowed
         if proposed.shape[1] < len(self.corpus):
             least = proposed[:, -1].cpu().numpy()  # no other vector is above it
-            certain &= np.isneginf(least) | (score[:, -1] > least + error_of(dtype))
-        return score, where.cpu().numpy(), certain
+            certain &= np.isneginf(least) | (score[:, -1] > least + error)
+        return score, indices.cpu().numpy(), certain
 
     def _propose(
-        self, queries: Matrix, bound: np.ndarray, exclude: Sequence[Sequence[int]], dtype: torch.dtype
+        self, queries: Matrix, bound: np.ndarray, exclude: _IndexLists, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best ``width`` similarities below the bound, in one precision and in decreasing order, and their positions."""
         left = torch.as_tensor(queries).to(self.device, dtype)
@@ -197,7 +184,7 @@ class _Search:
         bounded = bool(np.isfinite(bound).any())
         rows, columns = _flatten(exclude)
         best = torch.empty((len(queries), 0), dtype=dtype, device=self.device)
-        where = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
+        indices = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
         chunk = self.chunk
         if self._resident is not None and dtype == torch.float32:
             chunk = max(chunk, _DEVICE_BYTES // (4 * len(queries)))
@@ -208,17 +195,17 @@ class _Search:
             if inside.any():
                 similarity[rows[inside], columns[inside] - start] = -torch.inf
             if self.device.type == "cpu":
-                found, index = self._better(similarity, upper, best)
+                found, column = self._better(similarity, upper, best)
             else:  # sorting is cheap there, and waiting for a number of entries is not
                 similarity = similarity.masked_fill_(similarity > upper, -torch.inf) if bounded else similarity
-                found, index = similarity.topk(min(self.width, stop - start), dim=1, sorted=False)
-            best, where = torch.cat([best, found], 1), torch.cat([where, index + start], 1)
+                found, column = similarity.topk(min(self.width, stop - start), dim=1, sorted=False)
+            best, indices = torch.cat([best, found], 1), torch.cat([indices, column + start], 1)
             best, kept = best.topk(min(self.width, best.shape[1]), dim=1, sorted=False)
-            where = where.gather(1, kept)
-        if not self._compares_here:
-            best, where = best.cpu(), where.cpu()
+            indices = indices.gather(1, kept)
+        if not self._compares_on_device:
+            best, indices = best.cpu(), indices.cpu()
         best, order = best.sort(dim=1, descending=True)
-        return best.double(), where.gather(1, order)
+        return best.double(), indices.gather(1, order)
 
     def _similarity(self, left: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Similarities to a block of the corpus, in a buffer that the next block reuses."""
@@ -291,22 +278,22 @@ class _Search:
         found[row, position], index[row, position] = value, column
         return found, index
 
-    def _rescore_here(
-        self, queries: Matrix, where: torch.Tensor, chosen: torch.Tensor, similarity: torch.Tensor
+    def _rescore_on_device(
+        self, queries: Matrix, indices: torch.Tensor, chosen: torch.Tensor, similarity: torch.Tensor
     ) -> None:
         """Replace the chosen similarities by products in float64 on the device."""
         assert self._resident is not None
         left, step = torch.as_tensor(queries).to(self.device), max(1, _DEVICE_BYTES // (32 * queries.shape[1]))
         for rows, columns in zip(*(found.split(step) for found in chosen.nonzero(as_tuple=True))):
-            products = left[rows].double() * self._resident[where[rows, columns]].double()
+            products = left[rows].double() * self._resident[indices[rows, columns]].double()
             similarity[rows, columns] = products.sum(dim=1)
 
-    def _rescore(
-        self, queries: Matrix, where: torch.Tensor, chosen: torch.Tensor, similarity: torch.Tensor
+    def _rescore_on_host(
+        self, queries: Matrix, indices: torch.Tensor, chosen: torch.Tensor, similarity: torch.Tensor
     ) -> torch.Tensor:
         """Replace the chosen similarities by float64 values."""
         step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
-        index, mask, values = where.cpu().numpy(), chosen.cpu().numpy(), similarity.cpu().numpy()
+        index, mask, values = indices.cpu().numpy(), chosen.cpu().numpy(), similarity.cpu().numpy()
         due = np.flatnonzero(mask.any(axis=1))
 
         def rescore(rows: np.ndarray) -> None:
@@ -338,11 +325,11 @@ def _on_the_host(values: Matrix) -> np.ndarray:
     return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
 
 
-def _in_order(similarity: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _in_order(similarity: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort by decreasing similarity, equal ones by position."""
-    where, order = where.sort(dim=1)
+    indices, order = indices.sort(dim=1)
     similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return similarity, where.gather(1, order)
+    return similarity, indices.gather(1, order)
 
 
 def _matrix(values: ArrayLike | torch.Tensor, name: str, device: torch.device) -> Matrix:
@@ -376,6 +363,16 @@ def _norms(matrix: Matrix, name: str) -> np.ndarray:
     return norms
 
 
+def _rounding_error(size: np.ndarray, width: int, dtype: torch.dtype) -> np.ndarray:
+    """Largest error of dot products of ``width`` numbers in a precision; ``size`` holds the products of the norms.
+
+    Blocked sums of d products deviate by about sqrt(d) roundings; eight times that is a safe margin. Subnormal values
+    may be flushed to zero.
+    """
+    precision = torch.finfo(dtype)
+    return np.asarray(4 * precision.eps * np.sqrt(width) * size + width * precision.tiny)
+
+
 def _contenders(proposed: torch.Tensor, limit: torch.Tensor, error: torch.Tensor, k: int) -> torch.Tensor:
     """Mask of sorted proposals that may be among the k best below the limit, with errors up to ``error``."""
     if not proposed.numel():
@@ -395,7 +392,7 @@ def _unclear(proposed: torch.Tensor, limit: torch.Tensor, error: torch.Tensor) -
     return unclear
 
 
-def _flatten(exclude: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _flatten(exclude: _IndexLists) -> tuple[np.ndarray, np.ndarray]:
     rows = np.repeat(np.arange(len(exclude)), [len(excluded) for excluded in exclude])
     columns = np.fromiter((index for excluded in exclude for index in excluded), dtype=np.int64, count=len(rows))
     return rows, columns
