@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def test_a_judge_below_the_least_auc_is_warned_of(pools: Pools, judge: LocalJudg
     found = calibrate([BlindJudge()], pools, 24)
     by_pairs = found["judges"]["blind"]["auc_hard_by_pairs"]
     assert by_pairs["text -> image"] == 0.5 and len(by_pairs) > 2
+    options = re.findall(r"--(\w+)", LOW_AUC_ADVICE)
+    assert options and set(options) <= set(JudgeArguments.__dataclass_fields__)
     text = report(found)
     assert f"WARNING: blind: AUC 0.50 on mined candidates, text -> image. {LOW_AUC_ADVICE}" in text
     assert text.count("WARNING") == sum(value is not None and value < LEAST_AUC for value in by_pairs.values())

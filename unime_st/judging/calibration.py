@@ -68,10 +68,11 @@ def calibrate(judges: Sequence[Judge], pools: Pools, queries: int = 200, *, seed
     Returns:
         dict: "sample": number of pairs of each kind; "judges": per name the AUC of positives against random, hard and
         all negatives, the accuracy of P(Yes) > 0.5, the expected calibration error (ECE), the number of pairs that
-        could not be judged ("set_aside") and the AUC against hard ones per modalities ("auc_hard_by_pairs"); "pair_orders": per name of a judge that can show pairs in either order, and per
-        modalities of query and candidate ("all" for all pairs), the AUC of each order and which is "best"; with two or
-        more judges "agreement": per pair of names Spearman's rank correlation of the scores and the fraction of equal
-        decisions.
+        could not be judged ("set_aside"), and the AUC against hard negatives for each combination of the modalities of
+        query and candidate ("auc_hard_by_pairs"); "pair_orders": per name of a judge that can show pairs in either
+        order, and per combination of modalities ("all" for all pairs), the AUC of each order and which is "best"; with
+        two or more judges "agreement": per pair of names Spearman's rank correlation of the scores and the fraction of
+        equal decisions.
     """
     groups, nested = calibration_groups(pools, queries, seed=seed)
     kinds = np.array([kind for row in nested for kind in row])
