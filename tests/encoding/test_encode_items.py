@@ -13,6 +13,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tiny_embedder import tiny_embedder, write_tiny_embedder
 
+from tests.mteb_tasks.foreign import text_model
+
 from unime_st import UniME
 from unime_st.data import BadImageError, Item, PairRecord, RecordSet
 from unime_st.data.manifest import StageConflictError
@@ -175,6 +177,22 @@ def test_nothing_and_nothing_readable(tmp_path: Path):
     assert vectors.shape == (1, 32) and not mask.any()
     with pytest.raises(ValueError, match="on_error"):
         encode_items(tiny_embedder(), [], on_error="ignore")
+
+
+def test_a_static_embedding_encodes_texts_and_refuses_images_and_videos(tmp_path: Path):
+    model = text_model()
+    texts = ["a red circle", "a red circle", *(f"{'blue ' * (n % 17)}star on the ring {n}" for n in range(100))]
+    for prompt in (None, "the left "):
+        expected = model.encode(texts, prompt=prompt)
+        np.testing.assert_array_equal(encode_items(model, texts, prompt=prompt), expected)
+        np.testing.assert_array_equal(encode_items(model, map(Item, texts), prompt=prompt), expected)
+    shards = encode_to_shards(model, map(Item, texts), tmp_path / "vectors", show_progress_bar=False)
+    np.testing.assert_array_equal(shards[:], model.encode(texts))
+    for items in ([Item(image=make_image(0))], [Item("a"), Item(image=make_image(0))]):
+        with pytest.raises(ValueError, match=rf"item {len(items) - 1}: Modality 'image' is not supported"):
+            encode_items(model, items)
+    with pytest.raises(ValueError, match=r"item 0: this model .* takes no video"):
+        encode_items(model, [Item(video=[make_image(0), make_image(1)])])
 
 
 def test_items_of_a_record_set(tmp_path: Path):

@@ -30,6 +30,7 @@ from unime_st.encoding.packed import has_packed_attention, without_padding
 from unime_st.encoding.replicas import on_devices, shared_by_threads
 from unime_st.encoding.rope_positions import RopePositions
 from unime_st.encoding.shared_videos import SharedVideo, VideoSharing
+from unime_st.encoding.text_fast_path import plain_text
 from unime_st.encoding.token_counts import pack, pixel_budget
 from unime_st.options import check_count
 
@@ -214,8 +215,8 @@ class BatchRunner:
         for index, job in enumerate(jobs):
             try:
                 if has_video(job.value):
-                    raise_without_video(self.model.processor)
-                inputs.append(load_input(job.value))
+                    raise_without_video(getattr(self.model, "processor", None))
+                inputs.append(self._load(job.value))
                 good.append(index)
             except ValueError as error:  # BadImageError included
                 job.error = error
@@ -269,6 +270,11 @@ class BatchRunner:
             return self.sharing.run_tower({name: _to_device(value, device) for name, value in features.items()})
         finally:
             self._free.put((model, device))
+
+    def _load(self, value: object) -> object:
+        # Other first modules than a Transformer, such as a StaticEmbedding, take a text as a string alone.
+        text = None if isinstance(self.model[0], Transformer) else plain_text(value)
+        return load_input(value) if text is None else text
 
     def _features(self, inputs: list[object]) -> Features:
         return self._positions.add(self.model.preprocess(inputs, **self.prompting))

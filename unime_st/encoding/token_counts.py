@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
 from unime_st.backbones.video_frames import raise_without_video, resize_frames, times_of_frames, video_tokens
 from unime_st.compat import image_token_counter
@@ -60,8 +61,11 @@ class TokenCounter:
         self._processor = resize_frames(copy.copy(getattr(model[0], "processor", None)))
         self._images: dict[Size, int] = {}
         probe = model.preprocess(["0"], prompt=prompt, **options)
-        # From the attention mask rather than the width, because some processors pad to a multiple.
-        self._fixed = int(probe["attention_mask"].sum()) - len(self._tokens(["0"])[0])
+        # From the attention mask rather than the width, because some processors pad to a multiple. A StaticEmbedding
+        # has no mask: it takes the tokens of all texts in one row.
+        mask = probe.get("attention_mask")
+        length = probe["input_ids"].numel() if mask is None else int(mask.sum())
+        self._fixed = length - len(self._tokens(["0"])[0])
 
     def __call__(self, inputs: Sequence[object]) -> np.ndarray:
         """Count the tokens of inputs.
@@ -138,6 +142,8 @@ class TokenCounter:
         return [int(self._preprocess(blank)["attention_mask"].sum()) - self._fixed for blank in blanks]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if isinstance(self._tokenizer, Tokenizer):  # that of a StaticEmbedding
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
