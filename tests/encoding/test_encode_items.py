@@ -14,7 +14,6 @@ from sentence_transformers import SentenceTransformer
 from tiny_embedder import tiny_embedder, write_tiny_embedder
 
 from tests.mteb_tasks.foreign import text_model
-
 from unime_st import UniME
 from unime_st.data import BadImageError, Item, PairRecord, RecordSet
 from unime_st.data.manifest import StageConflictError
