@@ -16,11 +16,12 @@ from pretended_devices import REAL_CARD, equal_dropout, on_both, pretended_devic
 from small_stage import with_judged_negatives
 from tiny_pairs import ITEMS
 
-from unime_st import Item, stages
+from unime_st import Item, UniME, stages
+from unime_st.data.images import BadImageError
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.training import embedders, rerankers
-from unime_st.training.feed import Feed
+from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
 
 CLIP = [Image.fromarray(f) for f in np.random.default_rng(0).integers(0, 255, (3, 40, 56, 3), dtype=np.uint8)]
@@ -140,3 +141,49 @@ def test_threads_prepare_mini_batches_in_order_and_ahead() -> None:
             next(stream)
         assert [features["input_ids"].tolist() for features in feed.stream([[9], [5, 6]], device)] == [[9], [5, 6]]
         assert begun.count([5, 6]) == 2 and begun.count([0]) == 1
+
+
+@pytest.mark.parametrize("end", ["all", "some", "error"])
+def test_threads_release_the_next_batch_if_this_one_ends_early(end: str) -> None:
+    """What was begun for the next batch is used if this one is complete, and prepared again if it is not."""
+    begun, prepared = [], threading.Event()
+
+    def prepare(positions: list[int]) -> dict[str, torch.Tensor]:
+        begun.append(positions)
+        if positions == [1] and end == "error":
+            raise ValueError("item 1")
+        if positions == [5]:
+            prepared.set()
+        return {"input_ids": torch.tensor(positions)}
+
+    with nullcontext() if REAL_CARD else pretended_devices():
+        feed, device = Feed(prepare, threads=2), torch.device("cuda", 0)
+        feed.expect([[5]])
+        stream = feed.stream([[0], [1]], device)
+        next(stream)
+        assert prepared.wait(60)
+        if end == "error":
+            with pytest.raises(ValueError, match="item 1"):
+                next(stream)
+        elif end == "all":
+            next(stream)
+        stream.close()
+        assert [features["input_ids"].tolist() for features in feed.stream([[5]], device)] == [[5]]
+        assert begun.count([5]) == (1 if end == "all" else 2)
+
+
+def test_threads_name_the_item_that_cannot_be_decoded(tmp_path: Path) -> None:
+    image = Item(image=Image.new("RGB", (40, 40), "red")).image
+    assert image is not None
+    (tmp_path / "broken.png").write_bytes(image.read()[:60])
+    pair = PairRecord(Item("a red square"), Item(image=tmp_path / "broken.png"))
+    records = RecordSet.write(tmp_path / "records", [pair], {})
+    features = ItemFeatures(records, UniME("unime-tiny", device="cpu").preprocess)
+    (broken,) = (index for index in range(features.count) if features.item(index).image is not None)
+    with nullcontext() if REAL_CARD else pretended_devices():
+        stream = Feed(features, threads=2).stream([[1 - broken], [broken]], torch.device("cuda", 0))
+        next(stream)
+        with pytest.raises(
+            BadImageError, match=rf"records, item \w+ \(stored as {broken}\): image .* cannot be decoded"
+        ):
+            next(stream)

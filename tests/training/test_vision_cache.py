@@ -128,7 +128,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
             check(*run(plain, once))
             passes.append(len(looked))
             looked.clear()
-        # Without a place for the tokens all mini-batches are seen twice, but for the one whose graph is kept.
+        # Where the tokens cannot be stored, every mini-batch passes the tower twice, except the one whose graph is kept.
         assert passes == [passes[0]] * 3 + [2 * passes[0] - 1] * 2
 
     positions = list(range(len(records.items)))

@@ -158,9 +158,13 @@ class Feed:
                     positions = self._next.pop(0)
                     self._begun[tuple(positions)] = self._pool.submit(self._pinned, positions)
                 yield begun.popleft().result()
-        finally:
-            for future in begun:
-                future.cancel()
+        except BaseException as error:
+            stopped_at_the_end = isinstance(error, GeneratorExit) and not (coming or begun)
+            if not stopped_at_the_end:  # the next batch may be another one than was announced
+                for future in (*begun, *self._begun.values()):
+                    future.cancel()
+                self._begun, self._next = {}, []
+            raise
 
     def _pinned(self, positions: list[int]) -> Features:
         found: Features = recursively_apply(

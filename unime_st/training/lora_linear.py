@@ -68,7 +68,7 @@ class _MergedProduct(torch.autograd.Function):
 
 
 def merge_lora_products(model: nn.Module) -> None:
-    """Make the plain LoRA layers of a model without dropout :class:`MergedLoraLinear`, in place."""
+    """Change the plain LoRA layers without dropout of this model to :class:`MergedLoraLinear`."""
     for module in model.modules():
         if type(module) is not Linear or type(module.get_base_layer()) is not nn.Linear:
             continue
