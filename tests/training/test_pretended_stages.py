@@ -167,7 +167,7 @@ def test_threads_release_the_next_batch_if_this_one_ends_early(end: str) -> None
                 next(stream)
         elif end == "all":
             next(stream)
-        stream.close()
+        del stream  # which closes the generator
         assert [features["input_ids"].tolist() for features in feed.stream([[5]], device)] == [[5]]
         assert begun.count([5]) == (1 if end == "all" else 2)
 
