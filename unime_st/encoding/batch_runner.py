@@ -52,8 +52,8 @@ _CPU_THREADS, _DEVICE_THREADS = 4, 8
 class Job:
     """One input to encode: its row in the stream, and what is known of it.
 
-    ``tokens`` are those of a plain text, or of the prompt around one image; ``shared`` is the video that it has in common
-    with other inputs.
+    ``tokens`` are those of a plain text, or of the prompt around one image; ``shared`` is the video that it has in
+    common with other inputs.
     """
 
     row: int
@@ -147,7 +147,7 @@ class BatchRunner:
 
     @cached_property
     def sharing(self) -> VideoSharing | None:
-        """Sharing of visual tokens between inputs with the same video; None if the model takes none, or on several devices."""
+        """Sharing of visual tokens between inputs with the same video; None without such a model, or on several devices."""
         sharing = VideoSharing(self.model, self.prompting) if self._num_devices == 1 else None
         return sharing if sharing is not None and sharing.applies else None
 
@@ -155,9 +155,8 @@ class BatchRunner:
     def threads(self) -> Iterator[ThreadPoolExecutor]:
         """Thread pool for :meth:`encode`, in which each thread uses its share of the cores."""
         before = torch.get_num_threads()
-        share = lambda: torch.set_num_threads(self._threads_each)
         try:
-            with ThreadPoolExecutor(self.workers, thread_name_prefix="encoding", initializer=share) as pool:
+            with ThreadPoolExecutor(self.workers, "encoding", torch.set_num_threads, (self._threads_each,)) as pool:
                 yield pool
         finally:
             torch.set_num_threads(before)  # torch applies the last value to future threads, too
@@ -208,9 +207,9 @@ class BatchRunner:
 
     def _prepare(self, jobs: list[Job]) -> tuple[list[int], Features]:
         """Indices of the jobs whose inputs can be read, and their features."""
-        rows = [job.tokens for job in jobs if job.tokens is not None]
-        if len(rows) == len(jobs) and not jobs[0].pixels and self.text_features is not None:
-            return list(range(len(jobs))), self.text_features(rows)
+        tokens = [job.tokens for job in jobs if job.tokens is not None]
+        if len(tokens) == len(jobs) and not jobs[0].pixels and self.text_features is not None:
+            return list(range(len(jobs))), self.text_features(tokens)
         good, inputs = [], []
         for index, job in enumerate(jobs):
             try:
@@ -223,9 +222,9 @@ class BatchRunner:
         if not good:
             return [], {}
         try:
-            if len(rows) == len(good) == len(jobs) and self.image_features is not None:
+            if len(tokens) == len(good) == len(jobs) and self.image_features is not None:
                 images = [value["image"] if isinstance(value, Mapping) else value for value in inputs]
-                return good, self._positions.add(self.image_features(rows, images))
+                return good, self._positions.add(self.image_features(tokens, images))
             return good, self._features(inputs)
         except Exception as error:  # decoders raise arbitrary exception types on corrupt bytes
             if _out_of_memory(error):

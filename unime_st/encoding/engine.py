@@ -205,7 +205,7 @@ class Engine:
         return [job for members in groups.values() for job in members]
 
     def _measure(self, jobs: list[Job]) -> None:
-        self._tokenize(jobs)
+        self._tokenize_texts(jobs)
         self._count_tokens([job for job in jobs if job.tokens is None])
         self._tokenize_images(jobs)
 
@@ -219,7 +219,7 @@ class Engine:
             return False
         return True
 
-    def _tokenize(self, jobs: list[Job]) -> None:
+    def _tokenize_texts(self, jobs: list[Job]) -> None:
         texts = [(job, text) for job in jobs if (text := plain_text(job.value)) is not None]
         if self._texts is None and len(texts) >= _MIN_TEXTS:
             self._texts = remembered(TextFastPath, self.runner.model, self.runner.prompting)
@@ -231,13 +231,13 @@ class Engine:
                 job.tokens, job.num_tokens = tokens, len(tokens)
 
     def _tokenize_images(self, jobs: list[Job]) -> None:
-        found = [(job, plain) for job in jobs if job.pixels and (plain := order_and_text(job.value)) is not None]
-        if self._images is None and len(found) >= _MIN_IMAGES:
+        images = [(job, parts) for job in jobs if job.pixels and (parts := order_and_text(job.value)) is not None]
+        if self._images is None and len(images) >= _MIN_IMAGES:
             self._images = remembered(ImageFastPath, self.runner.model, self.runner.prompting)
             self.runner.image_features = self._images.features
         if self._images is None or not self._images.usable:
             return
-        for (job, _), tokens in zip(found, self._images.tokens([plain for _, plain in found])):
+        for (job, _), tokens in zip(images, self._images.tokens([parts for _, parts in images])):
             if tokens is not None and self._images.fits(job.num_tokens):
                 job.tokens = tokens
 

@@ -1,18 +1,26 @@
-"""Fast path for one image with or without a text: tokenization and image processor, without the chat template machinery."""
+"""Fast path for one image with or without a text: tokenization and image processor, without the chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data.items import Item
-from unime_st.encoding.fast_paths import pad_rows, reserved_tokens, uses_chat_template
-from unime_st.encoding.model_inputs import Features, is_media
+from unime_st.encoding.fast_paths import (
+    max_length,
+    pad_rows,
+    reserved_tokens,
+    template_renderer,
+    tokenize,
+    uses_chat_template,
+)
+from unime_st.encoding.model_inputs import Features, same_features
 from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
 
 Order = tuple[str, ...]
@@ -55,85 +63,59 @@ class ImageFastPath:
         )
 
     def _find_frames(self, model: SentenceTransformer, prompt: str | None, token: str) -> bool:
-        transformer: Any = model[0]
-        formatter = transformer.input_formatter
-        options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
-        options.pop("restore_suffix", None)
-        blank = Image.new("RGB", (60, 60))
-
-        def render(order: Order, text: str) -> str:
-            parts = {name: blank if name == "image" else text for name in order}
-            chat = [formatter.to_message(parts)]
-            chat = formatter.prepend_prompt_to_messages(chat, prompt) if prompt else chat
-            return str(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
-
+        """Find the frames that the template puts around the parts in each order."""
+        render = template_renderer(model, prompt)
         for order in ORDERS:
-            if order == ("image",):
-                frame = TemplateFrame((render(order, ""), ""), (0,), str)
-            else:
-                found = TemplateFrame.find(lambda texts, order=order: render(order, texts[0]))  # type: ignore[misc]
-                if found is None:
-                    return False
-                frame = found
-            if "".join(frame.pieces).count(token) != 1:
+            frame = _find_frame(render, order)
+            if frame is None or "".join(frame.pieces).count(token) != 1:
                 return False
             self._frames[order] = frame
         self._token = self._tokenizer.convert_tokens_to_ids(token)
         return True
 
     def _same_as(self, model: SentenceTransformer, prompt: str | None, options: Mapping[str, object]) -> bool:
-        """Whether the features of a batch equal those of the model."""
-        self._limit = int(min(model.max_seq_length or 10**9, 10**9))
-        self._reserved = reserved_tokens(model)
+        """Take from a batch of the model which features it has; whether those made here equal them."""
+        self._limit, self._reserved = max_length(model), reserved_tokens(model)
         noise = np.random.default_rng(0)
         images = [
             Image.frombytes(mode, (width, height), noise.bytes(width * height * len(mode)))
             for mode, width, height in _PROBES
         ]
-        texts = [text for text in SAMPLES if text]
         *small, large = images
-        chosen = [
-            (order, texts[row] if "text" in order else "", small[(row + shift) % len(small)])
+        probes = [
+            (order, text if "text" in order else "", small[(shift + number) % len(small)])
             for shift, order in enumerate(ORDERS)
-            for row in range(len(texts))
+            for number, text in enumerate(SAMPLES)
         ]
-        chosen.append((("image",), "", large))
+        probes.append((("image",), "", large))
         inputs: list[Any] = [
             {name: image if name == "image" else text for name in order} if len(order) > 1 else image
-            for order, text, image in chosen
+            for order, text, image in probes
         ]
         expected = model.preprocess(inputs, prompt=prompt, **options)
         if not expected.keys() >= _KNOWN or not set(expected) - _KNOWN - _COUNTS <= {"modality"}:
             return False
         self._names, self._modality = list(expected), expected.get("modality")
-        self._one_each = {name: expected[name].dtype for name in expected.keys() & _COUNTS}
-        self._kind = expected["mm_token_type_ids"].dtype
-        for self._special in (False, True):
-            rows = self.tokens([(order, text) for order, text, _ in chosen])
+        self._count_dtypes = {name: expected[name].dtype for name in expected.keys() & _COUNTS}
+        self._type_dtype = expected["mm_token_type_ids"].dtype
+        for special in (False, True):
+            self._special = special
+            rows = self.tokens([(order, text) for order, text, _ in probes])
             kept = [row for row in rows if row is not None]
             if len(kept) < len(rows):
                 continue
             try:
-                made = self.features(kept, [image for _, _, image in chosen])
+                made = self.features(kept, [image for _, _, image in probes])
             except (ValueError, KeyError, AttributeError):  # another kind of processor
                 return False
-            if made.keys() == expected.keys() and all(
-                torch.equal(value, made[name]) if torch.is_tensor(value) else value == made[name]
-                for name, value in expected.items()
-            ):
+            if same_features(made, expected):
                 return True
         return False
 
     def tokens(self, inputs: Sequence[tuple[Order, str]]) -> list[np.ndarray | None]:
         """Token ids of prompts with one image token each; None if the text contains a special token."""
-        plain = [None if self._reserved.search(text) else self._frames[order].join([text]) for order, text in inputs]
-        framed = [text for text in plain if text is not None]
-        if not framed:
-            return [None] * len(inputs)
-        found = iter(
-            self._tokenizer(framed, add_special_tokens=self._special, return_attention_mask=False)["input_ids"]
-        )
-        return [None if text is None else np.asarray(next(found), dtype=np.int64) for text in plain]
+        prompts = [None if self._reserved.search(text) else self._frames[order].join([text]) for order, text in inputs]
+        return tokenize(prompts, self._tokenizer, special=self._special)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether an input of this length is not truncated."""
@@ -149,17 +131,23 @@ class ImageFastPath:
         ready = self._processor.prepare_inputs_layout(images=[[image] for image in images])[0]  # image rule of recipes
         processed = processor(ready, return_tensors="pt")
         counts = (processed["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
-        repeated = []
-        for row, count in zip(rows, counts, strict=True):
-            times = np.where(row == self._token, count, 1)
-            repeated.append(np.repeat(row, times))
+        repeated = [
+            np.repeat(row, np.where(row == self._token, count, 1)) for row, count in zip(rows, counts, strict=True)
+        ]
         ids, mask = pad_rows(repeated, self._tokenizer)
         found: Features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), **processed}
-        found["mm_token_type_ids"] = (found["input_ids"] == self._token).to(self._kind)
-        found |= {name: torch.ones(len(rows), dtype=kind) for name, kind in self._one_each.items()}
+        found["mm_token_type_ids"] = (found["input_ids"] == self._token).to(self._type_dtype)
+        found |= {name: torch.ones(len(rows), dtype=dtype) for name, dtype in self._count_dtypes.items()}
         if "modality" in self._names:
             found["modality"] = self._modality
         return {name: found[name] for name in self._names}
+
+
+def _find_frame(render: Callable[[Mapping[str, object]], str], order: Order) -> TemplateFrame | None:
+    blank = Image.new("RGB", (60, 60))
+    if "text" not in order:  # the whole prompt is one piece
+        return TemplateFrame((render({"image": blank}), ""), (0,), str)
+    return TemplateFrame.find(lambda texts: render({name: blank if name == "image" else texts[0] for name in order}))
 
 
 def order_and_text(value: object) -> tuple[Order, str] | None:
@@ -173,6 +161,6 @@ def order_and_text(value: object) -> tuple[Order, str] | None:
         image, text = value.get("image"), value.get("text", "")
         one = image is not None and not isinstance(image, (list, tuple)) and isinstance(text, str)
         return (order, text) if one and order in ORDERS else None
-    if isinstance(value, Image.Image) or (isinstance(value, str) and is_media(value)):
+    if isinstance(value, Image.Image) or (isinstance(value, str) and is_image_url_or_path(value)):
         return ("image",), ""
     return None

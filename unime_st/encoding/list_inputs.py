@@ -44,8 +44,8 @@ def encode_list(
 
 
 def _are_few(inputs: Sequence[object]) -> bool:
-    """Whether one batch without threads is the fastest way."""
-    if not 0 < len(inputs) <= _FEW or any(isinstance(value, str) and looks_like_image_path(value) for value in inputs):
+    """Whether the inputs can be encoded as one batch; the engine warns of texts that look like the path of an image."""
+    if not 0 < len(inputs) <= _FEW or any(map(looks_like_image_path, inputs)):
         return False
     return len(inputs) == 1 or not any(is_chat(value) or has_video(value) for value in inputs)
 

@@ -154,7 +154,7 @@ def copy_arrays(value: object) -> object:
 
 
 def _is_absent(value: object) -> bool:
-    """Whether a value is None, or what pandas and Arrow put in its place: NaN, NaT or NA."""
+    """Whether a value is None, or what pandas and Arrow use for it: NaN, NaT or NA."""
     return (
         value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
     )
@@ -225,6 +225,26 @@ def _collect(value: object, name: str | None, texts: list[str], sizes: list[tupl
     elif isinstance(value, (Image.Image, np.ndarray, torch.Tensor, ImageRef, bytes)):
         size = image_size(value)
         sizes += [] if size is None else [size]
+
+
+def same_features(left: Features, right: Features) -> bool:
+    """Whether features have the same names and values.
+
+    Example:
+        >>> import torch
+        >>> from unime_st.encoding.model_inputs import same_features
+        >>> same_features({"input_ids": torch.ones(2), "modality": "text"}, {"input_ids": torch.ones(2)})
+        False
+    """
+    return left.keys() == right.keys() and all(_equal(left[name], right[name]) for name in left)
+
+
+def _equal(left: object, right: object) -> bool:
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    return bool(left == right)
 
 
 def load_input(value: object) -> object:

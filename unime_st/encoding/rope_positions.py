@@ -61,13 +61,13 @@ class RopePositions:
         end_of_images = (types.shape[1] - types[:, ::-1].astype(bool).argmax(1)).tolist()
         image = 0
         for row, (start, length, count) in enumerate(zip(starts, lengths, counts, strict=True)):
-            begun = start
+            text, next_position = start, 0  # of the tokens behind the last image
             if count:
-                begun = end_of_images[row]
-                layout, first = self._layout(types[row, start:begun], grids[image : image + count])
-                positions[:, row, start:begun] = layout
+                text = end_of_images[row]
+                layout, next_position = self._layout(types[row, start:text], grids[image : image + count])
+                positions[:, row, start:text] = layout
                 image += count
-            positions[:, row, begun : start + length] = steps[: start + length - begun] + (first if count else 0)
+            positions[:, row, text : start + length] = steps[: start + length - text] + next_position
         return torch.from_numpy(positions).to(features["input_ids"].device)
 
     def _layout(self, types: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from unime_st.data.items import Item
-from unime_st.encoding.fast_paths import pad_rows, reserved_tokens, uses_chat_template
-from unime_st.encoding.model_inputs import Features, is_media
+from unime_st.encoding.fast_paths import (
+    max_length,
+    pad_rows,
+    reserved_tokens,
+    template_renderer,
+    tokenize,
+    uses_chat_template,
+)
+from unime_st.encoding.model_inputs import Features, is_media, same_features
 from unime_st.recipes.template_frame import SAMPLES, TemplateFrame
 
 
@@ -41,38 +48,24 @@ class TextFastPath:
 
     def _find_frame(self, model: SentenceTransformer, prompt: str | None) -> bool:
         """Find the frame that the template puts around a text."""
-        transformer: Any = model[0]
-        formatter = transformer.input_formatter
-        options = dict((transformer.processing_kwargs or {}).get("chat_template") or {})
-        options.pop("restore_suffix", None)
-
-        def render(texts: Sequence[str]) -> str:
-            chat = [formatter.to_message({"text": texts[0]})]
-            chat = formatter.prepend_prompt_to_messages(chat, prompt) if prompt else chat
-            return str(transformer.processor.apply_chat_template(chat[0], tokenize=False, **options))
-
-        self._frame = TemplateFrame.find(render)
+        render = template_renderer(model, prompt)
+        self._frame = TemplateFrame.find(lambda texts: render({"text": texts[0]}))
         return self._frame is not None
 
     def _same_as(self, model: SentenceTransformer, prompt: str | None, options: Mapping[str, object]) -> bool:
-        """Whether the features of a batch equal those of the model."""
-        limit = model.max_seq_length
-        self._limit = int(min(limit if limit else 10**9, 10**9))
-        self._reserved = reserved_tokens(model)
+        """Take from a batch of the model which features it has; whether those made here equal them."""
+        self._limit, self._reserved = max_length(model), reserved_tokens(model)
         expected = model.preprocess(list(SAMPLES), prompt=prompt, **options)
         self._names = [name for name in expected if name not in ("input_ids", "attention_mask")]
         if set(self._names) - {"mm_token_type_ids", "token_type_ids", "modality"}:
             return False
         self._modality = expected.get("modality")
-        for self._special in (False, True):
+        for special in (False, True):
+            self._special = special
             rows = [row for row in self.tokens(list(SAMPLES)) if row is not None]
             if len(rows) < len(SAMPLES):  # the maximum length leaves no room for them
                 continue
-            made = self.features(rows)
-            if all(
-                torch.equal(value, made[name]) if torch.is_tensor(value) else value == made[name]
-                for name, value in expected.items()
-            ):
+            if same_features(self.features(rows), expected):
                 return True
         return False
 
@@ -82,14 +75,8 @@ class TextFastPath:
         None stands for a text that needs the processor because it would be truncated or contains a special token.
         """
         assert self._frame is not None
-        plain = [None if self._reserved.search(text) else self._frame.join([text]) for text in texts]
-        framed = [text for text in plain if text is not None]
-        if not framed:
-            return [None] * len(texts)
-        found = iter(
-            self._tokenizer(framed, add_special_tokens=self._special, return_attention_mask=False)["input_ids"]
-        )
-        rows = [None if text is None else np.asarray(next(found), dtype=np.int64) for text in plain]
+        prompts = [None if self._reserved.search(text) else self._frame.join([text]) for text in texts]
+        rows = tokenize(prompts, self._tokenizer, special=self._special)
         return [None if row is None or len(row) >= self._limit else row for row in rows]
 
     def features(self, rows: list[np.ndarray]) -> Features:

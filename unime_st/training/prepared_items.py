@@ -13,7 +13,7 @@ from sentence_transformers.base.model import BaseModel
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unime_st.encoding.model_inputs import Features
+from unime_st.encoding.model_inputs import Features, same_features
 from unime_st.training.feed import ItemFeatures
 from unime_st.training.visual_tokens import (
     ROTARY_POSITIONS,
@@ -118,9 +118,7 @@ class PreparedItems:
         rows = self._rows(probes)
         if rows is None:
             return False
-        expected = self._features(probes[::2])
-        made = self._merged(rows[::2])
-        return made.keys() == expected.keys() and all(_equal(made[name], expected[name]) for name in expected)
+        return same_features(self._merged(rows[::2]), self._features(probes[::2]))
 
     def _rows(self, positions: list[int]) -> list[Row] | None:
         """Features of each item; None if they cannot be cut out of those of a batch."""
@@ -204,11 +202,3 @@ class PreparedItems:
         fill = tokenizer.pad_token_id if name == "input_ids" else int(name == ROTARY_POSITIONS)
         tokens_first = [value[0].movedim(-1, 0) for value in values]
         return pad_sequence(tokens_first, True, fill, tokenizer.padding_side).movedim(1, -1)
-
-
-def _equal(made: object, expected: object) -> bool:
-    if isinstance(made, list) and isinstance(expected, list):
-        return len(made) == len(expected) and all(map(_equal, made, expected))
-    if isinstance(made, torch.Tensor) and isinstance(expected, torch.Tensor):
-        return torch.equal(made, expected)
-    return bool(made == expected)
