@@ -1,4 +1,4 @@
-"""Effect of training and ranking techniques on the demo's corpus, as paired differences over seeds.
+"""Effect of training and ranking techniques on drawn scenes, as paired differences over seeds.
 
     python benchmarks/techniques.py --seeds 3 --output runs/techniques
 

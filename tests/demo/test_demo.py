@@ -8,27 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from report_page import Page
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-from train_scripts.demo.results import MODELS, TASKS
-from train_scripts.demo.settings import GROUPS
+from train_scripts.demo.filters import FILTERS
+from train_scripts.demo.results import COLUMNS, MODELS, TASKS, DemoResults
+from train_scripts.demo.settings import PAIR_ORDERS
+from unime_st.data.records import RecordSet
+from unime_st.data.scenes import TwinTruth
+from unime_st.judging.score_store import Scores
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
+NEGATIVES = 3
 SMALL = {
     "records": 120,
     "batch_size": 8,
     "distill_steps": 1,
     "warm_steps": 2,
-    "steps": 1,
-    "reranker_steps": 1,
-    "eval_size": 12,
+    "steps": 2,
+    "eval_size": 16,
     "num_candidates": 6,
-    "num_negatives": 5,
+    "num_negatives": NEGATIVES,
 }
 
 
@@ -41,33 +48,127 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_demo_survives_a_kill_and_writes_every_number(tmp_path: Path) -> None:
-    output = tmp_path / "demo"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all arms that was killed after mining, and started again."""
+    output = tmp_path_factory.mktemp("run") / "demo"
     command = _command(output=output, arms="all", **SMALL)
+    mined = output / "seed-0" / f"pools-{list(PAIR_ORDERS)[-1]}" / "manifest.json"
     with subprocess.Popen(command, env=_environment(), stdout=-3, stderr=-3) as process:
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not (output / "seed-0" / "pools" / "manifest.json").exists():
+        while time.monotonic() < deadline and not mined.exists():
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
     before = json.loads((output / "seed-0" / "seconds.json").read_text())
-    assert "stage2" in before and not (output / "results.json").exists()
+    assert "warm" in before and not (output / "results.json").exists()
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "stage2: done before" in done.stderr
+    assert "warm: done before" in done.stderr
+    assert json.loads((output / "results.json").read_text())["seconds"]["warm"] == before["warm"]
+    return output
 
-    results = json.loads((output / "results.json").read_text())
+
+@pytest.fixture(scope="module")
+def results(run: Path) -> dict:
+    """Content of ``results.json``."""
+    return json.loads((run / "results.json").read_text())
+
+
+def test_every_number_is_there(results: dict) -> None:
     found = {(row["model"], row["task"], row["metric"]) for row in results["rows"]}
-    wanted = {(model, task, "hit_rate_at_1") for model in MODELS for task in TASKS}
-    wanted |= {(model, "compositional", metric) for model in MODELS for metric in (*GROUPS, *sum(GROUPS.values(), ()))}
+    wanted = {
+        (model, task, metric) for model in MODELS for task in TASKS for metric in ("ndcg_at_10", "hit_rate_at_1")
+    }
+    wanted |= {(model, "compositional", "accuracy") for model in MODELS}
     assert found == wanted and len(results["rows"]) == len(wanted)
     assert all(0 <= row["value"] <= 1 and row["seed"] == 0 for row in results["rows"])
-    assert results["seconds"]["stage2"] == before["stage2"] and results["peak_rss_mb"] < 4096
-    assert "<html" in (output / "report.html").read_text().lower()
+    assert results["peak_rss_mb"] < 4096
 
-    other = subprocess.run(
-        _command(output=output, **{**SMALL, "steps": 3}), capture_output=True, text=True, check=False
-    )
-    assert other.returncode != 0 and "begun with other settings (steps)" in other.stderr
+
+def test_differences_are_those_of_the_queries(run: Path, results: dict) -> None:
+    values = {(row["model"], row["task"], row["metric"]): row["value"] for row in results["rows"]}
+    by_query = {}
+    for model in MODELS:
+        kept = json.loads((run / "seed-0" / "eval" / model / "results.json").read_text())["ndcg"]
+        for task in PAIR_ORDERS:
+            by_query[model, task] = np.array(list(kept[task].values()))
+            assert len(kept[task]) == SMALL["eval_size"]
+            assert by_query[model, task].mean() == pytest.approx(values[model, task, "ndcg_at_10"], abs=1e-5)
+        by_query[model, "mean"] = np.mean([by_query[model, task] for task in PAIR_ORDERS], axis=0)
+    assert {row["model"] for row in results["paired"] if row["other"] == "in_batch"} == set(MODELS) - {"in_batch"}
+    for row in results["paired"]:
+        gains = by_query[row["model"], row["task"]] - by_query[row["other"], row["task"]]
+        assert row["difference"] == pytest.approx(gains.mean())
+        families = gains.reshape(-1, 4).mean(axis=1)  # half of the eight members of each family are asked
+        assert row["error"] == pytest.approx(families.std(ddof=1) / len(families) ** 0.5)
+    assert values["reranked", "twins_i2t", "ndcg_at_10"] != values["v2", "twins_i2t", "ndcg_at_10"]
+
+
+def test_filters_choose_what_they_say(run: Path) -> None:
+    truth = TwinTruth(SMALL["records"])
+    pools = [row for task in PAIR_ORDERS for row in Scores(run / "seed-0" / f"scores-{task}").row_shards.rows()]
+    chosen = {name: list(RecordSet.load(run / "seed-0" / f"rows-{name}").row_shards.rows()) for name in FILTERS}
+    assert all([row["query"] for row in rows] == [row["query"] for row in pools] for rows in chosen.values())
+    dropped = dict.fromkeys(FILTERS, 0)
+    for number, pool in enumerate(pools):
+        kept = {
+            "mined": pool["candidates"],
+            "similarity": _below(pool["candidates"], pool["similarities"], pool["positive_similarity"]),
+            "truth": [item for item in pool["candidates"] if not truth(pool["query"], item)],
+        }
+        for name, left in kept.items():
+            negatives = chosen[name][number]["negatives"]
+            assert len(negatives) == NEGATIVES and set(negatives) <= set(pool["candidates"])
+            if left:  # else random ones
+                assert negatives == [left[index % len(left)] for index in range(NEGATIVES)]
+            dropped[name] += len(pool["candidates"]) - len(left)
+    assert dropped["mined"] == 0 < min(dropped["similarity"], dropped["truth"])
+
+
+def _below(candidates: Sequence[str], similarities: Sequence[float], limit: float) -> list[str]:
+    return [item for item, similarity in zip(candidates, similarities) if similarity < limit]
+
+
+def test_judge_against_truth(run: Path, results: dict) -> None:
+    truth = TwinTruth(SMALL["records"])
+    assert [row["task"] for row in results["judge"]] == list(PAIR_ORDERS)
+    for row in results["judge"]:
+        scores = Scores(run / "seed-0" / f"scores-{row['task']}")
+        assert PAIR_ORDERS[row["task"]] == ("candidate_first" if row["task"] == "twins_t2i" else "query_first")
+        pairs = [
+            (truth(pool["query"], item), logit, 1 / (1 + np.exp(-logit)) > 1 / (1 + np.exp(-pool["positive_logit"])) - 0.01)
+            for pool in scores.row_shards.rows()
+            for item, logit in zip(pool["candidates"], pool["logits"])
+        ]  # fmt: skip
+        true, logits, dropped = (np.array(column) for column in zip(*pairs))
+        assert row["auc"] == pytest.approx(roc_auc_score(true, logits))
+        assert row["precision"] == pytest.approx(precision_score(true, dropped))
+        assert row["recall"] == pytest.approx(recall_score(true, dropped))
+
+
+def test_report_opens_with_figure_and_what_it_shows(run: Path, results: dict) -> None:
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert not any(word in text for word in ("url(", "@import", "http://", "https://", "<script", "<link"))
+    page = Page(text)
+    order = [tag for tag, _ in page.tags if tag in ("svg", "p", "table", "img")]
+    assert order[:3] == ["svg", "p", "table"] and order.count("img") > 20
+    found = DemoResults(results)
+    sentences = found.sentences()
+    assert len(sentences) == 3 and " ".join(sentences) in page.text
+    table = page.table("model", *list(COLUMNS)[:2])
+    assert list(table) == list(MODELS.values())
+    assert table[MODELS["v2"]][3] == str(found.difference("v2"))
+    judge = page.table("pairs", "AUC")
+    assert judge["twins t2i"][0] == f"{results['judge'][0]['auc']:.2f}"
+    cards = page.text.split("Judged pairs")[1].split("Retrieved documents")[0]
+    assert "✗ dropped" in cards and "✓ kept" in cards and "a false negative" in cards
+    assert page.text.count("First 4 of UniME-V2") == page.text.count("First 4 of control, equal steps") > 0
+
+
+def test_other_settings_are_refused(run: Path) -> None:
+    command = _command(output=run, **{**SMALL, "steps": 3})
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "begun with other settings (steps)" in done.stderr
 
 
 def _own_data(folder: Path, count: int) -> Path:
@@ -96,7 +197,7 @@ def test_own_images_train_and_bad_ones_are_set_aside(tmp_path: Path) -> None:
         "pairs:\n"
         "  - {dataset: name-to-image, query: {text: name}, positive: {image: image}}\n"
         "  - {dataset: image-to-name, query: {image: image}, positive: {text: name}}\n"
-        "warm_steps: 1\nsteps: 1\nbatch_size: 8\nnum_candidates: 6\nnum_negatives: 3\n"
+        "warm_steps: 1\nsteps: 1\nbatch_size: 8\njudge_steps: 1\nnum_candidates: 6\nnum_negatives: 3\n"
     )
     command = [sys.executable, "-m", "train_scripts.demo.own_data", str(config)]
     command += ["--data", str(train), "--test", str(test), "--output", str(tmp_path / "run")]

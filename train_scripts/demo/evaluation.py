@@ -2,66 +2,92 @@
 
 from __future__ import annotations
 
-import statistics
+import math
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mteb_tasks import scenes
 from mteb_tasks.in_process import Scores
 from mteb_tasks.in_process import evaluate as run_mteb
-from mteb_tasks.loader import wrap
+from mteb_tasks.loader import UniMELoader, wrap
+from mteb_tasks.preference_task import group_means
 from mteb_tasks.two_stage import TwoStage
-from train_scripts.demo.results import EVERYTHING, TASKS
+from train_scripts.demo.results import RERANKED, TASKS
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import COMPOSITIONAL, FUSED, GROUPS, RERANKED, DemoArguments
-from unime_st.files import write_json
+from train_scripts.demo.settings import FUSED, PAIR_ORDERS, DemoArguments
+from unime_st.files import read_json, write_json
 from unime_st.model import UniME
 from unime_st.reranking.unime_reranker import UniMEReranker
 
+COMPOSITIONAL = "ScenesCompositional"
+
 
 def evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) -> None:
-    """Evaluate one model of a seed; its rows of ``results.json`` go to a file."""
-    scores = run_mteb(_load(Seed(arguments, seed), model), _tasks(arguments.eval_size), results.parent)
-    write_json(results, {"rows": _rows(scores, model, seed)})
+    """Evaluate one model of a seed.
 
-
-def _rows(scores: Scores, model: str, seed: int) -> list[dict[str, Any]]:
-    """Rows of ``results.json`` of one model."""
-    rows = []
-    for name, task in TASKS.items():
-        (numbers,) = scores[task].values()
-        rows.append({"task": name, "metric": "hit_rate_at_1", "value": numbers["hit_rate_at_1"]})
+    Args:
+        arguments: The demo's options.
+        seed: The seed.
+        model: Key of :data:`~train_scripts.demo.results.MODELS`.
+        results: JSON file to write: "rows" of ``results.json``, and "ndcg", by task and query.
+    """
+    run = Seed(arguments, seed)
+    scores: Scores = {}
+    embedder = wrap(UniME("unime-tiny" if model == "base" else run.path(RERANKED.get(model, model))))
+    tasks = _tasks(arguments.eval_size)
+    for order in set(PAIR_ORDERS.values()):
+        chosen = [task for name, task in tasks.items() if PAIR_ORDERS.get(name, "query_first") == order]
+        found = _reranked(embedder, order, arguments.temperature) if model in RERANKED else embedder
+        scores |= run_mteb(found, chosen, results.parent)
+    rows = [
+        {"task": name, "metric": metric, "value": next(iter(scores[TASKS[name]].values()))[metric]}
+        for name in TASKS
+        for metric in ("ndcg_at_10", "hit_rate_at_1")
+    ]
     accuracy = {category: numbers["text_acc"] for category, numbers in scores[COMPOSITIONAL].items()}
-    accuracy |= {group: statistics.fmean(accuracy[name] for name in names) for group, names in GROUPS.items()}
-    rows += [{"task": "compositional", "metric": name, "value": value} for name, value in accuracy.items()]
-    return [{"model": model, "seed": seed, **row} for row in rows]
+    rows.append({"task": "compositional", "metric": "accuracy", "value": group_means(accuracy)["mean"]})
+    ndcg = {name: _ndcg(results.parent, tasks[name]) for name in PAIR_ORDERS}
+    write_json(results, {"rows": [{"model": model, "seed": seed, **row} for row in rows], "ndcg": ndcg})
 
 
 @lru_cache(maxsize=1)  # drawn once in a process
-def _tasks(size: int) -> list[Any]:
-    from mteb_tasks import scenes
-
-    return [
-        *(getattr(scenes, task)(size=size) for task in TASKS.values()),
-        getattr(scenes, COMPOSITIONAL)(size=size // 2),
-    ]
+def _tasks(size: int) -> dict[str, Any]:
+    few = max(size // 8, 1)
+    sizes = {name: size if name in PAIR_ORDERS else few for name in TASKS}
+    retrieval = {name: getattr(scenes, task)(size=sizes[name]) for name, task in TASKS.items()}
+    return {**retrieval, "compositional": scenes.ScenesCompositional(size=max(few // 4, 1))}
 
 
-def _load(run: Seed, model: str) -> Any:
-    if model == "base":
-        return UniME("unime-tiny")
-    if model == EVERYTHING:
-        judge, alpha = UniMEReranker("unime-tiny", template="tiny"), 1 / run.arguments.temperature
-        return TwoStage(
-            wrap(UniME(run.path("soup"))),
-            judge,
-            top_k=FUSED,
-            method="pairwise",
-            batch_size=128,
-            pair_order="both",
-            alpha=alpha,
-        )
-    if model != "v2_reranker":
-        return UniME(run.path(model))
-    reranker = UniMEReranker(run.path("reranker"), template="tiny")
-    return TwoStage(wrap(UniME(run.path("v2"))), reranker, top_k=RERANKED, method="pairwise", batch_size=128)
+def _reranked(embedder: UniMELoader, order: Any, temperature: float) -> TwoStage:
+    return TwoStage(
+        embedder,
+        UniMEReranker("unime-tiny", template="tiny"),
+        top_k=FUSED,
+        method="pairwise",
+        batch_size=128,
+        pair_order=order,
+        alpha=1 / temperature,
+    )
+
+
+def _ndcg(folder: Path, task: Any) -> dict[str, float]:
+    """nDCG@10 of every query from the predictions that mteb kept; their mean is mteb's own number."""
+    relevant = task.dataset["default"]["test"]["relevant_docs"]
+    ranked = read_json(folder / f"{task.metadata.name}_predictions.json")["default"]["test"]
+    return {query: ndcg_at_10(documents, relevant[query]) for query, documents in ranked.items()}
+
+
+def ndcg_at_10(scores: Mapping[str, float], relevant: Collection[str]) -> float:
+    """nDCG@10 of one query.
+
+    Example:
+        >>> from train_scripts.demo.evaluation import ndcg_at_10
+        >>> ndcg_at_10({"a": 0.9, "b": 0.5}, {"a"})
+        1.0
+    """
+    gains = [1 / math.log2(rank + 2) for rank in range(10)]
+    best = sorted(scores, key=scores.__getitem__, reverse=True)[:10]
+    found = sum(gain for gain, document in zip(gains, best) if document in relevant)
+    return found / sum(gains[: len(relevant)])

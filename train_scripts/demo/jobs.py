@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def _step(line: str) -> int:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job: its name, how long it took, and the peak memory of its process so far in bytes."""
+    """A finished job: its name, its CPU seconds, and the peak memory of its process so far in bytes."""
 
     name: str
     seconds: float
@@ -63,6 +64,8 @@ class Done:
 
 
 _PROCESSES = 2  # at once, however many cores there are: torch and its friends take a gigabyte in each
+_CONTEXT = multiprocessing.get_context("forkserver")  # one process imports the libraries, the others are forks of it
+_CONTEXT.set_forkserver_preload(["unime_st.stages", "mteb_tasks.in_process", "mteb_tasks.scenes"])
 
 
 def _start(quiet: bool) -> None:
@@ -70,7 +73,8 @@ def _start(quiet: bool) -> None:
     import torch
 
     torch.set_num_threads(1)  # a second one brings a tenth, and on a busy machine makes it several times slower
-    if quiet:
+    if quiet:  # one bar tells it all
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign,assignment]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the trainer prints its log if it may not show a bar
         logging.getLogger().setLevel(logging.WARNING)
     else:
@@ -85,13 +89,13 @@ def _start(quiet: bool) -> None:
 
 
 def _run(job: Job) -> Done:
-    started = time.perf_counter()
+    started = time.process_time()  # one thread: on a quiet core that is the time that passes
     job.work()
-    return Done(job.name, round(time.perf_counter() - started, 1), os.getpid(), peak_resident())
+    return Done(job.name, round(time.process_time() - started, 1), os.getpid(), peak_resident())
 
 
 def _pool(workers: int, *, quiet: bool) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(quiet,))
+    return ProcessPoolExecutor(workers, _CONTEXT, initializer=_start, initargs=(quiet,))
 
 
 def alone(work: Callable[[], object]) -> Done:
@@ -101,7 +105,7 @@ def alone(work: Callable[[], object]) -> Done:
         work: What to do; it has to be picklable.
 
     Returns:
-        Done: How long it took, and its peak memory.
+        Done: Its CPU seconds and peak memory.
     """
     with _pool(1, quiet=False) as pool:
         return pool.submit(_run, Job("alone", work)).result()
@@ -121,8 +125,6 @@ def side_by_side(jobs: Sequence[Job], title: str) -> Iterator[Done]:
         Exception: What a job raised; jobs that have not begun are dropped then.
     """
     workers = min(len(jobs), os.cpu_count() or 1, _PROCESSES)
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # for the processes: one bar tells it all
     bar = tqdm(total=sum(job.size for job in jobs), desc=title, unit="step", disable=False)
     pool = _pool(workers, quiet=True)
     try:
@@ -137,7 +139,3 @@ def side_by_side(jobs: Sequence[Job], title: str) -> Iterator[Done]:
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before

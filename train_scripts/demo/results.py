@@ -1,263 +1,232 @@
-"""Results of a demo run: validation, mean and standard deviation over seeds, and the Markdown table."""
+"""Results of a demo run: paired differences with their standard errors, what they say in words, and the table."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unime_st.data.scenes import FOIL_CATEGORIES
+from unime_st.data.scenes.twins import MEMBERS
 
 MODELS = {
     "base": "untrained (unime-tiny)",
-    "stage1": "+ stage 1 (distilled)",
-    "stage2": "+ stage 2 (hard negatives)",
+    "stage1": "UniME stage 1 (distilled)",
     "in_batch": "control: in-batch InfoNCE, equal steps",
     "in_batch_compute": "control: in-batch InfoNCE, equal compute",
-    "v2": "UniME-V2 (mined + judged + soft labels)",
-    "v2_reranker": "UniME-V2 + reranker",
-    "everything": "everything we know (soup + judge, both orders, fused)",
+    "stage2": "UniME stage 2 (hardest of the batch)",
+    "mined": "mined, no filter, hard labels",
+    "similarity": "mined, similarity filter, hard labels",
+    "judged": "mined, judge's filter, hard labels",
+    "v2_published": "UniME-V2 as published",
+    "v2": "UniME-V2 with in-batch term",
+    "truth": "oracle: mined, filtered by the truth, hard labels",
+    "soup": "weights of UniME-V2 and control averaged",
+    "reranked": "UniME-V2 + judge as reranker, fused",
+    "everything": "weights averaged + judge as reranker, fused",
 }
-"""Display names of the compared models, in display order; the last is for all arms only."""
-
-EVERYTHING = "everything"
-
-REPORT = "report.html"
-"""File name of the report in the folder of a run."""
-
-CONTROLS = ("in_batch", "in_batch_compute")
-
+"""Display names of the models, in display order."""
+MAIN = ("base", "in_batch", "mined", "judged", "v2", "truth", "reranked")
+"""Models of the main run."""
+RERANKED = {"reranked": "v2", "everything": "soup"}
+"""Models that are another one with a reranker behind it."""
+CONTROL = "in_batch"
+FURTHER = (
+    ("judged", "mined"),
+    ("judged", "similarity"),
+    ("judged", "truth"),
+    ("v2", "judged"),
+    ("v2", "in_batch_compute"),
+    ("reranked", "v2"),
+    ("everything", "in_batch_compute"),
+)
+"""Pairs that are compared beside every model with the control."""
 TASKS = {
-    "short_t2i": "ScenesShortT2IRetrieval",
-    "short_i2t": "ScenesShortI2TRetrieval",
-    "long_t2i": "ScenesLongT2IRetrieval",
-    "long_i2t": "ScenesLongI2TRetrieval",
+    "twins_t2i": "ScenesTwinsT2IRetrieval",
+    "twins_i2t": "ScenesTwinsI2TRetrieval",
     "vqa": "ScenesVQA",
     "grounding": "ScenesGrounding",
 }
 """Name in mteb of each retrieval task."""
-
 COLUMNS = {
-    "short t2i": ("short_t2i", "hit_rate_at_1"),
-    "short i2t": ("short_i2t", "hit_rate_at_1"),
-    "long t2i": ("long_t2i", "hit_rate_at_1"),
-    "long i2t": ("long_i2t", "hit_rate_at_1"),
-    "replace": ("compositional", "replace"),
-    "swap": ("compositional", "swap"),
-    "add": ("compositional", "add"),
+    "caption to image": ("twins_t2i", "ndcg_at_10"),
+    "image to caption": ("twins_i2t", "ndcg_at_10"),
     "VQA": ("vqa", "hit_rate_at_1"),
     "grounding": ("grounding", "hit_rate_at_1"),
+    "compositional": ("compositional", "accuracy"),
 }
 """Task and metric of each column of the table."""
-
 MEAN = "mean"
-
-# Stages that a model takes beyond the one it starts from, where they are not the one of its own name.
+"""The measure that models are compared by: nDCG@10, mean of both directions."""
+REPORT = "report.html"
+"""File name of the report in the folder of a run."""
+# Stages that a model takes after the one that all start from, where they are not its own training alone.
 _STAGES = {
-    "v2": ("mine", "judge", "select", "v2"),
-    EVERYTHING: ("mine", "judge", "select", "v2", "in_batch", "soup"),
-}
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "seed": int,
-    "task": str,
-    "metric": str,
-    "value": (int, float),
+    "mined": ("mine", "mined"),
+    "similarity": ("mine", "similarity"),
+    "truth": ("mine", "truth"),
+    **{name: ("mine", "judge", name) for name in ("judged", "v2", "v2_published")},
+    **dict.fromkeys(("soup", "everything"), ("mine", "judge", "v2", "in_batch", "soup")),
+    "reranked": ("mine", "judge", "v2"),
 }
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Mean and standard deviation of a number over seeds.
-
-    Args:
-        mean: Mean over the seeds.
-        spread: Sample standard deviation over the seeds; None where there is one seed.
-    """
+class Difference:
+    """Paired difference of two models as a fraction, and its standard error (None for a single value)."""
 
     mean: float
-    spread: float | None = None
+    error: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Summary:
-        """Summarise one value for each seed."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    def of(cls, values: list[float]) -> Difference:
+        """Difference of paired values."""
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error)
 
-    def parts(self, *, scale: float = 100.0, signed: bool = False) -> tuple[str, str]:
-        """Format mean and spread; the spread is empty for one seed.
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {100 * self.error:.1f}"
+        return f"{100 * self.mean:+.1f}".replace("-", "−") + error
 
-        Args:
-            scale: Factor before rounding to one decimal. Defaults to 100, for percent.
-            signed: Write a plus sign as well.
-        """
-        rounded = round(scale * self.mean, 1) + 0.0  # no sign on a zero
-        mean = ("+" if signed and rounded > 0 else "") + f"{rounded:.1f}".replace("-", "−")
-        return mean, "" if self.spread is None else f"±{scale * self.spread:.1f}"
+    def verdict(self, other: str) -> str:
+        """The difference in words; less than two standard errors do not tell the models apart."""
+        apart = abs(self.mean) > 2 * (self.error or 0.0)
+        return f"{('ahead of' if self.mean > 0 else 'behind') if apart else 'not told apart from'} {other} ({self})"
+
+
+def paired(found: Mapping[str, Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Compare the models of a seed, query by query.
+
+    Args:
+        found: What evaluation wrote, by model: "ndcg" by task and query.
+        seed: The seed.
+
+    Returns:
+        Rows of seed, model, other, task, difference and error: of each direction, and as ``"mean"`` of the differences
+        of both for the same scene. The standard error is over families: queries of one family share their documents.
+    """
+    pairs = [(model, CONTROL) for model in found if model != CONTROL]
+    rows = []
+    for model, other in [*pairs, *(pair for pair in FURTHER if set(pair) <= found.keys())]:
+        ours, theirs = found[model]["ndcg"], found[other]["ndcg"]
+        gains = {task: {query: ours[task][query] - theirs[task][query] for query in ours[task]} for task in ours}
+        gains[MEAN] = {query: statistics.fmean(part[query] for part in gains.values()) for query in gains["twins_t2i"]}
+        for task, values in gains.items():
+            known = {"seed": seed, "model": model, "other": other, "task": task}
+            error = Difference.of(_by_family(values)).error
+            rows.append({**known, "difference": statistics.fmean(values.values()), "error": error})
+    return rows
+
+
+def _by_family(gains: Mapping[str, float]) -> list[float]:
+    families: dict[int, list[float]] = {}
+    for query, gain in gains.items():
+        families.setdefault(int(query.removeprefix("q")) // MEMBERS, []).append(gain)
+    return [statistics.fmean(values) for values in families.values()]
 
 
 class DemoResults:
-    """Validated content of a demo's ``results.json``.
+    """Content of a demo's ``results.json``.
 
     Args:
-        content: The decoded file: "rows" of model, seed, task, metric and value; "seconds" by stage; optionally
-            "seconds_by_seed", "settings", "versions", "machine", "notes" and "peak_rss_mb".
-
-    Raises:
-        ValueError: If a row is malformed or duplicated; the message names it.
-
-    Example:
-        >>> from train_scripts.demo.results import DemoResults
-        >>> row = {"model": "v2", "seed": 0, "task": "vqa", "metric": "hit_rate_at_1", "value": 0.5}
-        >>> DemoResults({"rows": [row], "seconds": {}}).summary("v2", "VQA")
-        Summary(mean=0.5, spread=None)
+        content: The decoded file: "rows" of model, seed, task, metric and value; "paired" from :func:`paired`; "judge"
+            from :func:`~train_scripts.demo.filters.judge_quality`; "seconds" by stage.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.content = content
-        rows = content.get("rows")
-        if not isinstance(rows, list) or not rows:
-            raise ValueError(
-                'results.json: expected a list of results under "rows"; the demo has not evaluated a model'
-            )
-        self._values: dict[tuple[str, str, str], dict[int, float]] = {}
-        for number, row in enumerate(rows):
-            self._add(number, row)
-        present = {model for model, _, _ in self._values}
-        unknown = sorted(present - set(MODELS))
-        if unknown:
-            raise ValueError(f"results.json: unknown model {unknown[0]!r}; expected one of {', '.join(MODELS)}")
+        present = {row["model"] for row in content["rows"]}
         self.models = [model for model in MODELS if model in present]
-        self.seeds = sorted({seed for values in self._values.values() for seed in values})
-        cells = {(task, metric) for _, task, metric in self._values}
-        self.columns = [title for title, cell in COLUMNS.items() if cell in cells]
-        self.categories = [name for name in FOIL_CATEGORIES if ("compositional", name) in cells]
+        self.seeds = sorted({row["seed"] for row in content["rows"]})
 
-    def _add(self, number: int, row: Any) -> None:
-        for name, kind in _FIELDS.items():
-            value = row.get(name) if isinstance(row, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"results.json, row {number}: {name} is {value!r}; expected {', '.join(_FIELDS)}")
-        if not 0.0 <= row["value"] <= 1.0:  # catches NaN as well
-            raise ValueError(f"results.json, row {number}: value is {row['value']!r}, expected a fraction in [0, 1]")
-        values = self._values.setdefault((row["model"], row["task"], row["metric"]), {})
-        if row["seed"] in values:
-            raise ValueError(
-                f"results.json, row {number}: {row['model']}, {row['task']}, seed {row['seed']} occurs twice"
-            )
-        values[row["seed"]] = float(row["value"])
-
-    def values(self, model: str, column: str) -> dict[int, float]:
-        """One value per seed.
-
-        Args:
-            model: Key of :data:`MODELS`.
-            column: A title of :data:`COLUMNS`, "mean" (over all columns that any model has; only seeds that have all
-                of them), or a compositional category.
-        """
+    def value(self, model: str, column: str) -> float:
+        """Mean over seeds of a column of :data:`COLUMNS`, or of :data:`MEAN`."""
         if column == MEAN:
-            parts = [self.values(model, title) for title in self.columns]
-            complete = [seed for seed in self.seeds if parts and all(seed in part for part in parts)]
-            return {seed: statistics.fmean(part[seed] for part in parts) for seed in complete}
-        task, metric = COLUMNS.get(column, ("compositional", column))
-        return self._values.get((model, task, metric), {})
+            return statistics.fmean(self.value(model, name) for name in list(COLUMNS)[:2])
+        wanted = (model, *COLUMNS[column])
+        rows = self.content["rows"]
+        return statistics.fmean(r["value"] for r in rows if (r["model"], r["task"], r["metric"]) == wanted)
 
-    def summary(self, model: str, column: str) -> Summary | None:
-        """Mean and spread over seeds, None if there is no value."""
-        values = self.values(model, column)
-        return Summary.of(list(values.values())) if values else None
+    def difference(self, model: str, other: str = CONTROL, task: str = MEAN) -> Difference | None:
+        """Difference of two models, None if they were not compared.
 
-    def difference(self, model: str, other: str, column: str) -> Summary | None:
-        """Paired difference ``model`` minus ``other`` over seeds; None if they share no seed."""
-        ours, theirs = self.values(model, column), self.values(other, column)
-        paired = [ours[seed] - theirs[seed] for seed in self.seeds if seed in ours and seed in theirs]
-        return Summary.of(paired) if paired else None
-
-    def stage_seconds(self) -> dict[str, Summary]:
-        """Seconds per seed of each stage, in the order of the file."""
-        by_seed = self.content.get("seconds_by_seed") or {"all": self.content.get("seconds") or {}}
-        found: dict[str, list[float]] = {}
-        for stages in by_seed.values():
-            for stage, seconds in stages.items():
-                found.setdefault(stage, []).append(float(seconds))
-        return {stage: Summary.of(values) for stage, values in found.items()}
-
-    def model_seconds(self, model: str) -> float | None:
-        """Seconds that a model takes beyond the one it starts from; None for the untrained one.
-
-        UniME-V2's include mining, judging and selection.
+        The standard error is over families of queries for one seed, and over seeds for several.
         """
-        seconds = self.stage_seconds()
-        own = [seconds[stage].mean for stage in _STAGES.get(model, (model,)) if stage in seconds]
+        wanted = (model, other, task)
+        rows = [row for row in self.content["paired"] if (row["model"], row["other"], row["task"]) == wanted]
+        if len(rows) == 1:
+            return Difference(rows[0]["difference"], rows[0]["error"])
+        return Difference.of([row["difference"] for row in rows]) if rows else None
+
+    def seconds(self, model: str) -> float | None:
+        """CPU seconds of the stages that a model takes after the common start, mining and judging included."""
+        stages = self.content["seconds"]
+        own = [stages[name] for name in _STAGES.get(model, (model,)) if name in stages]
         return sum(own) if own else None
 
-    def setting(self, name: str, meaning: str) -> int:
-        """A positive integer of the settings that the report needs.
+    def sentences(self) -> list[str]:
+        """What the run shows and does not show, in three sentences, whatever the signs."""
+        return [self._oracle(), self._method(), self._limits()]
 
-        Args:
-            name: Its key.
-            meaning: What it is, for the error.
+    def _oracle(self) -> str:
+        oracle, plain = self.difference("truth"), self.difference("mined")
+        if oracle is None or plain is None:
+            return "Without the oracle or the unfiltered negatives the run does not say whether there is a problem."
+        return (
+            f"Mined negatives without any false one (oracle) are {oracle.verdict('the equal-steps control')}, mined "
+            f"negatives without a filter {plain.verdict('it')}: points of nDCG@10, mean of both directions."
+        )
 
-        Raises:
-            ValueError: If it is missing or not positive.
-        """
-        value = (self.content.get("settings") or {}).get(name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"results.json: settings.{name} is {value!r}; expected {meaning}")
-        return value
+    def _method(self) -> str:
+        pairs = (
+            ("the judge's filter", "judged", CONTROL, "the control"),
+            ("that filter", "judged", "mined", "no filter"),
+            ("UniME-V2", "v2", CONTROL, "the control"),
+            ("UniME-V2", "v2", "judged", "the same negatives with hard labels"),
+            ("the reranker fused with UniME-V2", "reranked", "v2", "UniME-V2 alone"),
+        )
+        said = [
+            f"{name} is {found.verdict(beside)}"
+            for name, model, other, beside in pairs
+            if (found := self.difference(model, other))
+        ]
+        sentence = "; ".join(said) or "the method itself was not run"
+        return sentence[0].upper() + sentence[1:] + "."
 
-    def chance_band(self) -> float:
-        """Two standard errors of an accuracy of one half on one compositional category."""
-        return 2.0 * math.sqrt(0.25 / self.setting("foil_size", "the number of pairs in each compositional category"))
-
-    def at_chance(self, model: str) -> list[str]:
-        """Compositional categories in which a model cannot be told from guessing."""
-        band, found = self.chance_band(), {name: self.summary(model, name) for name in self.categories}
-        return [name for name, summary in found.items() if summary and abs(summary.mean - 0.5) <= band]
-
-    def below_chance(self, model: str) -> list[str]:
-        """Compositional categories in which a model prefers the wrong caption."""
-        band, found = self.chance_band(), {name: self.summary(model, name) for name in self.categories}
-        return [name for name, summary in found.items() if summary and summary.mean < 0.5 - band]
-
-
-def render_table(results: Mapping[str, Any]) -> str:
-    """Render the demo's result table as aligned Markdown.
-
-    Args:
-        results: The decoded ``results.json``, see :class:`DemoResults`.
-
-    Returns:
-        str: One row per model, in percent: mean over seeds, with ± the standard deviation if there are several. Seconds
-        are those that a model takes beyond the one it starts from.
-
-    Raises:
-        ValueError: If the results are malformed.
-
-    Example:
-        >>> from train_scripts.demo.results import render_table
-        >>> row = {"model": "base", "seed": 0, "task": "vqa", "metric": "hit_rate_at_1", "value": 0.25}
-        >>> print(render_table({"rows": [row], "seconds": {}}))
-        | model                  |  VQA | mean | seconds |
-        | :--------------------- | ---: | ---: | ------: |
-        | untrained (unime-tiny) | 25.0 | 25.0 |       – |
-    """
-    found = DemoResults(results)
-    columns = [*found.columns, MEAN]
-    lines = [["model", *columns, "seconds"]]
-    for model in found.models:
-        cells = [_plain(found.summary(model, column)) for column in columns]
-        seconds = found.model_seconds(model)
-        lines.append([MODELS[model], *cells, "–" if seconds is None else f"{seconds:.0f}"])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = [":" + "-" * (width - 1) if not index else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-    padded = [
-        [cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(zip(line, widths))]
-        for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
+    def _limits(self) -> str:
+        seeds = len(self.seeds)
+        error = (
+            "one seed, whose errors are over families of queries and say nothing of another training"
+            if seeds == 1
+            else f"{seeds} seeds, over which the errors are"
+        )
+        return (
+            f"This is a model of 1.4 million parameters on drawn scenes, {error}: the run shows that the parts work "
+            "together, not how large a gain to expect."
+        )
 
 
-def _plain(summary: Summary | None) -> str:
-    return "–" if summary is None else " ".join(filter(None, summary.parts()))
+def table_rows(results: DemoResults) -> list[list[str]]:
+    """Head and rows of the table: percent, and the paired difference from the control."""
+    rows = [["model", *list(COLUMNS)[:2], MEAN, "− control", *list(COLUMNS)[2:], "CPU s"]]
+    for model in results.models:
+        values = {column: f"{100 * results.value(model, column):.1f}" for column in [*COLUMNS, MEAN]}
+        seconds, difference = results.seconds(model), results.difference(model)
+        rows.append(
+            [
+                MODELS[model],
+                *(values[column] for column in (*list(COLUMNS)[:2], MEAN)),
+                "–" if difference is None else str(difference),
+                *(values[column] for column in list(COLUMNS)[2:]),
+                "–" if seconds is None else f"{seconds:.0f}",
+            ]
+        )
+    return rows
+
+
+def render_table(results: DemoResults) -> str:
+    """Render the table as Markdown."""
+    head, *rows = table_rows(results)
+    rule = [":---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

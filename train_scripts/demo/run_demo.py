@@ -1,4 +1,4 @@
-"""`make demo`: trains, mines, judges, reranks and evaluates, then writes the table and the report.
+"""`make demo`: trains, mines, judges, reranks and evaluates, then writes results, table and report.
 
 This process only says what happens. Whatever needs torch is done in others, so that no memory is held twice.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from train_scripts.demo.jobs import Job, alone
-from train_scripts.demo.results import EVERYTHING, MODELS, REPORT, render_table
+from train_scripts.demo.results import MAIN, MODELS, REPORT, RERANKED, DemoResults, paired, render_table
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import FUSED, RERANKED, DemoArguments
+from train_scripts.demo.settings import FUSED, PAIR_ORDERS, QUALITY, DemoArguments
 from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
 from unime_st.training import LOG
@@ -44,25 +44,24 @@ def _evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) ->
     evaluate(arguments, seed, model, results)
 
 
-def _report(output: Path) -> None:
+def _report(arguments: DemoArguments) -> None:
     from train_scripts.demo.report import write_demo_report
 
-    write_demo_report(output)
+    write_demo_report(arguments)
 
 
 def _trainings(run: Seed) -> list[Job]:
     """Jobs that train the models to compare, the longest first."""
     a = run.arguments
-    steps = {"in_batch_compute": a.equal_compute_steps, "v2": a.steps, "in_batch": a.steps}
-    steps["v2_reranker"] = a.reranker_steps
-    folders = {name: run.folder / name for name in steps} | {"v2_reranker": run.folder / "reranker"}
-    return [Job(name, partial(_train, a, run.seed, name), steps[name], folders[name] / LOG) for name in steps]
+    names = [name for name in _models(a) if name not in ("base", "soup", *RERANKED)]
+    others = {"in_batch_compute": a.equal_compute_steps, "stage1": a.distill_steps}
+    steps = {name: others.get(name, a.steps) for name in names}
+    jobs = [Job(name, partial(_train, a, run.seed, name), steps[name], run.folder / name / LOG) for name in names]
+    return sorted(jobs, key=lambda job: job.name in ("in_batch", "stage1", "stage2"))
 
 
-def _evaluations(run: Seed) -> dict[str, Path]:
-    """Where the results of each model are."""
-    models = [model for model in MODELS if model != EVERYTHING or run.arguments.arms == "all"]
-    return {model: run.folder / "eval" / model / "results.json" for model in models}
+def _models(arguments: DemoArguments) -> tuple[str, ...]:
+    return tuple(MODELS) if arguments.arms == "all" else MAIN
 
 
 def _versions() -> dict[str, str]:
@@ -82,24 +81,24 @@ def run_demo(arguments: DemoArguments) -> Path:
     """
     output = Path(arguments.output)
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "seeds", "arms")}
-    settings["foil_size"] = arguments.eval_size // 2
     _refuse_other_settings(output, settings)
-    rows, seconds, peaks = [], {}, []
+    rows: list[dict[str, Any]] = []
+    compared: list[dict[str, Any]] = []
+    judged: list[dict[str, Any]] = []
+    seconds: dict[str, dict[str, float]] = {}
+    peaks: list[int] = []
     for seed in range(arguments.seeds):
-        run = Seed(arguments, seed)
-        peaks.append(alone(partial(_prepare, arguments, seed)).peak_memory)
-        run = Seed(arguments, seed)  # with what the other process noted
-        peaks.append(run.side_by_side(_trainings(run), "training"))
-        if arguments.arms == "all":
-            peaks.append(run.side_by_side([Job("soup", partial(_train, arguments, seed, "soup"))], "merging"))
-        files = _evaluations(run)
-        jobs = [Job(f"evaluate {model}", partial(_evaluate, arguments, seed, model, files[model])) for model in files]
-        peaks.append(run.side_by_side(jobs[::-1], "evaluation"))
-        rows += [row for file in files.values() for row in read_json(file)["rows"]]
+        found = _run_seed(arguments, seed, peaks)
+        rows += [row for result in found.values() for row in result["rows"]]
+        compared += paired(found, seed)
+        run = Seed(arguments, seed)  # with what the other processes noted
+        judged += read_json(run.folder / QUALITY)["rows"]
         seconds[str(seed)] = run.seconds
     stage_names = next(iter(seconds.values()))
     results = {
         "rows": rows,
+        "paired": compared,
+        "judge": judged,
         "seconds": {name: round(statistics.fmean(s[name] for s in seconds.values()), 1) for name in stage_names},
         "seconds_by_seed": seconds,
         "peak_rss_mb": (peak_resident() + max(peaks)) // 2**20,  # of this process and of those side by side
@@ -108,9 +107,23 @@ def run_demo(arguments: DemoArguments) -> Path:
         "notes": _notes(arguments),
     }
     write_json(output / "results.json", results)
-    alone(partial(_report, output))
-    logger.info("\n%s\n\nReport: %s", render_table(results), output / REPORT)
+    alone(partial(_report, arguments))
+    shown = DemoResults(results)
+    logger.info("\n%s\n\n%s\n\nReport: %s", render_table(shown), "\n".join(shown.sentences()), output / REPORT)
     return output / REPORT
+
+
+def _run_seed(arguments: DemoArguments, seed: int, peaks: list[int]) -> dict[str, Any]:
+    """Do what is not done yet of a seed; gives what evaluation wrote, by model."""
+    peaks.append(alone(partial(_prepare, arguments, seed)).peak_memory)
+    run = Seed(arguments, seed)  # with what the other process noted
+    peaks.append(run.side_by_side(_trainings(run), "training"))
+    if "soup" in (models := _models(arguments)):
+        peaks.append(run.side_by_side([Job("soup", partial(_train, arguments, seed, "soup"))], "merging"))
+    files = {model: run.folder / "eval" / model / "results.json" for model in models}
+    jobs = [Job(f"evaluate {model}", partial(_evaluate, arguments, seed, model, files[model])) for model in models]
+    peaks.append(run.side_by_side(jobs[::-1], "evaluation"))  # rerankers, which take longest, first
+    return {model: read_json(file) for model, file in files.items()}
 
 
 def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
@@ -124,17 +137,17 @@ def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _notes(arguments: DemoArguments) -> list[str]:
-    everything = [
-        "Everything we know: the weights of UniME-V2 and of the equal-steps control, averaged; then the shipped judge, "
-        f"asked both ways round about the {FUSED} best, its log-odds added to similarity / {arguments.temperature:g}. "
-        f"It is trained for {arguments.steps} steps more than UniME-V2, and judges each query."
-    ]
+    size, a = arguments.eval_size, arguments
+    asked = " and ".join(f"{task} {order}" for task, order in PAIR_ORDERS.items())
     return [
-        "All models after stage 2 start from the same stage-2 weights.",
-        "Every batch, the controls' too, holds one kind of query: no in-batch negative is a giveaway.",
-        f"The reranker says Yes or No to each of UniME-V2's {RERANKED} best.",
-        *(everything if arguments.arms == "all" else ()),
-        f"Equal compute: the control takes {arguments.equal_compute_steps} steps instead of {arguments.steps}, so it "
-        "encodes as many items as UniME-V2 does; mining and judging are not counted.",
-        f"Evaluation: {arguments.eval_size} queries per task on scenes of the test split, which no training saw.",
+        f"All models but the untrained and the distilled one go on from the same {a.warm_steps} in-batch steps, for "
+        f"{a.steps} steps of {a.batch_size} pairs of one kind, with one learning rate, which was not tuned for any.",
+        f"Hard labels: in-batch InfoNCE in which {a.num_negatives} of {a.num_candidates} mined candidates of each row "
+        "count as negatives of the whole batch.",
+        f"Equal compute: {a.equal_compute_steps} steps, so many that as many items are encoded as for UniME-V2; mining "
+        "and judging are not counted.",
+        f"The judge is unime-tiny, asked image first ({asked}). As a reranker it reorders the best {FUSED} by "
+        f"similarity / {a.temperature:g} + log-odds.",
+        f"Evaluation on scenes of the test split: {size} queries per direction in a gallery of {2 * size} near-twins, in "
+        "which several documents may be right.",
     ]

