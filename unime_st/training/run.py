@@ -217,12 +217,11 @@ class TrainingStage(ABC, Generic[ArgumentsT, ModelT]):
         args.gradient_checkpointing = args.activation_checkpointing = False  # the model has it already
         args.dataloader_drop_last |= args.world_size > 1  # as the stock class does; the batch sampler has its own
         args.push_to_hub = False  # the finished model is uploaded, and not its checkpoints
-        leave_ids_out_of_card(model)
         callbacks: list[TrainerCallback] = [LossCurve(self.output / LOG)]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         trainer_class: Any = self.trainer_class
-        return trainer_class(
+        trainer: ReportingTrainer = trainer_class(
             model=model,
             args=args,
             train_dataset=rows,
@@ -233,6 +232,8 @@ class TrainingStage(ABC, Generic[ArgumentsT, ModelT]):
             rows_per_step=batch * self.args.gradient_accumulation_steps * args.world_size,
             **reporting,
         )
+        leave_ids_out_of_card(model)  # the stock trainer has just put them there, and the card goes into checkpoints
+        return trainer
 
     def _save(self, model: BaseModel, trainer: ReportingTrainer) -> None:
         args, weights = self.args, None
