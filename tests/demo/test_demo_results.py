@@ -49,6 +49,7 @@ def test_sentences_follow_the_sign(sign: float, word: str) -> None:
     opposite = {"ahead of": "behind", "behind": "ahead of"}.get(word, word)
     assert f"UniME-V2 is {opposite} the same negatives with hard labels" in method
     assert "one seed" in limits and "over families of queries" in limits
+    assert limits.endswith("; a control with equal compute is in ARMS=all alone.")
 
 
 def test_errors_are_over_families_or_seeds() -> None:
@@ -66,6 +67,7 @@ def test_two_standard_errors_tell_apart() -> None:
     assert Difference(0.021, 0.01).verdict("it") == "ahead of it (+2.1 ± 1.0)"
     assert Difference(-0.019, 0.01).verdict("it") == "not told apart from it (−1.9 ± 1.0)"
     assert Difference(-0.03, None).verdict("it") == "behind it (−3.0)"
+    assert str(Difference(-0.0004, 0.004)) == "+0.0 ± 0.4"
 
 
 def test_table() -> None:
@@ -104,6 +106,6 @@ def test_documentation_has_the_numbers_of_the_record() -> None:
     results = DemoResults(read_json(ROOT / "benchmarks" / "results" / "demo.json"))
     assert render_table(results) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for model in ("in_batch", "mined", "judged", "v2", "reranked"):
+    for model in ("in_batch", "in_batch_compute", "mined", "v2", "reranked"):
         difference = results.difference(model)
         assert f" | {100 * results.value(model, 'mean'):.1f} | {difference or '–'} |" in readme

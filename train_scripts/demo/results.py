@@ -87,7 +87,7 @@ class Difference:
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" ± {100 * self.error:.1f}"
-        return f"{100 * self.mean:+.1f}".replace("-", "−") + error
+        return f"{round(100 * self.mean, 1) + 0.0:+.1f}".replace("-", "−") + error  # no minus sign on a zero
 
     def verdict(self, other: str) -> str:
         """The difference in words; less than two standard errors do not tell the models apart."""
@@ -183,6 +183,7 @@ class DemoResults:
             ("the judge's filter", "judged", CONTROL, "the control"),
             ("that filter", "judged", "mined", "no filter"),
             ("UniME-V2", "v2", CONTROL, "the control"),
+            ("UniME-V2", "v2", "in_batch_compute", "in-batch training with equal compute"),
             ("UniME-V2", "v2", "judged", "the same negatives with hard labels"),
             ("the reranker fused with UniME-V2", "reranked", "v2", "UniME-V2 alone"),
         )
@@ -201,9 +202,10 @@ class DemoResults:
             if seeds == 1
             else f"{seeds} seeds, over which the errors are"
         )
+        compute = "" if "in_batch_compute" in self.models else "; a control with equal compute is in ARMS=all alone"
         return (
             f"This is a model of 1.4 million parameters on drawn scenes, {error}: the run shows that the parts work "
-            "together, not how large a gain to expect."
+            f"together, not how large a gain to expect{compute}."
         )
 
 
