@@ -136,7 +136,8 @@ def read_table(file: Path) -> pa.Table:
     try:
         with pq.ParquetFile(file) as opened:
             paths = [opened.schema.column(number).path for number in range(len(opened.schema))]
-        table = pq.read_table(file, read_dictionary=[path for path in paths if path.startswith("tgt_")])
+        coded = [path for path in paths if path.startswith("tgt_")]
+        table = pq.read_table(file, read_dictionary=coded, use_threads=False)  # each thread would keep memory
     except (pa.ArrowException, OSError) as error:
         raise MMEBDataError(f"{file} cannot be read ({error}): download it again") from error
     missing = [name for name in _COLUMNS if name not in table.column_names]

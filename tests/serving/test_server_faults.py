@@ -113,9 +113,12 @@ def test_a_killed_replica_loses_no_request(server: ServerProcess, model: UniME) 
 
 
 @pytest.mark.parametrize("receiver", ["server", "group"])  # service managers send it to the whole group
-def test_shutdown_leaves_no_process(server: ServerProcess, receiver: str) -> None:
+@pytest.mark.parametrize("answering", [True, False])
+def test_shutdown_leaves_no_process(server: ServerProcess, receiver: str, answering: bool) -> None:
     children = server.children()
     assert len(children) > 4
+    for process in () if answering else [*server.children("gcs_server"), *server.children("raylet/raylet")]:
+        process.suspend()
     for process in children if receiver == "group" else ():
         with suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -42,7 +42,7 @@ TOKENS_PER_ROW = 256
 _CPU_BUDGET = 1024
 """Token budget on a CPU, where larger batches cost memory without being faster."""
 
-_THREAD_PIXELS = 2_000_000
+_THREAD_PIXELS = 500_000
 """Pixel budget of a batch on a CPU, where every thread holds a batch."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
@@ -70,8 +70,8 @@ class BatchRunner:
     """Encodes batches with one model in several threads; each thread takes a batch from decoding to vectors.
 
     The threads take turns on the accelerators. On a CPU several forward passes run side by side, each on its share of
-    the cores, which is faster for models of this size than one pass on all cores. There are more threads than
-    concurrent passes, so that the next batches are preprocessed in time.
+    the cores, which is faster for models of this size than one pass on all cores. Where a pass has several cores, one
+    thread more preprocesses the next batches in time.
 
     Args:
         model: The embedding model.
@@ -79,7 +79,7 @@ class BatchRunner:
         token_budget: Maximum number of tokens of a batch, padding included. Defaults to None, derived from
             ``batch_size`` and at most 1024 on a CPU.
         workers: Number of threads. Defaults to None: the number of cores that torch may use, at most eight; on a CPU
-            at most four, plus one.
+            at most four, plus one where the passes have several cores each.
         device: Device, or several with one copy of the model each. Defaults to None, the model's device.
         prompt: Instruction that is added to every input.
         truncate_dim: Number of leading dimensions to keep. Defaults to None, all.
@@ -119,7 +119,8 @@ class BatchRunner:
         on_cpu = all(target.type == "cpu" for target in devices)
         cores = torch.get_num_threads()
         turns = min(cores, _CPU_THREADS) if on_cpu else len(devices)
-        self.workers = workers or (turns + 1 if on_cpu else min(max(cores, 2), _DEVICE_THREADS))
+        spare = cores > turns  # cores that a pass leaves idle while its thread preprocesses
+        self.workers = workers or (turns + spare if on_cpu else min(max(cores, 2), _DEVICE_THREADS))
         turns = min(turns, self.workers)
         self._threads_each = max(1, cores // turns) if on_cpu else 1
         self.budget = token_budget or batch_size * TOKENS_PER_ROW

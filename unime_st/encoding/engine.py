@@ -253,17 +253,21 @@ class Engine:
     def _collect(
         self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[NoReturn]
     ) -> None:
+        rows, vectors = [], []
         for job, vector in zip(batch, future.result()):
             job.value = None  # releases the encoded image before the window is finished
-            if vector is None:
-                assert job.error is not None
-                if self.on_error == "raise":
-                    raise named_error(job.row, job.error)
-                self.failed[job.row] = str(job.error)
+            if vector is not None:
+                rows.append(job.row - window.start)
+                vectors.append(vector)
                 continue
+            assert job.error is not None
+            if self.on_error == "raise":
+                raise named_error(job.row, job.error)
+            self.failed[job.row] = str(job.error)
+        if vectors:
             if window.vectors is None:
-                window.vectors = vector.new_full((window.size, *vector.shape), float("nan"))
-            window.vectors[job.row - window.start] = vector
+                window.vectors = vectors[0].new_full((window.size, *vectors[0].shape), float("nan"))
+            window.vectors[rows] = torch.stack(vectors)
         window.open_batches -= 1
         bar.update(len(batch))
 

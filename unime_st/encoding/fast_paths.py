@@ -11,6 +11,8 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
+from unime_st.memory import malloc_trim
+
 NO_LIMIT = 10**9
 """Maximum length in tokens of a model that has none."""
 
@@ -30,6 +32,7 @@ def remembered(kind: Callable[..., FastPath], model: SentenceTransformer, prompt
     kept = _REMEMBERED.setdefault(first.model, {})
     if key not in kept:
         kept[key] = kind(model, **prompting)
+        malloc_trim()  # memory of the probes, among them a large image
     found: FastPath = kept[key]
     return found
 

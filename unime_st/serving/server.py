@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ _NAME = "unime"
 """Name of the application in Ray Serve."""
 _STOP_SECONDS = 2.0
 """Time for running requests to finish after a signal."""
+_END_SECONDS = 20.0
+"""Time for Ray to end; then its processes are killed."""
 _MIN_STORE = 256 << 20
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no request to another server
@@ -73,39 +76,54 @@ def run_server(settings: ServeSettings, host: str, port: int, *, verbose: bool =
     _on_signal(_raise_stopped)
     started: list[psutil.Process] = []
     gateway: DeploymentHandle | None = None
+    status = 1
     try:
         gateway, reason = _start(settings, host, port, verbose=verbose)
         started = _ray_processes()
         if reason is not None:
             sys.stderr.write(f"unime serve: {_line(reason)}\n")
-            return 1
+            return status
         sys.stdout.write(f"Ready: http://{host}:{port}/v1\n")
         sys.stdout.flush()
         threading.Event().wait()
     except _Stopped:
-        pass
+        status = 0
     finally:
         _on_signal(signal.SIG_IGN)
         if ray.is_initialized():
-            _shut_down(gateway, started)
-    return 0
+            _shut_down(gateway, started, status)
+    return status
 
 
-def _shut_down(gateway: DeploymentHandle | None, started: list[psutil.Process]) -> None:
+def _shut_down(gateway: DeploymentHandle | None, started: list[psutil.Process], status: int) -> None:
     """Let running requests finish, and end what was started: the application, and Ray unless it is a cluster's."""
     import ray
     from ray import serve
 
+    own = not os.environ.get("RAY_ADDRESS")
+    if own:  # Ray waits without a limit for a process of its own that does not answer
+        threading.Thread(target=_end_hard, args=(status,), daemon=True).start()
     if gateway is not None:
         with suppress(Exception):  # it may not run any longer
             gateway.drain.remote(_STOP_SECONDS).result(timeout_s=_STOP_SECONDS + 0.5)
-    if os.environ.get("RAY_ADDRESS"):
+    if own:  # one after the other, as Ray ends them, takes seconds
+        _kill({*started, *_ray_processes()})
+    else:
         serve.delete(_NAME)
-    else:  # one after the other, as Ray ends them, takes seconds
-        for process in {*started, *_ray_processes()}:
-            with suppress(psutil.Error):
-                process.kill()
     ray.shutdown()
+
+
+def _end_hard(status: int) -> None:
+    """Kill what is left of Ray after a while, and end this process."""
+    time.sleep(_END_SECONDS)
+    _kill(psutil.Process().children(recursive=True))
+    os._exit(status)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def _ray_processes() -> list[psutil.Process]:
