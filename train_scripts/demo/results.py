@@ -27,7 +27,7 @@ MODELS = {
     "everything": "weights averaged + judge as reranker, fused",
 }
 """Display names of the models, in display order."""
-MAIN = ("base", "in_batch", "mined", "judged", "v2", "truth", "reranked")
+MAIN = ("base", "in_batch", "in_batch_compute", "mined", "judged", "v2", "truth", "reranked")
 """Models of the main run."""
 RERANKED = {"reranked": "v2", "everything": "soup"}
 """Models that are another one with a reranker behind it."""
@@ -202,10 +202,9 @@ class DemoResults:
             if seeds == 1
             else f"{seeds} seeds, over which the errors are"
         )
-        compute = "" if "in_batch_compute" in self.models else "; a control with equal compute is in ARMS=all alone"
         return (
             f"This is a model of 1.4 million parameters on drawn scenes, {error}: the run shows that the parts work "
-            f"together, not how large a gain to expect{compute}."
+            f"together, not how large a gain to expect."
         )
 
 
