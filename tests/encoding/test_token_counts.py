@@ -15,6 +15,7 @@ from PIL import Image
 from unime_st import Item, UniME
 from unime_st.data.images import ImageRef
 from unime_st.encoding import TokenCounter, pack, split_by_pixels
+from unime_st.encoding.token_counts import even_budget
 from unime_st.encoding.model_inputs import texts_and_sizes
 
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-phi3.5"]
@@ -93,3 +94,17 @@ def test_budget_must_be_positive():
     with pytest.raises(ValueError, match="budget must be at least 1 token, got 0"):
         pack([1], 0)
     assert pack([], 10) == []
+
+
+@pytest.mark.parametrize("count", [5, 6, 7, 12, 13, 40])
+@pytest.mark.parametrize("turns", [2, 4])
+def test_batches_that_run_side_by_side_are_even(count: int, turns: int) -> None:
+    costs = [74] * count
+    batches = [len(batch) for batch in pack(costs, even_budget(costs, 1024, turns))]
+    assert max(batches) == -(-count // len(batches)) and len(batches) >= min(turns, 3)
+
+
+def test_small_batches_stay_whole() -> None:
+    assert even_budget([10] * 5, 1024, 2) == 1024
+    assert even_budget([0] * 5, 1024, 2) == 1024
+    assert even_budget([5000] * 5, 1024, 2) == 1024

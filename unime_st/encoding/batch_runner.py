@@ -121,7 +121,7 @@ class BatchRunner:
         turns = min(cores, _CPU_THREADS) if on_cpu else len(devices)
         spare = cores > turns  # cores that a pass leaves idle while its thread preprocesses
         self.workers = workers or (turns + spare if on_cpu else min(max(cores, 2), _DEVICE_THREADS))
-        turns = min(turns, self.workers)
+        self.turns = turns = min(turns, self.workers)
         self._threads_each = max(1, cores // turns) if on_cpu else 1
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:

@@ -30,7 +30,7 @@ from unime_st.encoding.model_inputs import (
 )
 from unime_st.encoding.shared_videos import SharedVideo, video_key, video_of
 from unime_st.encoding.text_fast_path import TextFastPath, plain_text
-from unime_st.encoding.token_counts import TokenCounter, pack, split_by_pixels
+from unime_st.encoding.token_counts import TokenCounter, even_budget, pack, split_by_pixels
 from unime_st.encoding.vector_shards import VectorSink
 
 logger = logging.getLogger(__name__)
@@ -180,8 +180,9 @@ class Engine:
             kind += ", shared" if job.shared is not None else ""
             kinds.setdefault(kind, []).append(job)
         for jobs in kinds.values():
-            indices = pack([job.num_tokens for job in jobs], self.runner.budget)
-            indices = split_by_pixels(indices, [job.pixels for job in jobs], self.runner.pixels)
+            costs, pixels = [job.num_tokens for job in jobs], [job.pixels for job in jobs]
+            indices = pack(costs, even_budget(costs, self.runner.budget, self.runner.turns))
+            indices = split_by_pixels(indices, pixels, even_budget(pixels, self.runner.pixels, self.runner.turns))
             window.batches += [[jobs[index] for index in batch] for batch in indices]
         window.batches.sort(key=lambda batch: -batch[0].num_tokens)
         window.open_batches = len(window.batches)

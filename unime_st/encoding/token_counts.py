@@ -184,6 +184,30 @@ def pack(costs: npt.ArrayLike, budget: int, *, tolerance: float = 0.8, least: in
     return batches
 
 
+def even_budget(costs: Sequence[int], budget: int, turns: int, *, least: int = 32) -> int:
+    """Lower a budget so that the batches that run side by side are even, and a few rows keep all threads busy.
+
+    Args:
+        costs: Tokens or pixels of each row.
+        budget: Maximum of a batch.
+        turns: Number of batches that run side by side.
+        least: Batches below this number are not made smaller. Defaults to 32.
+
+    Returns:
+        int: At most ``budget``.
+
+    Example:
+        >>> from unime_st.encoding.token_counts import even_budget
+        >>> even_budget([100] * 7, budget=1000, turns=2)  # four rows and three
+        449
+    """
+    total, longest = sum(costs), max(costs)
+    if turns == 1 or total < turns * least:
+        return budget
+    batches = -(-total // (budget * turns)) * turns
+    return min(budget, -(-total // batches) + longest - 1)
+
+
 def pixel_budget(*devices: torch.device) -> int:
     """Maximum number of stored pixels of the images in a batch, which bounds the memory for decoded images.
 
