@@ -16,6 +16,7 @@ from unime_st import Item, UniME, UniMEReranker
 from unime_st.data import PairRecord, RecordSet
 from unime_st.data.manifest import StageConflictError
 from unime_st.encoding import encode_items, encode_to_shards
+from unime_st.encoding.model_inputs import Features
 from unime_st.files import FolderInUseError, digest, folder_lock
 from unime_st.reranking import search
 from unime_st.retrieval import Index, IndexSettings, mine, top_k
@@ -137,13 +138,14 @@ def test_reranker_gets_the_items(model: UniME, tmp_path: Path, monkeypatch: pyte
 def test_killed_build_resumes(model: UniME, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("unime_st.encoding.engine.WINDOW", 20)
     calls: list[int] = []
+    resumed = False
     forward = UniME.forward
 
-    def killed(self: UniME, *args: object, **kwargs: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
+    def killed(self: UniME, features: Features, **kwargs: object) -> object:
+        calls.append(len(features["input_ids"]))
+        if not resumed and sum(calls) > 40:  # in the third window
             raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
+        return forward(self, features, **kwargs)
 
     monkeypatch.setattr(UniME, "forward", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -153,9 +155,10 @@ def test_killed_build_resumes(model: UniME, tmp_path: Path, monkeypatch: pytest.
         Index.load(tmp_path / "index", model)
     kept = len(list((tmp_path / "index.build").glob("vectors-*/vectors-*.npy")))
     assert kept >= 1
-    calls[:] = [1] * 5
+    calls.clear()
+    resumed = True
     index = Index.build(TEXTS, model, ids=TEXTS, folder=tmp_path / "index", batch_size=1)
-    assert len(calls) == 5 + 4 - kept and not (tmp_path / "index.build").exists()
+    assert sum(calls) == len(TEXTS) - 20 * kept and not (tmp_path / "index.build").exists()
     Index.build(TEXTS, model, ids=TEXTS, folder=tmp_path / "whole", batch_size=1)
     for name in ("index.faiss", "rows-00000.parquet", "items-00000.parquet", "manifest.json"):
         assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

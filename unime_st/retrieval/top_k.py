@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from unime_st.options import check_count
+from unime_st.retrieval.products import product
 
 _RESCORE_BYTES = 1 << 20  # fits in the cache of a core
 _PART = 32  # adjacent similarities that are inspected one by one only if their maximum is among the best
@@ -74,7 +75,7 @@ def top_k(
         exclude: Corpus positions to exclude for each query. Defaults to None.
         query_chunk: Number of queries per block. Defaults to 1024.
         corpus_chunk: Number of corpus vectors per block. Defaults to 8192.
-        device: Device of the matrix products. Defaults to None, the CPU with NumPy's BLAS.
+        device: Device of the matrix products. Defaults to None, the CPU.
         show_progress_bar: Show a progress bar over blocks. Defaults to False.
 
     Returns:
@@ -120,7 +121,7 @@ class _Search:
         self.corpus, self.k, self.chunk, self.device = corpus, k, chunk, device
         self.width = k + spare
         self._crowded = False
-        self._out = np.empty(0, dtype=np.float32)
+        self._out = torch.empty(0)
         self._resident = self._on_the_device()
         exact = str(corpus.dtype).removeprefix("torch.") in _EXACT_IN_FLOAT32
         self._compares_on_device = self._resident is not None and exact
@@ -213,15 +214,11 @@ class _Search:
             return left @ self._resident[start:stop].T
         if self.device.type != "cpu":
             return left @ self._moved(start, stop, left.dtype).T
-        # NumPy's BLAS accepts read-only memory and is faster than PyTorch's on some processors.
-        factor = left.numpy()
-        block = np.asarray(self.corpus[start:stop], dtype=factor.dtype)
-        size = len(factor) * len(block)
-        if self._out.dtype != factor.dtype or self._out.size < size:
-            self._out = np.empty(size, dtype=factor.dtype)
-        out = self._out[:size].reshape(len(factor), len(block))
-        with np.errstate(over="ignore", invalid="ignore"):  # overflow is detected by the norms
-            return torch.from_numpy(np.matmul(factor, block.T, out=out))
+        block = np.asarray(self.corpus[start:stop], dtype=left.numpy().dtype)
+        size = len(left) * len(block)
+        if self._out.dtype != left.dtype or len(self._out) < size:
+            self._out = torch.empty(size, dtype=left.dtype)
+        return product(left, block, self._out[:size].view(len(left), len(block)))
 
     def _on_the_device(self) -> torch.Tensor | None:
         """The corpus on a GPU with enough memory: copying it for every block of queries would dominate the time."""
