@@ -15,8 +15,8 @@ from PIL import Image
 from unime_st import Item, UniME
 from unime_st.data.images import ImageRef
 from unime_st.encoding import TokenCounter, pack, split_by_pixels
-from unime_st.encoding.token_counts import even_budget
 from unime_st.encoding.model_inputs import texts_and_sizes
+from unime_st.encoding.token_counts import even_budget
 
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "llava-1.6", "llava-onevision", "unime-v2-2b", "unime-v2", "unime-v1-phi3.5"]
 SIZES = [(90, 60), (60, 140), (300, 40), (28, 28), (5000, 10)]
