@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_page import Page
 
 from train_scripts.demo.charts import difference_chart
 from train_scripts.demo.evaluation import ndcg_at_10
-from train_scripts.demo.results import COLUMNS, MAIN, MODELS, DemoResults, Difference, paired, render_table
+from train_scripts.demo.filters import filtered
+from train_scripts.demo.results import (
+    COLUMNS,
+    MAIN,
+    MODELS,
+    OTHER_PAIRS,
+    DemoResults,
+    Difference,
+    paired,
+    render_table,
+)
+from train_scripts.demo.run_demo import mean_seconds
+from train_scripts.demo.settings import DemoArguments
 from unime_st.files import read_json
+from unime_st.options import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 GAINS = {"base": -0.2, "in_batch": 0.0, "mined": 0.02, "judged": 0.04, "v2": 0.01, "truth": 0.05, "reranked": 0.11}
@@ -66,8 +81,41 @@ def test_errors_are_over_families_or_seeds() -> None:
 def test_two_standard_errors_tell_apart() -> None:
     assert Difference(0.021, 0.01).verdict("it") == "ahead of it (+2.1 ± 1.0)"
     assert Difference(-0.019, 0.01).verdict("it") == "not told apart from it (−1.9 ± 1.0)"
-    assert Difference(-0.03, None).verdict("it") == "behind it (−3.0)"
+    assert Difference(-0.03, None).verdict("it") == "not told apart from it (−3.0)"
     assert str(Difference(-0.0004, 0.004)) == "+0.0 ± 0.4"
+
+
+def test_few_seeds_need_more_standard_errors() -> None:
+    """Student's limit is 12.7 errors for two seeds and 2.8 for five."""
+    assert Difference.of([0.01, 0.03]).verdict("it") == "not told apart from it (+2.0 ± 1.0)"
+    assert Difference.of([0.019, 0.021]).verdict("it") == "ahead of it (+2.0 ± 0.1)"
+    assert Difference.of([0.01, 0.01, 0.02, 0.03, 0.03]).limit == pytest.approx(2.776, abs=1e-3)
+
+
+def test_seconds_are_means_over_seeds_that_may_have_had_other_models() -> None:
+    assert mean_seconds({"0": {"warm": 2.0, "stage1": 1.0}, "1": {"warm": 4.0}}) == {"warm": 3.0}
+
+
+def test_the_filter_in_the_report_is_the_one_of_the_rows() -> None:
+    """A positive that is judged below the margin keeps the candidates that score lower still."""
+    row = {"logits": [-8.0, -4.0], "positive_logit": -6.0}
+    assert filtered(row, 0.01).tolist() == [False, True]
+    assert filtered({**row, "positive_logit": -3.0}, 0.01).tolist() == [False, False]
+    assert filtered({**row, "positive_logit": 0.0, "logits": [0.1, -1.0]}, 0.01).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"seeds": 0}, "seeds: expected an integer of at least 1, found 0"),
+        ({"temperature": 0.0}, "temperature: expected a number above 0"),
+        ({"eval_size": 4}, "eval_size: expected an integer of at least 8"),
+        ({"arms": "most"}, "arms: expected one of main, all, found most"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        DemoArguments(**options)
 
 
 def test_table() -> None:
@@ -104,7 +152,13 @@ def test_error_bars_are_where_the_numbers_are() -> None:
 
 def test_documentation_has_the_numbers_of_the_record() -> None:
     results = DemoResults(read_json(ROOT / "benchmarks" / "results" / "demo.json"))
-    assert render_table(results) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert render_table(results) in page
+    for model, other in OTHER_PAIRS:
+        assert str(results.difference(model, other)).strip("+−") in page
+    for row in results.content["judge"]:
+        values = [row[name] for name in ("auc", "precision", "recall", "dropped", "false_negatives")]
+        assert " | ".join([row["task"].replace("_", " "), *(f"{value:.2f}" for value in values)]) in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for model in ("in_batch", "in_batch_compute", "mined", "v2", "reranked"):
         difference = results.difference(model)

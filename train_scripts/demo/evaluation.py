@@ -16,7 +16,7 @@ from mteb_tasks.preference_task import group_means
 from mteb_tasks.two_stage import TwoStage
 from train_scripts.demo.results import RERANKED, TASKS
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import FUSED, PAIR_ORDERS, DemoArguments
+from train_scripts.demo.settings import PAIR_ORDERS, RERANK_TOP_K, DemoArguments
 from unime_st.files import read_json, write_json
 from unime_st.model import UniME
 from unime_st.reranking.unime_reranker import UniMEReranker
@@ -64,7 +64,7 @@ def _reranked(embedder: UniMELoader, order: Any, temperature: float) -> TwoStage
     return TwoStage(
         embedder,
         UniMEReranker("unime-tiny", template="tiny"),
-        top_k=FUSED,
+        top_k=RERANK_TOP_K,
         method="pairwise",
         batch_size=128,
         pair_order=order,

@@ -43,14 +43,15 @@ FILTERS: dict[str, Callable[[Row, TwinTruth], list[bool]]] = {
 """Which candidates of a row count as false negatives, by the name of the model that is trained without them."""
 
 
-def write_rows(run: Seed, name: str) -> None:
+def write_rows(run: Seed, name: str, truth: TwinTruth) -> None:
     """Write the training rows of a filter, chosen by the rule of :func:`~unime_st.selection.select_negatives`.
 
     Args:
         run: The seed.
         name: Key of :data:`FILTERS`.
+        truth: Which pairs of the seed's items are true.
     """
-    folder, truth = run.path(f"rows-{name}"), TwinTruth(run.arguments.records, seed=run.seed)
+    folder = run.path(f"rows-{name}")
     if is_complete(folder):
         return
     records = []
@@ -71,18 +72,23 @@ def write_rows(run: Seed, name: str) -> None:
 
 
 def filtered(row: Row, margin: float) -> np.ndarray:
-    """Mask of the candidates of a judged row that the judge's filter drops."""
-    return ~surviving(to_scores(row["logits"]), float(to_scores(row["positive_logit"])), margin, False)
+    """Mask of the candidates of a judged row that the judge's filter drops, by the rule of ``unime judge``."""
+    positive = float(to_scores(row["positive_logit"]))
+    return ~surviving(to_scores(row["logits"]), positive, margin, relax_low_positive=True)
 
 
-def judge_quality(run: Seed) -> list[dict[str, Any]]:
+def judge_quality(run: Seed, truth: TwinTruth) -> list[dict[str, Any]]:
     """Compare the judge with the truth, over all mined candidates of each direction.
+
+    Args:
+        run: The seed.
+        truth: Which pairs of the seed's items are true.
 
     Returns:
         Per direction the AUC of the log-odds (true of the query or not), precision and recall of what the filter drops,
         and the share of false negatives among the most similar candidates.
     """
-    truth, found = TwinTruth(run.arguments.records, seed=run.seed), []
+    found = []
     for task in PAIR_ORDERS:
         rows = list(Scores(run.path(f"scores-{task}")).row_shards.rows())
         true = [np.array(true_of_query(row, truth)) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,14 @@ def judged_gallery(run: Seed) -> Html:
 
 def _examples(run: Seed) -> Iterator[tuple[Scores, Row]]:
     for task in PAIR_ORDERS:
-        scores, shown = Scores(run.path(f"scores-{task}")), 0
-        for row in scores.row_shards.rows():
-            dropped = filtered(row, run.arguments.margin)[:_SHOWN]
-            if shown < _PER_DIRECTION and dropped.any() and not dropped.all():
-                shown += 1
-                yield scores, row
+        scores = Scores(run.path(f"scores-{task}"))
+        mixed = (row for row in scores.row_shards.rows() if _is_mixed(row, run.arguments.margin))
+        yield from ((scores, row) for row in islice(mixed, _PER_DIRECTION))
+
+
+def _is_mixed(row: Row, margin: float) -> bool:
+    dropped = filtered(row, margin)[:_SHOWN]
+    return bool(dropped.any() and not dropped.all())
 
 
 def _card(run: Seed, scores: Scores, row: Row, truth: TwinTruth) -> Html:

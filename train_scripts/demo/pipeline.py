@@ -11,11 +11,11 @@ from pathlib import Path
 
 from train_scripts.demo.filters import FILTERS, judge_quality, write_rows
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import PAIR_ORDERS, QUALITY, DemoArguments
+from train_scripts.demo.settings import JUDGE_QUALITY, PAIR_ORDERS, DemoArguments
 from unime_st import stages
 from unime_st.data.manifest import is_complete
 from unime_st.data.records import PairRecord, RecordSet
-from unime_st.data.scenes import twin_records
+from unime_st.data.scenes import TwinTruth, twin_records
 from unime_st.files import write_json
 from unime_st.judging.calibration import LEAST_AUC, LOW_AUC_ADVICE
 
@@ -81,10 +81,11 @@ def _judge(run: Seed) -> None:
 def _rows(run: Seed) -> None:
     both = (RecordSet.load(run.path(f"rows-{task}")) for task in PAIR_ORDERS)
     _write(run, "rows", list(chain.from_iterable(both)))
+    truth = TwinTruth(run.arguments.records, seed=run.seed)
     for name in FILTERS:
-        write_rows(run, name)
-    quality = judge_quality(run)
-    write_json(run.folder / QUALITY, {"rows": quality})
+        write_rows(run, name, truth)
+    quality = judge_quality(run, truth)
+    write_json(run.folder / JUDGE_QUALITY, {"rows": quality})
     for row in quality:
         if row["auc"] is not None and row["auc"] < LEAST_AUC:
             logger.warning("%s: AUC %.2f on mined candidates. %s", row["task"], row["auc"], LOW_AUC_ADVICE)

@@ -8,12 +8,14 @@ from typing import Any
 
 from train_scripts.demo.charts import difference_chart
 from train_scripts.demo.judging_section import judged_gallery, quality_table
-from train_scripts.demo.results import COLUMNS, CONTROL, FURTHER, MEAN, MODELS, REPORT, DemoResults, table_rows
+from train_scripts.demo.results import COLUMNS, CONTROL, MEAN, MODELS, OTHER_PAIRS, REPORT, DemoResults, table_rows
 from train_scripts.demo.retrieval_section import retrieval_gallery
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import DemoArguments
 from unime_st.files import atomic_write, read_json
 from unime_st.report.html import Content, Html, element, facts, page, table
+
+_FAR_BELOW = ("base", "stage1")  # models that would leave no room for the differences of the others
 
 
 def write_demo_report(arguments: DemoArguments) -> Path:
@@ -51,8 +53,7 @@ def _figure(results: DemoResults) -> Html:
     rows = [
         (MODELS[model], 100 * found.mean, 100 * (found.error or 0.0))
         for model in results.models
-        if model not in ("base", "stage1")
-        and (found := results.difference(model))  # these two are far below all others
+        if model not in _FAR_BELOW and (found := results.difference(model))
     ]
     title = (
         f"Difference from the control ({MODELS[CONTROL]}): nDCG@10, mean of both directions, ± standard error over "
@@ -69,7 +70,7 @@ def _tables(results: DemoResults) -> Iterator[Html]:
         "after the common start, mining and judging included"
     )
     yield table(head, [("", rows)], caption=caption)
-    pairs = [(model, CONTROL) for model in results.models if model != CONTROL] + list(FURTHER)
+    pairs = [(model, CONTROL) for model in results.models if model != CONTROL] + list(OTHER_PAIRS)
     columns = {name: task for name, (task, _) in list(COLUMNS.items())[:2]} | {MEAN: MEAN}
     lines = [
         [f"{MODELS[model]} − {MODELS[other]}", *(results.difference(model, other, task) for task in columns.values())]

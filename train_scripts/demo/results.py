@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.special import stdtrit
+
 from unime_st.data.scenes.twins import MEMBERS
 
 MODELS = {
@@ -32,7 +34,7 @@ MAIN = ("base", "in_batch", "in_batch_compute", "mined", "judged", "v2", "truth"
 RERANKED = {"reranked": "v2", "everything": "soup"}
 """Models that are another one with a reranker behind it."""
 CONTROL = "in_batch"
-FURTHER = (
+OTHER_PAIRS = (
     ("judged", "mined"),
     ("judged", "similarity"),
     ("judged", "truth"),
@@ -74,24 +76,33 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference of two models as a fraction, and its standard error (None for a single value)."""
+    """Paired difference of two models as a fraction, and its standard error.
+
+    Args:
+        mean: The difference.
+        error: Its standard error; None for a single value.
+        limit: Standard errors beyond which the two are told apart (95 %).
+    """
 
     mean: float
     error: float | None
+    limit: float = 2.0
 
     @classmethod
     def of(cls, values: list[float]) -> Difference:
-        """Difference of paired values."""
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(statistics.fmean(values), error)
+        """Difference of paired values; of few of them, the limit is Student's."""
+        if len(values) < 2:
+            return cls(statistics.fmean(values), None)
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.fmean(values), error, float(stdtrit(len(values) - 1, 0.975)))
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" ± {100 * self.error:.1f}"
         return f"{round(100 * self.mean, 1) + 0.0:+.1f}".replace("-", "−") + error  # no minus sign on a zero
 
     def verdict(self, other: str) -> str:
-        """The difference in words; less than two standard errors do not tell the models apart."""
-        apart = abs(self.mean) > 2 * (self.error or 0.0)
+        """The difference in words; one without an error does not tell the models apart."""
+        apart = self.error is not None and abs(self.mean) > self.limit * self.error
         return f"{('ahead of' if self.mean > 0 else 'behind') if apart else 'not told apart from'} {other} ({self})"
 
 
@@ -108,7 +119,7 @@ def paired(found: Mapping[str, Mapping[str, Any]], seed: int) -> list[dict[str, 
     """
     pairs = [(model, CONTROL) for model in found if model != CONTROL]
     rows = []
-    for model, other in [*pairs, *(pair for pair in FURTHER if set(pair) <= found.keys())]:
+    for model, other in [*pairs, *(pair for pair in OTHER_PAIRS if set(pair) <= found.keys())]:
         ours, theirs = found[model]["ndcg"], found[other]["ndcg"]
         gains = {task: {query: ours[task][query] - theirs[task][query] for query in ours[task]} for task in ours}
         gains[MEAN] = {query: statistics.fmean(part[query] for part in gains.values()) for query in gains["twins_t2i"]}
@@ -174,7 +185,7 @@ class DemoResults:
         if oracle is None or plain is None:
             return "Without the oracle or the unfiltered negatives the run does not say whether there is a problem."
         return (
-            f"Mined negatives without any false one (oracle) are {oracle.verdict('the equal-steps control')}, mined "
+            f"Mined negatives filtered by the truth (oracle) are {oracle.verdict('the equal-steps control')}, mined "
             f"negatives without a filter {plain.verdict('it')}: points of nDCG@10, mean of both directions."
         )
 
@@ -200,7 +211,7 @@ class DemoResults:
         error = (
             "one seed, whose errors are over families of queries and say nothing of another training"
             if seeds == 1
-            else f"{seeds} seeds, over which the errors are"
+            else f"{seeds} seeds of training with one test set, over which the errors are"
         )
         return (
             f"This is a model of 1.4 million parameters on drawn scenes, {error}: the run shows that the parts work "

@@ -54,4 +54,4 @@ def _documents(data: RetrievalData, query: str, scores: dict[str, float]) -> Ite
         right = name in data.relevant[query]
         mark = [element("b", "✓ right", class_="good")] if right else []
         below = [element("div", f"score {scores[name]:.2f}", class_="facts"), *mark]
-        yield data.corpus[name], below, "good" * right
+        yield data.corpus[name], below, "good" if right else ""

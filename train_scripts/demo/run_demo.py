@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from typing import Any
 from train_scripts.demo.jobs import Job, alone
 from train_scripts.demo.results import MAIN, MODELS, REPORT, RERANKED, DemoResults, paired, render_table
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import FUSED, PAIR_ORDERS, QUALITY, DemoArguments
+from train_scripts.demo.settings import JUDGE_QUALITY, PAIR_ORDERS, RERANK_TOP_K, DemoArguments
 from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
 from unime_st.training import LOG
@@ -92,14 +93,13 @@ def run_demo(arguments: DemoArguments) -> Path:
         rows += [row for result in found.values() for row in result["rows"]]
         compared += paired(found, seed)
         run = Seed(arguments, seed)  # with what the other processes noted
-        judged += read_json(run.folder / QUALITY)["rows"]
+        judged += read_json(run.folder / JUDGE_QUALITY)["rows"]
         seconds[str(seed)] = run.seconds
-    stage_names = next(iter(seconds.values()))
     results = {
         "rows": rows,
         "paired": compared,
         "judge": judged,
-        "seconds": {name: round(statistics.fmean(s[name] for s in seconds.values()), 1) for name in stage_names},
+        "seconds": mean_seconds(seconds),
         "seconds_by_seed": seconds,
         "peak_rss_mb": (peak_resident() + max(peaks)) // 2**20,  # of this process and of those side by side
         "versions": _versions(),
@@ -126,6 +126,13 @@ def _run_seed(arguments: DemoArguments, seed: int, peaks: list[int]) -> dict[str
     return {model: read_json(file) for model, file in files.items()}
 
 
+def mean_seconds(by_seed: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean over seeds of each stage's seconds; stages that a seed lacks, such as models of an earlier run, are left out."""
+    first, *others = by_seed.values()
+    shared = [name for name in first if all(name in other for other in others)]
+    return {name: round(statistics.fmean(stages[name] for stages in by_seed.values()), 1) for name in shared}
+
+
 def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
     path = output / "settings.json"
     before = read_json(path) if path.is_file() else settings
@@ -144,9 +151,9 @@ def _notes(arguments: DemoArguments) -> list[str]:
         f"{a.steps} steps of {a.batch_size} pairs of one kind, with one learning rate, which was not tuned for any.",
         f"Hard labels: in-batch InfoNCE in which {a.num_negatives} of {a.num_candidates} mined candidates of each row "
         "count as negatives of the whole batch.",
-        f"Equal compute: {a.equal_compute_steps} steps, so many that as many items are encoded as for UniME-V2; mining "
-        "and judging are not counted.",
-        f"The judge is unime-tiny, asked image first ({asked}). As a reranker it reorders the best {FUSED} by "
+        f"Equal compute: {a.equal_compute_steps} steps, with as many items in all rows as UniME-V2 has; mining and judging "
+        "are not counted.",
+        f"The judge is unime-tiny, asked image first ({asked}). As a reranker it reorders the best {RERANK_TOP_K} by "
         f"similarity / {a.temperature:g} + log-odds.",
         f"Evaluation on scenes of the test split: {size} queries per direction in a gallery of {2 * size} near-twins, in "
         "which several documents may be right.",

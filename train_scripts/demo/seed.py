@@ -40,7 +40,7 @@ class Seed:
 
     @contextmanager
     def stage(self, name: str, why: str) -> Iterator[bool]:
-        """Say what happens, and keep the CPU seconds; gives False if it is done already."""
+        """Say what happens, and keep the CPU seconds, those since the last start; gives False if it is done already."""
         if name in self.seconds:
             logger.info("[seed %d] %s: done before.", self.seed, name)
             yield False

