@@ -12,7 +12,6 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[tuple[str, dict[str, str | None]]] = []
         self.tables: list[list[list[str]]] = []
-        self.bold: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.feed(text)
@@ -40,8 +39,6 @@ class Page(HTMLParser):
         self.words.append(data)
         if "td" in inside or "th" in inside:
             self.tables[-1][-1][-1] += data
-        if self.open and self.open[-1][1].get("class") == "best":
-            self.bold.append(data)
 
     @property
     def text(self) -> str:
@@ -50,6 +47,3 @@ class Page(HTMLParser):
     def table(self, *head: str) -> dict[str, list[str]]:
         (found,) = [rows for rows in self.tables if tuple(rows[0][: len(head)]) == head]
         return {row[0]: row[1:] for row in found[1:] if len(row) == len(found[0])}
-
-    def classes(self, tag: str, name: str) -> int:
-        return sum(found == tag and name in (attrs.get("class") or "").split() for found, attrs in self.tags)

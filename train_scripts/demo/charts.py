@@ -27,7 +27,7 @@ def difference_chart(rows: Sequence[tuple[str, float, float]], *, x_label: str, 
     def x_of(value: float) -> float:
         return round(left + (value - across[0]) / (across[-1] - across[0]) * (width - left - 2 * RIGHT), 1)
 
-    parts = grid([(x_of(value), value) for value in across], [], width, height, vertical=True)
+    parts = grid([(x_of(value), value) for value in across], height)
     parts.append(element("line", x1=x_of(0), x2=x_of(0), y1=TOP, y2=height - BOTTOM, class_="tick"))
     parts.append(element("text", x_label, x=width - RIGHT, y=height - 4, text_anchor="end"))
     for number, (name, value, error) in enumerate(rows):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from unime_st.report.html import Html, element
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 34  # margins of a chart, in its own units
+RIGHT, TOP, BOTTOM = 10, 10, 34  # margins of a chart, in its own units
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -69,29 +69,17 @@ def bar_chart(
             y += line
         y += 6
     height = y + BOTTOM
-    axis = grid([(x_of(value), value) for value in across], [], width, height, vertical=True)
+    axis = grid([(x_of(value), value) for value in across], height)
     axis.append(element("text", x_label, x=end, y=height - 4, text_anchor="end"))
     return svg([*axis, *parts], width, height, f"bars of {x_label}", style="wide")
 
 
-def grid(
-    across: Sequence[tuple[float, float]],
-    up: Sequence[tuple[float, float]],
-    width: int,
-    height: int,
-    *,
-    unit: str = "",
-    vertical: bool = False,
-) -> list[Html]:
-    """Grid lines and labels at the given (coordinate, value) of each axis."""
+def grid(across: Sequence[tuple[float, float]], height: int) -> list[Html]:
+    """Vertical grid lines with their labels, at the given (x, value)."""
     parts = []
     for x, value in across:
-        if vertical:
-            parts.append(element("line", x1=x, x2=x, y1=TOP, y2=height - BOTTOM, class_="grid"))
+        parts.append(element("line", x1=x, x2=x, y1=TOP, y2=height - BOTTOM, class_="grid"))
         parts.append(element("text", f"{value:g}", x=x, y=height - BOTTOM + 14, text_anchor="middle"))
-    for y, value in up:
-        parts.append(element("line", x1=LEFT, x2=width - RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", f"{value:g}{unit}", x=LEFT - 6, y=y + 4, text_anchor="end"))
     return parts
 
 
