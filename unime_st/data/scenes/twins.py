@@ -114,7 +114,8 @@ def twins(split: str, seed: int) -> Iterator[Member]:
     """Generate members of families without end, one family after the other.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``: of the scene that a family grows from.
+        split: ``"train"``, ``"validation"`` or ``"test"``: of the scene that a family grows from. Its edits may be scenes
+            of another split.
         seed: Seed of scenes, drawing and words.
     """
     rng = random.Random(f"twins-{split}-{seed}")
