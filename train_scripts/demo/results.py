@@ -27,11 +27,12 @@ MODELS = {
     "soup": "weights of UniME-V2 and control averaged",
     "reranked": "UniME-V2 + judge as reranker, fused",
     "everything": "weights averaged + judge as reranker, fused",
+    "compute_reranked": "control, equal compute + judge as reranker, fused",
 }
 """Display names of the models, in display order."""
 MAIN = ("base", "in_batch", "in_batch_compute", "mined", "judged", "v2", "truth", "reranked")
 """Models of the main run."""
-RERANKED = {"reranked": "v2", "everything": "soup"}
+RERANKED = {"reranked": "v2", "everything": "soup", "compute_reranked": "in_batch_compute"}
 """Models that are another one with a reranker behind it."""
 CONTROL = "in_batch"
 OTHER_PAIRS = (
@@ -41,7 +42,8 @@ OTHER_PAIRS = (
     ("v2", "judged"),
     ("v2", "in_batch_compute"),
     ("reranked", "v2"),
-    ("everything", "in_batch_compute"),
+    ("reranked", "compute_reranked"),
+    ("everything", "compute_reranked"),
 )
 """Pairs that are compared beside every model with the control."""
 TASKS = {
@@ -71,6 +73,7 @@ _STAGES = {
     **{name: ("mine", "judge", name) for name in ("judged", "v2", "v2_published")},
     **dict.fromkeys(("soup", "everything"), ("mine", "judge", "v2", "in_batch", "soup")),
     "reranked": ("mine", "judge", "v2"),
+    "compute_reranked": ("in_batch_compute",),
 }
 
 
@@ -115,7 +118,7 @@ def paired(found: Mapping[str, Mapping[str, Any]], seed: int) -> list[dict[str, 
 
     Returns:
         Rows of seed, model, other, task, difference and error: of each direction, and as ``"mean"`` of the differences
-        of both for the same scene. The standard error is over families: queries of one family share their documents.
+        of both for the same scene. The standard error is over families, whose queries resemble each other.
     """
     pairs = [(model, CONTROL) for model in found if model != CONTROL]
     rows = []
@@ -197,6 +200,7 @@ class DemoResults:
             ("UniME-V2", "v2", "in_batch_compute", "in-batch training with equal compute"),
             ("UniME-V2", "v2", "judged", "the same negatives with hard labels"),
             ("the reranker fused with UniME-V2", "reranked", "v2", "UniME-V2 alone"),
+            ("the reranker fused with UniME-V2", "reranked", "compute_reranked", "the same behind equal compute"),
         )
         said = [
             f"{name} is {found.verdict(beside)}"
