@@ -29,7 +29,16 @@ from unime_st.files import read_json
 from unime_st.options import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
-GAINS = {"base": -0.2, "in_batch": 0.0, "mined": 0.02, "judged": 0.04, "v2": 0.01, "truth": 0.05, "reranked": 0.11}
+GAINS = {
+    "base": -0.2,
+    "in_batch": 0.0,
+    "in_batch_compute": 0.03,
+    "mined": 0.02,
+    "judged": 0.04,
+    "v2": 0.01,
+    "truth": 0.05,
+    "reranked": 0.11,
+}
 
 
 def made_up(sign: float = 1.0, seeds: int = 1) -> DemoResults:
@@ -63,6 +72,7 @@ def test_sentences_follow_the_sign(sign: float, word: str) -> None:
     assert f"The judge's filter is {word} the control" in method and f"that filter is {word} no filter" in method
     opposite = {"ahead of": "behind", "behind": "ahead of"}.get(word, word)
     assert f"UniME-V2 is {opposite} the same negatives with hard labels" in method
+    assert f"UniME-V2 is {opposite} in-batch training with equal compute" in method
     assert "one seed" in limits and "over families of queries" in limits
     assert limits.endswith("not how large a gain to expect.")
 
