@@ -85,6 +85,7 @@ def _foreign_private_names(path: Path, ours: set[str]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_other_file_uses_private_names_of_other_libraries() -> None:
     files = [path for package in ("unime_st", "mteb_tasks") for path in (ROOT / package).rglob("*.py")]
     ours: set[str] = set()

@@ -103,6 +103,7 @@ def test_every_block_is_known() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.slow
 def test_python_blocks_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each line `print(...)  # value` prints that value; a text block after a Python block is its whole output."""
     names: dict[str, object] = {"__name__": "__main__"}

@@ -37,6 +37,7 @@ def test_rehearsal_measures_every_part(tmp_path: Path) -> None:
     assert "| judge | text query, short texts: pairs/s |" in (tmp_path / "gpu_rehearsal.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_stop_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("BENCH_RESULTS", str(tmp_path))

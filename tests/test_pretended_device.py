@@ -176,6 +176,7 @@ def test_two_stage_search_and_index(tmp_path: Path) -> None:
     on_both(run, 1e-4)
 
 
+@pytest.mark.slow
 def test_top_k_and_mining(tmp_path: Path) -> None:
     records = RecordSet.write(tmp_path / "records", training_records(24), {})
     vectors = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float16)

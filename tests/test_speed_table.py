@@ -43,6 +43,7 @@ def test_numbers_of_a_row(table: ModuleType, row: tuple[str, ...]) -> None:
     assert (" ".join(task.split()) in " ".join(not_faster.split())) == (seconds[1] * table.LIMIT > seconds[0])
 
 
+@pytest.mark.slow
 def test_every_row_can_be_repeated(table: ModuleType) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "all.py"), "--list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

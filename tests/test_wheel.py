@@ -52,6 +52,7 @@ def test_commands_and_plugins_are_declared(wheel: zipfile.ZipFile) -> None:
         assert line in text.splitlines()
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_docs_and_examples(tmp_path: Path) -> None:
     """Everything that its README, tests and `make docs` need."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]

@@ -103,6 +103,7 @@ def test_without_pypdfium2(sources: Path, monkeypatch: pytest.MonkeyPatch, caplo
         names("locked")
 
 
+@pytest.mark.slow
 def test_index_and_search(sources: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
     assert main(["index", "photos", "--output", "index", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("2 items in index (flat)\nSearch it: unime search index")

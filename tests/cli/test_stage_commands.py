@@ -93,6 +93,7 @@ def test_a_name_of_another_stage_is_refused() -> None:
         find_config("own", "soft_labels")
 
 
+@pytest.mark.slow
 def test_from_a_file_to_a_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

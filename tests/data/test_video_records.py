@@ -40,6 +40,7 @@ def test_round_trip_of_every_kind(tmp_path: Path) -> None:
     assert [item.video is None for item in records.items].count(True) == 1
 
 
+@pytest.mark.slow
 def test_checked_frames_are_not_kept() -> None:
     """Memory stays flat in the number of videos; a video is checked once, whatever refers to it."""
     with ImageChecker(1) as checker:

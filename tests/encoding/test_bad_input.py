@@ -82,6 +82,7 @@ def test_invalid_input_is_located_in_its_batch():
     assert np.isfinite(encode_items(tiny_embedder(), ["", "a"])).all()
 
 
+@pytest.mark.slow
 def test_corrupt_images_by_path(tmp_path: Path):
     """Images given by path or as Pillow images, which the decoder of the processor opens."""
     (tmp_path / "truncated.jpg").write_bytes(encoded(noise(600, 400), "JPEG")[:9000])
@@ -196,6 +197,7 @@ def test_same_content_same_key(tmp_path: Path):
     assert content_key({"a": object()}) != content_key({"a": object()})
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_budget(caplog: pytest.LogCaptureFixture):
     """A hook raises the out-of-memory error, since no device here runs out reliably."""
     model = UniME(modules=list(tiny_embedder().children()), device="cpu")

@@ -30,6 +30,7 @@ def photographs(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("as_item", [False, True])
+@pytest.mark.slow
 def test_pixels_of_a_batch_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_item: bool):
     paths, model = photographs(tmp_path), tiny_embedder()
     rows: list[Any] = [Item(image=path) if as_item else {"image": path} for path in paths]

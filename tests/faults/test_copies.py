@@ -244,6 +244,7 @@ def same(found: object, expected: object) -> bool:
 
 
 @pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.slow
 def test_copies_give_equal_output(sources: Sources, name: str):
     make, use = OBJECTS[name]
     value = make(sources)

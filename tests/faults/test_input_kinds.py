@@ -120,6 +120,7 @@ def test_folders_of_another_kind_are_refused(
 
 
 @pytest.mark.parametrize("kind", ["garbage", "animation", "truncated"])
+@pytest.mark.slow
 def test_plain_class_names_files_that_transformers_cannot_decode(tmp_path: Path, kind: str):
     path = tmp_path / "image.gif"
     frames = [Image.effect_noise((200, 200), 50).convert("RGB") for _ in range(2)]

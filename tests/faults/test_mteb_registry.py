@@ -69,6 +69,7 @@ def test_local_models_say_whether_they_take_videos(
     assert found.embed_dim == model.get_embedding_dimension()
 
 
+@pytest.mark.slow
 def test_benchmark_that_was_asked_for_before_its_data_were_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: SentenceTransformer
 ):

@@ -48,6 +48,7 @@ def fits(value: Any, declared: Option) -> bool:
 
 @QUICK
 @given(st.sampled_from(sorted(OPTIONS)), VALUES)
+@pytest.mark.slow
 def test_any_value_of_any_option(key: tuple[str, str], value: Any):
     declared = OPTIONS[key]
     try:

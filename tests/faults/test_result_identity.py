@@ -50,6 +50,7 @@ def switch_off(model: UniME) -> None:
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "plain"])
 @pytest.mark.parametrize("change", [ruin, switch_off], ids=lambda change: change.__name__)
+@pytest.mark.slow
 def test_scores_of_a_model_before_it_changed(cache: mteb.ResultCache, change: Callable[[UniME], None], wrapped: bool):
     inner = tiny()
     torch.manual_seed(0)
@@ -132,6 +133,7 @@ def other_items(folder: Path) -> dict[str, tuple[Iterable[object], str]]:
 
 
 @pytest.mark.parametrize("name", other_items(Path()))
+@pytest.mark.slow
 def test_stored_vectors_of_other_items(tmp_path: Path, name: str):
     stored = encode_to_shards(tiny(), ["a", "b"], tmp_path / "vectors", show_progress_bar=False)[:]
     items, message = other_items(tmp_path)[name]
@@ -174,6 +176,7 @@ def test_an_image_file_that_was_not_there_keeps_its_empty_row(tmp_path: Path):
     assert np.isnan(found[1]).all() and not np.isnan(found[0]).any()
 
 
+@pytest.mark.slow
 def test_interrupted_vectors_of_other_items(tmp_path: Path):
     def broken() -> Iterator[str]:
         yield from (f"text {row}" for row in range(5000))

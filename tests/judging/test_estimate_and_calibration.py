@@ -93,6 +93,7 @@ def test_a_judge_below_the_least_auc_is_warned_of(pools: Pools, judge: LocalJudg
     assert good.keys() == by_pairs.keys() and max(value for value in good.values() if value is not None) > 0.7
 
 
+@pytest.mark.slow
 def test_each_pair_order_is_measured(pools: Pools, judge: LocalJudge):
     groups = [Group(pool.query, [pool.positive, *pool.candidates]) for pool in pools]
     turned = [Group(candidate, [group.query]) for group in groups for candidate in group.candidates]

@@ -13,6 +13,7 @@ from unime_st import losses
 
 
 @pytest.mark.parametrize("name", losses.__all__)
+@pytest.mark.slow
 def test_the_example_of_the_docstring_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documented = getattr(losses, name).__init__.__doc__
     block = re.search(r"Example:\n +::\n(.*)", documented, re.DOTALL)

@@ -98,6 +98,7 @@ def test_two_stages_end_with_what_reranking_took(command, tmp_path, monkeypatch)
     assert re.search(took, command("-t", "MMEB-OK-VQA", model=name), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
     code = "from mteb_tasks.cli import main; main()"
     arguments = ["available-tasks", "-t", "MMEB-GQA", "Urban1KT2IRetrieval", "SugarCrepeByCategory", "MMEB"]
@@ -106,6 +107,7 @@ def test_our_tasks_are_listed_in_a_process_that_only_knows_mteb_s_command():
         assert name in listed.stdout
 
 
+@pytest.mark.slow
 def test_mteb_s_own_trial_of_a_model_passes(tmp_path, converted):
     """With a model of texts and images: for those that take videos mteb asks for the package av."""
     command = [sys.executable, "-m", "mteb", "mock-run", "-m", "unime-local+reranker"]

@@ -35,6 +35,7 @@ def scores(model, tasks, cache=None):
     return [(found.task_name, float(found.get_score())) for found in result.task_results]
 
 
+@pytest.mark.slow
 def test_plain_model_scores_as_the_wrapped_one(embedded):
     tasks = [
         ScenesVQA(),

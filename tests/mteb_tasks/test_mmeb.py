@@ -68,6 +68,7 @@ def _prepared(item):
     return row
 
 
+@pytest.mark.slow
 def test_every_subset_scores_as_the_official_rule_does(data, tiny):
     tasks = mmeb_tasks()
     assert len(tasks) == 36
@@ -106,6 +107,7 @@ def test_foreign_models_read_bodies_without_the_official_instruction(data):
     assert 0 <= found.get_score() <= 0.6
 
 
+@pytest.mark.slow
 def test_the_aggregate_averages_as_the_papers_do(data, tiny):
     task = MMEB()
     result = mteb.evaluate(Noisy(), task, cache=None)
@@ -135,6 +137,7 @@ def _scores_of(tiny, tasks, vector_of):
     return [np.mean([row[name] for row in found]) for name in ("hit_rate_at_1", "chance")]
 
 
+@pytest.mark.slow
 def test_random_constant_and_perfect_models_get_what_they_deserve(data, tiny):
     tasks = mmeb_tasks()
     rng = np.random.default_rng(0)

@@ -26,6 +26,7 @@ def test_the_authors_scores_give_the_authors_hits():
             assert hit == row["correct_if_ties_favour_positive"], name
 
 
+@pytest.mark.slow
 def test_the_golden_subsets_give_the_official_scores_and_hits(released, official, tmp_path, monkeypatch):
     monkeypatch.setenv("MMEB_EVAL_DIR", str(official / "eval" / "mmeb"))
     monkeypatch.setenv("MMEB_ALLOW_MISSING", "1")

@@ -50,6 +50,7 @@ def test_a_name_that_mteb_has_stays_its_own(caplog):
 
 
 @pytest.mark.parametrize("module", ["mteb_tasks.records_task"])
+@pytest.mark.slow
 def test_whatever_is_imported_first_the_tasks_are_known(module):
     code = f"import {module}, mteb_tasks, mteb; mteb_tasks.register(); print(mteb.get_task('ScenesVQA').metadata.name)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -66,6 +67,7 @@ def test_every_alias_is_a_model_that_takes_images():
     assert mteb.get_model_meta("unime-v2").revision != "main"
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_the_columns_of_the_papers():
     mteb_tasks.register()
     benchmark = mteb.get_benchmark("MMEB(eng, v1)")

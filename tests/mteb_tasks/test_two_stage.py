@@ -88,6 +88,7 @@ def test_wrong_settings_are_named(tiny):
         TwoStage(wrap(tiny), Oracle(ScenesVQA(size=2)), method="pairwise", pair_order="both")
 
 
+@pytest.mark.slow
 def test_fusion_and_pair_order_reach_the_ranking_and_the_name_of_the_results(tiny, monkeypatch):
     from unime_st import UniMEReranker
     from unime_st.judging import LocalJudge
@@ -129,6 +130,7 @@ def test_fusion_and_pair_order_reach_the_ranking_and_the_name_of_the_results(tin
 
 
 @pytest.mark.parametrize(("method", "window"), [("listwise", 10), ("listwise", 4), ("hybrid", 4)])
+@pytest.mark.slow
 def test_a_real_reranker_reorders_all_ten(tiny, caplog, method, window):
     from unime_st import UniMEReranker
 
@@ -183,6 +185,7 @@ def test_the_reranker_reads_the_embedder_s_prompt_beside_a_image(released, offic
     assert texts == {" Find an image caption describing the given image."}
 
 
+@pytest.mark.slow
 def test_both_stages_give_the_authors_scores(released, official, tmp_path, monkeypatch):
     from unime_st.checkpoints import convert
 

@@ -69,6 +69,7 @@ def log_odds(reranker: UniMEReranker, query: Any, document: Any) -> float:
 
 
 @pytest.mark.parametrize("order", ["query_first", "candidate_first", "both"])
+@pytest.mark.slow
 def test_pair_orders_and_fusion(reranker: UniMEReranker, order: Any):
     """alpha * similarity + log-odds, with the two items of a pair in either order."""
     embedder = tiny_embedder()
@@ -102,6 +103,7 @@ def test_reranked_hits_of_an_index(reranker: UniMEReranker):
             assert [hit.score for hit in ours] == pytest.approx([entry["score"] for entry in theirs], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_alpha_is_the_weight_that_labels_were_drawn_with():
     rng = np.random.default_rng(0)
     similarities, odds = rng.normal(size=(5000, 8)) * 0.1, rng.normal(size=(5000, 8)) * 3
@@ -116,6 +118,7 @@ def test_alpha_is_the_weight_that_labels_were_drawn_with():
         fit_alpha([np.ones(1)], [np.ones(1)], [0])
 
 
+@pytest.mark.slow
 def test_alpha_fitted_on_records(tmp_path: Path):
     """Of the candidates that search finds among the records' positives."""
     reranker, embedder = UniMEReranker("unime-tiny", device="cpu"), UniME("unime-tiny", device="cpu")

@@ -228,6 +228,7 @@ def test_a_model_with_dot_products(tmp_path: Path):
     assert index.search(["a star"], 1)[0][0].score == pytest.approx(best, rel=1e-5) and best > 1.5
 
 
+@pytest.mark.slow
 def test_vectors_of_mining_are_not_encoded_again(model: UniME, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pairs = [PairRecord(Item(f"find {text}"), Item(text)) for text in TEXTS[:20]]
     records = RecordSet.write(tmp_path / "records", pairs, {"source": "test"})

@@ -27,6 +27,7 @@ def _alone(example: Example) -> list[Example]:
 
 
 @pytest.mark.parametrize("task", sorted(name for name in CURRICULA["deciding"] if name.startswith("decide")))
+@pytest.mark.slow
 def test_packed_judgements_attend_to_the_prefix_only(task: str) -> None:
     model = AutoModelForImageTextToText.from_pretrained(PACKAGED).eval()
     processor = AutoProcessor.from_pretrained(PACKAGED)

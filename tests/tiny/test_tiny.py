@@ -71,6 +71,7 @@ def test_mixed_batches_equal_single_inputs(model: SentenceTransformer) -> None:
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_see_and_judge() -> None:
     """Far better than chance on the foils that the README says it can tell."""
     judge = LocalJudge("unime-tiny", template="tiny", batch_size=64)

@@ -73,6 +73,7 @@ def _features(batch: dict) -> list[dict]:
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_distinct_items_equal_columns(
     records: RecordSet, model: UniME, costs: np.ndarray, name: str, cut: str
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_temperature_gets_the_mean_gradient_of_all_prefixes(
     assert abs(gradients[0] - gradients[1]) > 1e-5
 
 
+@pytest.mark.slow
 def test_rounded_embeddings_are_trained_with_straight_through_gradients(
     records: RecordSet, model: UniME, costs: np.ndarray
 ) -> None:

@@ -113,6 +113,7 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("own", [{}, {"lora_rank": 0}, {"quantize": "nf4"}], ids=["lora", "full", "nf4"])
+@pytest.mark.slow
 def test_the_best_model_is_saved(folders: tuple[str, str], tmp_path: Path, own: dict[str, Any]) -> None:
     output = tmp_path / "out"
     options = {**OPTIONS, **own, "max_steps": 6, "lora_dropout": 0.0}
@@ -128,6 +129,7 @@ def test_the_best_model_is_saved(folders: tuple[str, str], tmp_path: Path, own: 
     assert found["mrr@10"] == pytest.approx(evaluations[best], abs=tolerance)
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_a_killed_run_chooses_the_same_model(
     folders: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -152,6 +154,7 @@ def test_training_stops_early_and_a_killed_run_chooses_the_same_model(
     assert all(torch.allclose(weights[0][name], weight, atol=1e-6) for name, weight in weights[1].items())
 
 
+@pytest.mark.slow
 def test_a_reranker_is_evaluated_while_it_trains(tmp_path: Path) -> None:
     pairs = list(training_records(16, seed=5))
     rows = [

@@ -69,6 +69,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_finished_folder_is_uploaded_or_the_run_is_refused(hub: dict[str, bytes], tmp_path: Path) -> None:
     records = RecordSet.write(tmp_path / "records", training_records(8), {})
     options = {"data": str(records.folder), "output": str(tmp_path / "out"), "max_steps": 1, "push_to_hub": True}

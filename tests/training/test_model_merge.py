@@ -140,6 +140,7 @@ def test_what_is_refused(tmp_path: Path, converted: Callable[[str], Path]):
         merge_models(["unime-tiny"] * 2, template)
 
 
+@pytest.mark.slow
 def test_models_of_different_bases_are_refused(tmp_path: Path):
     """Also where only the values of the weights tell."""
     other = varied(tmp_path / "other", 1)
@@ -159,6 +160,7 @@ def mrr(folder: Path | str, records: RecordSet) -> float:
     return RetrievalEvaluator(records)(SentenceTransformer(str(folder), device="cpu"))["mrr@10"]
 
 
+@pytest.mark.slow
 def test_greedy_soup(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     records = RecordSet.write(tmp_path / "records", training_records(60, seed=1), {})
     tiny = PACKAGED
@@ -193,6 +195,7 @@ def test_greedy_soup(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_greedy_soup_of_rerankers(tmp_path: Path):
     records = RecordSet.write(tmp_path / "records", training_records(16, seed=1), {})
     UniMEReranker("unime-tiny", template="tiny", device="cpu").save_pretrained(str(tmp_path / "a"))

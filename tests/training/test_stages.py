@@ -28,6 +28,7 @@ from unime_st.training.trainer import EmbedderTrainer
 
 
 @pytest.mark.parametrize("stage", ["hard_negatives", "in_batch", "soft_labels"])
+@pytest.mark.slow
 def test_embedding_stages_leave_a_native_folder(run: Path, tmp_path: Path, stage: str) -> None:
     data = str(run / ("rows" if stage == "soft_labels" else "records"))
     common = {**SMALL, "data": data, "output": str(tmp_path / stage), "logging_steps": 1}
@@ -85,6 +86,7 @@ def test_full_fine_tuning_needs_no_adapter(run: Path, tmp_path: Path) -> None:
     assert changed(stages.train_in_batch(stages.InBatchArguments(**common))) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_quantised_backbone_leaves_an_unquantised_folder(run: Path, tmp_path: Path) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "qlora"), "quantize": "nf4"}
     folder = stages.train_in_batch(stages.InBatchArguments(**common, mini_batch_size=6))
@@ -93,6 +95,7 @@ def test_a_quantised_backbone_leaves_an_unquantised_folder(run: Path, tmp_path: 
     assert changed(folder) > 1e-4
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_adapter_in_float32_and_prefixes_are_trained(run: Path, tmp_path: Path) -> None:
     common = {
         **SMALL,
@@ -166,6 +169,7 @@ def test_rows_with_an_unreadable_image_are_set_aside(tmp_path: Path) -> None:
     assert [entry["row"] for entry in rejected] == [7, 9] and "7.png" in rejected[0]["reason"]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, tmp_path: Path) -> None:
     curves = []
     for name, workers in (("first", 0), ("second", 2)):
@@ -183,6 +187,7 @@ def test_one_seed_gives_one_loss_curve_and_a_finished_folder_is_kept(run: Path, 
 
 
 @pytest.mark.parametrize("toolbox", [False, True])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_curve(run: Path, tmp_path: Path, toolbox: bool) -> None:
     common = {**SMALL, "data": str(run / "records"), "max_steps": 16, "logging_steps": 3, "save_steps": 2}
     common |= {"lora_dropout": 0.1, "mini_batch_size": 6}
@@ -220,6 +225,7 @@ class _FullDisk(TrainerCallback):
         ("on_train_end", "trained model could not be written .* GiB are free .* make room", "checkpoint-2"),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, message: str, kept: str
 ) -> None:

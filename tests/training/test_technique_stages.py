@@ -24,6 +24,7 @@ from unime_st.options import OptionError
 from unime_st.training.rows import judged_rows
 
 
+@pytest.mark.slow
 def test_in_batch_with_todays_options(run: Path, tmp_path: Path) -> None:
     """Directions and hardness weights are Sentence Transformers' own, mask and learned temperature are ours."""
     common = {**SMALL, "data": str(run / "rows"), "logging_steps": 1, "num_negatives": 2}
@@ -79,6 +80,7 @@ def test_a_reranker_is_distilled_and_merged_with_the_contrastive_model(run: Path
     assert run_distillation(options) == merged  # nothing is done again
 
 
+@pytest.mark.slow
 def test_options_of_the_toolbox_that_are_refused(run: Path, tmp_path: Path) -> None:
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "none")}
     for options, message in (

@@ -121,6 +121,7 @@ def test_the_vision_cache_keeps_videos(
     assert not VisionCache(model, records, cache.keys, tmp_path, torch.float32)._missing(cache.keys[1]).size
 
 
+@pytest.mark.slow
 def test_llava_trains_on_videos_of_unequal_length(
     records: RecordSet, tmp_path: Path, converted: Callable[[str], Path]
 ) -> None:

@@ -144,6 +144,7 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
 
 
 @pytest.mark.parametrize("stage", ["in_batch", "soft_labels"])
+@pytest.mark.slow
 def test_a_run_has_the_curve_of_the_run_without_cache(
     rows: str, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_run_has_the_curve_of_the_run_without_cache(
     assert "images" in json.loads((first / "manifest.json").read_text())["plan"]["vision_cache"]
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_trained_is_refused(rows: str, tmp_path: Path) -> None:
     common = {**SMALL, "data": rows, "output": str(tmp_path / "out"), "vision_cache": str(tmp_path / "cache")}
     for own in ({"lora_targets": r".*\.(q_proj|qkv)"}, {"lora_rank": 0}, {"lora_rank": 0, "frozen": "visual.blocks"}):
