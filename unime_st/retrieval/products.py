@@ -11,6 +11,10 @@ import torch
 
 _CLEARLY = 1.5
 """How many times faster NumPy has to be: its threads wait for work on cores that PyTorch needs for what comes next."""
+_LARGE = 1 << 20
+"""Number of products from which the choice matters."""
+_WAIT_SECONDS = 0.05
+"""Time after which NumPy's threads no longer wait."""
 
 
 def product(left: torch.Tensor, right: np.ndarray, out: torch.Tensor) -> torch.Tensor:
@@ -30,7 +34,7 @@ def product(left: torch.Tensor, right: np.ndarray, out: torch.Tensor) -> torch.T
         >>> product(torch.ones(1, 2), np.ones((3, 2), dtype=np.float32), torch.empty(1, 3))
         tensor([[2., 2., 2.]])
     """
-    if _numpy_is_faster():
+    if out.numel() >= _LARGE and _numpy_is_faster():
         _by_numpy(left, right, out)
         return out
     # PyTorch cannot share memory that is read-only.
@@ -48,8 +52,9 @@ def _numpy_is_faster() -> bool:
     """Whether NumPy is clearly faster on this processor, by products of a few milliseconds."""
     # No random numbers: a search between two training steps must not change those of the next step.
     left, right, out = torch.ones(256, 256), torch.ones(2048, 256), torch.empty(256, 2048)
-    numpy_seconds = _least_seconds(lambda: _by_numpy(left, right.numpy(), out))
-    return _CLEARLY * numpy_seconds < _least_seconds(lambda: torch.mm(left, right.T, out=out))
+    time.sleep(_WAIT_SECONDS)
+    torch_seconds = _least_seconds(lambda: torch.mm(left, right.T, out=out))
+    return _CLEARLY * _least_seconds(lambda: _by_numpy(left, right.numpy(), out)) < torch_seconds
 
 
 def _least_seconds(work: Callable[[], object]) -> float:
