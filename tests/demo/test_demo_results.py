@@ -143,10 +143,20 @@ def test_table() -> None:
 
 def test_ndcg_counts_all_right_documents() -> None:
     scores = {f"d{number}": 1 - 0.01 * number for number in range(12)}
-    assert ndcg_at_10(scores, {"d0", "d1"}) == 1.0
-    assert ndcg_at_10(scores, {"d1"}) == pytest.approx(0.6309, abs=1e-4)
-    assert ndcg_at_10(scores, {"d0", "d11", "missing"}) == pytest.approx(1 / 2.1309, abs=1e-4)
-    assert ndcg_at_10(scores, set(scores)) == 1.0  # ten places at most
+    relevant = {"two": ["d0", "d1"], "second": ["d1"], "one of three": ["d0", "d11", "missing"], "all": list(scores)}
+    found = ndcg_at_10(
+        dict.fromkeys(relevant, scores), {query: dict.fromkeys(ids, 1) for query, ids in relevant.items()}
+    )
+    assert found["two"] == 1.0
+    assert found["second"] == pytest.approx(0.6309, abs=1e-4)
+    assert found["one of three"] == pytest.approx(1 / 2.1309, abs=1e-4)
+    assert found["all"] == 1.0  # only ten documents count
+
+
+def test_equal_compute_counts_mining_and_judging() -> None:
+    """24 items are trained with, 36 read, which are worth 12 more; an in-batch step trains with 4."""
+    sizes = {"steps": 3, "batch_size": 2, "num_negatives": 2, "records": 6, "num_candidates": 3}
+    assert DemoArguments(**sizes).equal_compute_steps == 9
 
 
 def test_error_bars_are_where_the_numbers_are() -> None:

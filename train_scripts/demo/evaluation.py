@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import pytrec_eval
 
 from mteb_tasks import scenes
 from mteb_tasks.in_process import Scores
@@ -17,6 +18,7 @@ from mteb_tasks.two_stage import TwoStage
 from train_scripts.demo.results import RERANKED, TASKS
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import PAIR_ORDERS, RERANK_TOP_K, DemoArguments
+from unime_st.data.scenes import FOIL_CATEGORIES
 from unime_st.files import read_json, write_json
 from unime_st.model import UniME
 from unime_st.reranking.unime_reranker import UniMEReranker
@@ -54,10 +56,10 @@ def evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) -> 
 
 @lru_cache(maxsize=1)  # drawn once in a process
 def _tasks(size: int) -> dict[str, Any]:
-    few = max(size // 8, 1)
-    sizes = {name: size if name in PAIR_ORDERS else few for name in TASKS}
+    other = 5 * size // 8
+    sizes = {name: size if name in PAIR_ORDERS else other for name in TASKS}
     retrieval = {name: getattr(scenes, task)(size=sizes[name]) for name, task in TASKS.items()}
-    return {**retrieval, "compositional": scenes.ScenesCompositional(size=max(few // 4, 1))}
+    return {**retrieval, "compositional": scenes.ScenesCompositional(size=-(-other // len(FOIL_CATEGORIES)))}
 
 
 def _reranked(embedder: UniMELoader, order: Any, temperature: float) -> TwoStage:
@@ -74,20 +76,26 @@ def _reranked(embedder: UniMELoader, order: Any, temperature: float) -> TwoStage
 
 def _ndcg(folder: Path, task: Any) -> dict[str, float]:
     """nDCG@10 of every query from the predictions that mteb kept; their mean is mteb's own number."""
-    relevant = task.dataset["default"]["test"]["relevant_docs"]
     ranked = read_json(folder / f"{task.metadata.name}_predictions.json")["default"]["test"]
-    return {query: ndcg_at_10(documents, relevant[query]) for query, documents in ranked.items()}
+    return ndcg_at_10(ranked, task.dataset["default"]["test"]["relevant_docs"])
 
 
-def ndcg_at_10(scores: Mapping[str, float], relevant: Collection[str]) -> float:
-    """nDCG@10 of one query.
+def ndcg_at_10(
+    ranked: Mapping[str, Mapping[str, float]], relevant: Mapping[str, Mapping[str, int]]
+) -> dict[str, float]:
+    """nDCG@10 of each query by the library that mteb uses.
+
+    Args:
+        ranked: Scores of documents, by query.
+        relevant: Grades of relevant documents, by query.
+
+    Returns:
+        nDCG@10 by query.
 
     Example:
         >>> from train_scripts.demo.evaluation import ndcg_at_10
-        >>> ndcg_at_10({"a": 0.9, "b": 0.5}, {"a"})
-        1.0
+        >>> ndcg_at_10({"q": {"a": 0.9, "b": 0.5}}, {"q": {"a": 1}})
+        {'q': 1.0}
     """
-    gains = [1 / math.log2(rank + 2) for rank in range(10)]
-    best = sorted(scores, key=scores.__getitem__, reverse=True)[:10]
-    found = sum(gain for gain, document in zip(gains, best) if document in relevant)
-    return found / sum(gains[: len(relevant)])
+    found = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10"}).evaluate(ranked)
+    return {query: scores["ndcg_cut_10"] for query, scores in found.items()}

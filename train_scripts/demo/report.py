@@ -8,7 +8,17 @@ from typing import Any
 
 from train_scripts.demo.charts import difference_chart
 from train_scripts.demo.judging_section import judged_gallery, quality_table
-from train_scripts.demo.results import COLUMNS, CONTROL, MEAN, MODELS, OTHER_PAIRS, REPORT, DemoResults, table_rows
+from train_scripts.demo.results import (
+    COLUMNS,
+    CONTROL,
+    DIRECTIONS,
+    MEAN,
+    MODELS,
+    OTHER_PAIRS,
+    REPORT,
+    DemoResults,
+    table_rows,
+)
 from train_scripts.demo.retrieval_section import retrieval_gallery
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import DemoArguments
@@ -71,7 +81,7 @@ def _tables(results: DemoResults) -> Iterator[Html]:
     )
     yield table(head, [("", rows)], caption=caption)
     pairs = [(model, CONTROL) for model in results.models if model != CONTROL] + list(OTHER_PAIRS)
-    columns = {name: task for name, (task, _) in list(COLUMNS.items())[:2]} | {MEAN: MEAN}
+    columns = {name: COLUMNS[name][0] for name in DIRECTIONS} | {MEAN: MEAN}
     lines = [
         [f"{MODELS[model]} − {MODELS[other]}", *(results.difference(model, other, task) for task in columns.values())]
         for model, other in pairs

@@ -61,6 +61,8 @@ COLUMNS = {
     "compositional": ("compositional", "accuracy"),
 }
 """Task and metric of each column of the table."""
+DIRECTIONS = ("caption to image", "image to caption")
+"""Columns whose mean models are compared by."""
 MEAN = "mean"
 """The measure that models are compared by: nDCG@10, mean of both directions."""
 REPORT = "report.html"
@@ -157,7 +159,7 @@ class DemoResults:
     def value(self, model: str, column: str) -> float:
         """Mean over seeds of a column of :data:`COLUMNS`, or of :data:`MEAN`."""
         if column == MEAN:
-            return statistics.fmean(self.value(model, name) for name in list(COLUMNS)[:2])
+            return statistics.fmean(self.value(model, name) for name in DIRECTIONS)
         wanted = (model, *COLUMNS[column])
         rows = self.content["rows"]
         return statistics.fmean(r["value"] for r in rows if (r["model"], r["task"], r["metric"]) == wanted)
@@ -225,16 +227,17 @@ class DemoResults:
 
 def table_rows(results: DemoResults) -> list[list[str]]:
     """Head and rows of the table: percent, and the paired difference from the control."""
-    rows = [["model", *list(COLUMNS)[:2], MEAN, "− control", *list(COLUMNS)[2:], "CPU s"]]
+    others = [column for column in COLUMNS if column not in DIRECTIONS]
+    rows = [["model", *DIRECTIONS, MEAN, "− control", *others, "CPU s"]]
     for model in results.models:
         values = {column: f"{100 * results.value(model, column):.1f}" for column in [*COLUMNS, MEAN]}
         seconds, difference = results.seconds(model), results.difference(model)
         rows.append(
             [
                 MODELS[model],
-                *(values[column] for column in (*list(COLUMNS)[:2], MEAN)),
+                *(values[column] for column in (*DIRECTIONS, MEAN)),
                 "–" if difference is None else str(difference),
-                *(values[column] for column in list(COLUMNS)[2:]),
+                *(values[column] for column in others),
                 "–" if seconds is None else f"{seconds:.0f}",
             ]
         )

@@ -151,8 +151,7 @@ def _notes(arguments: DemoArguments) -> list[str]:
         f"{a.steps} steps of {a.batch_size} pairs of one kind, with one learning rate, which was not tuned for any.",
         f"Hard labels: in-batch InfoNCE in which {a.num_negatives} of {a.num_candidates} mined candidates of each row "
         "count as negatives of the whole batch.",
-        f"Equal compute: {a.equal_compute_steps} steps, with as many items in all rows as UniME-V2 has; mining and judging "
-        "are not counted.",
+        f"Equal compute: {a.equal_compute_steps} steps, by items trained with, and those mined and judged as a third each.",
         f"The judge is unime-tiny, asked image first ({asked}). As a reranker it reorders the best {RERANK_TOP_K} by "
         f"similarity / {a.temperature:g} + log-odds.",
         f"Evaluation on scenes of the test split: {size} queries per direction in a gallery of {2 * size} near-twins, in "

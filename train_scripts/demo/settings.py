@@ -17,7 +17,7 @@ PURPOSE = {
     "stage1": "distills a text embedder's similarities into the language model (UniME stage 1)",
     "stage2": "in-batch hard negatives without false negatives (UniME stage 2)",
     "in_batch": "control: in-batch InfoNCE for the same number of steps",
-    "in_batch_compute": "control: in-batch InfoNCE with as many items as UniME-V2, judging not counted",
+    "in_batch_compute": "control: in-batch InfoNCE with the compute of UniME-V2, mining and judging included",
     "mined": "in-batch InfoNCE with the nearest candidates as further negatives, false ones among them",
     "similarity": "the same without candidates that are more similar than the positive",
     "judged": "the same without candidates that the judge scores about as high as the positive",
@@ -60,7 +60,7 @@ class DemoArguments:
     )
     eval_size: int = option(
         1600,
-        "Queries per direction among near-twins; an eighth of it in VQA and in grounding.",
+        "Queries per direction among near-twins; five eighths of it in VQA, in grounding and of compositional pairs.",
         unit="queries",
         at_least=8,  # two families, for a standard error
     )
@@ -71,8 +71,14 @@ class DemoArguments:
 
     @property
     def equal_compute_steps(self) -> int:
-        """Steps after which in-batch rows have had as many items as those of UniME-V2 in ``steps``."""
-        return self.steps * (2 + self.num_negatives) // 2
+        """Steps in which in-batch training computes as much as UniME-V2 in ``steps``, with its mining and judging.
+
+        What is only read (embedded or judged) counts a third of what is trained with: a backward pass costs two
+        forward passes.
+        """
+        trained = self.steps * self.batch_size * (2 + self.num_negatives)
+        read = self.records * (2 + 1 + self.num_candidates)  # both sides are mined, positive and candidates judged
+        return round((trained + read / 3) / (2 * self.batch_size))
 
 
 @dataclass
