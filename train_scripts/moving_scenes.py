@@ -26,7 +26,7 @@ from unime_st import Item, UniME, stages
 from unime_st.data import RecordSet, VideoRef
 from unime_st.data.scenes.motion import DIRECTIONS, motion_records, shuffled
 from unime_st.options import check_options, option, require_options
-from unime_st.stages.command import parse, set_up_logging
+from unime_st.stages.command import run_script
 
 _SIDE = 28  # in pixels: one visual token for two frames
 _LANGUAGE = {
@@ -131,12 +131,9 @@ def run_motion(args: MotionArguments) -> dict[str, float]:
     return scores
 
 
-def main() -> None:
-    """Run the command."""
-    set_up_logging()
-    scores = run_motion(parse(MotionArguments, __doc__))
-    sys.stdout.write("".join(f"{name}: {share:.1%}\n" for name, share in scores.items()))
+def _show_motion(args: MotionArguments) -> None:
+    sys.stdout.write("".join(f"{name}: {share:.1%}\n" for name, share in run_motion(args).items()))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_script(_show_motion, MotionArguments, __doc__))

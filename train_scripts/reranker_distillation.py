@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from unime_st import stages
 from unime_st.options import check_options, option, require_options
-from unime_st.stages.command import parse, set_up_logging
+from unime_st.stages.command import run_script
 from unime_st.training.model_merge import greedy_soup, merge_models
 
 
@@ -89,5 +89,4 @@ def run_distillation(args: DistillationArguments) -> Path:
 
 
 if __name__ == "__main__":
-    set_up_logging()
-    run_distillation(parse(DistillationArguments, __doc__))
+    raise SystemExit(run_script(run_distillation, DistillationArguments, __doc__))

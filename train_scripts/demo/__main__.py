@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from train_scripts.demo.run_demo import run_demo
 from train_scripts.demo.settings import DemoArguments
-from unime_st.stages.command import parse, set_up_logging
+from unime_st.stages.command import run_script
 
 if __name__ == "__main__":
-    set_up_logging()
-    run_demo(parse(DemoArguments, __doc__))
+    raise SystemExit(run_script(run_demo, DemoArguments, __doc__))

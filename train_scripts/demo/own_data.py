@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from train_scripts.demo.own_data_run import run_own_data
 from train_scripts.demo.settings import OwnDataArguments
-from unime_st.stages.command import parse, set_up_logging
+from unime_st.stages.command import run_script
 
 if __name__ == "__main__":
-    set_up_logging()
-    run_own_data(parse(OwnDataArguments, __doc__))
+    raise SystemExit(run_script(run_own_data, OwnDataArguments, __doc__))

@@ -6,8 +6,7 @@ python -m train_scripts.tiny train_scripts/tiny/configs/seeing.yaml [--option va
 from __future__ import annotations
 
 from train_scripts.tiny.pretrain import PretrainArguments, pretrain
-from unime_st.stages.command import parse, set_up_logging
+from unime_st.stages.command import run_script
 
 if __name__ == "__main__":
-    set_up_logging()
-    pretrain(parse(PretrainArguments, __doc__))
+    raise SystemExit(run_script(pretrain, PretrainArguments, __doc__))

@@ -122,6 +122,16 @@ def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] |
         raise SystemExit(2) from None
 
 
+def run_script(action: Callable[[ArgumentsT], object], kind: type[ArgumentsT], description: str | None) -> int:
+    """Run a script that is no stage with the options of :func:`parse`, and return its exit status as :func:`main` does."""
+    set_up_logging()
+
+    def run() -> None:
+        action(parse(kind, description))
+
+    return exit_status(run, f"python {sys.argv[0]}")
+
+
 def set_up_logging() -> None:
     """Show what a command does, with times; libraries, and all processes but the first, log warnings only."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
