@@ -12,6 +12,7 @@ from report_page import Page
 
 from train_scripts.demo.charts import difference_chart
 from train_scripts.demo.evaluation import ndcg_at_10
+from train_scripts.demo.figure import FIGURE, RECORD, figure
 from train_scripts.demo.filters import filtered
 from train_scripts.demo.results import (
     COLUMNS,
@@ -170,8 +171,14 @@ def test_error_bars_are_where_the_numbers_are() -> None:
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
 
 
+def test_figure_is_that_of_the_record() -> None:
+    assert FIGURE.read_text(encoding="utf-8") == figure(DemoResults(read_json(RECORD)))
+    dots = Page(FIGURE.read_text(encoding="utf-8"))
+    assert len([tag for tag, _ in dots.tags if tag == "circle"]) == len(MODELS) - 3  # control and two far below
+
+
 def test_documentation_has_the_numbers_of_the_record() -> None:
-    results = DemoResults(read_json(ROOT / "benchmarks" / "results" / "demo.json"))
+    results = DemoResults(read_json(RECORD))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert render_table(results) in page
     for model, other in OTHER_PAIRS:

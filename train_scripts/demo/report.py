@@ -60,17 +60,21 @@ def write_demo_report(arguments: DemoArguments) -> Path:
 
 
 def _figure(results: DemoResults) -> Html:
+    title = (
+        f"Difference from the control ({MODELS[CONTROL]}): nDCG@10, mean of both directions, ± standard error over "
+        f"{'families of queries (one seed)' if len(results.seeds) == 1 else f'{len(results.seeds)} seeds'}"
+    )
+    return element("figure", element("figcaption", title), element("div", model_chart(results), class_="scroll"))
+
+
+def model_chart(results: DemoResults) -> Html:
+    """Chart of the differences of all models from the control, without those that are far below it."""
     rows = [
         (MODELS[model], 100 * found.mean, 100 * (found.error or 0.0))
         for model in results.models
         if model not in _FAR_BELOW and (found := results.difference(model))
     ]
-    title = (
-        f"Difference from the control ({MODELS[CONTROL]}): nDCG@10, mean of both directions, ± standard error over "
-        f"{'families of queries (one seed)' if len(results.seeds) == 1 else f'{len(results.seeds)} seeds'}"
-    )
-    chart = difference_chart(rows, x_label="points of nDCG@10")
-    return element("figure", element("figcaption", title), element("div", chart, class_="scroll"))
+    return difference_chart(rows, x_label="points of nDCG@10")
 
 
 def _tables(results: DemoResults) -> Iterator[Html]:

@@ -16,7 +16,7 @@ from unime_st.data.videos import VideoRef
 
 _VOID = frozenset({"img", "meta"})  # of HTML; SVG elements are closed, or the next ones would fall inside them
 _LONG_TEXT = 160
-_STYLE = Path(__file__).with_name("style.css")
+STYLE = Path(__file__).with_name("style.css")
 
 
 class Html(str):
@@ -57,7 +57,7 @@ def page(title: str, *body: Content) -> str:
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", http_equiv="Content-Security-Policy", content=policy),
             element("title", title),
-            element("style", Html(f"\n{_STYLE.read_text(encoding='utf-8')}")),
+            element("style", Html(f"\n{STYLE.read_text(encoding='utf-8')}")),
         ],
         "\n",
     )
