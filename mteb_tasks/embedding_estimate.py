@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from mteb_tasks.columns import OFFICIAL_TEXT, PROMPT_NAME, iter_items
 from mteb_tasks.video_column import VideoFeature
 from unime_st.data.items import Item
+from unime_st.durations import format_duration
 from unime_st.encoding import TokenCounter
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class EmbeddingEstimate:
 
     Example:
         >>> print(EmbeddingEstimate(2000, 1500, 1200, 120_000, 150.0))
-        2,000 items, 1,500 distinct, about 1,200 to embed: 120,000 tokens, 2.5 min
+        2,000 items, 1,500 distinct, about 1,200 to embed: 120,000 tokens, 2.5 minutes
     """
 
     items: int
@@ -54,12 +55,7 @@ class EmbeddingEstimate:
         head = f"{self.items:,} items, {self.distinct:,} distinct, "
         if not self.new:
             return head + "all embedded before"
-        return f"{head}about {self.new:,} to embed: {self.tokens:,} tokens, {_duration(self.seconds)}"
-
-
-def _duration(seconds: float) -> str:
-    unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= n or n == 1)
-    return f"{seconds / length:.1f} {unit}"
+        return f"{head}about {self.new:,} to embed: {self.tokens:,} tokens, {format_duration(self.seconds)}"
 
 
 def timed_sample(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
@@ -79,7 +75,7 @@ def timed_sample(run: Callable[[T], R], some: T, count: int) -> tuple[R, str]:
     """
     started = time.perf_counter()
     found = run(some)
-    return found, _duration((time.perf_counter() - started) * count / max(1, len(some)))
+    return found, format_duration((time.perf_counter() - started) * count / max(1, len(some)))
 
 
 def estimate_embedding(

@@ -19,6 +19,7 @@ ROOMS = (
         "memory",
         "_after_import",
         "declarations",
+        "durations",
         "options",
         "former_names",
     ),

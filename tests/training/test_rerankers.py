@@ -112,7 +112,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         "rows           24",
         "2 of 4 rows",
         "FLOPs",
-        "hours on this device (cpu)",
+        "on this device (cpu)",
         "GiB, measured with the largest mini-batch",
     ):
         assert word in caplog.text

@@ -16,6 +16,7 @@ from unime_st.backbones.video_frames import accepts_video
 from unime_st.checkpoints import checks
 from unime_st.checkpoints.checks import Check, Subject
 from unime_st.checkpoints.native_folder import CONVERSION_RECORD, quiet_transformers
+from unime_st.durations import format_duration
 from unime_st.files import read_json
 from unime_st.paths import AliasError, find_model
 from unime_st.recipes import RECIPES, Recipe
@@ -150,8 +151,8 @@ def _announce(subject: Subject, *, saved: bool) -> None:
     seconds = tokens * subject.seconds_per_token()
     if seconds > _ANNOUNCED_SECONDS:
         logger.warning(
-            "about %.0f minutes on %s: %s tokens, most of them of images; --quick takes small images",
-            seconds / 60,
+            "about %s on %s: %s tokens, most of them of images; --quick takes small images",
+            format_duration(seconds),
             subject.model.device,
             f"{tokens:,}",
         )

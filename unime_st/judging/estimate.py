@@ -1,4 +1,4 @@
-"""Estimate of the cost of judging: pairs, tokens, FLOPs, hours and disk space, from a timed sample."""
+"""Estimate of the cost of judging: pairs, tokens, FLOPs, time and disk space, from a timed sample."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from unime_st.durations import format_duration
 from unime_st.judging.local_judge import LocalJudge
 from unime_st.retrieval.mining import Pools
 from unime_st.scoring.groups import Group, Judge
@@ -43,7 +44,7 @@ class CostEstimate:
                 f"{self.tokens:.3g} tokens, {self.flops:.3g} FLOP (without prefix sharing {self.tokens_unshared:.3g} "
                 f"tokens, {self.flops_unshared:.3g} FLOP: {self.tokens_unshared / self.tokens:.1f} times as many); "
             )
-        return f"{text}about {self.hours:.3g} hours here, {self.disk_mb:.3g} MB of scores"
+        return f"{text}about {format_duration(self.hours * 3600)} here, {self.disk_mb:.3g} MB of scores"
 
     def to_dict(self) -> dict[str, object]:
         """Return the estimate as a dict for JSON."""

@@ -77,7 +77,7 @@ class StageArguments(BaseTrainingArguments, metaclass=FormerNames):
     output: str = option("", "Folder for the trained model; a finished one is kept.", required=True)
     overwrite: bool = option(False, "Overwrite the output folder.")
     resume: bool = option(True, "Go on from the last checkpoint of a killed run.")
-    dry_run: bool = option(False, "Print the plan (steps, tokens, memory, hours) and stop.")
+    dry_run: bool = option(False, "Print the plan (steps, tokens, memory, time) and stop.")
     max_steps: int = option(-1, "Optimizer steps; -1 trains for num_train_epochs.", unit="steps", at_least=-1)
     num_train_epochs: float = option(
         1.0, "Passes over the data if max_steps is -1.", unit="epochs", above=0, old="epochs"

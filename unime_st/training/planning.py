@@ -14,6 +14,7 @@ import psutil
 import torch
 from sentence_transformers.base.model import BaseModel
 
+from unime_st.durations import format_duration
 from unime_st.memory import peak_resident
 from unime_st.training.arguments import StageArguments
 from unime_st.training.feed import Feed
@@ -180,7 +181,7 @@ class TrainingEstimate:
         ]
         if self.vision_cache is not None:
             lines.append(f"vision cache   {self.vision_cache}")
-        lines.append(f"time           about {self.hours:.2g} hours on this device ({self.device})")
+        lines.append(f"time           about {format_duration(self.hours * 3600)} on this device ({self.device})")
         lines.append(f"peak memory    {self.peak_gib:.2f} GiB, measured with the largest mini-batch")
         return "\n".join(f"  {line}" for line in lines)
 
