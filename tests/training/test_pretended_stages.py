@@ -17,12 +17,12 @@ from small_stage import with_judged_negatives
 from tiny_pairs import ITEMS
 
 from unime_st import Item, UniME, stages
-from unime_st.data.images import BadImageError
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.training import embedders, rerankers
 from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.item_errors import ItemError
 
 CLIP = [Image.fromarray(f) for f in np.random.default_rng(0).integers(0, 255, (3, 40, 56, 3), dtype=np.uint8)]
 VIDEOS = [Item(text, video=CLIP) for text in ("a red circle", "blue")]
@@ -183,7 +183,5 @@ def test_threads_name_the_item_that_cannot_be_decoded(tmp_path: Path) -> None:
     with nullcontext() if REAL_CARD else pretended_devices():
         stream = Feed(features, threads=2).stream([[1 - broken], [broken]], torch.device("cuda", 0))
         next(stream)
-        with pytest.raises(
-            BadImageError, match=rf"records, item \w+ \(stored as {broken}\): image .* cannot be decoded"
-        ):
+        with pytest.raises(ItemError, match=r"records, row 0, dataset '', positive: .* cannot be decoded"):
             next(stream)

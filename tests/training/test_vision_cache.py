@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_stage import with_judged_negatives
 
 from unime_st import stages
-from unime_st.data.images import BadImageError, ImageRef
+from unime_st.data.images import ImageRef
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
@@ -30,6 +30,7 @@ from unime_st.training.distinct_items import DistinctItemsLoss, ItemCollator
 from unime_st.training.feature_store import FeatureStore
 from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.item_errors import ItemError
 from unime_st.training.item_tokens import item_costs
 from unime_st.training.mini_batches import MiniBatches
 from unime_st.training.vision_cache import VisionCache, media_keys
@@ -276,7 +277,7 @@ def test_a_killed_writer_leaves_whole_shards(tmp_path: Path) -> None:
     assert all(float(store.read(f"k{number}")["tokens"][0, -1]) == number for number in range(count))
 
 
-def test_a_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     """Its header is fine, so nothing has set it aside."""
     image = Item(image=Image.new("RGB", (40, 40), "red")).image
     assert image is not None
@@ -285,5 +286,5 @@ def test_a_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     pairs = [PairRecord(Item(f"image {n}"), Item(image=broken if n == 3 else image)) for n in range(8)]
     records = RecordSet.write(tmp_path / "records", pairs, {})
     common = {**SMALL, "data": str(records.folder), "vision_cache": str(tmp_path / "cache")}
-    with pytest.raises(BadImageError, match=r"item \w+ \(stored as 5\)"):
+    with pytest.raises(ItemError, match=r"records, row 3, dataset '', positive: <60 bytes"):
         stages.train_in_batch(stages.InBatchArguments(**common, output=str(tmp_path / "out")))

@@ -28,6 +28,7 @@ from unime_st.losses.quantization import Precision, fake_quantize
 from unime_st.memory import HeapTrimmer
 from unime_st.training.feed import Feed, ItemFeatures
 from unime_st.training.frozen_tower import FrozenTowerCache
+from unime_st.training.item_errors import naming_items
 from unime_st.training.item_prompts import ItemPrompts
 from unime_st.training.mini_batches import MiniBatches
 
@@ -335,3 +336,9 @@ class RerankerItemCollator(CrossEncoderDataCollator):
         find: Callable[[str], Item] = self.records.item
         rows = [{name: value if name == "label" else find(value) for name, value in row.items()} for row in features]
         return super().__call__(rows)
+
+    def naming_items(self, items: Iterable[Item]) -> AbstractContextManager[None]:
+        """Context of the loss on these items, in which an error names the one that cannot be prepared."""
+        assert self.records is not None
+        # The loss makes prompts of items; an item that fails does so in the simplest of them.
+        return naming_items(self.records, items, lambda item: self.preprocess_fn([(item.to_input(), "0")]))

@@ -14,10 +14,10 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch.utils.data import DataLoader, Dataset
 
-from unime_st.data.images import BadImageError
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.encoding.model_inputs import Features
+from unime_st.training.item_errors import naming_items
 
 _PREFETCH = 2  # mini-batches that each worker keeps ready
 
@@ -54,20 +54,17 @@ class ItemFeatures:
         """Features of the items at these positions, which are on the same side, as one mini-batch.
 
         Raises:
-            BadImageError: If an image cannot be decoded; the message names the item.
+            ItemError: If an item cannot be prepared; the message names its row.
         """
         sides, stored = np.divmod(positions, self.count)
         if (sides != sides[0]).any():
             raise ValueError("a mini-batch has one side: expected queries or documents, found both")
-        inputs = []
-        for position in stored:
-            item = self.item(position)
-            try:
-                inputs.append(self._open_item(item))
-            except BadImageError as error:
-                where = f"{self._records.folder}, item {item.id} (stored as {position})"
-                raise BadImageError(f"{where}: {error}") from error
-        return self._preprocess(inputs, **self._options[sides[0]])
+
+        def prepare(items: Iterable[Item]) -> Features:
+            return self._preprocess([self._open_item(item) for item in items], **self._options[sides[0]])
+
+        with naming_items(self._records, map(self.item, stored), lambda item: prepare([item])):
+            return prepare(map(self.item, stored))
 
 
 class _MiniBatches(Dataset):
@@ -124,7 +121,7 @@ class Feed:
         """Yield the features of mini-batches, given by the positions of their items, in order and on a device.
 
         Raises:
-            BadImageError: If an image cannot be decoded; the message names the item.
+            ItemError: If an item cannot be prepared; the message names its row.
         """
         planned = [list(positions) for positions in mini_batches]
         ready: Iterable[Features]

@@ -89,7 +89,7 @@ class PreparedItems:
         """Features of the items at these positions, as one mini-batch.
 
         Raises:
-            BadImageError: If an image cannot be decoded; the message names the item.
+            ItemError: If an item cannot be prepared; the message names its row.
         """
         missing = [position for position in dict.fromkeys(positions) if position not in self._kept]
         fresh = dict(zip(missing, self._prepare(missing))) if self.usable and missing else {}

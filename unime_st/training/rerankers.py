@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -81,12 +82,13 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
             model, loss, tokens[indices] - empty, hardest, pair=2 * empty - zero, zero=zero - empty
         )
         cached = loss.uses_gradient_cache
+        collator = RerankerItemCollator(model.preprocess, records=self.records)
         flops = flops_per_token(model, cached=cached, recomputed=bool(args.gradient_checkpointing))
         plan = estimate_training(
             args,
             model,
             row_tokens,
-            self._measure(model, loss, rows, indices, row_tokens, dtype),
+            self._measure(model, loss, collator, rows, indices, row_tokens, dtype),
             steps=count_steps(args, len(rows)),
             flops_per_token=flops,
             set_aside=set_aside,
@@ -99,7 +101,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
             model,
             rows,
             loss,
-            RerankerItemCollator(model.preprocess, records=self.records),
+            collator,
             plan,
             cached=cached,
             flops_per_token=flops,
@@ -110,6 +112,7 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
         self,
         model: UniMEReranker,
         loss: RerankerLoss,
+        collator: RerankerItemCollator,
         rows: Dataset,
         indices: np.ndarray,
         row_tokens: np.ndarray,
@@ -124,7 +127,13 @@ class RerankerStage(TrainingStage[StageArguments, UniMEReranker]):
         def passing(chosen: np.ndarray) -> Callable[[], tuple[torch.Tensor, int]]:
             columns = [[self.records.items.at(int(index)) for index in column] for column in indices[chosen].T]
             labels = torch.tensor(rows[chosen.tolist()]["label"]) if "label" in rows.column_names else None
-            return lambda: (torch.stack(list(loss(columns, labels).values())).sum(), int(row_tokens[chosen].sum()))
+
+            def run() -> tuple[torch.Tensor, int]:
+                with collator.naming_items(chain.from_iterable(columns)):
+                    terms = loss(columns, labels)
+                return torch.stack(list(terms.values())).sum(), int(row_tokens[chosen].sum())
+
+            return run
 
         shortest, loss.min_list_length = loss.min_list_length, None
         try:

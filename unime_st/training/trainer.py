@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from unime_st.data.items import Item
 from unime_st.encoding.model_inputs import Features
 from unime_st.training.adapters import load_adapter_weights
 from unime_st.training.arguments import MUON
 from unime_st.training.batches import RowBatches
-from unime_st.training.distinct_items import COLUMNS
+from unime_st.training.distinct_items import COLUMNS, RerankerItemCollator
 from unime_st.training.muon import Muon, muon_groups
 from unime_st.training.resume import seal_checkpoint
 
@@ -263,4 +264,11 @@ class EmbedderTrainer(ReportingTrainer, SentenceTransformerTrainer):
 
 
 class RerankerTrainer(ReportingTrainer, CrossEncoderTrainer):
-    """:class:`ReportingTrainer` of rerankers."""
+    """:class:`ReportingTrainer` of rerankers, with a :class:`RerankerItemCollator`."""
+
+    def compute_loss(self, model: Any, inputs: Features, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of one batch, which prepares its items."""
+        collator = cast(RerankerItemCollator, self.data_collator)
+        columns = [column for column in inputs.values() if isinstance(column, list)]
+        with collator.naming_items(item for column in columns for item in column if isinstance(item, Item)):
+            return super().compute_loss(model, inputs, *args, **kwargs)

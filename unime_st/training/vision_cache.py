@@ -85,7 +85,7 @@ class VisionCache:
             workers: Processes that decode ahead of the model, as for :class:`~unime_st.training.feed.Feed`.
 
         Raises:
-            BadImageError: If an image or a video cannot be decoded.
+            ItemError: If an image or a video cannot be decoded; the message names its row.
             ValueError: If the processes do not see the same folder.
         """
         split = MiniBatches(costs, budget=_TOKEN_BUDGET, pixels=pixels, max_pixels=pixel_budget(model.device))
