@@ -17,12 +17,15 @@ from PIL import Image, ImageDraw
 from report_page import Page
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
+from train_scripts.demo.distillation import paraphrases
 from train_scripts.demo.filters import FILTERS
-from train_scripts.demo.results import COLUMNS, MODELS, TASKS, DemoResults
-from train_scripts.demo.settings import PAIR_ORDERS
+from train_scripts.demo.results import COLUMNS, DISTILLED, DISTILLED_METRICS, MODELS, TASKS, DemoResults
+from train_scripts.demo.settings import PAIR_ORDERS, TUNED_RATES, DemoArguments
+from train_scripts.demo.tuning import TuningArguments, tune
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import TwinTruth
 from unime_st.judging.score_store import Scores
+from unime_st.model import UniME
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +147,38 @@ def test_judge_against_truth(run: Path, results: dict) -> None:
         assert row["auc"] == pytest.approx(roc_auc_score(true, logits))
         assert row["precision"] == pytest.approx(precision_score(true, dropped))
         assert row["recall"] == pytest.approx(recall_score(true, dropped))
+
+
+def test_stage_1_is_measured_on_what_it_is_for(run: Path, results: dict) -> None:
+    found = {(row["model"], row["metric"]): row["value"] for row in results["distillation"]}
+    assert set(found) == {(model, metric) for model in DISTILLED for metric in DISTILLED_METRICS}
+    first, second = paraphrases(10, seed=0)  # five eighths of eval_size
+    for model in ("stage1", "stage1_warm"):
+        embedder = UniME(run / "seed-0" / model)
+        ours, others = (embedder.encode(texts, normalize_embeddings=True) for texts in (first, second))
+        assert found[model, "paraphrases"] == np.mean((ours @ others.T).argmax(axis=1) == np.arange(10))
+    assert found["base", "agreement"] != found["stage1", "agreement"]
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert list(page.table("model", *DISTILLED_METRICS.values())) == [MODELS[model] for model in DISTILLED]
+
+
+def test_learning_rates_are_tuned_on_other_scenes(tmp_path: Path) -> None:
+    """Two rates for every model: what is prepared is shared, and a second start does nothing again."""
+    arguments = TuningArguments(
+        output=str(tmp_path / "tuning"), rates=[1e-3, 2e-3], record=str(tmp_path / "rates.json")
+    )
+    results = json.loads(tune(arguments, DemoArguments(**SMALL)).read_text())
+    assert {(row["model"], row["rate"], row["seed"]) for row in results["rows"]} == {
+        (model, rate, 100) for model in TUNED_RATES for rate in (1e-3, 2e-3)
+    }
+    assert json.loads((tmp_path / "rates.json").read_text()) == results
+    trained = tmp_path / "tuning" / "rate-0.002" / "seed-100" / "v2"
+    assert json.loads((trained / "manifest.json").read_text())["options"]["learning_rate"] == 2e-3
+    evaluated = next((trained.parent / "eval" / "v2").glob("*_predictions.json"))
+    assert "seed-1" in evaluated.read_text()
+    before = trained.stat().st_mtime_ns
+    assert json.loads(tune(arguments, DemoArguments(**SMALL)).read_text()) == results
+    assert trained.stat().st_mtime_ns == before
 
 
 def test_report_opens_with_figure_and_what_it_shows(run: Path, results: dict) -> None:

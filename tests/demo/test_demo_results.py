@@ -7,31 +7,39 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from report_page import Page
 
 from train_scripts.demo.charts import difference_chart
+from train_scripts.demo.distillation import paraphrases, rank_agreement
 from train_scripts.demo.evaluation import ndcg_at_10
 from train_scripts.demo.figure import FIGURE, RECORD, figure
 from train_scripts.demo.filters import filtered
 from train_scripts.demo.results import (
     COLUMNS,
+    DISTILLED,
+    DISTILLED_METRICS,
     MAIN,
     MODELS,
     OTHER_PAIRS,
     DemoResults,
     Difference,
+    distillation_rows,
     paired,
     render_table,
+    table_rows,
 )
 from train_scripts.demo.run_demo import mean_seconds
-from train_scripts.demo.settings import DemoArguments
+from train_scripts.demo.settings import PAIR_ORDERS, TUNED_RATES, DemoArguments
+from train_scripts.demo.tuning import best_rates
 from unime_st.files import read_json
 from unime_st.options import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 GAINS = {
     "base": -0.2,
+    "warm": -0.1,
     "in_batch": 0.0,
     "in_batch_compute": 0.03,
     "mined": 0.02,
@@ -63,7 +71,7 @@ def made_up(sign: float = 1.0, seeds: int = 1) -> DemoResults:
         }
         compared += paired({model: {"ndcg": found} for model, found in ndcg.items()}, seed)
     seconds = {"mine": 2.0, "judge": 4.0, "v2": 20.0, "in_batch": 7.0}
-    return DemoResults({"rows": rows, "paired": compared, "seconds": seconds})
+    return DemoResults({"rows": rows, "paired": compared, "seconds": seconds, "distillation": []})
 
 
 @pytest.mark.parametrize(("sign", "word"), [(1.0, "ahead of"), (-1.0, "behind"), (0.0, "not told apart from")])
@@ -131,7 +139,8 @@ def test_options_are_checked(options: dict[str, Any], expected: str) -> None:
 
 def test_table() -> None:
     head, rule, *body = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in render_table(made_up()).splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in render_table(table_rows(made_up())).splitlines()
     ]
     assert set("".join(rule)) == {":", "-"} and len(head) == len(rule)
     assert [row[0] for row in body] == [MODELS[model] for model in MODELS if model in MAIN]
@@ -140,6 +149,47 @@ def test_table() -> None:
     assert control["− control"] == "–" and control["mean"] == "50.0" and control["CPU s"] == "7"
     assert v2["− control"].startswith("+1.0 ± ") and v2["VQA"] == "51.0"
     assert v2["CPU s"] == "26"  # mining and judging are counted
+
+
+def test_stage_1_is_shown_with_its_errors() -> None:
+    """Errors of one seed are over captions, those of several over seeds."""
+    rows = [
+        {"seed": seed, "model": model, "metric": metric, "value": 0.5 + 0.1 * seed, "error": 0.01}
+        for seed in range(2)
+        for model in DISTILLED
+        for metric in DISTILLED_METRICS
+    ]
+    values = [
+        {"model": m, "seed": 0, "task": t, "metric": k, "value": 0.25} for m in DISTILLED for t, k in COLUMNS.values()
+    ]
+    one, two = (
+        distillation_rows(DemoResults({"rows": values, "distillation": [row for row in rows if row["seed"] < seeds]}))
+        for seeds in (1, 2)
+    )
+    assert one[1:] == [[MODELS[model], "50.0 ± 1.0", "50.0 ± 1.0", "25.0"] for model in DISTILLED]
+    assert two[1][1:] == ["55.0 ± 5.0", "55.0 ± 5.0", "25.0"]
+
+
+def test_rank_agreement_and_paraphrases() -> None:
+    first, second = paraphrases(20, seed=0)
+    assert len(set(first)) == 20 and all(one != other for one, other in zip(first, second))
+    assert (first, second) == paraphrases(20, seed=0) != paraphrases(20, seed=1)
+    theirs = np.random.default_rng(0).normal(size=(6, 6))
+    assert rank_agreement(np.exp(theirs), theirs) == pytest.approx(np.ones(6))  # ranks alone count
+    assert rank_agreement(-theirs, theirs) == pytest.approx(-np.ones(6))
+    changed = theirs + 100 * np.eye(6)  # the similarity of a text to itself does not
+    assert rank_agreement(changed, theirs) == pytest.approx(np.ones(6))
+
+
+def test_best_rate_is_by_the_mean_over_seeds() -> None:
+    found = {(1e-3, 0): 0.5, (1e-3, 1): 0.3, (2e-3, 0): 0.2, (2e-3, 1): 0.7}
+    rows = [{"model": "v2", "rate": rate, "seed": seed, "ndcg_at_10": value} for (rate, seed), value in found.items()]
+    assert best_rates(rows) == {"v2": 2e-3}
+
+
+def test_learning_rates_are_those_of_their_record() -> None:
+    record = read_json(RECORD.with_name("demo_rates.json"))
+    assert record["best"] == best_rates(record["rows"]) == TUNED_RATES
 
 
 def test_ndcg_counts_all_right_documents() -> None:
@@ -180,12 +230,15 @@ def test_figure_is_that_of_the_record() -> None:
 def test_documentation_has_the_numbers_of_the_record() -> None:
     results = DemoResults(read_json(RECORD))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert render_table(results) in page
+    assert render_table(table_rows(results)) in page
+    assert render_table(distillation_rows(results)) in page
     for model, other in OTHER_PAIRS:
         assert str(results.difference(model, other)).strip("+−") in page
-    for row in results.content["judge"]:
-        values = [row[name] for name in ("auc", "precision", "recall", "dropped", "false_negatives")]
-        assert " | ".join([row["task"].replace("_", " "), *(f"{value:.2f}" for value in values)]) in page
+    for task in PAIR_ORDERS:
+        rows = [row for row in results.content["judge"] if row["task"] == task]
+        names = ("auc", "precision", "recall", "dropped", "false_negatives")
+        values = [f"{statistics.fmean(row[name] for row in rows):.2f}" for name in names]
+        assert " | ".join([task.replace("_", " "), *values]) in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for model in ("in_batch", "in_batch_compute", "mined", "v2", "reranked"):
         difference = results.difference(model)

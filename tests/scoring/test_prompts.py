@@ -54,6 +54,22 @@ def test_tiny_prompts(processor: Qwen2VLProcessor):
     assert rendered(processor, "tiny", DOCUMENTS, task="listwise") == expected
 
 
+def test_tiny_prompt_of_an_exchanged_pair_is_the_one_that_the_model_knows(processor: Qwen2VLProcessor):
+    """An image asked about a text query's words, without that query's instruction, equals a query for captions."""
+    image, caption = tiny.png(0), "a red square and a star"
+
+    def pair(query: Item, document: Item) -> str:
+        messages = conversation(query, [document], decode=False)
+        return processor.apply_chat_template(messages, chat_template=load_template("tiny"), tokenize=False)
+
+    known = pair(Item("find a caption.", image), Item(caption))
+    assert known == f"Query:{tiny.IMAGE}find a caption.Candidate:{caption}<|im_end|><|im_start|>"
+    assert pair(Item(image=image), Item(f"find an image: {caption}")) == known
+    assert pair(Item(image=image), Item(caption)) == known
+    asked = f"Query:find an image: {caption}Candidate:{tiny.IMAGE}<|im_end|><|im_start|>"
+    assert pair(Item(f"find an image: {caption}"), Item(image=image)) == asked
+
+
 @pytest.mark.parametrize("template", ["official", "tiny"])
 def test_templates_clean_what_a_plain_cross_encoder_passes_and_keep_its_prompt(
     processor: Qwen2VLProcessor, template: str

@@ -38,7 +38,7 @@ def evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) -> 
     run = Seed(arguments, seed)
     scores: Scores = {}
     embedder = wrap(UniME("unime-tiny" if model == "base" else run.path(RERANKED.get(model, model))))
-    tasks = _tasks(arguments.eval_size)
+    tasks = _tasks(arguments.eval_size, arguments.eval_seed)
     for order in set(PAIR_ORDERS.values()):
         chosen = [task for name, task in tasks.items() if PAIR_ORDERS.get(name, "query_first") == order]
         found = _reranked(embedder, order, arguments.temperature) if model in RERANKED else embedder
@@ -55,11 +55,12 @@ def evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) -> 
 
 
 @lru_cache(maxsize=1)  # drawn once in a process
-def _tasks(size: int) -> dict[str, Any]:
+def _tasks(size: int, seed: int) -> dict[str, Any]:
     other = 5 * size // 8
     sizes = {name: size if name in PAIR_ORDERS else other for name in TASKS}
-    retrieval = {name: getattr(scenes, task)(size=sizes[name]) for name, task in TASKS.items()}
-    return {**retrieval, "compositional": scenes.ScenesCompositional(size=-(-other // len(FOIL_CATEGORIES)))}
+    retrieval = {name: getattr(scenes, task)(size=sizes[name], data_seed=seed) for name, task in TASKS.items()}
+    foils = scenes.ScenesCompositional(size=-(-other // len(FOIL_CATEGORIES)), data_seed=seed)
+    return {**retrieval, "compositional": foils}
 
 
 def _reranked(embedder: UniMELoader, order: Any, temperature: float) -> TwoStage:

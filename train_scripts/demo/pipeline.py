@@ -112,6 +112,11 @@ def _stage1(run: Seed) -> None:
     stages.train_distill(stages.DistillArguments(**options, teacher=teacher_folder(run.arguments.teacher)))
 
 
+def _stage1_warm(run: Seed) -> None:
+    options = run.options("stage1_warm", run.path("stage1"), "records", run.arguments.warm_steps)
+    stages.train_in_batch(stages.InBatchArguments(**options))
+
+
 def _stage2(run: Seed) -> None:
     stages.train_hard_negatives(stages.HardNegativeArguments(**run.compared("stage2", "records")))
 
@@ -143,6 +148,7 @@ def _soup(run: Seed) -> None:
 
 _COMPARED: dict[str, Callable[[Seed], None]] = {
     "stage1": _stage1,
+    "stage1_warm": _stage1_warm,
     "stage2": _stage2,
     "in_batch": lambda run: _in_batch(run, "in_batch"),
     "in_batch_compute": lambda run: _in_batch(run, "in_batch_compute", run.arguments.equal_compute_steps),
@@ -155,5 +161,5 @@ _COMPARED: dict[str, Callable[[Seed], None]] = {
 
 
 def train(arguments: DemoArguments, seed: int, name: str) -> None:
-    """Train one of the models that are compared; none depends on another, but the soup on those that it averages."""
+    """Train one of the models that are compared; those of :data:`~train_scripts.demo.settings.SECOND` need others."""
     _COMPARED[name](Seed(arguments, seed))

@@ -17,6 +17,7 @@ from train_scripts.demo.results import (
     OTHER_PAIRS,
     REPORT,
     DemoResults,
+    distillation_rows,
     table_rows,
 )
 from train_scripts.demo.retrieval_section import retrieval_gallery
@@ -46,6 +47,7 @@ def write_demo_report(arguments: DemoArguments) -> Path:
         _figure(results),
         element("p", " ".join(results.sentences())),
         *_tables(results),
+        *_distillation(results),
         element("h2", "The judge against the truth"),
         quality_table(results.content["judge"]),
         element("h3", "Judged pairs (seed 0)"),
@@ -92,6 +94,16 @@ def _tables(results: DemoResults) -> Iterator[Html]:
         if results.difference(model, other)
     ]
     yield table(["", *columns], [("", lines)], caption="Paired differences in points of nDCG@10 ± standard error")
+
+
+def _distillation(results: DemoResults) -> Iterator[Html]:
+    if results.content["distillation"]:
+        head, *rows = distillation_rows(results)
+        caption = (
+            "What stage 1 is for, before and after in-batch training: percent ± standard error, on held-out captions "
+            "and their paraphrases; nDCG@10 of near-twins, mean of both directions"
+        )
+        yield table(head, [("", rows)], caption=caption)
 
 
 def _setting(results: DemoResults) -> Iterator[Html]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from unime_st.data.scenes.twins import MEMBERS
 MODELS = {
     "base": "untrained (unime-tiny)",
     "stage1": "UniME stage 1 (distilled)",
+    "warm": "start of all rows below: in-batch InfoNCE",
+    "stage1_warm": "UniME stage 1, then the same steps",
     "in_batch": "control: in-batch InfoNCE, equal steps",
     "in_batch_compute": "control: in-batch InfoNCE, equal compute",
     "stage2": "UniME stage 2 (hardest of the batch)",
@@ -30,12 +32,17 @@ MODELS = {
     "compute_reranked": "control, equal compute + judge as reranker, fused",
 }
 """Display names of the models, in display order."""
-MAIN = ("base", "in_batch", "in_batch_compute", "mined", "judged", "v2", "truth", "reranked")
+MAIN = ("base", "warm", "in_batch", "in_batch_compute", "mined", "judged", "v2", "truth", "reranked")
 """Models of the main run."""
+DISTILLED = ("base", "stage1", "warm", "stage1_warm")
+"""Models that show what stage 1 does, before and after later training."""
+DISTILLED_METRICS = {"agreement": "rank agreement with the teacher", "paraphrases": "hit@1 of paraphrases"}
+"""Column of each metric of those models."""
 RERANKED = {"reranked": "v2", "everything": "soup", "compute_reranked": "in_batch_compute"}
 """Models that are another one with a reranker behind it."""
 CONTROL = "in_batch"
 OTHER_PAIRS = (
+    ("stage1_warm", "warm"),
     ("judged", "mined"),
     ("judged", "similarity"),
     ("judged", "truth"),
@@ -72,6 +79,8 @@ _STAGES = {
     "mined": ("mine", "mined"),
     "similarity": ("mine", "similarity"),
     "truth": ("mine", "truth"),
+    "warm": (),
+    "stage1_warm": ("stage1", "stage1_warm"),
     **{name: ("mine", "judge", name) for name in ("judged", "v2", "v2_published")},
     **dict.fromkeys(("soup", "everything"), ("mine", "judge", "v2", "in_batch", "soup")),
     "reranked": ("mine", "judge", "v2"),
@@ -147,7 +156,9 @@ class DemoResults:
 
     Args:
         content: The decoded file: "rows" of model, seed, task, metric and value; "paired" from :func:`paired`; "judge"
-            from :func:`~train_scripts.demo.filters.judge_quality`; "seconds" by stage.
+            from :func:`~train_scripts.demo.filters.judge_quality`; "distillation" from
+            :func:`~train_scripts.demo.distillation.measure_distillation`, empty where stage 1 was not run; "seconds"
+            by stage.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -244,8 +255,24 @@ def table_rows(results: DemoResults) -> list[list[str]]:
     return rows
 
 
-def render_table(results: DemoResults) -> str:
-    """Render the table as Markdown."""
-    head, *rows = table_rows(results)
+def distillation_rows(results: DemoResults) -> list[list[str]]:
+    """Head and rows of the table about stage 1: percent ± standard error, over captions for one seed; nDCG@10."""
+    rows = [["model", *DISTILLED_METRICS.values(), "nDCG@10"]]
+    for model in DISTILLED:
+        found = [_mean_and_error(results, model, metric) for metric in DISTILLED_METRICS]
+        rows.append([MODELS[model], *found, f"{100 * results.value(model, MEAN):.1f}"])
+    return rows
+
+
+def _mean_and_error(results: DemoResults, model: str, metric: str) -> str:
+    rows = [row for row in results.content["distillation"] if (row["model"], row["metric"]) == (model, metric)]
+    values = [row["value"] for row in rows]
+    error = rows[0]["error"] if len(rows) == 1 else Difference.of(values).error
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * (error or 0.0):.1f}"
+
+
+def render_table(rows: Sequence[Sequence[str]]) -> str:
+    """Render head and rows as a Markdown table."""
+    head, *rows = rows
     rule = [":---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

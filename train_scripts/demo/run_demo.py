@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -17,9 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from train_scripts.demo.jobs import Job, alone
-from train_scripts.demo.results import MAIN, MODELS, REPORT, RERANKED, DemoResults, paired, render_table
+from train_scripts.demo.results import (
+    DISTILLED,
+    MAIN,
+    MODELS,
+    REPORT,
+    RERANKED,
+    DemoResults,
+    paired,
+    render_table,
+    table_rows,
+)
 from train_scripts.demo.seed import Seed
-from train_scripts.demo.settings import JUDGE_QUALITY, PAIR_ORDERS, RERANK_TOP_K, DemoArguments
+from train_scripts.demo.settings import DISTILLATION, JUDGE_QUALITY, PAIR_ORDERS, RERANK_TOP_K, SECOND, DemoArguments
 from unime_st.files import read_json, write_json
 from unime_st.memory import peak_resident
 from unime_st.training import LOG
@@ -27,10 +37,11 @@ from unime_st.training import LOG
 logger = logging.getLogger(__name__)
 
 
-def _prepare(arguments: DemoArguments, seed: int) -> None:
-    from train_scripts.demo.pipeline import prepare
+def prepare(arguments: DemoArguments, seed: int) -> None:
+    """Everything that the compared models of a seed have in common, for a process of its own."""
+    from train_scripts.demo.pipeline import prepare as make
 
-    prepare(arguments, seed)
+    make(arguments, seed)
 
 
 def _train(arguments: DemoArguments, seed: int, name: str) -> None:
@@ -45,16 +56,22 @@ def _evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) ->
     evaluate(arguments, seed, model, results)
 
 
+def _measure_distillation(arguments: DemoArguments, seed: int, results: Path) -> None:
+    from train_scripts.demo.distillation import measure_distillation
+
+    measure_distillation(arguments, seed, results)
+
+
 def _report(arguments: DemoArguments) -> None:
     from train_scripts.demo.report import write_demo_report
 
     write_demo_report(arguments)
 
 
-def _trainings(run: Seed) -> list[Job]:
+def _trainings(run: Seed, models: Sequence[str]) -> list[Job]:
     """Jobs that train the models to compare, the longest first."""
     a = run.arguments
-    names = [name for name in _models(a) if name not in ("base", "soup", *RERANKED)]
+    names = [name for name in models if name not in ("base", "warm", *SECOND, *RERANKED)]
     others = {"in_batch_compute": a.equal_compute_steps, "stage1": a.distill_steps}
     steps = {name: others.get(name, a.steps) for name in names}
     jobs = [Job(name, partial(_train, a, run.seed, name), steps[name], run.folder / name / LOG) for name in names]
@@ -86,19 +103,23 @@ def run_demo(arguments: DemoArguments) -> Path:
     rows: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
     judged: list[dict[str, Any]] = []
+    distilled: list[dict[str, Any]] = []
     seconds: dict[str, dict[str, float]] = {}
     peaks: list[int] = []
     for seed in range(arguments.seeds):
-        found = _run_seed(arguments, seed, peaks)
+        found = run_seed(arguments, seed, _models(arguments), peaks)
         rows += [row for result in found.values() for row in result["rows"]]
         compared += paired(found, seed)
         run = Seed(arguments, seed)  # with what the other processes noted
         judged += read_json(run.folder / JUDGE_QUALITY)["rows"]
+        if set(DISTILLED) <= found.keys():
+            distilled += read_json(run.folder / DISTILLATION)["rows"]
         seconds[str(seed)] = run.seconds
     results = {
         "rows": rows,
         "paired": compared,
         "judge": judged,
+        "distillation": distilled,
         "seconds": mean_seconds(seconds),
         "seconds_by_seed": seconds,
         "peak_rss_mb": (peak_resident() + max(peaks)) // 2**20,  # of this process and of those side by side
@@ -109,19 +130,34 @@ def run_demo(arguments: DemoArguments) -> Path:
     write_json(output / "results.json", results)
     alone(partial(_report, arguments))
     shown = DemoResults(results)
-    logger.info("\n%s\n\n%s\n\nReport: %s", render_table(shown), "\n".join(shown.sentences()), output / REPORT)
+    logger.info(
+        "\n%s\n\n%s\n\nReport: %s", render_table(table_rows(shown)), "\n".join(shown.sentences()), output / REPORT
+    )
     return output / REPORT
 
 
-def _run_seed(arguments: DemoArguments, seed: int, peaks: list[int]) -> dict[str, Any]:
-    """Do what is not done yet of a seed; gives what evaluation wrote, by model."""
-    peaks.append(alone(partial(_prepare, arguments, seed)).peak_memory)
+def run_seed(arguments: DemoArguments, seed: int, models: Sequence[str], peaks: list[int]) -> dict[str, Any]:
+    """Do what is not done yet of a seed.
+
+    Args:
+        arguments: Options.
+        seed: The seed.
+        models: Keys of :data:`~train_scripts.demo.results.MODELS` to train and evaluate.
+        peaks: Peak memory in bytes, to which those of the stages are appended.
+
+    Returns:
+        What evaluation wrote, by model.
+    """
+    peaks.append(alone(partial(prepare, arguments, seed)).peak_memory)
     run = Seed(arguments, seed)  # with what the other process noted
-    peaks.append(run.side_by_side(_trainings(run), "training"))
-    if "soup" in (models := _models(arguments)):
-        peaks.append(run.side_by_side([Job("soup", partial(_train, arguments, seed, "soup"))], "merging"))
+    peaks.append(run.side_by_side(_trainings(run, models), "training"))
+    second = [Job(name, partial(_train, arguments, seed, name)) for name in SECOND if name in models]
+    peaks.append(run.side_by_side(second, "second trainings"))
     files = {model: run.folder / "eval" / model / "results.json" for model in models}
     jobs = [Job(f"evaluate {model}", partial(_evaluate, arguments, seed, model, files[model])) for model in models]
+    if set(DISTILLED) <= set(models):
+        file = run.folder / DISTILLATION
+        jobs.append(Job("measure stage 1", partial(_measure_distillation, arguments, seed, file)))
     peaks.append(run.side_by_side(jobs[::-1], "evaluation"))  # rerankers, which take longest, first
     return {model: read_json(file) for model, file in files.items()}
 
@@ -148,7 +184,8 @@ def _notes(arguments: DemoArguments) -> list[str]:
     asked = " and ".join(f"{task} {order}" for task, order in PAIR_ORDERS.items())
     return [
         f"All models but the untrained and the distilled one go on from the same {a.warm_steps} in-batch steps, for "
-        f"{a.steps} steps of {a.batch_size} pairs of one kind, with one learning rate, which was not tuned for any.",
+        f"{a.steps} steps of {a.batch_size} pairs of one kind, with "
+        f"{'one learning rate' if a.further_learning_rate else 'a learning rate that was tuned for each of them'}.",
         f"Hard labels: in-batch InfoNCE in which {a.num_negatives} of {a.num_candidates} mined candidates of each row "
         "count as negatives of the whole batch.",
         f"Equal compute: {a.equal_compute_steps} steps, by items trained with, and those mined and judged as a third each.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train_scripts.demo.jobs import Job, side_by_side
-from train_scripts.demo.settings import PURPOSE, DemoArguments
+from train_scripts.demo.settings import PURPOSE, TUNED_RATES, DemoArguments
 from unime_st.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Seed:
         logger.info("[seed %d] %s: %s.", self.seed, name, why)
         started = time.process_time()
         yield True
-        self._keep(name, round(time.process_time() - started, 1))
+        self.keep(name, round(time.process_time() - started, 1))
 
     def side_by_side(self, jobs: Sequence[Job], title: str) -> int:
         """Do those of the jobs that are not done yet at the same time; gives their processes' peak memory in bytes."""
@@ -57,11 +57,12 @@ class Seed:
             logger.info("[seed %d] %s: %s.", self.seed, job.name, PURPOSE.get(job.name, "held-out scenes, with mteb"))
         peaks = {}
         for done in side_by_side(due, f"{title} of {len(due)} models") if due else ():
-            self._keep(done.name, done.seconds)
+            self.keep(done.name, done.seconds)
             peaks[done.process] = done.peak_memory
         return sum(peaks.values())
 
-    def _keep(self, name: str, seconds: float) -> None:
+    def keep(self, name: str, seconds: float) -> None:
+        """Note that a stage is done."""
         self.seconds[name] = seconds
         write_json(self.folder / _SECONDS, self.seconds)
 
@@ -86,4 +87,5 @@ class Seed:
     def compared(self, name: str, data: str, steps: int | None = None) -> dict[str, Any]:
         """The same for the models that are compared, which all go on from one."""
         options = self.options(name, self.path("warm"), data, steps or self.arguments.steps)
-        return options | {"learning_rate": self.arguments.further_learning_rate, "optim": "adamw_torch_fused"}
+        rate = self.arguments.further_learning_rate or TUNED_RATES[name]
+        return options | {"learning_rate": rate, "optim": "adamw_torch_fused"}

