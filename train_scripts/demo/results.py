@@ -15,8 +15,8 @@ from unime_st.data.scenes.twins import MEMBERS
 MODELS = {
     "base": "untrained (unime-tiny)",
     "stage1": "UniME stage 1 (distilled)",
-    "warm": "start of all rows below: in-batch InfoNCE",
-    "stage1_warm": "UniME stage 1, then the same steps",
+    "stage1_warm": "UniME stage 1, then in-batch InfoNCE",
+    "warm": "in-batch InfoNCE (start of the compared models)",
     "in_batch": "control: in-batch InfoNCE, equal steps",
     "in_batch_compute": "control: in-batch InfoNCE, equal compute",
     "stage2": "UniME stage 2 (hardest of the batch)",
