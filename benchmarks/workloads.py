@@ -45,6 +45,7 @@ def random_qwen2_vl(folder: Path, size: str = "mid", *, pixels: int = 336 * 336,
     """
     tiny: Any = SentenceTransformer("unime-tiny", device="cpu")
     processor, config = tiny.processor, tiny.config
+    processor.tokenizer.model_max_length = 32768  # that of unime-tiny is 1024
     for media in (processor.image_processor, processor.video_processor):
         media.size = {"shortest_edge": 56 * 56, "longest_edge": pixels}
     row = SIZES[size]

@@ -47,10 +47,17 @@ def test_pixels_of_a_batch_are_limited(tmp_path: Path, monkeypatch: pytest.Monke
     batches = [pixels for pixels in calls if pixels]
     assert sum(map(len, batches)) == len(rows)
     plan, whole = BatchRunner(model), sum(map(sum, batches))
-    limit = plan.pixels
-    assert whole > 5 * limit and len(rows) * 16 < plan.budget, "by tokens alone it would be one batch"
+    limit = plan.pixel_limit(9_000_000)
+    assert whole > 3 * limit and len(rows) * 16 < plan.budget, "by tokens alone it would be one batch"
     assert all(sum(pixels) <= limit or len(pixels) == 1 for pixels in batches)
     assert [9_000_000] in batches, "an image above the limit goes alone"
     assert len(batches) < 2 * whole / limit, "and batches are filled"
     alone = np.stack([model.encode([row.to_input() if as_item else row])[0] for row in rows])
     np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+def test_images_that_are_large_for_their_model_share_a_batch():
+    """One by one they would cost a pass each; together they may hold a bounded number of pixels."""
+    plan = BatchRunner(tiny_embedder())
+    small, photo, huge = (plan.pixel_limit(side**2) // side**2 for side in (56, 448, 1600))
+    assert (small, photo, huge) == (159, 16, 3)

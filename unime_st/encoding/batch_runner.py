@@ -42,8 +42,8 @@ TOKENS_PER_ROW = 256
 _CPU_BUDGET = 1024
 """Token budget on a CPU, where larger batches cost memory without being faster."""
 
-_THREAD_PIXELS = 500_000
-"""Pixel budget of a batch on a CPU, where every thread holds a batch."""
+_THREAD_PIXELS, _LARGE_IMAGES, _MOST_PIXELS = 500_000, 16, 8_000_000
+"""Pixel budget of a batch on a CPU, where every thread holds a batch; so many larger images share one, up to a limit."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
 
@@ -126,7 +126,7 @@ class BatchRunner:
         self.budget = token_budget or batch_size * TOKENS_PER_ROW
         if token_budget is None and on_cpu:
             self.budget = min(self.budget, _CPU_BUDGET)
-        self.pixels = _THREAD_PIXELS if on_cpu else pixel_budget(*devices)
+        self._pixels = None if on_cpu else pixel_budget(*devices)
         self.prompting = {"prompt": prompt, **options}
         self.truncate_dim, self.normalize = truncate_dim, normalize_embeddings
         self.output_device, self.options = output_device, options
@@ -145,6 +145,13 @@ class BatchRunner:
         self._positions = RopePositions(self.model[0])
         self._last_only = all(map(needs_last_tokens_only, copies))
         self._shrinking = threading.Lock()
+
+    def pixel_limit(self, largest: int) -> int:
+        """Most stored pixels of a batch whose largest image has ``largest``; images of few tokens go together even if
+        they are stored large."""
+        if self._pixels is not None:
+            return self._pixels
+        return max(_THREAD_PIXELS, min(_LARGE_IMAGES * largest, _MOST_PIXELS))
 
     @cached_property
     def sharing(self) -> VideoSharing | None:

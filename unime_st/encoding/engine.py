@@ -182,7 +182,8 @@ class Engine:
         for jobs in kinds.values():
             costs, pixels = [job.num_tokens for job in jobs], [job.pixels for job in jobs]
             indices = pack(costs, even_budget(costs, self.runner.budget, self.runner.turns))
-            indices = split_by_pixels(indices, pixels, even_budget(pixels, self.runner.pixels, self.runner.turns))
+            limit = even_budget(pixels, self.runner.pixel_limit(max(pixels)), self.runner.turns)
+            indices = split_by_pixels(indices, pixels, limit)
             window.batches += [[jobs[index] for index in batch] for batch in indices]
         window.batches.sort(key=lambda batch: -batch[0].num_tokens)
         window.open_batches = len(window.batches)
