@@ -86,6 +86,18 @@ def test_batch_size_order_and_neighbours_do_not_matter(folder: str, judge: Local
         assert np.abs(found - reverse).max() < 1e-5
 
 
+def test_exchanged_pairs_do_not_depend_on_their_neighbors():
+    """The template of `unime-tiny` takes an instruction off a candidate; texts beside it have none."""
+    image = Item(image=tiny.png(0))
+    queries = [Item("a star"), Item("find an image: a red square"), Item("a blue circle")]
+    exchanged = LocalJudge("unime-tiny", template="tiny", device="cpu", pair_order="candidate_first")
+    together = np.concatenate(exchanged.score([Group(query, [image]) for query in queries]))
+    asked = LocalJudge("unime-tiny", template="tiny", device="cpu")
+    captions = [Item("a star"), Item("a red square"), Item("a blue circle")]
+    expected = [asked.score([Group(Item("find a caption.", image.image), [caption])])[0][0] for caption in captions]
+    np.testing.assert_allclose(together, expected, atol=1e-4)
+
+
 def test_equals_cross_encoder_predict(judge: LocalJudge):
     pairs = [(group.query.to_input(), item.to_input()) for group in GROUPS for item in group.candidates]
     expected = judge.model.predict(pairs, activation_fn=torch.nn.Identity())

@@ -38,6 +38,7 @@ class PairRenderer:
         self.template = template
         self.fixed = True
         special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+        special += re.findall(r"\.startswith\('([^']+)'\)", template)  # as the template of unime-tiny asks
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")  # templates may change these in texts
         self._frames: dict[tuple[bool, ...], TemplateFrame | None] = {}
 
