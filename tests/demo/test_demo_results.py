@@ -18,9 +18,11 @@ from train_scripts.demo.figure import FIGURE, RECORD, figure
 from train_scripts.demo.filters import filtered
 from train_scripts.demo.results import (
     COLUMNS,
+    CONTROL,
     DISTILLED,
     DISTILLED_METRICS,
     MAIN,
+    MEAN,
     MODELS,
     OTHER_PAIRS,
     DemoResults,
@@ -225,6 +227,22 @@ def test_figure_is_that_of_the_record() -> None:
     assert FIGURE.read_text(encoding="utf-8") == figure(DemoResults(read_json(RECORD)))
     dots = Page(FIGURE.read_text(encoding="utf-8"))
     assert len([tag for tag, _ in dots.tags if tag == "circle"]) == len(MODELS) - 3  # control and two far below
+
+
+def test_every_difference_in_words_is_one_of_the_record() -> None:
+    results = DemoResults(read_json(RECORD))
+    pairs = [(model, CONTROL) for model in results.models] + list(OTHER_PAIRS)
+    differences = [results.difference(model, other, task) for model, other in pairs for task in (*PAIR_ORDERS, MEAN)]
+    known = {str(difference).strip("+−") for difference in differences}
+    known |= {cell for row in distillation_rows(results) for cell in row}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = page.split("## The demo")[1].split("## Near-twins: where")[0]
+    earlier = shown.split("**It depends on the start.**")[1].split("\n\n")[0]  # of another record
+    found = re.findall(
+        r"\d+\.\d ± \d+\.\d", shown.replace(earlier, "") + readme.split("## Results")[1].split("## Speed")[0]
+    )
+    assert len(found) > 40 and set(found) <= known
 
 
 def test_documentation_has_the_numbers_of_the_record() -> None:

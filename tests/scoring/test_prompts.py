@@ -21,6 +21,7 @@ from unime_st.judging import (
     load_template,
 )
 from unime_st.losses.list_answers import index_answers
+from unime_st.scoring.prompt_encoder import PairRenderer
 from unime_st.scoring.prompts import conversation
 
 QUERY = Item("<|image_1|>\nWhich is it?\n", tiny.png(0))
@@ -68,6 +69,30 @@ def test_tiny_prompt_of_an_exchanged_pair_is_the_one_that_the_model_knows(proces
     assert pair(Item(image=image), Item(caption)) == known
     asked = f"Query:find an image: {caption}Candidate:{tiny.IMAGE}<|im_end|><|im_start|>"
     assert pair(Item(f"find an image: {caption}"), Item(image=image)) == asked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "text.removeprefix('color: ')",
+        "text | replace('color: ', '')",
+        "'a color' if 'color: ' in text else text",
+        "'a color' if text.startswith('color: ') else text",
+    ],
+)
+def test_texts_that_a_template_changes_are_rendered_whatever_stands_beside_them(
+    processor: Qwen2VLProcessor, text: str
+):
+    template = (
+        "{% for m in messages %}{% set text = m.content if m.content is string else m.content[0].text %}"
+        f"{{{{ m.role }}}}:{{% generation %}}{{{{ {text} }}}}{{% endgeneration %}} {{% endfor %}}"
+    )
+    pairs = [(Item("q"), Item(word)) for word in ("a star", "color: red", "a cube")]
+    pairs += [(Item("other"), Item("color: blue"))]
+    render = PairRenderer(processor, template)
+    expected = [render._render([conversation(query, [item], decode=False)])[0] for query, item in pairs]
+    assert render(pairs) == expected and "color: " not in "".join(expected)
+    assert render.fixed, "the other texts are joined without the template engine"
 
 
 @pytest.mark.parametrize("template", ["official", "tiny"])

@@ -259,12 +259,12 @@ def distillation_rows(results: DemoResults) -> list[list[str]]:
     """Head and rows of the table about stage 1: percent ± standard error, over captions for one seed; nDCG@10."""
     rows = [["model", *DISTILLED_METRICS.values(), "nDCG@10"]]
     for model in DISTILLED:
-        found = [_mean_and_error(results, model, metric) for metric in DISTILLED_METRICS]
+        found = [_with_error(results, model, metric) for metric in DISTILLED_METRICS]
         rows.append([MODELS[model], *found, f"{100 * results.value(model, MEAN):.1f}"])
     return rows
 
 
-def _mean_and_error(results: DemoResults, model: str, metric: str) -> str:
+def _with_error(results: DemoResults, model: str, metric: str) -> str:
     rows = [row for row in results.content["distillation"] if (row["model"], row["metric"]) == (model, metric)]
     values = [row["value"] for row in rows]
     error = rows[0]["error"] if len(rows) == 1 else Difference.of(values).error

@@ -98,8 +98,7 @@ def run_demo(arguments: DemoArguments) -> Path:
         The report. ``results.json`` stands beside it.
     """
     output = Path(arguments.output)
-    settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "seeds", "arms")}
-    _refuse_other_settings(output, settings)
+    settings = keep_settings(arguments)
     rows: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
     judged: list[dict[str, Any]] = []
@@ -107,7 +106,8 @@ def run_demo(arguments: DemoArguments) -> Path:
     seconds: dict[str, dict[str, float]] = {}
     peaks: list[int] = []
     for seed in range(arguments.seeds):
-        found = run_seed(arguments, seed, _models(arguments), peaks)
+        found, peak = run_seed(arguments, seed, _models(arguments))
+        peaks.append(peak)
         rows += [row for result in found.values() for row in result["rows"]]
         compared += paired(found, seed)
         run = Seed(arguments, seed)  # with what the other processes noted
@@ -136,30 +136,32 @@ def run_demo(arguments: DemoArguments) -> Path:
     return output / REPORT
 
 
-def run_seed(arguments: DemoArguments, seed: int, models: Sequence[str], peaks: list[int]) -> dict[str, Any]:
+def run_seed(arguments: DemoArguments, seed: int, models: Sequence[str]) -> tuple[dict[str, Any], int]:
     """Do what is not done yet of a seed.
 
     Args:
         arguments: Options.
         seed: The seed.
         models: Keys of :data:`~train_scripts.demo.results.MODELS` to train and evaluate.
-        peaks: Peak memory in bytes, to which those of the stages are appended.
 
     Returns:
-        What evaluation wrote, by model.
+        What evaluation wrote, by model; and the peak memory of the processes of one step, in bytes.
     """
-    peaks.append(alone(partial(prepare, arguments, seed)).peak_memory)
+    prepared = alone(partial(prepare, arguments, seed)).peak_memory
     run = Seed(arguments, seed)  # with what the other process noted
-    peaks.append(run.side_by_side(_trainings(run, models), "training"))
     second = [Job(name, partial(_train, arguments, seed, name)) for name in SECOND if name in models]
-    peaks.append(run.side_by_side(second, "second trainings"))
     files = {model: run.folder / "eval" / model / "results.json" for model in models}
     jobs = [Job(f"evaluate {model}", partial(_evaluate, arguments, seed, model, files[model])) for model in models]
     if set(DISTILLED) <= set(models):
         file = run.folder / DISTILLATION
         jobs.append(Job("measure stage 1", partial(_measure_distillation, arguments, seed, file)))
-    peaks.append(run.side_by_side(jobs[::-1], "evaluation"))  # rerankers, which take longest, first
-    return {model: read_json(file) for model, file in files.items()}
+    steps = {
+        "training": _trainings(run, models),
+        "second trainings": second,
+        "evaluation": jobs[::-1],  # rerankers, which take longest, first
+    }
+    peak = max([prepared, *(run.side_by_side(jobs, title) for title, jobs in steps.items())])
+    return {model: read_json(file) for model, file in files.items()}, peak
 
 
 def mean_seconds(by_seed: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -169,7 +171,10 @@ def mean_seconds(by_seed: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     return {name: round(statistics.fmean(stages[name] for stages in by_seed.values()), 1) for name in shared}
 
 
-def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
+def keep_settings(arguments: DemoArguments) -> dict[str, Any]:
+    """Note the settings of a run in its output folder, and return them; a ValueError if it was begun with others."""
+    output = Path(arguments.output)
+    settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "seeds", "arms")}
     path = output / "settings.json"
     before = read_json(path) if path.is_file() else settings
     if before != settings:
@@ -177,6 +182,7 @@ def _refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{output} was begun with other settings ({changed}): choose another --output or remove it.")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+    return settings
 
 
 def _notes(arguments: DemoArguments) -> list[str]:

@@ -6,16 +6,17 @@ python -m train_scripts.demo.tuning [--seeds 2 --record benchmarks/results/demo_
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from train_scripts.demo.jobs import alone
-from train_scripts.demo.results import COLUMNS, DIRECTIONS
-from train_scripts.demo.run_demo import prepare, run_seed
+from train_scripts.demo.results import MEAN, DemoResults
+from train_scripts.demo.run_demo import keep_settings, prepare, run_seed
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import TUNED_RATES, DemoArguments
 from unime_st.files import write_json
@@ -23,8 +24,8 @@ from unime_st.options import check_options, option
 from unime_st.stages.command import run_script
 
 logger = logging.getLogger(__name__)
-FIRST_SEED = 100  # the demo's seeds are below
-NDCG = "ndcg_at_10"
+_FIRST_SEED = 100  # the demo's seeds are below
+_NDCG = "ndcg_at_10"
 _RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 
 
@@ -54,16 +55,19 @@ def tune(arguments: TuningArguments, demo: DemoArguments | None = None) -> Path:
     Returns:
         ``rates.json``: nDCG@10, mean of both directions, by model, rate and seed, and the best rate of each model.
     """
+    shared = replace(demo or DemoArguments(), output=f"{arguments.output}/shared", eval_seed=1)
+    keep_settings(shared)
     rows = []
-    for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
-        shared = replace(demo or DemoArguments(), output=f"{arguments.output}/shared", eval_seed=1)
+    for seed in range(_FIRST_SEED, _FIRST_SEED + arguments.seeds):
         alone(partial(prepare, shared, seed))
         for rate in arguments.rates or _RATES:
             logger.info("[seed %d] learning rate %g", seed, rate)
             tried = replace(shared, output=f"{arguments.output}/rate-{rate:g}", further_learning_rate=rate)
             _share(Seed(shared, seed), Seed(tried, seed))
-            found = run_seed(tried, seed, tuple(TUNED_RATES), [])
-            rows += [{"model": name, "rate": rate, "seed": seed, NDCG: ndcg(found[name])} for name in TUNED_RATES]
+            found, _ = run_seed(tried, seed, tuple(TUNED_RATES))
+            for name in TUNED_RATES:
+                measured = DemoResults({"rows": found[name]["rows"]}).value(name, MEAN)
+                rows.append({"model": name, "rate": rate, "seed": seed, _NDCG: measured})
     results = {"rows": rows, "best": best_rates(rows)}
     output = Path(arguments.output) / "rates.json"
     for file in (output, *([Path(arguments.record)] if arguments.record else ())):
@@ -82,19 +86,10 @@ def _share(source: Seed, target: Seed) -> None:
         target.keep(name, seconds)
 
 
-def ndcg(result: Mapping[str, Any]) -> float:
-    """nDCG@10 of one evaluation, mean of both directions."""
-    wanted = [COLUMNS[name] for name in DIRECTIONS]
-    return statistics.fmean(row["value"] for row in result["rows"] if (row["task"], row["metric"]) in wanted)
-
-
 def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The rate of each model whose mean over seeds is the highest."""
-    means: dict[str, dict[float, float]] = {}
-    for name, rate in dict.fromkeys((row["model"], row["rate"]) for row in rows):
-        values = [row[NDCG] for row in rows if (row["model"], row["rate"]) == (name, rate)]
-        means.setdefault(name, {})[rate] = statistics.fmean(values)
-    return {name: max(by_rate, key=by_rate.__getitem__) for name, by_rate in means.items()}
+    best = pd.DataFrame(rows).pivot_table(_NDCG, "model", "rate").idxmax(axis=1)
+    return {str(model): float(rate) for model, rate in best.items()}
 
 
 if __name__ == "__main__":

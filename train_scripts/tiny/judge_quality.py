@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from train_scripts.demo.seed import TINY
 from unime_st import UniME
 from unime_st.data.records import RecordSet
 from unime_st.data.scenes import retrieval_data, training_records
@@ -34,7 +35,6 @@ KINDS = ("short_t2i", "short_i2t", "long_t2i", "long_i2t", "vqa", "grounding", "
 ORDERS: tuple[PairOrder, ...] = ("query_first", "candidate_first")
 SEED = 7  # of the retriever's scenes and of those that are judged
 _MINED = 12
-_TINY: dict[str, Any] = {"lora_rank": 0, "frozen": "visual", "item_cache": 512, "gradient_caching": False}
 
 
 @dataclass
@@ -67,11 +67,9 @@ def retriever(folder: Path, *, records: int = 6000, steps: int = 400) -> UniME:
         sub_batch_size=32,
         learning_rate=6e-3,
         temperature=0.05,
-        optim="muon",
-        token_budget=2048,
         logging_steps=50,
         seed=SEED,
-        **_TINY,
+        **TINY,
     )
     return UniME(str(train_in_batch(arguments)))
 
@@ -117,23 +115,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|" + "---:|" * 4,
     ]
     for row in rows:
-        numbers = [f"{100 * row[name]:.0f} %" for name in ("hit@1", "right")] + [
-            f"{row[order]:.2f}" for order in ORDERS
-        ]
+        shares = [f"{100 * row[name]:.0f} %" for name in ("hit@1", "right")]
+        numbers = [*shares, *(f"{row[order]:.2f}" for order in ORDERS)]
         lines.append(f"| {row['kind'].replace('_', ' ')} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
-def measure_all(arguments: QualityArguments) -> str:
-    """Measure every kind of pair; gives the table."""
+def measure_all(arguments: QualityArguments) -> None:
+    """Measure every kind of pair; the log shows the table."""
     judge = LocalJudge("unime-tiny", template="tiny")
     with tempfile.TemporaryDirectory() as scratch:
         embedder = retriever(Path(scratch))
         rows = [measure(kind, arguments.queries, embedder, judge) for kind in KINDS]
     if arguments.record:
         write_json(arguments.record, {"rows": rows})
-    logger.info("\n%s", found := table(rows))
-    return found
+    logger.info("\n%s", table(rows))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+from jinja2 import nodes
 from sentence_transformers.base.modules import Transformer
 
 from unime_st.backbones.video_frames import raise_without_video
@@ -23,14 +25,30 @@ Pair = tuple[Item, Item]
 Query = tuple[Item, Sequence[Item]]
 """A query and its distinct candidates."""
 
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+
+
+def _strings_sought(template: str) -> set[str]:
+    """Strings that a template looks for, by a method such as ``removeprefix``, the filter ``replace``, or ``in``."""
+    known = _GENERATION.sub("", template)  # a tag of transformers, which jinja2 does not know
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(known)
+    methods = (call for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Getattr))
+    filters = (found for found in tree.find_all(nodes.Filter) if found.name == "replace")
+    tests = (test for test in tree.find_all(nodes.Compare) if any(part.op in ("in", "notin") for part in test.ops))
+    sought = [argument for call in methods for argument in call.args]
+    sought += [argument for found in filters for argument in found.args]
+    sought += [test.expr for test in tests]
+    return {node.value for node in sought if isinstance(node, nodes.Const) and isinstance(node.value, str)} - {""}
+
 
 class PairRenderer:
     """Renders the prompts of pairs as the chat template does.
 
     A template mostly puts texts between fixed pieces. They are found once for every kind of pair
     (:class:`~unime_st.recipes.template_frame.TemplateFrame`); prompts are then joined without the template engine,
-    which would take longer than a small model. The first candidate of every query still goes through the engine: if
-    the two differ, everything goes through the engine from then on, and ``fixed`` is False.
+    which would take longer than a small model. Texts with a special token, or with a string that the template looks
+    for, go through the engine, and so does the first candidate of every query: if its prompt differs from the joined
+    one, everything goes through the engine from then on, and ``fixed`` is False.
     """
 
     def __init__(self, processor: Any, template: str) -> None:
@@ -38,8 +56,8 @@ class PairRenderer:
         self.template = template
         self.fixed = True
         special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
-        special += re.findall(r"\.startswith\('([^']+)'\)", template)  # as the template of unime-tiny asks
-        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")  # templates may change these in texts
+        # Texts with these may be changed by the template.
+        self._special = re.compile("|".join(map(re.escape, [*special, *_strings_sought(template)])) or "(?!)")
         self._frames: dict[tuple[bool, ...], TemplateFrame | None] = {}
 
     def __call__(self, pairs: Sequence[Pair]) -> list[str]:

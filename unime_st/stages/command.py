@@ -123,7 +123,7 @@ def parse(kind: type[ArgumentsT], description: str | None, argv: Sequence[str] |
 
 
 def run_script(action: Callable[[ArgumentsT], object], kind: type[ArgumentsT], description: str | None) -> int:
-    """Run a script that is no stage with the options of :func:`parse`, and return its exit status as :func:`main` does."""
+    """Run a script beside the stages with the options of :func:`parse`; returns its exit status as :func:`main` does."""
     set_up_logging()
 
     def run() -> None:
