@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageDraw
 from report_page import Page
 from sentence_transformers import SentenceTransformer
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
@@ -29,9 +28,11 @@ from train_scripts.demo.results import COLUMNS, DISTILLED, DISTILLED_METRICS, MO
 from train_scripts.demo.settings import PAIR_ORDERS, TUNED_RATES, DemoArguments
 from train_scripts.demo.tuning import TuningArguments, tune
 from unime_st.data.records import RecordSet
-from unime_st.data.scenes import TwinTruth
+from unime_st.data.scenes import TwinTruth, retrieval_data
+from unime_st.judging import Group, LocalJudge
 from unime_st.judging.score_store import Scores
 from unime_st.model import UniME
+from unime_st.reranking.unime_reranker import UniMEReranker
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +111,40 @@ def test_differences_are_those_of_the_queries(run: Path, results: dict) -> None:
         assert row["difference"] == pytest.approx(gains.mean())
         families = gains.reshape(-1, 4).mean(axis=1)  # half of the eight members of each family are asked
         assert row["error"] == pytest.approx(families.std(ddof=1) / len(families) ** 0.5)
-    assert values["reranked", "twins_i2t", "ndcg_at_10"] != values["v2", "twins_i2t", "ndcg_at_10"]
+    ways = ("v2", "reranked", "pairwise", "listwise")
+    assert len({values[model, "twins_i2t", "ndcg_at_10"] for model in ways}) == len(ways)
+    # Two steps hardly change the judge, but it is asked in another order.
+    assert values["trained_fused", "twins_t2i", "ndcg_at_10"] != values["reranked", "twins_t2i", "ndcg_at_10"]
+
+
+@pytest.mark.parametrize("task", PAIR_ORDERS)
+def test_rerankers_order_as_they_say(run: Path, task: str) -> None:
+    """The trained one is asked query first; it decides alone, or its log-odds are added to the similarities."""
+    trained = json.loads((run / "seed-0" / "reranker" / "manifest.json").read_text())["options"]
+    assert (trained["model"], trained["max_steps"], trained["num_negatives"]) == ("unime-tiny", 2, NEGATIVES)
+    data = retrieval_data(task, split="test", size=SMALL["eval_size"], seed=0)
+    embedder = UniME(str(run / "seed-0" / "v2"), device="cpu")
+    reranker = UniMEReranker(str(run / "seed-0" / "reranker"), template="tiny", device="cpu")
+    judges = LocalJudge(reranker), LocalJudge("unime-tiny", template="tiny", pair_order=PAIR_ORDERS[task])
+    for query, item in list(data.queries.items())[:3]:
+        asked, *stored = embedder.encode([item, *data.corpus.values()], normalize_embeddings=True)
+        similarity = dict(zip(data.corpus, np.array(stored) @ asked))
+        best = sorted(similarity, key=lambda name: -similarity[name])[:10]
+        documents = [data.corpus[name] for name in best]
+        cosines = np.array([similarity[name] for name in best])
+        odds, other = (judge.score([Group(item, documents)])[0] for judge in judges)
+        listed = reranker.ranker().rank(item, documents, method="listwise", window=1 + NEGATIVES)
+        expected = {
+            "pairwise": odds,
+            "trained_fused": cosines / 0.05 + odds,
+            "reranked": cosines / 0.05 + other,
+            "listwise": listed.scores,
+        }
+        for model, scores in expected.items():
+            file = run / "seed-0" / "eval" / model / f"{TASKS[task]}_predictions.json"
+            kept = json.loads(file.read_text())["default"]["test"][query]
+            order = [best[index] for index in np.argsort(-np.array(scores), kind="stable")]
+            assert sorted(kept, key=lambda name: -kept[name])[:10] == order, model
 
 
 def test_filters_choose_what_they_say(run: Path) -> None:
@@ -226,54 +260,4 @@ def test_other_settings_are_refused(run: Path) -> None:
     command = _command(output=run, **{**SMALL, "steps": 3})
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "begun with other settings (steps)" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def _own_data(folder: Path, count: int) -> Path:
-    """Transparent, palette and odd-sized images with names, and two rows that are no good."""
-    lines = []
-    for number in range(count):
-        color = ("red", "green", "blue")[number % 3]
-        mode = ("RGBA", "P", "RGB", "L")[number % 4]
-        image = Image.new("RGBA", (40 + 9 * number, 60), (0, 0, 0, 0))
-        ImageDraw.Draw(image).ellipse((5, 5, 35, 50), fill=color)
-        image.convert(mode).save(folder / f"{number}.png")
-        lines.append({"image": f"{number}.png", "name": f"{color} ellipse number {number}"})
-    (folder / "broken.png").write_bytes(b"\x89PNG broken")
-    lines += [{"image": "broken.png", "name": "broken"}, {"image": "0.png", "name": None}]
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_own_images_train_and_bad_ones_are_set_aside(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-    train, test = _own_data(tmp_path / "train", 24), _own_data(tmp_path / "test", 12)
-    config = tmp_path / "own.yaml"
-    config.write_text(
-        "pairs:\n"
-        "  - {dataset: name-to-image, query: {text: name}, positive: {image: image}}\n"
-        "  - {dataset: image-to-name, query: {image: image}, positive: {text: name}}\n"
-        "warm_steps: 1\nsteps: 1\nbatch_size: 8\njudge_steps: 1\nnum_candidates: 6\nnum_negatives: 3\n"
-    )
-    command = [sys.executable, "-m", "train_scripts.demo.own_data", str(config)]
-    command += ["--data", str(train), "--test", str(test), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
-    assert set(results) == {"base", "warm", "in_batch", "v2"}
-    assert all(set(scores) == {"name-to-image", "image-to-name", "mean"} for scores in results.values())
-    rejected = [
-        json.loads(line) for line in (tmp_path / "run" / "records" / "rejected.jsonl").read_text().splitlines()
-    ]
-    assert len(rejected) == 4 and all(entry["reason"] for entry in rejected)
-
-
-@pytest.mark.parametrize("missing", ["--data", "--test"])
-def test_own_data_names_what_is_missing(tmp_path: Path, missing: str) -> None:
-    given = "--test" if missing == "--data" else "--data"
-    command = [sys.executable, "-m", "train_scripts.demo.own_data", given, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "--data TRAIN --test TEST" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
@@ -15,8 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import unime_st
 from train_scripts.tiny.build import SPECIAL_TOKENS
-from train_scripts.tiny.package import package
-from train_scripts.tiny.pretrain import PretrainArguments, pretrain
+from train_scripts.tiny.make import STAGES, MakeArguments, make
+from train_scripts.tiny.package import PRETRAINING, package
+from train_scripts.tiny.pretrain import LOG, PretrainArguments, pretrain
 from unime_st.data.scenes import FOIL_CATEGORIES, foils
 from unime_st.judging import Group, LocalJudge
 from unime_st.paths import PACKAGED
@@ -102,3 +104,39 @@ def test_pretraining_and_packaging_from_scratch(tmp_path: Path) -> None:
     hidden = generator.model(**inputs).last_hidden_state[:, -1]
     expected = torch.nn.functional.normalize(hidden, dim=-1).detach().numpy()
     assert np.abs(SentenceTransformer(str(folder), device="cpu").encode(["a red circle"]) - expected).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_one_command_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in order, each from the one before; what is done stays, a stage that was killed is done again."""
+    few = ("comparing", "settling", "near_twins")
+    monkeypatch.setattr("train_scripts.tiny.make.STAGES", few)
+    arguments = MakeArguments(runs=str(tmp_path / "runs"), output=str(tmp_path / "model"), stop_after=1)
+    folder = make(arguments)
+    entries = [json.loads(line) for line in (folder / PRETRAINING).read_text().splitlines()]
+    made = [entry["arguments"] for entry in entries if "arguments" in entry]
+    assert [run["curriculum"] for run in made] == ["comparing", "deciding", "near_twins"]
+    assert [Path(run["start"]).name for run in made] == ["", *few[:-1]]
+    weights = [tmp_path / "runs" / name / "model.safetensors" for name in few]
+
+    def again(ending: str) -> list[bool]:
+        """Cut the log of the second stage after its history, and say which stages another start runs."""
+        log = weights[1].with_name(LOG)
+        history = weights[0].with_name(LOG).read_text()
+        log.write_text(history + log.read_text()[len(history) :] if ending == "whole" else history + ending)
+        stamps = [path.stat().st_mtime_ns for path in weights]
+        make(arguments)
+        return [path.stat().st_mtime_ns > stamp for path, stamp in zip(weights, stamps)]
+
+    assert again("whole") == [False, False, False]
+    assert again("") == [False, True, True]  # killed before its first line: the history is that of the stage before
+    assert again('{"argu') == [False, True, True]
+
+
+def test_the_log_holds_the_configured_stages() -> None:
+    """The shipped weights' log names the commands that the configurations stand for."""
+    entries = [json.loads(line) for line in (PACKAGED / PRETRAINING).read_text().splitlines()]
+    made = [entry["arguments"] for entry in entries if "arguments" in entry]
+    configs = Path(__file__).resolve().parents[2] / "train_scripts" / "tiny" / "configs"
+    asked = [PretrainArguments(**yaml.safe_load((configs / f"{name}.yaml").read_text())) for name in STAGES]
+    assert made == [vars(one) for one in asked]

@@ -149,4 +149,8 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
         found.append((losses(folder), load_file(folder / "model.safetensors")))
     (cut, weights), (whole, expected) = found
     assert cut == pytest.approx(whole, rel=1e-5)
-    assert all(torch.allclose(weights[name], expected[name], atol=1e-5) for name in expected)
+    # The gradient of a key's bias is zero but for rounding, which Adam scales up.
+    assert all(
+        torch.allclose(weights[name], expected[name], atol=1e-3 if name.endswith("k_proj.bias") else 1e-5)
+        for name in expected
+    )

@@ -15,13 +15,14 @@ from mteb_tasks.in_process import evaluate as run_mteb
 from mteb_tasks.loader import UniMELoader, wrap
 from mteb_tasks.preference_task import group_means
 from mteb_tasks.two_stage import TwoStage
-from train_scripts.demo.results import RERANKED, TASKS
+from train_scripts.demo.results import RERANKED, TASKS, Reranking
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import PAIR_ORDERS, RERANK_TOP_K, DemoArguments
 from unime_st.data.scenes import FOIL_CATEGORIES
 from unime_st.files import read_json, write_json
 from unime_st.model import UniME
 from unime_st.reranking.unime_reranker import UniMEReranker
+from unime_st.scoring.groups import PairOrder
 
 COMPOSITIONAL = "ScenesCompositional"
 
@@ -32,16 +33,18 @@ def evaluate(arguments: DemoArguments, seed: int, model: str, results: Path) -> 
     Args:
         arguments: The demo's options.
         seed: The seed.
-        model: Key of :data:`~train_scripts.demo.results.MODELS`.
+        model: Key of :data:`~train_scripts.demo.results.MODELS` or of :data:`~train_scripts.demo.results.RERANKED`.
         results: JSON file to write: "rows" of ``results.json``, and "ndcg", by task and query.
     """
     run = Seed(arguments, seed)
     scores: Scores = {}
-    embedder = wrap(UniME("unime-tiny" if model == "base" else run.path(RERANKED.get(model, model))))
+    reranking = RERANKED.get(model)
+    retriever = reranking.embedder if reranking else model
+    embedder = wrap(UniME("unime-tiny" if retriever == "base" else run.path(retriever)))
     tasks = _tasks(arguments.eval_size, arguments.eval_seed)
     for order in set(PAIR_ORDERS.values()):
         chosen = [task for name, task in tasks.items() if PAIR_ORDERS.get(name, "query_first") == order]
-        found = _reranked(embedder, order, arguments.temperature) if model in RERANKED else embedder
+        found = _reranked(run, embedder, reranking, order) if reranking else embedder
         scores |= run_mteb(found, chosen, results.parent)
     rows = [
         {"task": name, "metric": metric, "value": next(iter(scores[TASKS[name]].values()))[metric]}
@@ -63,15 +66,16 @@ def _tasks(size: int, seed: int) -> dict[str, Any]:
     return {**retrieval, "compositional": foils}
 
 
-def _reranked(embedder: UniMELoader, order: Any, temperature: float) -> TwoStage:
+def _reranked(run: Seed, embedder: UniMELoader, reranking: Reranking, order: PairOrder) -> TwoStage:
     return TwoStage(
         embedder,
-        UniMEReranker("unime-tiny", template="tiny"),
+        UniMEReranker(run.path("reranker") if reranking.trained else "unime-tiny", template="tiny"),
         top_k=RERANK_TOP_K,
-        method="pairwise",
+        method=reranking.method,
+        window=1 + run.arguments.num_negatives,  # the longest list that it was trained on
         batch_size=128,
-        pair_order=order,
-        alpha=1 / temperature,
+        pair_order="query_first" if reranking.trained else order,  # as it was trained
+        alpha=1 / run.arguments.temperature if reranking.fused else None,
     )
 
 

@@ -141,6 +141,20 @@ def _soft_labels(run: Seed, name: str, in_batch_weight: float) -> None:
     )
 
 
+def _reranker(run: Seed) -> None:
+    run_options = ("data", "output", "max_steps", "seed", "logging_steps", "save_steps")
+    shared = (*run_options, "per_device_train_batch_size", "learning_rate", "optim", "lora_rank", "frozen")
+    options = run.compared("reranker", "rows")
+    stages.train_reranker(
+        stages.RerankerArguments(
+            **{name: options[name] for name in shared},
+            model="unime-tiny",
+            template="tiny",
+            num_negatives=run.arguments.num_negatives,
+        )
+    )
+
+
 def _soup(run: Seed) -> None:
     models = [run.path("v2"), run.path("in_batch")]
     stages.run_merge(stages.MergeArguments(models=models, output=run.path("soup"), overwrite=True))
@@ -156,6 +170,7 @@ _COMPARED: dict[str, Callable[[Seed], None]] = {
     "judged": lambda run: _hard_labels(run, "judged", "rows"),
     "v2": lambda run: _soft_labels(run, "v2", run.arguments.in_batch_weight),
     "v2_published": lambda run: _soft_labels(run, "v2_published", 0.0),
+    "reranker": _reranker,
     "soup": _soup,
 }
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from scipy.special import stdtrit
 
@@ -30,6 +30,9 @@ MODELS = {
     "reranked": "UniME-V2 + judge as reranker, fused",
     "everything": "weights averaged + judge as reranker, fused",
     "compute_reranked": "control, equal compute + judge as reranker, fused",
+    "pairwise": "UniME-V2 + trained reranker, pairwise as published",
+    "listwise": "UniME-V2 + trained reranker, listwise as published",
+    "trained_fused": "UniME-V2 + trained reranker, pairwise, fused",
 }
 """Display names of the models, in display order."""
 MAIN = ("base", "warm", "in_batch", "in_batch_compute", "mined", "judged", "v2", "truth", "reranked")
@@ -38,7 +41,34 @@ DISTILLED = ("base", "stage1", "warm", "stage1_warm")
 """Models that show what stage 1 does, before and after later training."""
 DISTILLED_METRICS = {"agreement": "rank agreement with the teacher", "paraphrases": "hit@1 of paraphrases"}
 """Column of each metric of those models."""
-RERANKED = {"reranked": "v2", "everything": "soup", "compute_reranked": "in_batch_compute"}
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """A model with a reranker behind it.
+
+    Args:
+        embedder: The model that retrieves.
+        trained: Whether the reranker was trained; otherwise it is the judge.
+        method: How the reranker is asked.
+        fused: Whether its log-odds are added to the similarities; otherwise they alone order the best documents.
+    """
+
+    embedder: str
+    trained: bool = False
+    method: Literal["pairwise", "listwise"] = "pairwise"
+    fused: bool = True
+
+
+RERANKED = {
+    "reranked": Reranking("v2"),
+    "everything": Reranking("soup"),
+    "compute_reranked": Reranking("in_batch_compute"),
+    "pairwise": Reranking("v2", trained=True, fused=False),
+    "listwise": Reranking("v2", trained=True, method="listwise", fused=False),
+    "trained_fused": Reranking("v2", trained=True),
+    "reranker": Reranking("warm", trained=True, fused=False),  # not in the table: for tuning
+}
 """Models that are another one with a reranker behind it."""
 CONTROL = "in_batch"
 OTHER_PAIRS = (
@@ -48,9 +78,15 @@ OTHER_PAIRS = (
     ("judged", "truth"),
     ("v2", "judged"),
     ("v2", "in_batch_compute"),
+    ("v2_published", "in_batch_compute"),
+    ("v2_published", "v2"),
     ("reranked", "v2"),
     ("reranked", "compute_reranked"),
     ("everything", "compute_reranked"),
+    ("pairwise", "v2"),
+    ("listwise", "v2"),
+    ("trained_fused", "v2"),
+    ("trained_fused", "reranked"),
 )
 """Pairs that are compared beside every model with the control."""
 TASKS = {
@@ -85,6 +121,7 @@ _STAGES = {
     **dict.fromkeys(("soup", "everything"), ("mine", "judge", "v2", "in_batch", "soup")),
     "reranked": ("mine", "judge", "v2"),
     "compute_reranked": ("in_batch_compute",),
+    **dict.fromkeys(("pairwise", "listwise", "trained_fused"), ("mine", "judge", "v2", "reranker")),
 }
 
 

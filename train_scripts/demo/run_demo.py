@@ -72,6 +72,7 @@ def _trainings(run: Seed, models: Sequence[str]) -> list[Job]:
     """Jobs that train the models to compare, the longest first."""
     a = run.arguments
     names = [name for name in models if name not in ("base", "warm", *SECOND, *RERANKED)]
+    names += ["reranker"] if any(RERANKED[name].trained for name in models if name in RERANKED) else []
     others = {"in_batch_compute": a.equal_compute_steps, "stage1": a.distill_steps}
     steps = {name: others.get(name, a.steps) for name in names}
     jobs = [Job(name, partial(_train, a, run.seed, name), steps[name], run.folder / name / LOG) for name in names]
@@ -142,7 +143,7 @@ def run_seed(arguments: DemoArguments, seed: int, models: Sequence[str]) -> tupl
     Args:
         arguments: Options.
         seed: The seed.
-        models: Keys of :data:`~train_scripts.demo.results.MODELS` to train and evaluate.
+        models: Models to train and evaluate, as for :func:`~train_scripts.demo.evaluation.evaluate`.
 
     Returns:
         What evaluation wrote, by model; and the peak memory of the processes of one step, in bytes.
@@ -160,7 +161,7 @@ def run_seed(arguments: DemoArguments, seed: int, models: Sequence[str]) -> tupl
         "second trainings": second,
         "evaluation": jobs[::-1],  # rerankers, which take longest, first
     }
-    peak = max([prepared, *(run.side_by_side(jobs, title) for title, jobs in steps.items())])
+    peak = run.keep_peak(max([prepared, *(run.side_by_side(jobs, title) for title, jobs in steps.items())]))
     return {model: read_json(file) for model, file in files.items()}, peak
 
 
@@ -189,7 +190,7 @@ def _notes(arguments: DemoArguments) -> list[str]:
     size, a = arguments.eval_size, arguments
     asked = " and ".join(f"{task} {order}" for task, order in PAIR_ORDERS.items())
     return [
-        f"All models but the untrained and the distilled one go on from the same {a.warm_steps} in-batch steps, for "
+        f"All embedders but the untrained and the distilled one go on from the same {a.warm_steps} in-batch steps, for "
         f"{a.steps} steps of {a.batch_size} pairs of one kind, with "
         f"{'one learning rate' if a.further_learning_rate else 'a learning rate that was tuned for each of them'}.",
         f"Hard labels: in-batch InfoNCE in which {a.num_negatives} of {a.num_candidates} mined candidates of each row "
@@ -197,6 +198,8 @@ def _notes(arguments: DemoArguments) -> list[str]:
         f"Equal compute: {a.equal_compute_steps} steps, by items trained with, and those mined and judged as a third each.",
         f"The judge is unime-tiny, asked image first ({asked}). As a reranker it reorders the best {RERANK_TOP_K} by "
         f"similarity / {a.temperature:g} + log-odds.",
+        "The trained reranker starts from unime-tiny and learns the judged rows, query first; as published its answers "
+        "alone order the same documents.",
         f"Evaluation on scenes of the test split: {size} queries per direction in a gallery of {2 * size} near-twins, in "
         "which several documents may be right.",
     ]

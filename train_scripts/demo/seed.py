@@ -14,7 +14,7 @@ from train_scripts.demo.settings import PURPOSE, TUNED_RATES, DemoArguments
 from unime_st.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
-_SECONDS = "seconds.json"
+_SECONDS, _PEAK = "seconds.json", "peak_memory.json"
 TINY: dict[str, Any] = {
     "lora_rank": 0,
     "frozen": "visual",
@@ -73,6 +73,13 @@ class Seed:
         """Note that a stage is done."""
         self.seconds[name] = seconds
         write_json(self.folder / _SECONDS, self.seconds)
+
+    def keep_peak(self, peak: int) -> int:
+        """Note the peak memory of this start in bytes; gives the highest of all starts."""
+        kept = self.folder / _PEAK
+        highest = max(peak, read_json(kept)["bytes"] if kept.is_file() else 0)
+        write_json(kept, {"bytes": highest})
+        return highest
 
     def options(self, name: str, start: str, data: str, steps: int) -> dict[str, Any]:
         """Options that the trainings have in common."""

@@ -9,10 +9,15 @@ from unime_st.options import check_options, option
 
 RERANK_TOP_K = 10
 """Documents per query that the judge reorders."""
-PAIR_ORDERS = {"twins_t2i": "candidate_first", "twins_i2t": "query_first"}
+PAIR_ORDERS: dict[str, Literal["query_first", "candidate_first"]] = {
+    "twins_t2i": "candidate_first",
+    "twins_i2t": "query_first",
+}
 """How the judge is asked about each kind of pair: image first, as `unime-tiny` knows captions of images."""
 JUDGE_QUALITY = "judge.json"
 """File in the folder of a seed: quality of the judge against the truth."""
+OWN_JUDGE_QUALITY = "judge-of-test.json"
+"""File in the folder of a seed of one's own data: AUC of the judge by kind of pair."""
 DISTILLATION = "distillation.json"
 """File in the folder of a seed: what stage 1 is for, measured with and without it."""
 PURPOSE = {
@@ -27,21 +32,23 @@ PURPOSE = {
     "truth": "the same without candidates that are true of the query, which only a drawn corpus knows",
     "v2": "soft labels: similarities are aligned with the judge's scores, beside in-batch InfoNCE (UniME-V2)",
     "v2_published": "soft labels alone (UniME-V2 as published)",
+    "reranker": "pairwise and listwise answers on the judged rows (UniME-V2-Reranker)",
     "soup": "mean of the weights of UniME-V2 and of the equal-steps control",
 }
 """What each training does, for the log."""
 SECOND = ("soup", "stage1_warm")
 """Models that are made of other trained ones."""
 TUNED_RATES = {
-    "stage2": 3.75e-4,
-    "in_batch": 1.5e-3,
-    "in_batch_compute": 3e-3,
-    "mined": 7.5e-4,
-    "similarity": 3.75e-4,
-    "judged": 1.5e-3,
-    "truth": 7.5e-4,
-    "v2": 1.5e-3,
-    "v2_published": 7.5e-4,
+    "stage2": 2e-4,
+    "in_batch": 2e-4,
+    "in_batch_compute": 2e-4,
+    "mined": 1e-3,
+    "similarity": 2e-4,
+    "judged": 1e-3,
+    "truth": 2e-3,
+    "v2": 2e-3,
+    "v2_published": 1e-3,
+    "reranker": 2e-4,
 }
 """Peak learning rate of each compared model, by `python -m train_scripts.demo.tuning`."""
 
@@ -128,10 +135,10 @@ class OwnDataArguments:
     )
     lora_rank: int = option(32, "Rank of the LoRA adapters; 0 trains all weights.", at_least=0)
     lora_targets: str = option("all-linear", "Layers with adapters: all-linear or a regex.")
-    num_candidates: int = option(16, "Candidates mined and judged per query.", at_least=1)
-    min_positive_score: float = option(
-        0.0, "Lower bound of the positives' scores; 1 trusts the pairs instead of the judge.", at_least=0, at_most=1
+    candidate_first: list[str] | None = option(
+        None, "Kinds of pairs that are shown to the judge candidate first, such as captions that ask for images."
     )
+    num_candidates: int = option(16, "Candidates mined and judged per query.", at_least=1)
     num_negatives: int = option(5, "Hard negatives per query in training.", at_least=1)
     stride: int = option(3, "Stride of the cyclic sampling of hard negatives by similarity rank.", at_least=1)
     temperature: float = option(0.05, "Temperature of the similarities.", above=0)
@@ -140,7 +147,8 @@ class OwnDataArguments:
     in_batch_weight: float = option(
         1.0, "Weight of the in-batch InfoNCE term added to the soft-label loss.", at_least=0
     )
-    seed: int = option(42, "Seed of the training.", at_least=0)
+    seed: int = option(42, "First seed; others count up from it.", at_least=0)
+    seeds: int = option(1, "Seeds of training; the pairs are the same.", at_least=1)
 
     def __post_init__(self) -> None:
         """Check the options."""

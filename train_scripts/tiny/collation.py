@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import Qwen2VLProcessor
 
-from train_scripts.tiny.curriculum import Example
 from train_scripts.tiny.summaries import IGNORED, TURN, Summary, collate_answers
+from train_scripts.tiny.telling_apart import Example
 
 
 def _positions(row: list[int], parts: list[int], image_id: int, sides: list[tuple[int, int]]) -> torch.Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from PIL import Image
 
 from train_scripts.tiny.summaries import TURN, Summary, draw_summary, object_list, prompt_text
+from train_scripts.tiny.telling_apart import Example, tell_captions, tell_long, tell_twins
 from unime_st.data.scenes.contrast import (
     INSTRUCTIONS,
     contrastive_record,
@@ -93,22 +93,50 @@ CURRICULA = {
         "judge_long": (0.015, 32),
         "choose": (0.015, 24),
     },
+    "telling_apart": {
+        "tell_captions": (0.50, 16),
+        "tell_long": (0.14, 16),
+        "sum_up": (0.12, 48),
+        "describe": (0.02, 32),
+        "describe_long": (0.01, 16),
+        "answer": (0.04, 24),
+        "decide_texts": (0.05, 24),
+        "decide_images": (0.08, 20),
+        "decide_edits": (0.01, 16),
+        "judge_long": (0.01, 16),
+        "choose": (0.02, 12),
+    },
+    "rounding_off": {
+        "tell_captions": (0.35, 16),
+        "tell_long": (0.06, 16),
+        "sum_up": (0.16, 48),
+        "describe": (0.02, 32),
+        "describe_long": (0.01, 16),
+        "answer": (0.06, 32),
+        "decide_texts": (0.14, 40),
+        "decide_images": (0.15, 32),
+        "decide_edits": (0.02, 16),
+        "judge_long": (0.01, 16),
+        "choose": (0.02, 12),
+    },
+    "near_twins": {
+        "tell_twins": (0.42, 16),
+        "tell_captions": (0.10, 16),
+        "tell_long": (0.05, 16),
+        "sum_up": (0.14, 48),
+        "describe": (0.02, 32),
+        "describe_long": (0.01, 16),
+        "answer": (0.05, 32),
+        "decide_texts": (0.08, 40),
+        "decide_images": (0.10, 32),
+        "decide_edits": (0.01, 16),
+        "judge_long": (0.01, 16),
+        "choose": (0.01, 12),
+    },
 }
 _LONG = {kind: share for kind, share in TRAINING_MIX.items() if kind.startswith("long")}
 _SHORT = {kind: share for kind, share in TRAINING_MIX.items() if kind not in _LONG}
 _TEXTS = {"short_i2t": 0.5, "vqa": 0.4, "classification": 0.1}
-
-
-@dataclass
-class Example:
-    """Images and turns of (prompt, answer).
-
-    With a ``prefix``, every turn continues from the prefix alone and does not attend to the other turns.
-    """
-
-    images: list[Image.Image]
-    turns: list[tuple[str, str]]
-    prefix: str = ""
 
 
 def _list(rng: random.Random, counts: tuple[int, ...]) -> Example:
@@ -294,6 +322,9 @@ _MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "judge_texts": lambda rng: _judge_texts(rng, _TEXTS),
     "judge_images": lambda rng: _judge_images(rng, (2, 2, 2, 3, 3, 4)),
     "choose": _choose,
+    "tell_captions": tell_captions,
+    "tell_twins": tell_twins,
+    "tell_long": tell_long,
     "decide_texts": _decide_texts,
     "decide_images": lambda rng: _alone(_judge_images(rng, (2, 2, 2, 3, 3, 4))),
     "decide_long_images": lambda rng: _alone(_judge_scenes(rng, 1.0, edits=False)),

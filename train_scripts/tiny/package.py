@@ -10,7 +10,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModelForImageTextToText
 
-LOG = "pretraining.jsonl"
+from train_scripts.tiny.pretrain import LOG
+
+PRETRAINING = "pretraining.jsonl"
+"""File in the folder of the model: the log of all its stages."""
 CARD = """---
 library_name: sentence-transformers
 license: apache-2.0
@@ -22,7 +25,8 @@ answering, judging pairs with Yes or No, choosing from a list, and reconstructin
 ships it as the default of its demo: backbone of the embedders, judge, and start of the reranker. It had no contrastive
 training, so it is not a retriever yet, and it knows nothing of the real world.
 
-Made by these commands; loss and accuracy per task are in `pretraining.jsonl`:
+Made by `python -m train_scripts.tiny.make`, which runs these commands; loss and accuracy per task are in
+`pretraining.jsonl`:
 
 ```
 {commands}
@@ -50,8 +54,8 @@ def package(checkpoint: str | Path, output: str | Path) -> Path:
     SentenceTransformer(modules=[transformer, pooling, Normalize()]).save_pretrained(str(output))
     # The embedder's weights lack the language-model head, which judge and reranker need.
     AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(output)
-    shutil.copy(Path(checkpoint) / "log.jsonl", output / LOG)
-    (output / "README.md").write_text(_card(output / LOG), encoding="utf-8")
+    shutil.copy(Path(checkpoint) / LOG, output / PRETRAINING)
+    (output / "README.md").write_text(_card(output / PRETRAINING), encoding="utf-8")
     return output
 
 

@@ -24,6 +24,8 @@ from train_scripts.tiny.curriculum import CURRICULA, draw_batch
 from train_scripts.tiny.summaries import summary_loss
 
 logger = logging.getLogger(__name__)
+LOG = "log.jsonl"
+"""File in the folder of a checkpoint: options, and loss and accuracy by task."""
 
 
 @dataclass
@@ -43,6 +45,11 @@ class PretrainArguments:
         default=2e-3, metadata={"help": "Peak learning rate of AdamW (embeddings, norms, biases)."}
     )
     log_every: int = field(default=100, metadata={"help": "Steps between log lines and saved checkpoints."})
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the training ends."""
+        return self.stop_after if self.stop_after > 0 else self.steps
 
 
 class _Batches(IterableDataset):
@@ -123,10 +130,10 @@ def pretrain(arguments: PretrainArguments) -> Path:
     logger.info(
         "Training %s parameters for %d steps.", f"{sum(p.numel() for p in model.parameters()):,}", arguments.steps
     )
-    if arguments.start and (history := Path(arguments.start) / "log.jsonl").is_file():
-        shutil.copy(history, output / "log.jsonl")  # the whole history stays with the weights
-    last = arguments.stop_after if arguments.stop_after > 0 else arguments.steps
-    with (output / "log.jsonl").open("a" if arguments.start else "w") as log:
+    if arguments.start and (history := Path(arguments.start) / LOG).is_file():
+        shutil.copy(history, output / LOG)  # the whole history stays with the weights
+    last = arguments.last_step
+    with (output / LOG).open("a" if arguments.start else "w") as log:
         log.write(json.dumps({"arguments": asdict(arguments)}) + "\n")
         for step, (task, batch) in zip(trange(last, desc="pretrain"), batches):
             for optimizer, peak in zip(optimizers, peaks):
@@ -141,8 +148,8 @@ def pretrain(arguments: PretrainArguments) -> Path:
             if (step + 1) % arguments.log_every == 0 or step + 1 == last:
                 means = {name: [round(sum(v) / len(v), 4) for v in zip(*values)] for name, values in recent.items()}
                 seconds = round(time.perf_counter() - started, 1)
+                model.save_pretrained(output)  # before the line that says so
                 log.write(json.dumps({"step": step + 1, "seconds": seconds, "loss_accuracy": means}) + "\n")
                 log.flush()
                 recent.clear()
-                model.save_pretrained(output)
     return output

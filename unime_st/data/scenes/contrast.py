@@ -67,7 +67,7 @@ def sample_grounding_target(scene: Scene, rng: random.Random) -> tuple[Thing, st
             return thing, noun_phrase(pattern, rng)
 
 
-def _short(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def short_captions(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A true short caption and a false one, which is a compositional foil or describes another scene."""
     if rng.random() < 0.6:
         pair = sample_foil(rng.choice(FOIL_CATEGORIES), scene, rng)
@@ -122,7 +122,7 @@ def contrastive_record(kind: str, scene: Scene, rng: random.Random) -> PairRecor
         return PairRecord(query, positive, kind, (negative,))
 
     if kind == "short_i2t":
-        true, false = _short(scene, rng)
+        true, false = short_captions(scene, rng)
         return record(with_instruction("i2t", image=seen), Item(text=true), Item(text=false))
     if kind == "short_t2i":
         caption, other = _false_image(scene, rng)

@@ -34,7 +34,7 @@ TWIN_TASKS = ("twins_t2i", "twins_i2t")
 MEMBERS = 8
 """Members of a family."""
 _OBJECTS = (2, 2, 3)
-_DUPLICATES, _VAGUE = 0.35, 0.45
+_DUPLICATES, _VAGUE = 0.2, 0.35
 _DETAIL, _RELATION = 0.85, 0.8  # probability that a caption names size, texture and background; and a relation
 
 
@@ -78,11 +78,12 @@ def _exchange(scene: Scene, name: str, rng: random.Random) -> Scene:
     return Scene(tuple(things), scene.background)
 
 
-def _family(rng: random.Random, split: str) -> list[Scene]:
+def sample_family(rng: random.Random, split: str, duplicates: float = _DUPLICATES) -> list[Scene]:
+    """Draw the scenes of one family, ``duplicates`` of them on average copies of others."""
     base = sample_scene(rng, split, _OBJECTS)
     scenes = [base]
     while len(scenes) < MEMBERS:
-        if rng.random() < _DUPLICATES:
+        if rng.random() < duplicates:
             scenes.append(rng.choice(scenes))
             continue
         twin = _twin(base if rng.random() < 0.6 else rng.choice(scenes), rng)
@@ -91,7 +92,7 @@ def _family(rng: random.Random, split: str) -> list[Scene]:
     return scenes
 
 
-def _describe(scene: Scene, rng: random.Random, vague: bool) -> Description:
+def describe_twin(scene: Scene, rng: random.Random, vague: bool) -> Description:
     """True description of two objects; a vague one names little of them and nothing else."""
     first, second = rng.sample(scene.things, 2)
     if vague:
@@ -120,8 +121,8 @@ def twins(split: str, seed: int) -> Iterator[Member]:
     """
     rng = random.Random(f"twins-{split}-{seed}")
     while True:
-        for scene in _family(rng, split):
-            description = _describe(scene, rng, rng.random() < _VAGUE)
+        for scene in sample_family(rng, split):
+            description = describe_twin(scene, rng, rng.random() < _VAGUE)
             yield Member(scene, description, short_caption(description, rng), scene_image(scene, rng))
 
 
