@@ -134,12 +134,14 @@ def test_another_word_for_the_optimizer_is_refused_with_the_known_ones() -> None
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("item_cache", "learning_rate"), [(0, 4e-3), (16, 4e-4)])
+def test_a_killed_run_goes_on_with_the_same_curve(item_cache: int, learning_rate: float, tmp_path: Path) -> None:
+    """Bit by bit; with kept items but for rounding, as after a restart they are prepared together with others."""
     data = RecordSet.write(tmp_path / "records", training_records(40, seed=2), {}).folder
     common: dict[str, object] = {
         "data": str(data), "max_steps": 12, "save_steps": 2, "logging_steps": 3, "per_device_train_batch_size": 8,
-        "lora_rank": 0, "frozen": "visual", "optim": "muon", "item_cache": 16, "mini_batch_size": 6,
-        "gradient_caching": "false", "learning_rate": 4e-3, "weight_decay": 0.01,
+        "lora_rank": 0, "frozen": "visual", "optim": "muon", "item_cache": item_cache, "mini_batch_size": 6,
+        "gradient_caching": "false", "learning_rate": learning_rate, "weight_decay": 0.01,
     }  # fmt: skip
     kill_after_some_steps(common, tmp_path / "cut")
     found = []
@@ -149,8 +151,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
         found.append((losses(folder), load_file(folder / "model.safetensors")))
     (cut, weights), (whole, expected) = found
     assert cut == pytest.approx(whole, rel=1e-5)
-    # The gradient of a key's bias is zero but for rounding, which Adam scales up.
-    assert all(
-        torch.allclose(weights[name], expected[name], atol=1e-3 if name.endswith("k_proj.bias") else 1e-5)
-        for name in expected
-    )
+    if item_cache:
+        assert all(torch.allclose(weights[name], expected[name], atol=1e-5) for name in expected)
+    else:
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)

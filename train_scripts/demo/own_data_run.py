@@ -77,11 +77,14 @@ def run_own_data(arguments: OwnDataArguments) -> dict[str, list[dict[str, float]
     folders = {seed: output / f"seed-{seed}" for seed in range(a.seed, a.seed + a.seeds)}
     alone(partial(_import, a))
     logger.info("First in-batch InfoNCE, from which every compared model goes on; then mining and judging.")
-    first = [
-        Job(f"preparation of seed {seed}", partial(_prepare, a, seed), a.warm_steps, folder / "warm" / LOG)
-        for seed, folder in folders.items()
-    ]
-    _do(first, "first training, mining and judging")
+    if a.seeds == 1:  # with the bars and estimates of its stages
+        alone(partial(_prepare, a, a.seed))
+    else:
+        first = [
+            Job(f"preparation of seed {seed}", partial(_prepare, a, seed), a.warm_steps, folder / "warm" / LOG)
+            for seed, folder in folders.items()
+        ]
+        _do(first, "first training, mining and judging")
     logger.info("Then the same number of further steps, with and without the judged negatives.")
     trainings = [
         Job(f"{name} of seed {seed}", partial(_train, a, seed, name), a.steps, folder / name / LOG)

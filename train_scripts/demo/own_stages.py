@@ -15,7 +15,7 @@ from mteb_tasks.loader import wrap
 from mteb_tasks.local_data import without_digest
 from mteb_tasks.records_task import RecordsRetrieval
 from mteb_tasks.two_stage import TwoStage
-from train_scripts.demo.results import MEAN as _MEAN
+from train_scripts.demo.results import MEAN
 from train_scripts.demo.settings import OWN_JUDGE_QUALITY, RERANK_TOP_K, OwnDataArguments
 from train_scripts.demo.unjudged import unjudged_rows
 from unime_st import stages
@@ -95,8 +95,8 @@ def import_pairs(arguments: OwnDataArguments) -> None:
                 f"candidate_first: {source} has no pairs of {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(sorted(kinds))}."
             )
-        if _MEAN in kinds:
-            raise ValueError(f"{source}: a kind of pairs cannot be called {_MEAN}, which is a column of the results.")
+        if MEAN in kinds:
+            raise ValueError(f"{source}: a kind of pairs cannot be called {MEAN}, which is a column of the results.")
         for order, chosen in _kinds_by_order(arguments, records).items():
             folder = output / f"{split}-{order}"
             if begin_stage(folder, "part", inputs=[records.folder], options={"kinds": sorted(chosen)}):
@@ -243,7 +243,7 @@ def evaluate(arguments: OwnDataArguments, seed: int, name: str, results: Path) -
         (subsets,) = run_mteb(found, [RecordsRetrieval(run.shared(f"test-{order}"))], results.parent).values()
         scores |= {without_digest(subset): numbers["hit_rate_at_1"] for subset, numbers in subsets.items()}
     scores = dict(sorted(scores.items()))
-    write_json(results, {**scores, _MEAN: sum(scores.values()) / len(scores)})
+    write_json(results, {**scores, MEAN: sum(scores.values()) / len(scores)})
 
 
 def _reranked(run: OwnRun, embedder: Any, order: PairOrder) -> TwoStage:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import random
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 
 from unime_st.data.scenes import TWIN_TASKS, TwinTruth, retrieval_data, twin_records
-from unime_st.data.scenes.twins import MEMBERS, SceneTable, held_out_twins, twins
+from unime_st.data.scenes.twins import MEMBERS, SceneTable, held_out_twins, sample_family, twins
 
 
 def test_records_are_seeded_pairs_of_both_directions() -> None:
@@ -53,7 +54,16 @@ def test_captions_are_often_true_of_several_members() -> None:
         for member in family
     ]
     assert 2.0 < np.mean(others) < 4.0 and min(others) == 0
-    assert len({member.scene for member in members}) < 0.85 * len(members)
+    distinct = len({member.scene for member in members}) / len(members)
+    assert distinct == pytest.approx((1 + 0.8 * (MEMBERS - 1)) / MEMBERS, abs=0.03)  # a fifth of those after the first
+
+
+def test_copies_are_as_many_as_are_asked_for() -> None:
+    rng = random.Random(3)
+    families = [sample_family(rng, "train", duplicates=0.35) for _ in range(100)]
+    scenes = list(chain.from_iterable(families))
+    assert len(scenes) == 100 * MEMBERS and len(set(scenes)) < 0.75 * len(scenes)
+    assert all(len(set(sample_family(rng, "train", duplicates=0.0))) == MEMBERS for _ in range(10))
 
 
 def test_galleries_hold_the_near_twins_of_every_query() -> None:
