@@ -26,7 +26,7 @@ from unime_st.stages.command import run_script
 logger = logging.getLogger(__name__)
 _FIRST_SEED = 100  # the demo's seeds are below
 _NDCG = "ndcg_at_10"
-_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 
 
 @dataclass
@@ -36,7 +36,9 @@ class TuningArguments:
     output: str = option("runs/tuning", "Output folder; a killed run resumes from it.")
     seeds: int = option(1, "Seeds of training, none of them the demo's.", at_least=1)
     rates: list[float] | None = option(
-        None, "Peak learning rates to try (AdamW); none: 0.0002, 0.0005, 0.001, 0.002.", above=0
+        None,
+        "Peak learning rates to try (AdamW); none: 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004.",
+        above=0,
     )
     record: str = option("", "File to write the results to, too.")
 
