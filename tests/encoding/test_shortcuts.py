@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unime_st import Item, UniME
 from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
 from unime_st.data.images import BadImageError
 from unime_st.encoding import encode_items
+from unime_st.encoding.batch_runner import BatchRunner, Job
 from unime_st.encoding.engine import Engine
 from unime_st.encoding.fast_paths import remembered
 from unime_st.encoding.image_fast_path import ImageFastPath, order_and_text
@@ -203,3 +205,57 @@ def test_few_inputs_need_no_threads(count: int, monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(BadImageError, match="item 0"):
         model.encode([{"image": str(tmp_path / "bad.png")}, "a"])
+
+
+SHORT = [f"a {shade} circle number {number}" for number in range(16) for shade in ("red", "blue")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "batch_size", "at_once"),
+    [
+        (SHORT, 32, True),
+        (SHORT, 16, False),  # more than a batch
+        ([*SHORT[:31], SHORT[0]], 32, False),  # one of them need not be encoded twice
+        ([*SHORT[:31], 20 * SHORT[0]], 32, False),  # a batch of padding
+        ([*SHORT[:31], "no such circle.png"], 32, False),  # the engine warns of it
+        ([*SHORT[:31], Item("a green one")], 32, False),
+    ],
+    ids=["at once", "batch size", "repeated", "uneven", "like a path", "other inputs"],
+)
+def test_short_texts_are_one_batch(
+    texts: list[Any], batch_size: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runs = UniME("unime-tiny", device="cpu"), []
+    expected = [model.encode([text])[0] for text in texts]
+    run = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, *given, **options: runs.append(run(self, *given, **options)))
+    np.testing.assert_allclose(model.encode(texts, batch_size=batch_size), expected, atol=2e-6)
+    assert (not runs) == at_once
+
+
+def test_a_short_text_that_fails_is_named() -> None:
+    with pytest.raises(ValueError, match="item 5"):
+        UniME("unime-tiny", device="cpu").encode([*SHORT[:5], "a \ud800 circle", *SHORT[6:]])
+
+
+@pytest.mark.parametrize(("count", "in_threads"), [(20, False), (200, True)])
+def test_few_small_images_pass_in_the_calling_thread(
+    count: int, in_threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On all cores: threads of one core each would cost more than they save."""
+    model, seen, before = UniME("unime-tiny", device="cpu"), set(), torch.get_num_threads()
+    images = [{"image": photo(seed).resize((56, 56)), "text": f"number {seed}"} for seed in range(count)]
+    expected = [model.encode([image])[0] for image in images[:20]]
+    encode = BatchRunner.encode
+
+    def noted(self: BatchRunner, jobs: list[Job]) -> list[torch.Tensor | None]:
+        seen.add(threading.current_thread() is threading.main_thread())
+        return encode(self, jobs)
+
+    monkeypatch.setattr(BatchRunner, "encode", noted)
+    torch.set_num_threads(2)
+    try:
+        np.testing.assert_allclose(model.encode(images)[:20], expected, atol=2e-6)
+        assert seen == {not in_threads} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -39,12 +39,12 @@ PURPOSE = {
 SECOND = ("soup", "stage1_warm")
 """Models that are made of other trained ones."""
 TUNED_RATES = {
-    "stage2": 2e-4,
+    "stage2": 1e-4,
     "in_batch": 2e-4,
-    "in_batch_compute": 2e-4,
+    "in_batch_compute": 1e-4,
     "mined": 1e-3,
-    "similarity": 2e-4,
-    "judged": 1e-3,
+    "similarity": 5e-5,
+    "judged": 4e-3,
     "truth": 2e-3,
     "v2": 2e-3,
     "v2_published": 1e-3,

@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_ROW = 256
 """Number of tokens per unit of ``batch_size``."""
 
-_CPU_BUDGET = 1024
+_CPU_BUDGET = 2048
 """Token budget on a CPU, where larger batches cost memory without being faster."""
 
-_THREAD_PIXELS, _LARGE_IMAGES, _MOST_PIXELS = 500_000, 16, 8_000_000
+_THREAD_PIXELS, _LARGE_IMAGES, _MOST_PIXELS = 1_000_000, 16, 8_000_000
 """Pixel budget of a batch on a CPU, where every thread holds a batch; so many larger images share one, up to a limit."""
 
 _CPU_THREADS, _DEVICE_THREADS = 4, 8
@@ -77,7 +77,7 @@ class BatchRunner:
         model: The embedding model.
         batch_size: Size of a batch in units of :data:`TOKENS_PER_ROW` tokens.
         token_budget: Maximum number of tokens of a batch, padding included. Defaults to None, derived from
-            ``batch_size`` and at most 1024 on a CPU.
+            ``batch_size`` and at most 2048 on a CPU.
         workers: Number of threads. Defaults to None: the number of cores that torch may use, at most eight; on a CPU
             at most four, plus one where the passes have several cores each.
         device: Device, or several with one copy of the model each. Defaults to None, the model's device.
@@ -116,7 +116,7 @@ class BatchRunner:
         if not several:
             raise ValueError("device is an empty list: name at least one device, or None for the model's device")
         devices = [inference_device(model, several[0]), *map(torch.device, several[1:])]
-        on_cpu = all(target.type == "cpu" for target in devices)
+        self.on_cpu = on_cpu = all(target.type == "cpu" for target in devices)
         cores = torch.get_num_threads()
         turns = min(cores, _CPU_THREADS) if on_cpu else len(devices)
         spare = cores > turns  # cores that a pass leaves idle while its thread preprocesses

@@ -38,8 +38,14 @@ logger = logging.getLogger(__name__)
 WINDOW = 4096
 """Number of inputs that are deduplicated and batched together; also the number of rows per shard."""
 
+_SMALL_TOKENS, _SMALL_PIXELS = 1024, 500_000
+"""Most tokens and stored pixels of a window that passes a model on a CPU as one batch on all cores; threads would cost more
+than they save."""
+
 _MIN_TEXTS, _MIN_IMAGES = 64, 16
 """Number of plain texts, or of images, from which probing the chat template for a fast path pays off."""
+
+_Vectors = list[torch.Tensor | None]
 
 
 @dataclass
@@ -53,6 +59,7 @@ class _Window:
     batches: list[list[Job]] = field(default_factory=list)
     open_batches: int = 0
     vectors: torch.Tensor | None = None
+    here: bool = False  # encoded in the calling thread
 
 
 class Engine:
@@ -102,7 +109,7 @@ class Engine:
         """
         raise_if_single(inputs)
         open_windows: deque[_Window] = deque()
-        pending: deque[tuple[_Window, list[Job], Future[list[torch.Tensor | None]]]] = deque()
+        pending: deque[tuple[_Window, list[Job], Future[_Vectors]]] = deque()
         bar = tqdm(total=total, desc="encoding", unit="item", disable=not progress)
 
         def finish(keep: int = 0) -> None:
@@ -118,8 +125,11 @@ class Engine:
             try:
                 for upcoming in windows:
                     open_windows.append(upcoming)
+                    if upcoming.here:
+                        finish()  # its threads use the cores
                     for batch in upcoming.batches:
-                        pending.append((upcoming, batch, pool.submit(self.runner.encode, batch)))
+                        encode = _encode_here if upcoming.here else pool.submit
+                        pending.append((upcoming, batch, encode(self.runner.encode, batch)))
                         finish(keep=self.runner.workers + 1)
                 finish()
             finally:
@@ -179,10 +189,13 @@ class Engine:
             kind += f", frames {job.frames}" if job.frames else ""
             kind += ", shared" if job.shared is not None else ""
             kinds.setdefault(kind, []).append(job)
+        alone = self.runner.workers == 1 or (len(kinds) == 1 and _is_small(window.jobs))
+        window.here = self.runner.on_cpu and alone
+        turns = 1 if window.here else self.runner.turns
         for jobs in kinds.values():
             costs, pixels = [job.num_tokens for job in jobs], [job.pixels for job in jobs]
-            indices = pack(costs, even_budget(costs, self.runner.budget, self.runner.turns))
-            limit = even_budget(pixels, self.runner.pixel_limit(max(pixels)), self.runner.turns)
+            indices = pack(costs, even_budget(costs, self.runner.budget, turns))
+            limit = even_budget(pixels, self.runner.pixel_limit(max(pixels)), turns)
             indices = split_by_pixels(indices, pixels, limit)
             window.batches += [[jobs[index] for index in batch] for batch in indices]
         window.batches.sort(key=lambda batch: -batch[0].num_tokens)
@@ -252,9 +265,7 @@ class Engine:
         for job, count, num_pixels, num_frames in zip(jobs, counts.tolist(), pixels.tolist(), frames):
             job.num_tokens, job.pixels, job.frames = count, num_pixels, num_frames
 
-    def _collect(
-        self, window: _Window, batch: list[Job], future: Future[list[torch.Tensor | None]], bar: tqdm[NoReturn]
-    ) -> None:
+    def _collect(self, window: _Window, batch: list[Job], future: Future[_Vectors], bar: tqdm[NoReturn]) -> None:
         rows, vectors = [], []
         for job, vector in zip(batch, future.result()):
             job.value = None  # releases the encoded image before the window is finished
@@ -293,6 +304,18 @@ class Engine:
                 window.vectors[rows] = window.vectors[sources]
             results.add(window.vectors, window.size)
             bar.update(window.size - len(window.jobs))
+
+
+def _is_small(jobs: list[Job]) -> bool:
+    tokens, pixels = sum(job.num_tokens for job in jobs), sum(job.pixels for job in jobs)
+    return tokens <= _SMALL_TOKENS and pixels <= _SMALL_PIXELS
+
+
+def _encode_here(encode: Callable[[list[Job]], _Vectors], batch: list[Job]) -> Future[_Vectors]:
+    """The vectors of a batch, computed in this thread."""
+    done: Future[_Vectors] = Future()
+    done.set_result(encode(batch))
+    return done
 
 
 def _prefetch(windows: Iterator[_Window], *, on_failure: Callable[[], None]) -> Generator[_Window, None, None]:

@@ -13,11 +13,15 @@ from unime_st.encoding.batch_runner import BatchRunner, Job
 from unime_st.encoding.content_keys import content_key
 from unime_st.encoding.engine import encode_into
 from unime_st.encoding.input_videos import has_video
-from unime_st.encoding.model_inputs import is_chat, looks_like_image_path, normalize_input
+from unime_st.encoding.model_inputs import is_chat, is_media, looks_like_image_path, normalize_input
 from unime_st.encoding.vector_shards import MemorySink
 
 _FEW = 4
 """Number of inputs that are encoded as one batch, without threads and without a look for duplicates."""
+
+_SHORT_TEXTS, _CHARACTERS, _EVEN = 32, 256, 0.7
+"""Number of short texts that are encoded as one batch, characters of the longest, and least share of the batch that is not
+padding."""
 
 
 def encode_list(
@@ -33,7 +37,10 @@ def encode_list(
     With ``on_cpu`` vectors move to the CPU as they are computed. ``options`` are those of
     :class:`~unime_st.encoding.batch_runner.BatchRunner`.
     """
-    few = _encode_few(model, inputs, on_cpu=on_cpu, **options) if _are_few(inputs) and not progress else None
+    one_batch = not progress and (
+        _are_few(inputs) or _are_short_texts(inputs, options.get("batch_size", _SHORT_TEXTS))
+    )
+    few = _encode_few(model, inputs, on_cpu=on_cpu, **options) if one_batch else None
     if few is not None:
         return few
     results = MemorySink()
@@ -48,6 +55,18 @@ def _are_few(inputs: Sequence[object]) -> bool:
     if not 0 < len(inputs) <= _FEW or any(map(looks_like_image_path, inputs)):
         return False
     return len(inputs) == 1 or not any(is_chat(value) or has_video(value) for value in inputs)
+
+
+def _are_short_texts(inputs: Sequence[object], batch_size: int) -> bool:
+    """Whether the inputs are distinct texts that fill one batch of few tokens, for which counting them first is not worth
+    its time."""
+    texts = [value for value in inputs if isinstance(value, str)]
+    if not 0 < len(texts) == len(inputs) <= min(batch_size, _SHORT_TEXTS) or len(set(texts)) < len(texts):
+        return False
+    lengths = [len(text) for text in texts]
+    even = sum(lengths) >= _EVEN * len(lengths) * max(lengths)
+    plain = not any(looks_like_image_path(text) or is_media(text) for text in texts)
+    return max(lengths) <= _CHARACTERS and even and plain
 
 
 def _encode_few(
