@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,12 @@ def test_learning_rates_are_tuned_on_other_scenes(tmp_path: Path) -> None:
     before = trained.stat().st_mtime_ns
     assert json.loads(tune(arguments, DemoArguments(**SMALL)).read_text()) == results
     assert trained.stat().st_mtime_ns == before
+    one = replace(arguments, models=["mined"], seeds=2)
+    further = json.loads(tune(one, DemoArguments(**SMALL)).read_text())["rows"]
+    assert further[:-1] == results["rows"]
+    assert (further[-1]["model"], further[-1]["rate"], further[-1]["seed"]) == ("mined", 2e-3, 101)
+    with pytest.raises(ValueError, match="models: no v3; there are "):
+        TuningArguments(models=["v3"])
 
 
 def test_report_opens_with_figure_and_what_it_shows(run: Path, results: dict) -> None:

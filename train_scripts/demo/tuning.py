@@ -1,6 +1,7 @@
 """Learning rates of the demo's models: each is trained at several, and measured on scenes that no demo is measured on.
 
-python -m train_scripts.demo.tuning [--seeds 2 --record benchmarks/results/demo_rates.json ...]
+python -m train_scripts.demo.tuning [--record benchmarks/results/demo_rates.json ...]
+python -m train_scripts.demo.tuning --models judged truth --seeds 2     # a further seed, where the first does not decide
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from train_scripts.demo.results import MEAN, DemoResults
 from train_scripts.demo.run_demo import keep_settings, prepare, run_seed
 from train_scripts.demo.seed import Seed
 from train_scripts.demo.settings import TUNED_RATES, DemoArguments
-from unime_st.files import write_json
+from unime_st.files import read_json, write_json
 from unime_st.options import check_options, option
 from unime_st.stages.command import run_script
 
@@ -40,15 +41,18 @@ class TuningArguments:
         "Peak learning rates to try (AdamW); none: 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004.",
         above=0,
     )
+    models: list[str] | None = option(None, f"Models to tune; none: all, {', '.join(TUNED_RATES)}.")
     record: str = option("", "File to write the results to, too.")
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_options(self)
+        if unknown := set(self.models or ()) - TUNED_RATES.keys():
+            raise ValueError(f"models: no {', '.join(sorted(unknown))}; there are {', '.join(TUNED_RATES)}.")
 
 
 def tune(arguments: TuningArguments, demo: DemoArguments | None = None) -> Path:
-    """Train and measure every compared model at every rate.
+    """Train and measure compared models at every rate; what an earlier call measured stays.
 
     Args:
         arguments: Options.
@@ -59,19 +63,23 @@ def tune(arguments: TuningArguments, demo: DemoArguments | None = None) -> Path:
     """
     shared = replace(demo or DemoArguments(), output=f"{arguments.output}/shared", eval_seed=1)
     keep_settings(shared)
-    rows = []
+    output, models = Path(arguments.output) / "rates.json", tuple(arguments.models or TUNED_RATES)
+    known = read_json(output)["rows"] if output.is_file() else []
+    measured = {(row["model"], row["rate"], row["seed"]): row for row in known}
     for seed in range(_FIRST_SEED, _FIRST_SEED + arguments.seeds):
         alone(partial(prepare, shared, seed))
         for rate in arguments.rates or _RATES:
+            if all((name, rate, seed) in measured for name in models):
+                continue
             logger.info("[seed %d] learning rate %g", seed, rate)
             tried = replace(shared, output=f"{arguments.output}/rate-{rate:g}", further_learning_rate=rate)
             _share(Seed(shared, seed), Seed(tried, seed))
-            found, _ = run_seed(tried, seed, tuple(TUNED_RATES))
-            for name in TUNED_RATES:
-                measured = DemoResults({"rows": found[name]["rows"]}).value(name, MEAN)
-                rows.append({"model": name, "rate": rate, "seed": seed, _NDCG: measured})
+            found, _ = run_seed(tried, seed, models)
+            for name in models:
+                ndcg = DemoResults({"rows": found[name]["rows"]}).value(name, MEAN)
+                measured[name, rate, seed] = {"model": name, "rate": rate, "seed": seed, _NDCG: ndcg}
+    rows = list(measured.values())
     results = {"rows": rows, "best": best_rates(rows)}
-    output = Path(arguments.output) / "rates.json"
     for file in (output, *([Path(arguments.record)] if arguments.record else ())):
         write_json(file, results)
     logger.info("Best rates: %s\n\nResults: %s", results["best"], output)
