@@ -50,7 +50,7 @@ RUNS = (
         5,
         tuple(f"encode_{name}" for name in _ENCODE),
     ),
-    Run("mmeb_eval", "mmeb_eval.py --documents 1000 --side 112 --images 80", 6, ("mmeb_eval",)),
+    Run("mmeb_eval", "mmeb_eval.py --documents 1000 --side 112 --images 80 --repeats 2", 9, ("mmeb_eval",)),
     Run(
         "mmeb_eval_photos",
         "mmeb_eval.py --model mid --photos 200 1600 --subsets 6 --queries 40 --candidates 40 --documents 60 --images 0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from report_page import Page
 
 from train_scripts.demo.charts import difference_chart
@@ -16,6 +18,7 @@ from train_scripts.demo.distillation import paraphrases, rank_agreement
 from train_scripts.demo.evaluation import ndcg_at_10
 from train_scripts.demo.figure import FIGURE, RECORD, figure
 from train_scripts.demo.filters import filtered
+from train_scripts.demo.own_data_run import judge_table, own_table
 from train_scripts.demo.results import (
     COLUMNS,
     CONTROL,
@@ -261,3 +264,15 @@ def test_documentation_has_the_numbers_of_the_record() -> None:
     for model in ("in_batch", "in_batch_compute", "mined", "v2", "reranked"):
         difference = results.difference(model)
         assert f" | {100 * results.value(model, 'mean'):.1f} | {difference or '–'} |" in readme
+
+
+def test_emoji_tables_are_those_of_their_record() -> None:
+    """The settings are those of the configuration that is shipped."""
+    record = read_json(RECORD.with_name("own_data_emoji.json"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for rows in (own_table(record["results"]), judge_table(record["judge"])):
+        assert render_table(rows) in page
+    file = ROOT / "train_scripts" / "demo" / "own_data.yaml"
+    shipped = json.loads(json.dumps(yaml.safe_load(file.read_text(encoding="utf-8"))))  # as the record was written
+    del shipped["output"]
+    assert {name: record["settings"][name] for name in shipped} == shipped
