@@ -44,7 +44,7 @@ TUNED_RATES = {
     "in_batch_compute": 1e-4,
     "mined": 1e-3,
     "similarity": 5e-5,
-    "judged": 4e-3,
+    "judged": 1e-3,
     "truth": 2e-3,
     "v2": 2e-3,
     "v2_published": 1e-3,
