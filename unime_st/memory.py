@@ -89,7 +89,7 @@ class HeapTrimmer:
     memory is kept than one mini-batch leaves behind on a trimmed heap.
 
     Args:
-        slack: Bytes that may be kept beyond those of one mini-batch. Defaults to 4 MiB.
+        slack: Bytes that may be kept beyond those of one mini-batch. Defaults to 16 MiB.
 
     Example:
         >>> trimmer = HeapTrimmer()
@@ -98,7 +98,7 @@ class HeapTrimmer:
         False
     """
 
-    def __init__(self, slack: int = 4 << 20) -> None:
+    def __init__(self, slack: int = 16 << 20) -> None:
         self._slack = slack
         self._at_begin = self._usual = 0
         self._trimmed = False

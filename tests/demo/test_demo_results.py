@@ -272,6 +272,17 @@ def test_emoji_tables_are_those_of_their_record() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for rows in (own_table(record["results"]), judge_table(record["judge"])):
         assert render_table(rows) in page
+    results = record["results"]
+    pairs = [(model, CONTROL) for model in results] + [("reranked", "trusted")]
+    differences = [
+        Difference.of(
+            [ours[column] - other[column] for ours, other in zip(results[model], results[than], strict=True)]
+        )
+        for model, than in pairs
+        for column in results[model][0]
+    ]
+    shown = re.findall(r"[+−]\d+\.\d ± \d+\.\d", page.split("## Your own data: emoji")[1].split("\n## ")[0])
+    assert len(shown) > 10 and set(shown) <= set(map(str, differences))
     file = ROOT / "train_scripts" / "demo" / "own_data.yaml"
     shipped = json.loads(json.dumps(yaml.safe_load(file.read_text(encoding="utf-8"))))  # as the record was written
     del shipped["output"]

@@ -37,9 +37,7 @@ class TuningArguments:
     output: str = option("runs/tuning", "Output folder; a killed run resumes from it.")
     seeds: int = option(1, "Seeds of training, none of them the demo's.", at_least=1)
     rates: list[float] | None = option(
-        None,
-        "Peak learning rates to try (AdamW); none: 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004.",
-        above=0,
+        None, f"Peak learning rates to try (AdamW); none: {', '.join(map(str, _RATES))}.", above=0
     )
     models: list[str] | None = option(None, f"Models to tune; none: all, {', '.join(TUNED_RATES)}.")
     record: str = option("", "File to write the results to, too.")

@@ -59,7 +59,7 @@ class _Window:
     batches: list[list[Job]] = field(default_factory=list)
     open_batches: int = 0
     vectors: torch.Tensor | None = None
-    here: bool = False  # encoded in the calling thread
+    inline: bool = False  # encoded in the calling thread
 
 
 class Engine:
@@ -125,10 +125,10 @@ class Engine:
             try:
                 for upcoming in windows:
                     open_windows.append(upcoming)
-                    if upcoming.here:
-                        finish()  # its threads use the cores
+                    if upcoming.inline:
+                        finish()  # the threads use the cores until then
                     for batch in upcoming.batches:
-                        encode = _encode_here if upcoming.here else pool.submit
+                        encode = _encode_inline if upcoming.inline else pool.submit
                         pending.append((upcoming, batch, encode(self.runner.encode, batch)))
                         finish(keep=self.runner.workers + 1)
                 finish()
@@ -189,9 +189,9 @@ class Engine:
             kind += f", frames {job.frames}" if job.frames else ""
             kind += ", shared" if job.shared is not None else ""
             kinds.setdefault(kind, []).append(job)
-        alone = self.runner.workers == 1 or (len(kinds) == 1 and _is_small(window.jobs))
-        window.here = self.runner.on_cpu and alone
-        turns = 1 if window.here else self.runner.turns
+        one_thread_suffices = self.runner.workers == 1 or (len(kinds) == 1 and _is_small(window.jobs))
+        window.inline = self.runner.on_cpu and one_thread_suffices
+        turns = 1 if window.inline else self.runner.turns
         for jobs in kinds.values():
             costs, pixels = [job.num_tokens for job in jobs], [job.pixels for job in jobs]
             indices = pack(costs, even_budget(costs, self.runner.budget, turns))
@@ -311,7 +311,7 @@ def _is_small(jobs: list[Job]) -> bool:
     return tokens <= _SMALL_TOKENS and pixels <= _SMALL_PIXELS
 
 
-def _encode_here(encode: Callable[[list[Job]], _Vectors], batch: list[Job]) -> Future[_Vectors]:
+def _encode_inline(encode: Callable[[list[Job]], _Vectors], batch: list[Job]) -> Future[_Vectors]:
     """The vectors of a batch, computed in this thread."""
     done: Future[_Vectors] = Future()
     done.set_result(encode(batch))

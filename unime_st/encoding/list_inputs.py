@@ -19,9 +19,9 @@ from unime_st.encoding.vector_shards import MemorySink
 _FEW = 4
 """Number of inputs that are encoded as one batch, without threads and without a look for duplicates."""
 
-_SHORT_TEXTS, _CHARACTERS, _EVEN = 32, 256, 0.7
-"""Number of short texts that are encoded as one batch, characters of the longest, and least share of the batch that is not
-padding."""
+_SHORT_TEXTS, _CHARACTERS, _LEAST_FILLED = 32, 256, 0.7
+"""The same for distinct short texts: their number, characters of the longest, and least share of characters in the padded
+batch."""
 
 
 def encode_list(
@@ -37,12 +37,10 @@ def encode_list(
     With ``on_cpu`` vectors move to the CPU as they are computed. ``options`` are those of
     :class:`~unime_st.encoding.batch_runner.BatchRunner`.
     """
-    one_batch = not progress and (
-        _are_few(inputs) or _are_short_texts(inputs, options.get("batch_size", _SHORT_TEXTS))
-    )
-    few = _encode_few(model, inputs, on_cpu=on_cpu, **options) if one_batch else None
-    if few is not None:
-        return few
+    if not progress and _fit_one_batch(inputs, options.get("batch_size", _SHORT_TEXTS)):
+        vectors = _encode_one_batch(model, inputs, on_cpu=on_cpu, **options)
+        if vectors is not None:
+            return vectors
     results = MemorySink()
     options["output_device"] = "cpu" if on_cpu else None
     encode_into(model, inputs, results, on_error="raise", progress=progress, total=len(inputs), **options)
@@ -50,26 +48,22 @@ def encode_list(
     return torch.tensor([], device=model.device) if vectors is None else vectors
 
 
-def _are_few(inputs: Sequence[object]) -> bool:
-    """Whether the inputs can be encoded as one batch; the engine warns of texts that look like the path of an image."""
-    if not 0 < len(inputs) <= _FEW or any(map(looks_like_image_path, inputs)):
+def _fit_one_batch(inputs: Sequence[object], batch_size: int) -> bool:
+    """Whether counting the tokens of the inputs and looking for duplicates would cost more time than they save."""
+    if not 0 < len(inputs) <= max(_FEW, min(batch_size, _SHORT_TEXTS)):
         return False
-    return len(inputs) == 1 or not any(is_chat(value) or has_video(value) for value in inputs)
-
-
-def _are_short_texts(inputs: Sequence[object], batch_size: int) -> bool:
-    """Whether the inputs are distinct texts that fill one batch of few tokens, for which counting them first is not worth
-    its time."""
-    texts = [value for value in inputs if isinstance(value, str)]
-    if not 0 < len(texts) == len(inputs) <= min(batch_size, _SHORT_TEXTS) or len(set(texts)) < len(texts):
+    if any(map(looks_like_image_path, inputs)):  # the engine warns of those that are encoded as texts
         return False
+    if len(inputs) <= _FEW:
+        return len(inputs) == 1 or not any(is_chat(value) or has_video(value) for value in inputs)
+    texts = [value for value in inputs if isinstance(value, str) and not is_media(value)]
     lengths = [len(text) for text in texts]
-    even = sum(lengths) >= _EVEN * len(lengths) * max(lengths)
-    plain = not any(looks_like_image_path(text) or is_media(text) for text in texts)
-    return max(lengths) <= _CHARACTERS and even and plain
+    if len(set(texts)) < len(inputs) or max(lengths) > _CHARACTERS:
+        return False
+    return sum(lengths) >= _LEAST_FILLED * len(lengths) * max(lengths)
 
 
-def _encode_few(
+def _encode_one_batch(
     model: SentenceTransformer, inputs: Sequence[object], *, on_cpu: bool, **options: Any
 ) -> Tensor | None:
     """Encode inputs as one batch; None if something fails, for which the engine finds the input and a remedy."""
