@@ -165,17 +165,30 @@ def _by_length(states: list[Tensor], packed: _Packed, causal: bool, scaling: flo
         )
         return found.transpose(1, 2).flatten(0, 1)
 
-    bounds, lengths = packed.bounds, packed.bounds.diff()
-    distinct = lengths.unique().tolist()
-    if len(distinct) == 1:
-        return attend(len(lengths), distinct[0], states)
-    pieces, indices = [], []
-    for length in distinct:
-        starts = bounds[:-1][lengths == length]
-        rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        pieces.append(attend(len(starts), length, [part[rows] for part in states]))
-        indices.append(rows)
-    return torch.cat(pieces)[torch.cat(indices).argsort()]
+    if len(packed.bounds) == 2:
+        return attend(1, len(states[0]), states)
+    groups, back = _groups_by_length(packed.bounds)
+    if back is None:
+        return attend(*groups[0][:2], states)
+    pieces = [attend(count, length, [part[rows] for part in states]) for count, length, rows in groups]
+    return torch.cat(pieces)[back]
+
+
+def _groups_by_length(bounds: Tensor) -> tuple[list[tuple[int, int, Tensor]], Tensor | None]:
+    """Number, length and tokens of the sequences of each length, and the order that undoes the grouping, None for one."""
+    # All layers of a forward pass get the same tensor.
+    found: tuple[list[tuple[int, int, Tensor]], Tensor | None] | None = getattr(bounds, "_groups_by_length", None)
+    if found is None:
+        lengths = bounds.diff()
+        groups = []
+        for length in lengths.unique().tolist():
+            starts = bounds[:-1][lengths == length]
+            rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
+            groups.append((len(starts), length, rows))
+        back = torch.cat([rows for _, _, rows in groups]).argsort() if len(groups) > 1 else None
+        found = groups, back
+        bounds._groups_by_length = found  # type: ignore[attr-defined]
+    return found
 
 
 AttentionInterface.register(TORCH_FLASH, varlen_attention)

@@ -106,7 +106,8 @@ class BatchRunner:
         single_thread: bool = False,
         **options: Any,
     ) -> None:
-        model.eval()
+        if any(module.training for module in model.modules()):  # setting the mode takes three times as long
+            model.eval()
         for name, value in (("batch_size", batch_size), ("token_budget", token_budget), ("workers", workers)):
             if value is not None or name == "batch_size":
                 check_count(name, value)
@@ -284,7 +285,12 @@ class BatchRunner:
         return load_input(value) if text is None else text
 
     def _features(self, inputs: list[object]) -> Features:
-        return self._positions.add(self.model.preprocess(inputs, **self.prompting))
+        features = self.model.preprocess(inputs, **self.prompting)
+        if (
+            len(inputs) == 1 and self.on_cpu
+        ):  # no layouts in common, no device to wait for: the model's own are as cheap
+            return features
+        return self._positions.add(features)
 
     @torch.inference_mode()
     def _run(self, model: SentenceTransformer, features: Features, device: torch.device) -> torch.Tensor:
