@@ -49,7 +49,7 @@ def alone(parts: list[torch.Tensor], lengths: tuple[int, ...], causal: bool) -> 
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4, 4)], ids=["several lengths", "one length"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4, 4), (7,)], ids=["several lengths", "one length", "one sequence"])
 def test_packed_rows_with_boundaries(lengths: tuple[int, ...], causal: bool) -> None:
     parts = states(1, sum(lengths))
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -57,6 +57,10 @@ def test_packed_rows_with_boundaries(lengths: tuple[int, ...], causal: bool) -> 
     expected = alone(parts, lengths, causal)
     torch.testing.assert_close(found, expected)
     assert weights is None
+    again = [part.detach().flip(2) for part in parts]  # the next layer, with the same boundaries
+    torch.testing.assert_close(
+        attend(*again, mask=None, is_causal=causal, cu_seq_lens_q=bounds)[0], alone(again, lengths, causal)
+    )
     for ours, theirs in zip(
         torch.autograd.grad(found.square().sum(), parts), torch.autograd.grad(expected.square().sum(), parts)
     ):

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st import Item, UniME
 from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
+from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
 from unime_st.encoding import encode_items
 from unime_st.encoding.batch_runner import BatchRunner, Job
@@ -259,3 +260,16 @@ def test_few_small_images_pass_in_the_calling_thread(
         assert seen == {not in_threads} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_call_sets_the_evaluation_mode_and_the_device_where_they_differ() -> None:
+    model = UniME("unime-tiny", device="cpu").eval()
+    expected = model.encode(["a red circle"])
+    inner: Any = model[0]
+    inner.model.get_decoder().layers[0].train()
+    np.testing.assert_array_equal(model.encode(["a red circle"]), expected)
+    assert not any(module.training for module in model.modules())
+    inner.register_buffer("astray", torch.zeros(1, device="meta"))  # which no call can move
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        model.encode(["a red circle"])
+    assert inference_device(UniME("unime-tiny", device="cpu"), None) == torch.device("cpu")
