@@ -286,11 +286,8 @@ class BatchRunner:
 
     def _features(self, inputs: list[object]) -> Features:
         features = self.model.preprocess(inputs, **self.prompting)
-        if (
-            len(inputs) == 1 and self.on_cpu
-        ):  # no layouts in common, no device to wait for: the model's own are as cheap
-            return features
-        return self._positions.add(features)
+        # One input has no layout in common with others, and a CPU is not waited for: the model's own positions are as cheap.
+        return features if len(inputs) == 1 and self.on_cpu else self._positions.add(features)
 
     @torch.inference_mode()
     def _run(self, model: SentenceTransformer, features: Features, device: torch.device) -> torch.Tensor:
