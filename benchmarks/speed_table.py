@@ -91,6 +91,9 @@ ROWS = (
     Row("search it for 1,000 queries", "the same faiss calls", "index_beside_faiss_search", "index_faiss"),
 )
 
+OTHERS = ("grid", "train_step_memory")
+"""Records of the text below the table, beside those of rows."""
+
 
 def read(name: str) -> Record | None:
     """A record, or None if it was not made."""
@@ -112,7 +115,8 @@ def times(value: float) -> str:
 def section() -> str:
     """The text between the two markers."""
     rows = found()
-    machines = [record["machine"] for _, record in rows]
+    records = [record for _, record in rows] + [record for record in map(read, OTHERS) if record is not None]
+    machines = [record["machine"] for record in records]
     dates = sorted({machine["date"] for machine in machines if "date" in machine})
     commits = sorted({machine["commit"] for machine in machines if "commit" in machine})
     threads = sorted({machine["threads"] for machine in machines})
@@ -120,8 +124,8 @@ def section() -> str:
     lines = [
         _wrapped(
             f"{made}, {machines[0]['processor']}, {' or '.join(map(str, threads))} threads, commit "
-            f"{', '.join(commits) or 'not recorded'}. The total is the whole wall time of the baseline / of ours: medians of "
-            "alternating runs in float32. Below 1 is slower. `python benchmarks/all.py --only NAME` repeats a row, and "
+            f"{', '.join(commits) or 'not recorded'}. Random mid-size models unless a model is named. The total is the whole "
+            "wall time of the baseline / of ours: medians of alternating runs in float32. Below 1 is slower. `python benchmarks/all.py --only NAME` repeats a row, and "
             "without `--only` all of them."
         ),
         "",
@@ -154,7 +158,7 @@ def _grid() -> str:
         f" On a grid of {len(cells)} uniform workloads (`grid`: images of one size, texts of one length or mixed, 1 to 512 "
         f"inputs) `UniME.encode` takes {statistics.median(cell['ratio'] for cell in cells):.2f} of the stock class's time, "
         f"and more than {LIMIT} in {len(over)}; the worst is {worst['ratio']:.2f}, {worst['inputs']} x {worst['kind']}, "
-        f"{worst['model']} model, {worst['threads']} thread(s)."
+        f"{worst['model']} model, {worst['threads']} thread{'s' if worst['threads'] > 1 else ''}."
     )
 
 
@@ -166,11 +170,11 @@ def _memory() -> list[str]:
     runs = [stock["seconds"] / ours["seconds"] for stock, ours in zip(*mmeb["runs"].values(), strict=True)]
     stock, ours = (points["1024"]["mib"] / 1024 for points in step["found"].values())
     text = (
-        f"Memory: MMEB takes {mmeb['peak_memory_share']:.2f} of the stock path's peak (single runs were "
+        f"**Memory:** MMEB takes {mmeb['peak_memory_share']:.2f} of the stock path's peak (single runs were "
         f"{' and '.join(map(times, runs))} times as fast), a training step of 1,024 pairs {ours:.3g} GiB, against "
         f"{stock:.3g} GiB of the stock cached loss (`train_step_memory`)."
     )
-    return [_wrapped(text)]
+    return ["", _wrapped(text)]
 
 
 def write_readme() -> None:

@@ -165,8 +165,6 @@ def _by_length(states: list[Tensor], packed: _Packed, causal: bool, scaling: flo
         )
         return found.transpose(1, 2).flatten(0, 1)
 
-    if len(packed.bounds) == 2:
-        return attend(1, len(states[0]), states)
     groups, back = _groups_by_length(packed.bounds)
     if back is None:
         return attend(*groups[0][:2], states)
@@ -175,8 +173,11 @@ def _by_length(states: list[Tensor], packed: _Packed, causal: bool, scaling: flo
 
 
 def _groups_by_length(bounds: Tensor) -> tuple[list[tuple[int, int, Tensor]], Tensor | None]:
-    """Number, length and tokens of the sequences of each length, and the order that undoes the grouping, None for one."""
-    # All layers of a forward pass get the same tensor.
+    """Number, length and tokens of the sequences of each length, and the order that undoes the grouping.
+
+    There is nothing to undo (None) where all have one length. All layers of a forward pass get the same boundaries, which
+    keep the result.
+    """
     found: tuple[list[tuple[int, int, Tensor]], Tensor | None] | None = getattr(bounds, "_groups_by_length", None)
     if found is None:
         lengths = bounds.diff()

@@ -75,7 +75,7 @@ def encode_items(
         model: A Sentence Transformers model that supports the modalities of the items.
         items: Sequence or iterator of items, or of any inputs of ``SentenceTransformer.encode``.
         batch_size: Size of a forward pass in units of 256 tokens, so that batches contain more short items and fewer
-            long ones. Defaults to 64. On a CPU a batch never exceeds 1024 tokens.
+            long ones. Defaults to 64. On a CPU a batch never exceeds 2048 tokens.
         token_budget: Maximum number of tokens of a forward pass, padding included. Defaults to None, derived from
             ``batch_size``.
         workers: Number of threads that decode images ahead of the device. Defaults to None, derived from the number

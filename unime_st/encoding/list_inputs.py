@@ -50,7 +50,7 @@ def encode_list(
 
 def _fit_one_batch(inputs: Sequence[object], batch_size: int) -> bool:
     """Whether counting the tokens of the inputs and looking for duplicates would cost more time than they save."""
-    if not 0 < len(inputs) <= max(_FEW, min(batch_size, _SHORT_TEXTS)):
+    if not 0 < len(inputs) <= min(batch_size, _SHORT_TEXTS):
         return False
     if any(map(looks_like_image_path, inputs)):  # the engine warns of those that are encoded as texts
         return False
