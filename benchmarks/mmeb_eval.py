@@ -121,28 +121,38 @@ def _in_process(side: str, data: Path) -> dict[str, Any]:
 
 
 class Meter:
-    """Counts the rows that a model is given and the seconds during which at least one thread runs it."""
+    """Counts the rows that a model is given and the seconds during which at least one thread runs it.
+
+    The vision tower counts, too, where it runs before the forward pass.
+    """
 
     def __init__(self, model: Any) -> None:
         self.rows, self.seconds = 0, 0.0
         self._running, self._since, self._lock = 0, 0.0, threading.Lock()
-        self._forward: Callable[..., Any] = model.forward
-        model.forward = self
+        backbone = model.transformers_model
+        backbone.get_image_features = self._timed(backbone.get_image_features)
+        model.forward = self._timed(model.forward)
+        model.register_forward_pre_hook(self._count)
 
-    def __call__(self, features: Any, **kwargs: Any) -> Any:
-        """Forward pass of the model."""
+    def _count(self, _: Any, args: tuple[Any, ...]) -> None:
         with self._lock:
-            self._running += 1
-            if self._running == 1:
-                self._since = time.perf_counter()
-        try:
-            return self._forward(features, **kwargs)
-        finally:
+            self.rows += len(args[0]["attention_mask"])
+
+    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             with self._lock:
-                self._running -= 1
-                self.rows += len(features["attention_mask"])
-                if not self._running:
-                    self.seconds += time.perf_counter() - self._since
+                self._running += 1
+                if self._running == 1:
+                    self._since = time.perf_counter()
+            try:
+                return run(*args, **kwargs)
+            finally:
+                with self._lock:
+                    self._running -= 1
+                    if not self._running:
+                        self.seconds += time.perf_counter() - self._since
+
+        return timed
 
 
 def _forget_peak() -> None:

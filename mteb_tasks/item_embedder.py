@@ -129,6 +129,7 @@ class ItemEmbedder:
         Returns:
             float32 array ``(num_rows, dim)``.
         """
+        malloc_trim()  # memory of the reading of the tables
         # One stream, for which the model never waits between two tables.
         windows = chain.from_iterable(iter_items(table, _ROWS_PER_READ, self.model.prompts) for table in tables)
         vectors = self.embed(windows, setting=setting_of(tables[0]), **kwargs)  # type: ignore[arg-type]

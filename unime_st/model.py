@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoConfig
 
+from unime_st.backbones.grouped_attention import use_grouped_attention
 from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.sharding import ShardedByLayer
 from unime_st.backbones.varlen_attention import TORCH_FLASH, use_varlen_attention
@@ -75,6 +76,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
             )
         replace_patch_projections(self)
         use_varlen_attention(self, everywhere=everywhere)
+        use_grouped_attention(self)
         resize_frames(self.processor)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

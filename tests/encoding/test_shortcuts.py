@@ -117,7 +117,9 @@ def test_images_skip_the_chat_template(embedder: Get, name: str, monkeypatch: py
     prompts: list[int] = []
     original = ImageFastPath.features
     monkeypatch.setattr(
-        ImageFastPath, "features", lambda self, rows, images: prompts.append(len(rows)) or original(self, rows, images)
+        ImageFastPath,
+        "features",
+        lambda self, rows, images, **how: prompts.append(len(rows)) or original(self, rows, images, **how),
     )
     found = encode_items(model, items, prompt="find: ")
     assert sum(prompts) == (39 if name in FAST else 0)

@@ -32,8 +32,8 @@ def compute_video_tokens(base: Any, features: Mapping[str, Any]) -> list[torch.T
     return [torch.cat(list(layer)) for layer in layers]
 
 
-def video_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
-    """Output of the vision tower, as ``mm_encoder_outputs["video"]`` of a model takes it.
+def encoder_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
+    """Output of the vision tower, as the ``mm_encoder_outputs`` of a model take it under "video" or "image".
 
     Args:
         base: Vision-language model of transformers without its head.

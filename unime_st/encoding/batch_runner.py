@@ -24,6 +24,7 @@ from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
 from unime_st.backbones.video_frames import raise_without_video
 from unime_st.compat import inference_device
 from unime_st.data.images import BadImageError
+from unime_st.encoding.byte_images import with_visual_tokens
 from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.model_inputs import Features, load_input, unreadable_image
 from unime_st.encoding.packed import has_packed_attention, without_padding
@@ -292,6 +293,7 @@ class BatchRunner:
     @torch.inference_mode()
     def _run(self, model: SentenceTransformer, features: Features, device: torch.device) -> torch.Tensor:
         moved = {name: _to_device(value, device) for name, value in features.items()}
+        moved = with_visual_tokens(model, moved)
         mask = moved.get("attention_mask")
         masked = self._last_only and isinstance(mask, torch.Tensor)
         with only_last_tokens(mask, packed=self.packed) if masked else nullcontext():  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any, Literal, NoReturn
 
@@ -17,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from unime_st.encoding.batch_runner import BatchRunner, Job, named_error
+from unime_st.encoding.byte_images import takes_bytes
 from unime_st.encoding.content_keys import content_key
 from unime_st.encoding.fast_paths import remembered
 from unime_st.encoding.image_fast_path import ImageFastPath, order_and_text
@@ -249,7 +251,8 @@ class Engine:
         images = [(job, parts) for job in jobs if job.pixels and (parts := order_and_text(job.value)) is not None]
         if self._images is None and len(images) >= _MIN_IMAGES:
             self._images = remembered(ImageFastPath, self.runner.model, self.runner.prompting)
-            self.runner.image_features = self._images.features
+            as_bytes = takes_bytes(self.runner.model)
+            self.runner.image_features = partial(self._images.features, as_bytes=as_bytes)
         if self._images is None or not self._images.usable:
             return
         for (job, _), tokens in zip(images, self._images.tokens([parts for _, parts in images])):

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import is_image_url_or_path
 
 from unime_st.data.items import Item
+from unime_st.encoding.byte_images import PIXEL_TABLE, PIXELS, pixel_table, process_as_bytes, values_of
 from unime_st.encoding.fast_paths import (
     max_length,
     pad_rows,
@@ -50,6 +51,7 @@ class ImageFastPath:
     def __init__(self, model: SentenceTransformer, prompt: str | None = None, **options: Any) -> None:
         self._processor: Any = getattr(model, "processor", None)
         self._tokenizer = model.tokenizer
+        self._table: torch.Tensor | None = None
         own: Any = getattr(model[0], "processing_kwargs", None) or {}
         self._frames: dict[Order, TemplateFrame] = {}
         token = getattr(self._processor, "image_token", None)
@@ -109,8 +111,17 @@ class ImageFastPath:
             except (ValueError, KeyError, AttributeError):  # another kind of processor
                 return False
             if same_features(made, expected):
+                self._find_table(kept, [image for _, _, image in probes], expected[PIXELS])
                 return True
         return False
+
+    def _find_table(self, rows: list[np.ndarray], images: list[Image.Image], expected: torch.Tensor) -> None:
+        """Take images as bytes from now on if these have the expected values."""
+        self._table = pixel_table(self._processor.image_processor)
+        if self._table is not None:
+            stored = self.features(rows, images, as_bytes=True)[PIXELS]
+            same = stored.dtype == torch.uint8 and torch.equal(values_of(stored, self._table), expected)
+            self._table = self._table if same else None
 
     def tokens(self, inputs: Sequence[tuple[Order, str]]) -> list[np.ndarray | None]:
         """Token ids of prompts with one image token each; None if the text contains a special token."""
@@ -121,15 +132,24 @@ class ImageFastPath:
         """Whether an input of this length is not truncated."""
         return num_tokens < self._limit
 
-    def features(self, rows: Sequence[np.ndarray], images: Sequence[Image.Image]) -> Features:
+    def features(
+        self, rows: Sequence[np.ndarray], images: Sequence[Image.Image], *, as_bytes: bool = False
+    ) -> Features:
         """Features of prompts from :meth:`tokens` with their images.
+
+        Args:
+            rows: Tokens.
+            images: One image each.
+            as_bytes: Leave ``pixel_values`` as bytes where the processor can, with a ``pixel_table`` of the values
+                that they stand for, see :mod:`unime_st.encoding.byte_images`. Defaults to False.
 
         Raises:
             ValueError: If the image processor refuses an image.
         """
         processor = self._processor.image_processor
         ready = self._processor.prepare_inputs_layout(images=[[image] for image in images])[0]  # image rule of recipes
-        processed = processor(ready, return_tensors="pt")
+        as_bytes = as_bytes and self._table is not None
+        processed = process_as_bytes(processor, ready) if as_bytes else processor(ready, return_tensors="pt")
         counts = (processed["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
         repeated = [
             np.repeat(row, np.where(row == self._token, count, 1)) for row, count in zip(rows, counts, strict=True)
@@ -140,7 +160,8 @@ class ImageFastPath:
         found |= {name: torch.ones(len(rows), dtype=dtype) for name, dtype in self._count_dtypes.items()}
         if "modality" in self._names:
             found["modality"] = self._modality
-        return {name: found[name] for name in self._names}
+        table = {PIXEL_TABLE: self._table} if as_bytes and found[PIXELS].dtype == torch.uint8 else {}
+        return {name: found[name] for name in self._names} | table
 
 
 def _find_frame(render: Callable[[Mapping[str, object]], str], order: Order) -> TemplateFrame | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import BatchFeature
 
-from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
+from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, encoder_output
 from unime_st.data.items import Item
 from unime_st.data.videos import VideoRef, is_frame_list
+from unime_st.encoding.byte_images import takes_visual_tokens
 from unime_st.encoding.model_inputs import Features, load_input
 from unime_st.encoding.replicas import with_processor
 from unime_st.encoding.stored_outputs import PLACEHOLDER, StoredOutputs
@@ -95,8 +95,7 @@ class VideoSharing:
     @property
     def applies(self) -> bool:
         """Whether the model takes visual tokens that were computed before."""
-        takes = inspect.signature(self.base.forward).parameters if self.base is not None else ()
-        return "mm_encoder_outputs" in takes and hasattr(self.base, "get_video_features")
+        return takes_visual_tokens(self.base) and hasattr(self.base, "get_video_features")
 
     def _with_outputs(self, processor: Any) -> Any:
         processor.video_processor = self._outputs
@@ -127,7 +126,7 @@ class VideoSharing:
         with self._outputs.playing(processed):
             features = self._twin.preprocess(placeholders, **self.prompting)
         features.pop(VIDEO_PIXELS)
-        features["mm_encoder_outputs"] = {"video": video_output(self.base, layers)}
+        features["mm_encoder_outputs"] = {"video": encoder_output(self.base, layers)}
         return features
 
     def run_tower(self, features: Features) -> list[torch.Tensor]:

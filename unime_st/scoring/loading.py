@@ -15,6 +15,7 @@ from sentence_transformers.util import load_file_path
 from torch import nn
 from transformers import AutoImageProcessor, ProcessorMixin
 
+from unime_st.backbones.grouped_attention import use_grouped_attention
 from unime_st.backbones.patch_projection import replace_patch_projections
 from unime_st.backbones.varlen_attention import use_varlen_attention
 from unime_st.backbones.video_frames import resize_frames
@@ -183,6 +184,7 @@ def generative_modules(
     use_pillow(transformer, folder)
     replace_patch_projections(transformer)
     use_varlen_attention(transformer)
+    use_grouped_attention(transformer)
     resize_frames(transformer.processor)
     set_prompt(transformer, template, image_tokens, listwise=listwise)
     return [transformer, LogitScore(*answer_token_ids(transformer.tokenizer))]
@@ -227,6 +229,7 @@ def prepare_saved(
     use_pillow(model[0], folder)
     replace_patch_projections(model)
     use_varlen_attention(model)
+    use_grouped_attention(model)
     resize_frames(model[0].processor)
     if template is not None or image_tokens is not None:
         set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)

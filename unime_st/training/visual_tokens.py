@@ -12,7 +12,7 @@ import torch
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
-from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
+from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, encoder_output
 from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
@@ -95,7 +95,7 @@ def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple
         tokens, *inner = features.pop(VISUAL_TOKENS)
         outputs["image"] = SimpleNamespace(pooler_output=(tokens,), deepstack_features=[(layer,) for layer in inner])
     if VIDEO_TOKENS in features:
-        outputs["video"] = video_output(backbone(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
+        outputs["video"] = encoder_output(backbone(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
     return {**features, "mm_encoder_outputs": outputs}, *args[1:]
 
 
