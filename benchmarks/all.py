@@ -67,7 +67,7 @@ RUNS = (
     Run("rerank", "rerank.py --queries 1 --repeats 3", 1.5, ("rerank_listwise", "rerank_pairwise")),
     Run("train_step", "train_step.py speed --repeats 2", 3, ("train_step_speed",)),
     Run("train_step_v2", "train_step.py v2 --repeats 2", 1.5, ("train_step_v2",)),
-    Run("train_step_tiny", "train_step.py tiny --steps 50 --repeats 1", 1.5, ("train_step_tiny",)),
+    Run("train_step_tiny", "train_step.py tiny --steps 200 --repeats 1", 4, ("train_step_tiny",)),
     Run(
         "train_step_memory",
         "train_step.py memory --batches 64 1024 4096 --stock_batches 64 1024",
