@@ -1,8 +1,7 @@
 """Images as bytes until the vision tower, which takes a few of them at a time.
 
-The float values of a batch of images are its largest tensor, four times the bytes, or eight times where a patch holds
-the same frame twice, and the activations of the vision tower come next. The tower looks at each image alone, so both
-need not exist for the whole batch.
+The float values of a batch of images are its largest tensor, four times as large as their bytes, and the activations of
+the vision tower come next. The tower looks at each image alone, so neither need exist for the whole batch.
 """
 
 from __future__ import annotations
