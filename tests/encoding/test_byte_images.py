@@ -14,8 +14,11 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from unime_st import UniME
-from unime_st.encoding import byte_images, encode_items, engine
+from unime_st.encoding import byte_images, encode_items, engine, image_fast_path
 from unime_st.encoding.byte_images import PIXELS, pixel_table, process_as_bytes, takes_bytes, values_of
+from unime_st.encoding.fast_paths import remembered
+from unime_st.encoding.image_fast_path import ImageFastPath
+from unime_st.encoding.model_inputs import same_features
 
 Get = Callable[[str], UniME]
 FAMILIES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "unime-v2-2b"]
@@ -80,6 +83,18 @@ def test_a_processor_that_changes_values_all_the_same_has_no_table(embedder: Get
             return processor(images, **options)
 
     assert pixel_table(Normalizes()) is None
+
+
+def test_pixels_that_are_no_bytes_are_normalized(embedder: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose pixels are not whole values, as after a resize in floats, has the features of the model."""
+    model = embedder("qwen2-vl")
+    path = remembered(ImageFastPath, model, {"prompt": None})
+    tokens = path.tokens([(("image",), "")])
+    monkeypatch.setattr(
+        image_fast_path, "process_as_bytes", lambda processor, images: {PIXELS: torch.full((24, 1176), 0.5)}
+    )
+    found = path.features(tokens, PHOTOS[:1], as_bytes=True)  # type: ignore[arg-type]
+    assert same_features(found, model.preprocess(PHOTOS[:1]))
 
 
 def test_models_without_a_tower_take_no_bytes(embedder: Get) -> None:

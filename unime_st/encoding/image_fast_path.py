@@ -148,8 +148,10 @@ class ImageFastPath:
         """
         processor = self._processor.image_processor
         ready = self._processor.prepare_inputs_layout(images=[[image] for image in images])[0]  # image rule of recipes
-        as_bytes = as_bytes and self._table is not None
-        processed = process_as_bytes(processor, ready) if as_bytes else processor(ready, return_tensors="pt")
+        processed = process_as_bytes(processor, ready) if as_bytes and self._table is not None else {}
+        as_bytes = PIXELS in processed and processed[PIXELS].dtype == torch.uint8
+        if not as_bytes:
+            processed = processor(ready, return_tensors="pt")
         counts = (processed["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
         repeated = [
             np.repeat(row, np.where(row == self._token, count, 1)) for row, count in zip(rows, counts, strict=True)
@@ -160,8 +162,7 @@ class ImageFastPath:
         found |= {name: torch.ones(len(rows), dtype=dtype) for name, dtype in self._count_dtypes.items()}
         if "modality" in self._names:
             found["modality"] = self._modality
-        table = {PIXEL_TABLE: self._table} if as_bytes and found[PIXELS].dtype == torch.uint8 else {}
-        return {name: found[name] for name in self._names} | table
+        return {name: found[name] for name in self._names} | ({PIXEL_TABLE: self._table} if as_bytes else {})
 
 
 def _find_frame(render: Callable[[Mapping[str, object]], str], order: Order) -> TemplateFrame | None:
