@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads import mixed
 
 from unime_st import UniME
-from unime_st.backbones.varlen_attention import use_varlen_attention
+from unime_st.backbones.fast_modules import use_fast_modules
 from unime_st.encoding.list_inputs import encode_list
 from unime_st.judging import LocalJudge
 from unime_st.retrieval import top_k
@@ -103,7 +103,7 @@ def attention(gpu: Gpu) -> dict[str, Any]:
         model = gpu.embedder(dtype=dtype)
         yield "padded, sdpa", partial(vectors, model, False)
         yield "packed, sdpa", partial(vectors, model, True)
-        use_varlen_attention(model, everywhere=True)
+        use_fast_modules(model, everywhere=True)
         yield "packed, torch_flash", partial(vectors, model, True)
 
     exact = np.empty(0)

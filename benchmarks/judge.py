@@ -34,17 +34,17 @@ STOCK, ENGINE = "CrossEncoder.predict", "LocalJudge.score"
 ALL_PAIRS = 662_000 * 50
 
 
-def mixes(work: Path, queries: int, candidates: int) -> dict[str, list[Group]]:
+def mixes(work: Path, queries: int, candidates: int, *, more: int = 1) -> dict[str, list[Group]]:
     """Workloads: what is asked and what is judged.
 
     Args:
         work: Output folder of the images.
         queries: Number of queries of a mix.
         candidates: Number of candidates of a query.
+        more: How many times as many queries with short texts there are, which are judged in milliseconds. Defaults to 1.
     """
-    shown = [Item(image=path) for path in images(work, queries * candidates, shortest=300, longest=400)]
-    many = 8 * queries  # a query with short texts is judged in milliseconds
-    captions = [Item(text) for text in sentences(many * candidates, least=5, most=15)]
+    shown = [Item(image=path) for path in images(work, queries * max(candidates, more), shortest=300, longest=400)]
+    captions = [Item(text) for text in sentences(more * queries * candidates, least=5, most=15)]
     rng = np.random.default_rng(0)
 
     def drawn(number: int) -> list[Item]:
@@ -54,10 +54,10 @@ def mixes(work: Path, queries: int, candidates: int) -> dict[str, list[Group]]:
         return [shown[index] for index in rng.permutation(candidates // 2)]
 
     return {
-        "image query, short texts": [Group(shown[number], drawn(number)) for number in range(many)],
+        "image query, short texts": [Group(shown[number], drawn(number)) for number in range(more * queries)],
         # As in mining, where an image is a candidate of many queries.
         "text query, recurring images": [Group(captions[number], recurring()) for number in range(4 * queries)],
-        "text query, short texts": [Group(captions[number], drawn(number)) for number in range(many)],
+        "text query, short texts": [Group(captions[number], drawn(number)) for number in range(more * queries)],
         # Nothing is shared but the query: as with the reranker, and the hardest for the engine.
         "text query, distinct images": [
             Group(captions[number], shown[number * candidates : number * candidates + candidates // 2])
@@ -76,18 +76,18 @@ def stock_model(judge: LocalJudge) -> CrossEncoder:
     return model  # type: ignore[no-any-return]
 
 
-def measure(judge: LocalJudge, groups: list[Group], name: str, chosen: Any) -> dict[str, Any]:
+def measure(judge: LocalJudge, model: CrossEncoder, groups: list[Group], name: str, chosen: Any) -> dict[str, Any]:
     """Compare both ways on one workload.
 
     Args:
-        judge: The engine; its model is the stock one's, too.
+        judge: The engine.
+        model: Its model as it is without us.
         groups: The workload.
         name: Stem of the result's files.
         chosen: Command line.
     """
     pairs = [(group.query.to_input(), item.to_input()) for group in groups for item in group.candidates]
     scores: dict[str, np.ndarray] = {}
-    model = stock_model(judge)
 
     def stock() -> None:
         size = judge.scorer.batch_size
@@ -181,10 +181,11 @@ def main() -> None:
         )
         if judge.scorer.obstacle:
             raise SystemExit(f"nothing to compare: {judge.scorer.obstacle}")
-        for name, groups in mixes(work / "images", chosen.queries, chosen.candidates).items():
+        model = stock_model(judge)
+        for name, groups in mixes(work / "images", chosen.queries, chosen.candidates, more=8).items():
             words = name.replace(",", "").split()
             stem = "_".join(["judge", *([] if chosen.family == "qwen2_5_vl" else [chosen.family]), *words])
-            result = measure(judge, groups, stem, chosen)
+            result = measure(judge, model, groups, stem, chosen)
             sys.stdout.write(f"{name}\n{harness.table(result)}{summary(result)}\n")
             sys.stdout.flush()
 

@@ -40,7 +40,7 @@ def variants() -> dict[str, dict[str, Any]]:
 def former_code() -> Iterator[None]:
     """Adapter, attention and last layer as peft and transformers compute them."""
     with (
-        patch("unime_st.model.use_grouped_attention"),
+        patch("unime_st.backbones.fast_modules.SDPA_GROUPED", "sdpa"),
         patch("unime_st.training.adapters.merge_lora_products"),
         patch("unime_st.training.distinct_items.needs_last_tokens_only", return_value=False),
     ):

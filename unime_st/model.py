@@ -12,10 +12,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoConfig
 
-from unime_st.backbones.grouped_attention import use_grouped_attention
-from unime_st.backbones.patch_projection import replace_patch_projections
+from unime_st.backbones.fast_modules import use_fast_modules
 from unime_st.backbones.sharding import ShardedByLayer
-from unime_st.backbones.varlen_attention import TORCH_FLASH, use_varlen_attention
+from unime_st.backbones.varlen_attention import TORCH_FLASH
 from unime_st.backbones.video_frames import raise_without_video, resize_frames
 from unime_st.encoding.input_videos import has_video
 from unime_st.encoding.list_inputs import distinct_inputs, encode_list
@@ -74,9 +73,7 @@ class UniME(ShardedByLayer, SentenceTransformer):
                 f"{model_name_or_path} has no image rule, so image_size={image_size!r} would have no effect. Convert it "
                 "with `unime convert ... --image-size`, or omit image_size."
             )
-        replace_patch_projections(self)
-        use_varlen_attention(self, everywhere=everywhere)
-        use_grouped_attention(self)
+        use_fast_modules(self, everywhere=everywhere)
         resize_frames(self.processor)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from unime_st import UniME
 from unime_st.backbones import grouped_attention as grouped
-from unime_st.backbones.grouped_attention import SDPA_GROUPED, grouped_attention, use_grouped_attention
+from unime_st.backbones.fast_modules import use_fast_modules
+from unime_st.backbones.grouped_attention import SDPA_GROUPED, grouped_attention
+from unime_st.backbones.varlen_attention import TORCH_FLASH
 from unime_st.scoring.loading import load_cross_encoder
 
 LAYER: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
@@ -92,10 +94,17 @@ def test_it_is_used_and_not_saved(tmp_path: Path) -> None:
     assert all(SDPA_GROUPED not in file.read_text() for file in tmp_path.rglob("*.json"))
 
 
+def test_the_flash_kernel_can_follow() -> None:
+    """As benchmarks/gpu.py asks for it, of a model that has this attention already."""
+    model = UniME("unime-tiny", device="cpu")
+    use_fast_modules(model, everywhere=True)
+    assert model.transformers_model.config.get_text_config()._attn_implementation == TORCH_FLASH
+
+
 def test_other_implementations_stay() -> None:
     model = UniME("unime-tiny", device="cpu", model_kwargs={"attn_implementation": "eager"})
-    use_grouped_attention(model)
+    use_fast_modules(model)
     assert model.transformers_model.config.get_text_config()._attn_implementation == "eager"
     layers = nn.Sequential(nn.Linear(2, 2))
-    use_grouped_attention(layers)
+    use_fast_modules(layers)
     assert not hasattr(layers[0], "config")

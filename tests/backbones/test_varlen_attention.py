@@ -15,7 +15,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from unime_st import UniME
-from unime_st.backbones.varlen_attention import TORCH_FLASH, use_varlen_attention, varlen_attention
+from unime_st.backbones.fast_modules import use_fast_modules
+from unime_st.backbones.varlen_attention import TORCH_FLASH, varlen_attention
 
 LENGTHS = (3, 5, 3, 1)
 CAUSAL: Any = SimpleNamespace(is_causal=True)
@@ -127,5 +128,5 @@ def test_a_cache_is_refused() -> None:
 
 def test_other_implementations_stay() -> None:
     model = UniME("unime-tiny", device="cpu", model_kwargs={"attn_implementation": "eager"})
-    use_varlen_attention(model)
+    use_fast_modules(model)
     assert model[0].model.config.vision_config._attn_implementation == "eager"

@@ -14,8 +14,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from unime_st import UniME
+from unime_st.backbones.visual_outputs import PIXELS
 from unime_st.encoding import byte_images, encode_items, engine, image_fast_path
-from unime_st.encoding.byte_images import PIXELS, pixel_table, process_as_bytes, takes_bytes, values_of
+from unime_st.encoding.byte_images import pixel_table, process_as_bytes, takes_bytes, values_of
 from unime_st.encoding.fast_paths import remembered
 from unime_st.encoding.image_fast_path import ImageFastPath
 from unime_st.encoding.model_inputs import same_features
@@ -83,6 +84,18 @@ def test_a_processor_that_changes_values_all_the_same_has_no_table(embedder: Get
             return processor(images, **options)
 
     assert pixel_table(Normalizes()) is None
+
+
+def test_a_processor_without_the_options_keeps_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise TypeError("unexpected keyword argument 'do_resize'")
+
+    monkeypatch.setattr(image_fast_path, "pixel_table", refuse)
+    model = UniME("unime-tiny", device="cpu")
+    path = ImageFastPath(model)
+    tokens: Any = path.tokens([(("image",), "")])
+    assert path.usable
+    assert same_features(path.features(tokens, PHOTOS[:1], as_bytes=True), model.preprocess(PHOTOS[:1]))
 
 
 def test_pixels_that_are_no_bytes_are_normalized(embedder: Get, monkeypatch: pytest.MonkeyPatch) -> None:

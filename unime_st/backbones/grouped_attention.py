@@ -20,28 +20,6 @@ _PLAIN = {"softcap", "position_bias", "cache"}
 """Arguments with which stock sdpa does more than one call of torch."""
 
 
-def use_grouped_attention(model: nn.Module) -> None:
-    """Let layers whose heads share keys and values use :func:`grouped_attention` instead of sdpa; modifies the model.
-
-    Layers of other implementations, such as ``flash_attention_2`` or ``eager``, stay as they are. Saved files do not
-    change.
-
-    Args:
-        model: The model.
-
-    Example:
-        >>> from unime_st import UniME
-        >>> model = UniME("unime-tiny")  # calls it
-        >>> model.transformers_model.language_model.config._attn_implementation
-        'sdpa_grouped'
-    """
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        grouped = getattr(module, "num_key_value_groups", 1) > 1
-        if grouped and getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = SDPA_GROUPED
-
-
 def grouped_attention(
     module: nn.Module,
     query: Tensor,

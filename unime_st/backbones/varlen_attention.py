@@ -8,7 +8,6 @@ sequences of the same length.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 TORCH_FLASH = "torch_flash"
-
-
-def use_varlen_attention(model: nn.Module, *, everywhere: bool = False) -> None:
-    """Let vision towers that pack their images use :func:`varlen_attention` instead of sdpa; modifies the model.
-
-    Towers of other implementations, such as ``flash_attention_2`` or ``eager``, stay as they are. Saved files do not
-    change.
-
-    Args:
-        model: The model.
-        everywhere: The language model, too. Defaults to False.
-
-    Example:
-        >>> from unime_st import UniME
-        >>> model = UniME("unime-tiny")  # calls it
-        >>> model.transformers_model.visual.config._attn_implementation
-        'torch_flash'
-    """
-    for module in model.modules():
-        packs = "cu_seqlens" in inspect.signature(type(module).forward).parameters
-        config: Any = getattr(module, "config", None)
-        if (packs or everywhere) and getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = TORCH_FLASH
 
 
 def varlen_attention(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from unime_st.backbones.visual_outputs import image_output, tower_layers
+
 VIDEO_PIXELS = "pixel_values_videos"
 """Feature with the processed frames of a batch."""
 
@@ -28,19 +30,17 @@ def compute_video_tokens(base: Any, features: Mapping[str, Any]) -> list[torch.T
     """
     grid = {VIDEO_GRID: features[VIDEO_GRID]} if VIDEO_GRID in features else {}
     output = base.get_video_features(features[VIDEO_PIXELS], **grid, return_dict=True)
-    layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
-    return [torch.cat(list(layer)) for layer in layers]
+    return [torch.cat(list(layer)) for layer in tower_layers(output)]
 
 
-def encoder_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
-    """Output of the vision tower, as the ``mm_encoder_outputs`` of a model take it under "video" or "image".
+def video_output(base: Any, layers: Sequence[torch.Tensor]) -> SimpleNamespace:
+    """Output of the vision tower, as ``mm_encoder_outputs["video"]`` of a model takes it.
 
     Args:
         base: Vision-language model of transformers without its head.
         layers: Visual tokens as :func:`compute_video_tokens` returns them.
     """
-    tokens, *inner = layers
-    stacked = base.config.model_type.removeprefix("unime_") == "llava_onevision"
-    return SimpleNamespace(
-        pooler_output=tokens[None] if stacked else (tokens,), deepstack_features=[(layer,) for layer in inner]
-    )
+    output = image_output(layers)
+    if base.config.model_type.removeprefix("unime_") == "llava_onevision":
+        output.pooler_output = layers[0][None]
+    return output

@@ -7,7 +7,6 @@ the vision tower come next. The tower looks at each image alone, so neither need
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,17 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unime_st.backbones.video_tokens import encoder_output
+from unime_st.backbones.visual_outputs import GRID, PIXELS, image_output, takes_visual_tokens, tower_layers
 from unime_st.encoding.model_inputs import Features
 
-PIXELS, GRID, PIXEL_TABLE = "pixel_values", "image_grid_thw", "pixel_table"
+PIXEL_TABLE = "pixel_table"
+"""Feature beside bytes as ``pixel_values``: the normalized value of each byte in each channel."""
+
 _CPU_PATCHES, _DEVICE_PATCHES = 1024, 1 << 14
 """Patches that the tower takes at a time."""
 
 _LOOKED_UP = 512
 """Patches whose values are looked up at a time: their indices are as large as their values."""
-
-
-def takes_visual_tokens(base: Any) -> bool:
-    """Whether a vision-language model takes visual tokens that its tower has computed before.
-
-    Args:
-        base: Model of transformers without its head.
-    """
-    return base is not None and "mm_encoder_outputs" in signature(base.forward).parameters
 
 
 def pixel_table(image_processor: Any) -> Tensor | None:
@@ -93,12 +85,12 @@ def takes_bytes(model: SentenceTransformer) -> bool:
 
     The weights of a sharded model are complete within its own forward pass only.
     """
-    base = _backbone(model)
+    base = backbone_of(model)
     return takes_visual_tokens(base) and not isinstance(next(base.parameters()), DTensor)
 
 
 def with_visual_tokens(model: SentenceTransformer, features: Features) -> Features:
-    """Features with visual tokens for the model, in place of the bytes of its images; others stay as they are.
+    """Replace the bytes of images by their visual tokens; other features stay as they are.
 
     Args:
         model: The embedding model.
@@ -106,17 +98,16 @@ def with_visual_tokens(model: SentenceTransformer, features: Features) -> Featur
     """
     if PIXEL_TABLE not in features:
         return features
-    base, found = _backbone(model), []
+    base, found = backbone_of(model), []
     for patches, grid in _parts(features):
         output = base.get_image_features(values_of(patches, features[PIXEL_TABLE]), grid, return_dict=True)
-        inner = getattr(output, "deepstack_features", None) or ()
-        found.append([torch.cat(list(layer)) for layer in (output.pooler_output, *inner)])
+        found.append([torch.cat(list(layer)) for layer in tower_layers(output)])
     kept = {name: value for name, value in features.items() if name not in (PIXELS, PIXEL_TABLE)}
     layers = [torch.cat(layer) for layer in zip(*found, strict=True)]
-    return {**kept, "mm_encoder_outputs": {"image": encoder_output(base, layers)}}
+    return {**kept, "mm_encoder_outputs": {"image": image_output(layers)}}
 
 
-def _backbone(model: SentenceTransformer) -> Any:
+def backbone_of(model: SentenceTransformer) -> Any:
     """Vision-language model of transformers without its head; None of a model of another kind."""
     transformer: Any = model[0]
     return getattr(getattr(transformer, "model", None), "base_model", None)

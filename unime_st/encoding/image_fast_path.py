@@ -11,8 +11,9 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import is_image_url_or_path
 
+from unime_st.backbones.visual_outputs import PIXELS
 from unime_st.data.items import Item
-from unime_st.encoding.byte_images import PIXEL_TABLE, PIXELS, pixel_table, process_as_bytes, values_of
+from unime_st.encoding.byte_images import PIXEL_TABLE, pixel_table, process_as_bytes, values_of
 from unime_st.encoding.fast_paths import (
     max_length,
     pad_rows,
@@ -117,11 +118,13 @@ class ImageFastPath:
 
     def _find_table(self, rows: list[np.ndarray], images: list[Image.Image], expected: torch.Tensor) -> None:
         """Take images as bytes from now on if these have the expected values."""
-        self._table = pixel_table(self._processor.image_processor)
-        if self._table is not None:
+        try:
+            table = self._table = pixel_table(self._processor.image_processor)
             stored = self.features(rows, images, as_bytes=True)[PIXELS]
-            same = stored.dtype == torch.uint8 and torch.equal(values_of(stored, self._table), expected)
-            self._table = self._table if same else None
+        except (ValueError, KeyError, AttributeError, TypeError):  # a processor without the options of Qwen's
+            table = None
+        same = table is not None and stored.dtype == torch.uint8 and torch.equal(values_of(stored, table), expected)
+        self._table = table if same else None
 
     def tokens(self, inputs: Sequence[tuple[Order, str]]) -> list[np.ndarray | None]:
         """Token ids of prompts with one image token each; None if the text contains a special token."""

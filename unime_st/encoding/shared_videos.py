@@ -11,10 +11,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import BatchFeature
 
-from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, encoder_output
+from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
+from unime_st.backbones.visual_outputs import takes_visual_tokens
 from unime_st.data.items import Item
 from unime_st.data.videos import VideoRef, is_frame_list
-from unime_st.encoding.byte_images import takes_visual_tokens
+from unime_st.encoding.byte_images import backbone_of
 from unime_st.encoding.model_inputs import Features, load_input
 from unime_st.encoding.replicas import with_processor
 from unime_st.encoding.stored_outputs import PLACEHOLDER, StoredOutputs
@@ -87,9 +88,8 @@ class VideoSharing:
 
     def __init__(self, model: SentenceTransformer, prompting: Mapping[str, Any]) -> None:
         self.model, self.prompting = model, prompting
-        transformer: Any = model[0]
-        self.base: Any = getattr(getattr(transformer, "model", None), "base_model", None)
-        self._outputs = StoredOutputs(getattr(getattr(transformer, "processor", None), "video_processor", None))
+        self.base = backbone_of(model)
+        self._outputs = StoredOutputs(getattr(getattr(model[0], "processor", None), "video_processor", None))
         self._twin = with_processor(model, self._with_outputs)
 
     @property
@@ -126,7 +126,7 @@ class VideoSharing:
         with self._outputs.playing(processed):
             features = self._twin.preprocess(placeholders, **self.prompting)
         features.pop(VIDEO_PIXELS)
-        features["mm_encoder_outputs"] = {"video": encoder_output(self.base, layers)}
+        features["mm_encoder_outputs"] = {"video": video_output(self.base, layers)}
         return features
 
     def run_tower(self, features: Features) -> list[torch.Tensor]:

@@ -13,8 +13,9 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from unime_st.backbones.visual_outputs import GRID, PIXELS
 from unime_st.encoding.model_inputs import Features
-from unime_st.scoring.chat_tokenizer import GRID, PIXELS, ChatTokenizer
+from unime_st.scoring.chat_tokenizer import ChatTokenizer
 from unime_st.scoring.prompts import Message
 
 IMAGE_INDEX = "image_index"

@@ -10,7 +10,8 @@ from PIL import Image
 from sentence_transformers.base.modules import Transformer
 from transformers import PreTrainedTokenizerBase
 
-PIXELS, GRID = "pixel_values", "image_grid_thw"
+from unime_st.backbones.visual_outputs import GRID, PIXELS
+
 IMAGES_PER_PROMPT = "batch_num_images"
 
 

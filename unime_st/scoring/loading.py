@@ -15,9 +15,7 @@ from sentence_transformers.util import load_file_path
 from torch import nn
 from transformers import AutoImageProcessor, ProcessorMixin
 
-from unime_st.backbones.grouped_attention import use_grouped_attention
-from unime_st.backbones.patch_projection import replace_patch_projections
-from unime_st.backbones.varlen_attention import use_varlen_attention
+from unime_st.backbones.fast_modules import use_fast_modules
 from unime_st.backbones.video_frames import resize_frames
 from unime_st.paths import PACKAGED
 from unime_st.registry import is_alias, resolve
@@ -182,9 +180,7 @@ def generative_modules(
             "model drops it when saved), so it cannot answer Yes or No. Load the generative checkpoint it came from."
         )
     use_pillow(transformer, folder)
-    replace_patch_projections(transformer)
-    use_varlen_attention(transformer)
-    use_grouped_attention(transformer)
+    use_fast_modules(transformer)
     resize_frames(transformer.processor)
     set_prompt(transformer, template, image_tokens, listwise=listwise)
     return [transformer, LogitScore(*answer_token_ids(transformer.tokenizer))]
@@ -227,9 +223,7 @@ def prepare_saved(
     if not isinstance(model[0], Transformer):
         return
     use_pillow(model[0], folder)
-    replace_patch_projections(model)
-    use_varlen_attention(model)
-    use_grouped_attention(model)
+    use_fast_modules(model)
     resize_frames(model[0].processor)
     if template is not None or image_tokens is not None:
         set_prompt(model[0], template or model[0].processor.chat_template, image_tokens, listwise=listwise)

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
 
+from unime_st.backbones.visual_outputs import GRID, PIXELS, tower_layers
 from unime_st.data import BadImageError, ImageRef
 from unime_st.data.images import padded_to_aspect
-from unime_st.scoring.chat_tokenizer import GRID, PIXELS, ChatTokenizer
+from unime_st.scoring.chat_tokenizer import ChatTokenizer
 from unime_st.scoring.prefix import ImageFeatures
 
 _PIXELS_AT_ONCE = 8_000_000  # decoded, whatever the processor leaves of them
@@ -140,12 +141,15 @@ class VisualTokenCache:
         return ImageFeatures(row, flat[: len(flat) // images_in_prompt])
 
     @torch.inference_mode()
-    def _run_tower(self, tensors: dict[str, torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    def _run_tower(
+        self, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Sequence[torch.Tensor], Sequence[Sequence[torch.Tensor]]]:
         """Visual tokens of each image, and of each image in each inner layer that takes them."""
         device = self.model.device
         inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name in self._parameters}
         out = self.model.get_image_features(**inputs, return_dict=True)
-        return out.pooler_output, getattr(out, "deepstack_features", None) or ()
+        found, *inner = tower_layers(out)
+        return found, inner
 
 
 def _file_version(image: ImageRef) -> tuple[int, ...] | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
-from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, encoder_output
+from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
+from unime_st.backbones.visual_outputs import image_output, tower_layers
 from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
@@ -73,7 +73,7 @@ def compute_visual_tokens(model: BaseModel, features: Features, dtype: torch.dty
     inputs = {name: value for name, value in features.items() if name in accepted}
     with torch.no_grad(), autocast(model, dtype):
         output = base.get_image_features(**inputs, return_dict=True)
-    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    return tower_layers(output)
 
 
 def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...] | None:
@@ -92,10 +92,9 @@ def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple
     features = with_video_tokens(module, features)  # type: ignore[arg-type]
     outputs: dict[str, object] = {}
     if VISUAL_TOKENS in features:
-        tokens, *inner = features.pop(VISUAL_TOKENS)
-        outputs["image"] = SimpleNamespace(pooler_output=(tokens,), deepstack_features=[(layer,) for layer in inner])
+        outputs["image"] = image_output(features.pop(VISUAL_TOKENS))
     if VIDEO_TOKENS in features:
-        outputs["video"] = encoder_output(backbone(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
+        outputs["video"] = video_output(backbone(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
     return {**features, "mm_encoder_outputs": outputs}, *args[1:]
 
 
