@@ -52,7 +52,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/judge.py --queries 1 --candidates 20 --repeats 1
 	$(BIN)/python benchmarks/rerank.py --queries 2 --repeats 1
 	$(BIN)/python benchmarks/train_step.py speed --size small --batch_size 16 --repeats 2
-	$(BIN)/python benchmarks/train_step.py memory --batches 64 --stock_batches 64
+	$(BIN)/python benchmarks/train_step.py memory --batches 64 --stock_batches 64 --repeats 1
 
 # All measurements of record, about an hour on two quiet cores; done results of this commit are kept.
 bench-record: .venv/.installed

@@ -1,6 +1,6 @@
 """Record of all benchmarks: runs every script one after the other and writes the speed table of the README.
 
-python benchmarks/all.py                  # about 40 minutes on two quiet cores
+python benchmarks/all.py                  # about 70 minutes on two quiet cores
 python benchmarks/all.py --only judge     # one of them
 python benchmarks/all.py --list           # names, commands, estimated minutes
 python benchmarks/all.py --readme         # the table of README.md from the results
@@ -71,7 +71,7 @@ RUNS = (
     Run(
         "train_step_memory",
         "train_step.py memory --batches 64 1024 4096 --stock_batches 64 1024",
-        5,
+        12,
         ("train_step_memory",),
     ),
     Run("video", "video.py --repeats 2", 2, ("video_shared", "video_not_shared")),

@@ -14,8 +14,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from unime_st import UniME
+from unime_st.backbones import visual_outputs
 from unime_st.backbones.visual_outputs import PIXELS
-from unime_st.encoding import byte_images, encode_items, engine, image_fast_path
+from unime_st.encoding import encode_items, engine, image_fast_path
 from unime_st.encoding.byte_images import pixel_table, process_as_bytes, takes_bytes, values_of
 from unime_st.encoding.fast_paths import remembered
 from unime_st.encoding.image_fast_path import ImageFastPath
@@ -52,7 +53,7 @@ def test_vectors_are_those_of_the_values(embedder: Get, name: str, monkeypatch: 
     monkeypatch.setattr(engine, "takes_bytes", lambda _: False)
     expected = encode_items(model, items)
     monkeypatch.undo()
-    monkeypatch.setattr(byte_images, "_CPU_PATCHES", 1)
+    monkeypatch.setattr(visual_outputs, "_CPU_PATCHES", 1)
     backbone, images = model.transformers_model.base_model, list[int]()
     original = backbone.get_image_features
 
@@ -68,7 +69,7 @@ def test_vectors_are_those_of_the_values(embedder: Get, name: str, monkeypatch: 
 def test_parts_have_as_many_whole_images_as_fit() -> None:
     grid = torch.tensor([[1, 30, 30], [1, 2, 2], [1, 4, 4], [1, 31, 33], [1, 2, 2]])
     patches = torch.arange(int(grid.prod(1).sum())).to(torch.uint8)[:, None]
-    parts = list(byte_images._parts({PIXELS: patches, "image_grid_thw": grid}))
+    parts = list(visual_outputs.image_parts(patches, grid))
     assert [len(part) for part, _ in parts] == [920, 1023, 4]
     assert torch.equal(torch.cat([part for part, _ in parts]), patches)
     assert torch.equal(torch.cat([grids for _, grids in parts]), grid)

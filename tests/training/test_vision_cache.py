@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_stage import with_judged_negatives
 
 from unime_st import stages
+from unime_st.backbones import visual_outputs
 from unime_st.data.images import ImageRef
 from unime_st.data.items import Item
 from unime_st.data.records import PairRecord, RecordSet
@@ -122,6 +123,12 @@ def test_every_family_has_the_loss_and_the_gradients_of_its_vision_tower(
             check(*run(plain, once))
             passes.append(len(looked))
             looked.clear()
+        with monkeypatch.context() as few:
+            few.setattr(visual_outputs, "_CPU_PATCHES", 1)
+            check(*run(plain, once))
+        one_by_one = sum(key != b"" for key in keys[0]) if "qwen" in family else passes[0]
+        assert len(looked) == one_by_one
+        looked.clear()
         patch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b"))
         once = FrozenTowerCache(model, torch.float32)
         once.max_bytes = 0

@@ -1,8 +1,8 @@
-"""Output of a vision tower: what a tower returns, and what a model takes instead of pixels."""
+"""Input and output of a vision tower: its images in parts, what it returns, what a model takes instead of pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,9 @@ from torch import Tensor
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
 """Features with the processed images of a batch, and with the frames, rows and columns of patches of each image."""
+
+_CPU_PATCHES, _DEVICE_PATCHES = 1024, 1 << 14
+"""Patches that a tower takes at a time."""
 
 
 def takes_visual_tokens(base: Any) -> bool:
@@ -25,6 +28,30 @@ def takes_visual_tokens(base: Any) -> bool:
         True
     """
     return base is not None and "mm_encoder_outputs" in signature(base.forward).parameters
+
+
+def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield patches and grids of whole images, as many at a time as a vision tower shall take.
+
+    A tower looks at each image alone; the activations of fewer images take less memory and stay in the cache of a CPU.
+
+    Args:
+        patches: Patches of all images, ``(patches, values)``.
+        grids: Frames, rows and columns of patches of each image, ``(images, 3)``.
+
+    Example:
+        >>> import torch
+        >>> grids = torch.tensor([[1, 20, 30], [1, 30, 30], [1, 2, 2]])
+        >>> [part.shape[0] for part, _ in image_parts(torch.zeros(1504, 3), grids)]
+        [600, 904]
+    """
+    limit = _CPU_PATCHES if patches.device.type == "cpu" else _DEVICE_PATCHES
+    ends = grids.prod(dim=1).cumsum(0).tolist()
+    first = start = 0
+    for index, end in enumerate(ends):
+        if index + 1 == len(ends) or ends[index + 1] - start > limit:
+            yield patches[start:end], grids[first : index + 1]
+            first, start = index + 1, end
 
 
 def tower_layers(output: Any) -> list[Sequence[Tensor]]:

@@ -6,7 +6,7 @@ the vision tower come next. The tower looks at each image alone, so neither need
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,18 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unime_st.backbones.visual_outputs import GRID, PIXELS, image_output, takes_visual_tokens, tower_layers
+from unime_st.backbones.visual_outputs import (
+    GRID,
+    PIXELS,
+    image_output,
+    image_parts,
+    takes_visual_tokens,
+    tower_layers,
+)
 from unime_st.encoding.model_inputs import Features
 
 PIXEL_TABLE = "pixel_table"
 """Feature beside bytes as ``pixel_values``: the normalized value of each byte in each channel."""
-
-_CPU_PATCHES, _DEVICE_PATCHES = 1024, 1 << 14
-"""Patches that the tower takes at a time."""
 
 _LOOKED_UP = 512
 """Patches whose values are looked up at a time: their indices are as large as their values."""
@@ -99,7 +103,7 @@ def with_visual_tokens(model: SentenceTransformer, features: Features) -> Featur
     if PIXEL_TABLE not in features:
         return features
     base, found = backbone_of(model), []
-    for patches, grid in _parts(features):
+    for patches, grid in image_parts(features[PIXELS], features[GRID]):
         output = base.get_image_features(values_of(patches, features[PIXEL_TABLE]), grid, return_dict=True)
         found.append([torch.cat(list(layer)) for layer in tower_layers(output)])
     kept = {name: value for name, value in features.items() if name not in (PIXELS, PIXEL_TABLE)}
@@ -111,15 +115,3 @@ def backbone_of(model: SentenceTransformer) -> Any:
     """Vision-language model of transformers without its head; None of a model of another kind."""
     transformer: Any = model[0]
     return getattr(getattr(transformer, "model", None), "base_model", None)
-
-
-def _parts(features: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield patches and grids of images, as many images at a time as the tower shall take."""
-    patches, grids = features[PIXELS], features[GRID]
-    limit = _CPU_PATCHES if patches.device.type == "cpu" else _DEVICE_PATCHES
-    ends = grids.prod(dim=1).cumsum(0).tolist()
-    first = start = 0
-    for index, end in enumerate(ends):
-        if index + 1 == len(ends) or ends[index + 1] - start > limit:
-            yield patches[start:end], grids[first : index + 1]
-            first, start = index + 1, end

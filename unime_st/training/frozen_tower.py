@@ -25,7 +25,7 @@ class FrozenTowerCache:
     is not frozen, see :func:`~unime_st.training.visual_tokens.check_frozen`.
 
     Attributes:
-        max_bytes: Memory for the features kept for the second pass: 16 MiB on a CPU, 1 GiB on another device. The
+        max_bytes: Memory for the features kept for the second pass: 4 MiB on a CPU, 1 GiB on another device. The
             others go to a temporary file, so that memory does not grow with the batch.
 
     Example:
@@ -33,12 +33,12 @@ class FrozenTowerCache:
         >>> from unime_st import UniME
         >>> cache = FrozenTowerCache(UniME("unime-tiny").requires_grad_(False), torch.float32)
         >>> cache.max_bytes >> 20
-        16
+        4
     """
 
     def __init__(self, model: BaseModel, dtype: torch.dtype) -> None:
         check_frozen(model)
-        self.max_bytes = (16 if model.device.type == "cpu" else 1024) << 20
+        self.max_bytes = (4 if model.device.type == "cpu" else 1024) << 20
         self._model, self._dtype = model, dtype
         self._kept: dict[int, Features] = {}
         self._held = 0

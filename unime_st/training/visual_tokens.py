@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
-from unime_st.backbones.visual_outputs import image_output, tower_layers
+from unime_st.backbones.visual_outputs import GRID, PIXELS, image_output, image_parts, tower_layers
 from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
@@ -69,11 +70,15 @@ def compute_visual_tokens(model: BaseModel, features: Features, dtype: torch.dty
         ``(tokens, hidden)``.
     """
     base = backbone(model)
-    accepted = signature(base.get_image_features).parameters
-    inputs = {name: value for name, value in features.items() if name in accepted}
     with torch.no_grad(), autocast(model, dtype):
-        output = base.get_image_features(**inputs, return_dict=True)
-    return tower_layers(output)
+        if GRID in features:
+            parts = image_parts(features[PIXELS], features[GRID])
+            outputs = [base.get_image_features(*part, return_dict=True) for part in parts]
+        else:
+            accepted = signature(base.get_image_features).parameters
+            inputs = {name: value for name, value in features.items() if name in accepted}
+            outputs = [base.get_image_features(**inputs, return_dict=True)]
+    return [list(chain(*layers)) for layers in zip(*map(tower_layers, outputs), strict=True)]
 
 
 def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...] | None:
