@@ -12,6 +12,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_position_ids
 
 from unime_st import UniME
 from unime_st.backbones import visual_outputs
@@ -73,6 +74,13 @@ def test_parts_have_as_many_whole_images_as_fit() -> None:
     assert [len(part) for part, _ in parts] == [920, 1023, 4]
     assert torch.equal(torch.cat([part for part, _ in parts]), patches)
     assert torch.equal(torch.cat([grids for _, grids in parts]), grid)
+
+
+def test_positions_of_patches_are_those_of_the_tower(embedder: Get) -> None:
+    base = embedder("qwen2-vl").transformers_model.base_model
+    grids = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 6], [2, 2, 4], [1, 6, 4]])
+    expected = get_vision_position_ids(grids, base.visual.spatial_merge_size)
+    assert torch.equal(visual_outputs.patch_positions(base, grids), expected)
 
 
 def test_a_processor_that_changes_values_all_the_same_has_no_table(embedder: Get) -> None:

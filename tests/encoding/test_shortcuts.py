@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from tokenizers.normalizers import Lowercase
 
 from unime_st import Item, UniME
 from unime_st.backbones.last_token import only_last_tokens, prepare_last_layer
@@ -62,6 +64,19 @@ def test_positions_are_those_of_the_backbone(embedder: Get, name: str, side: str
     positions = RopePositions(model[0])
     for _ in range(2):  # the second time from memory
         assert torch.equal(positions.add(features)["position_ids"], expected)
+
+
+def test_a_replaced_tokenizer_is_used() -> None:
+    """Fast paths were remembered by the image processor and the template, not by the tokenizer."""
+    model = UniME("unime-tiny", device="cpu")
+    texts = [f"A Red Circle {number}" for number in range(80)]
+    before = model.encode(texts)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    model[0].processor.tokenizer = tokenizer  # type: ignore[union-attr]
+    found = model.encode(texts)
+    np.testing.assert_allclose(found, stock(model).encode(texts), atol=1e-6)
+    assert np.abs(found - before).max() > 1e-3
 
 
 def test_batches_without_images_get_no_positions(embedder: Get) -> None:

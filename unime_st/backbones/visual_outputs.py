@@ -7,7 +7,9 @@ from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_position_ids
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
 """Features with the processed images of a batch, and with the frames, rows and columns of patches of each image."""
@@ -52,6 +54,33 @@ def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor
         if index + 1 == len(ends) or ends[index + 1] - start > limit:
             yield patches[start:end], grids[first : index + 1]
             first, start = index + 1, end
+
+
+def patch_positions(base: Any, grids: Tensor) -> Tensor:
+    """Row and column of each patch, ``(patches, 2)``, as the tower would compute them image by image.
+
+    Args:
+        base: Vision-language model of a family with grids.
+        grids: Frames, rows and columns of patches of each image, ``(images, 3)``. Images of one grid share the work.
+
+    Example:
+        >>> import torch
+        >>> from unime_st import UniME
+        >>> base = UniME("unime-tiny").transformers_model.base_model
+        >>> patch_positions(base, torch.tensor([[1, 2, 2]])).tolist()
+        [[0, 0], [0, 1], [1, 0], [1, 1]]
+    """
+    shapes = [tuple(grid) for grid in grids.tolist()]
+    merged, found = base.visual.spatial_merge_size, dict[tuple[int, ...], Tensor]()
+    for shape, grid in zip(shapes, grids.split(1)):
+        if shape not in found:
+            found[shape] = get_vision_position_ids(grid, merged)
+    return torch.cat([found[shape] for shape in shapes])
+
+
+def run_tower(base: Any, patches: Tensor, grids: Tensor) -> Any:
+    """Output of ``get_image_features`` of a model of a family with grids."""
+    return base.get_image_features(patches, grids, image_position_ids=patch_positions(base, grids), return_dict=True)
 
 
 def tower_layers(output: Any) -> list[Sequence[Tensor]]:

@@ -21,6 +21,7 @@ from unime_st.backbones.visual_outputs import (
     PIXELS,
     image_output,
     image_parts,
+    run_tower,
     takes_visual_tokens,
     tower_layers,
 )
@@ -104,7 +105,7 @@ def with_visual_tokens(model: SentenceTransformer, features: Features) -> Featur
         return features
     base, found = backbone_of(model), []
     for patches, grid in image_parts(features[PIXELS], features[GRID]):
-        output = base.get_image_features(values_of(patches, features[PIXEL_TABLE]), grid, return_dict=True)
+        output = run_tower(base, values_of(patches, features[PIXEL_TABLE]), grid)
         found.append([torch.cat(list(layer)) for layer in tower_layers(output)])
     kept = {name: value for name, value in features.items() if name not in (PIXELS, PIXEL_TABLE)}
     layers = [torch.cat(layer) for layer in zip(*found, strict=True)]

@@ -22,13 +22,15 @@ _REMEMBERED: WeakKeyDictionary[object, dict[Hashable, Any]] = WeakKeyDictionary(
 
 
 def remembered(kind: Callable[..., FastPath], model: SentenceTransformer, prompting: Mapping[str, Any]) -> FastPath:
-    """Fast path of a model, probed once for every prompt, template and length limit."""
+    """Fast path of a model, probed once for every prompt, tokenizer, template and length limit."""
     first: Any = model[0]
     if not isinstance(first, Transformer):  # such as a StaticEmbedding: nothing is probed
         return kind(model, **prompting)
     state = (prompting, first.processing_kwargs, model.max_seq_length, model.tokenizer.padding_side)
     template = getattr(model.processor, "chat_template", None)
-    key = (kind, repr(state), str(template), id(getattr(model.processor, "image_processor", None)))
+    # The engine's copies of a model have tokenizers of their own, which share their backend.
+    parts = (getattr(model.tokenizer, "backend_tokenizer", None), getattr(model.processor, "image_processor", None))
+    key = (kind, repr(state), str(template), *map(id, parts))
     kept = _REMEMBERED.setdefault(first.model, {})
     if key not in kept:
         kept[key] = kind(model, **prompting)

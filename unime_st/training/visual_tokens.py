@@ -13,7 +13,7 @@ from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
-from unime_st.backbones.visual_outputs import GRID, PIXELS, image_output, image_parts, tower_layers
+from unime_st.backbones.visual_outputs import GRID, PIXELS, image_output, image_parts, run_tower, tower_layers
 from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
@@ -72,8 +72,7 @@ def compute_visual_tokens(model: BaseModel, features: Features, dtype: torch.dty
     base = backbone(model)
     with torch.no_grad(), autocast(model, dtype):
         if GRID in features:
-            parts = image_parts(features[PIXELS], features[GRID])
-            outputs = [base.get_image_features(*part, return_dict=True) for part in parts]
+            outputs = [run_tower(base, *part) for part in image_parts(features[PIXELS], features[GRID])]
         else:
             accepted = signature(base.get_image_features).parameters
             inputs = {name: value for name, value in features.items() if name in accepted}
