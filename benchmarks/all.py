@@ -1,6 +1,6 @@
 """Record of all benchmarks: runs every script one after the other and writes the speed table of the README.
 
-python benchmarks/all.py                  # about 70 minutes on two quiet cores
+python benchmarks/all.py                  # about an hour on two quiet cores
 python benchmarks/all.py --only judge     # one of them
 python benchmarks/all.py --list           # names, commands, estimated minutes
 python benchmarks/all.py --readme         # the table of README.md from the results

@@ -10,8 +10,8 @@ Both sides have the same random Qwen2-VL with LoRA, the same pairs of a text and
 size, and must reach the same loss. The stock side decodes all images of a batch at once. Speed is measured alternately
 in one process: ``speed`` on pairs (UniME stage 2), ``v2`` on a query, its positive and eight negatives, images and
 texts, none of which occurs twice. The loss of UniME-V2 itself is a mean over rows, which are embedded once, a few at a
-time: a third variant of ``v2``. Memory is measured in separate processes for each side and batch size: the median
-peak of resident memory, on a GPU of the device's; a batch of one pair shows the share of libraries and model. Results of an
+time: a third variant of ``v2``. Memory is the median peak of ``repeats`` processes for each side and batch size:
+of resident memory, or on a GPU of the device's; a batch of one pair shows the share of libraries and model. Results of an
 earlier call with the same settings stay in the table. ``tiny`` compares whole runs of ``unime in_batch tiny`` instead,
 see :mod:`tiny_step`.
 """
@@ -250,7 +250,7 @@ def _require_same(losses: dict[str, float]) -> None:
 
 
 def memory(options: argparse.Namespace, work: Path) -> None:
-    """Measure each side and batch size in a separate process."""
+    """Measure each side and batch size in processes of their own."""
     wanted = {STOCK: options.stock_batches, OURS: options.batches}
     # Two mini-batches are in memory at most, the first with its graph: the largest two are the same in all batch sizes.
     full = 2 * options.mini_batch_size

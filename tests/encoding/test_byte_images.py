@@ -12,7 +12,6 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.vision_utils import get_vision_position_ids
 
 from unime_st import UniME
 from unime_st.backbones import visual_outputs
@@ -76,11 +75,36 @@ def test_parts_have_as_many_whole_images_as_fit() -> None:
     assert torch.equal(torch.cat([grids for _, grids in parts]), grid)
 
 
-def test_positions_of_patches_are_those_of_the_tower(embedder: Get) -> None:
-    base = embedder("qwen2-vl").transformers_model.base_model
-    grids = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 6], [2, 2, 4], [1, 6, 4]])
-    expected = get_vision_position_ids(grids, base.visual.spatial_merge_size)
-    assert torch.equal(visual_outputs.patch_positions(base, grids), expected)
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3.5-vl"])
+def test_images_of_one_grid_share_the_positions_of_the_tower(
+    embedder: Get, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = embedder(name)
+    base = visual_outputs.backbone_of(model)
+    features = model.preprocess([*PHOTOS, *PHOTOS, photo(7, 150, 40)])
+    with torch.no_grad():
+        expected = base.get_image_features(features[PIXELS], features["image_grid_thw"], return_dict=True)
+        monkeypatch.setattr(visual_outputs, "_CPU_PATCHES", 200)
+        made: list[int] = []
+        original = visual_outputs.get_vision_position_ids
+        monkeypatch.setattr(
+            visual_outputs, "get_vision_position_ids", lambda *given: made.append(1) or original(*given)
+        )
+        found = visual_outputs.run_tower(base, features)
+    assert 0 < len(made) < 2 * len(PHOTOS) + 1
+    for layer, wanted in zip(found, visual_outputs.tower_layers(expected), strict=True):
+        for tokens, own in zip(layer, wanted, strict=True):
+            torch.testing.assert_close(tokens, own, atol=2e-6, rtol=0)
+
+
+def test_options_that_change_the_values_of_pixels_are_followed() -> None:
+    model = UniME("unime-tiny", device="cpu")
+    before = model.encode(PHOTOS * 8)
+    model.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    found = model.encode(PHOTOS * 8)
+    stock = SentenceTransformer(modules=list(model.children()), device="cpu")
+    np.testing.assert_allclose(found, stock.encode(PHOTOS * 8), atol=2e-6)
+    assert np.abs(found - before).max() > 1e-3
 
 
 def test_a_processor_that_changes_values_all_the_same_has_no_table(embedder: Get) -> None:

@@ -67,7 +67,7 @@ def test_positions_are_those_of_the_backbone(embedder: Get, name: str, side: str
 
 
 def test_a_replaced_tokenizer_is_used() -> None:
-    """Fast paths were remembered by the image processor and the template, not by the tokenizer."""
+    """Fast paths are kept for a model, but not beyond its tokenizer."""
     model = UniME("unime-tiny", device="cpu")
     texts = [f"A Red Circle {number}" for number in range(80)]
     before = model.encode(texts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.vision_utils import get_vision_position_ids
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
@@ -16,6 +17,23 @@ PIXELS, GRID = "pixel_values", "image_grid_thw"
 
 _CPU_PATCHES, _DEVICE_PATCHES = 1024, 1 << 14
 """Patches that a tower takes at a time."""
+
+_PLAIN_POSITIONS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+"""Families whose towers take the positions of patches as :func:`get_vision_position_ids` computes them."""
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """Vision-language model of transformers, without its head, inside a model of Sentence Transformers.
+
+    Returns:
+        The model; None of a model of another kind.
+
+    Example:
+        >>> from unime_st import UniME
+        >>> type(backbone_of(UniME("unime-tiny"))).__name__
+        'Qwen2VLModel'
+    """
+    return getattr(getattr(model, "transformers_model", None), "base_model", None)
 
 
 def takes_visual_tokens(base: Any) -> bool:
@@ -26,7 +44,7 @@ def takes_visual_tokens(base: Any) -> bool:
 
     Example:
         >>> from unime_st import UniME
-        >>> takes_visual_tokens(UniME("unime-tiny").transformers_model.base_model)
+        >>> takes_visual_tokens(backbone_of(UniME("unime-tiny")))
         True
     """
     return base is not None and "mm_encoder_outputs" in signature(base.forward).parameters
@@ -56,31 +74,51 @@ def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor
             first, start = index + 1, end
 
 
-def patch_positions(base: Any, grids: Tensor) -> Tensor:
-    """Row and column of each patch, ``(patches, 2)``, as the tower would compute them image by image.
+def run_tower(
+    base: Any, features: Mapping[str, Any], values: Callable[[Tensor], Tensor] | None = None
+) -> list[list[Tensor]]:
+    """Run the vision tower on the images of a batch, a few at a time where they have grids.
 
     Args:
-        base: Vision-language model of a family with grids.
-        grids: Frames, rows and columns of patches of each image, ``(images, 3)``. Images of one grid share the work.
+        base: Vision-language model of transformers without its head.
+        features: Features with :data:`PIXELS`, and what else the tower takes.
+        values: Makes the values of some patches from what the features have. Defaults to None: they are the values.
+
+    Returns:
+        list[list[Tensor]]: For each layer of :func:`tower_layers` the tokens of each image, ``(tokens, hidden)``.
 
     Example:
-        >>> import torch
+        >>> from PIL import Image
         >>> from unime_st import UniME
-        >>> base = UniME("unime-tiny").transformers_model.base_model
-        >>> patch_positions(base, torch.tensor([[1, 2, 2]])).tolist()
-        [[0, 0], [0, 1], [1, 0], [1, 1]]
+        >>> model = UniME("unime-tiny").requires_grad_(False)
+        >>> layers = run_tower(backbone_of(model), model.preprocess([Image.new("RGB", (56, 84))] * 2))
+        >>> [tokens.shape for tokens in layers[0]]
+        [torch.Size([12, 128]), torch.Size([12, 128])]
     """
+    if GRID not in features:
+        accepted = signature(base.get_image_features).parameters
+        inputs = {name: value for name, value in features.items() if name in accepted}
+        outputs = [base.get_image_features(**inputs, return_dict=True)]
+    else:
+        outputs = [
+            base.get_image_features(
+                values(patches) if values else patches, grids, return_dict=True, **_shared_positions(base, grids)
+            )
+            for patches, grids in image_parts(features[PIXELS], features[GRID])
+        ]
+    return [list(chain(*layers)) for layers in zip(*map(tower_layers, outputs), strict=True)]
+
+
+def _shared_positions(base: Any, grids: Tensor) -> dict[str, Tensor]:
+    """Row and column of each patch, computed once for images of one grid; the tower would do it image by image."""
+    if base.config.model_type.removeprefix("unime_") not in _PLAIN_POSITIONS:
+        return {}
+    side, found = base.visual.spatial_merge_size, dict[tuple[int, ...], Tensor]()
     shapes = [tuple(grid) for grid in grids.tolist()]
-    merged, found = base.visual.spatial_merge_size, dict[tuple[int, ...], Tensor]()
     for shape, grid in zip(shapes, grids.split(1)):
         if shape not in found:
-            found[shape] = get_vision_position_ids(grid, merged)
-    return torch.cat([found[shape] for shape in shapes])
-
-
-def run_tower(base: Any, patches: Tensor, grids: Tensor) -> Any:
-    """Output of ``get_image_features`` of a model of a family with grids."""
-    return base.get_image_features(patches, grids, image_position_ids=patch_positions(base, grids), return_dict=True)
+            found[shape] = get_vision_position_ids(grid, side)
+    return {"image_position_ids": torch.cat([found[shape] for shape in shapes])}
 
 
 def tower_layers(output: Any) -> list[Sequence[Tensor]]:

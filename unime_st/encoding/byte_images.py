@@ -7,6 +7,7 @@ the vision tower come next. The tower looks at each image alone, so neither need
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unime_st.backbones.visual_outputs import (
-    GRID,
-    PIXELS,
-    image_output,
-    image_parts,
-    run_tower,
-    takes_visual_tokens,
-    tower_layers,
-)
+from unime_st.backbones.visual_outputs import PIXELS, backbone_of, image_output, run_tower, takes_visual_tokens
 from unime_st.encoding.model_inputs import Features
 
 PIXEL_TABLE = "pixel_table"
@@ -103,16 +96,6 @@ def with_visual_tokens(model: SentenceTransformer, features: Features) -> Featur
     """
     if PIXEL_TABLE not in features:
         return features
-    base, found = backbone_of(model), []
-    for patches, grid in image_parts(features[PIXELS], features[GRID]):
-        output = run_tower(base, values_of(patches, features[PIXEL_TABLE]), grid)
-        found.append([torch.cat(list(layer)) for layer in tower_layers(output)])
+    layers = run_tower(backbone_of(model), features, partial(values_of, table=features[PIXEL_TABLE]))
     kept = {name: value for name, value in features.items() if name not in (PIXELS, PIXEL_TABLE)}
-    layers = [torch.cat(layer) for layer in zip(*found, strict=True)]
-    return {**kept, "mm_encoder_outputs": {"image": image_output(layers)}}
-
-
-def backbone_of(model: SentenceTransformer) -> Any:
-    """Vision-language model of transformers without its head; None of a model of another kind."""
-    transformer: Any = model[0]
-    return getattr(getattr(transformer, "model", None), "base_model", None)
+    return {**kept, "mm_encoder_outputs": {"image": image_output(list(map(torch.cat, layers)))}}

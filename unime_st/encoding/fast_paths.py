@@ -30,7 +30,7 @@ def remembered(kind: Callable[..., FastPath], model: SentenceTransformer, prompt
     template = getattr(model.processor, "chat_template", None)
     # The engine's copies of a model have tokenizers of their own, which share their backend.
     parts = (getattr(model.tokenizer, "backend_tokenizer", None), getattr(model.processor, "image_processor", None))
-    key = (kind, repr(state), str(template), *map(id, parts))
+    key = (kind, repr(state), str(template), *map(id, parts), str(parts[1]))  # values of pixels depend on its options
     kept = _REMEMBERED.setdefault(first.model, {})
     if key not in kept:
         kept[key] = kind(model, **prompting)

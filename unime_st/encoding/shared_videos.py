@@ -12,10 +12,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import BatchFeature
 
 from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
-from unime_st.backbones.visual_outputs import takes_visual_tokens
+from unime_st.backbones.visual_outputs import backbone_of, takes_visual_tokens
 from unime_st.data.items import Item
 from unime_st.data.videos import VideoRef, is_frame_list
-from unime_st.encoding.byte_images import backbone_of
 from unime_st.encoding.model_inputs import Features, load_input
 from unime_st.encoding.replicas import with_processor
 from unime_st.encoding.stored_outputs import PLACEHOLDER, StoredOutputs

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
 
-from unime_st.backbones.visual_outputs import GRID, PIXELS, tower_layers
+from unime_st.backbones.visual_outputs import GRID, run_tower
 from unime_st.data import BadImageError, ImageRef
 from unime_st.data.images import padded_to_aspect
 from unime_st.scoring.chat_tokenizer import ChatTokenizer
 from unime_st.scoring.prefix import ImageFeatures
 
 _PIXELS_AT_ONCE = 8_000_000  # decoded, whatever the processor leaves of them
-_PATCHES_AT_ONCE = 1 << 14
 
 
 class ImageKey(NamedTuple):
@@ -48,7 +46,6 @@ class VisualTokenCache:
             raise TypeError(f"{type(transformer.model).__name__} has no vision tower that can be run by itself")
         self.tokenizer = tokenizer
         self.cache_bytes = cache_bytes
-        self._parameters = frozenset(inspect.signature(cast(Any, self.model).get_image_features).parameters)
         self._cache: OrderedDict[ImageKey, ImageFeatures] = OrderedDict()
         self._held = 0
         self._weights_version = -1
@@ -115,25 +112,15 @@ class VisualTokenCache:
 
     def _encode_together(self, images: list[Image.Image]) -> list[ImageFeatures]:
         rows, tensors = self.tokenizer.process_images(images)
-        grids = tensors[GRID].split(1)
-        pixels = tensors[PIXELS].split(tensors[GRID].prod(-1).tolist())
-        made: list[ImageFeatures] = []
-        start = patches = 0
-        for index in range(len(images)):
-            patches += len(pixels[index])
-            if patches < _PATCHES_AT_ONCE and index < len(images) - 1:
-                continue
-            part = slice(start, index + 1)
-            found, inner = self._run_tower({PIXELS: torch.cat(pixels[part]), GRID: torch.cat(grids[part])})
-            for number, row in enumerate(rows[part]):
-                layers = tuple(layer[number] for layer in inner)
-                made.append(ImageFeatures(row, found[number], layers, tuple(grids[start + number][0].tolist())))
-            start, patches = index + 1, 0
-        return made
+        found, *inner = self._run_tower(tensors)
+        return [
+            ImageFeatures(row, found[number], tuple(layer[number] for layer in inner), tuple(grid))
+            for number, (row, grid) in enumerate(zip(rows, tensors[GRID].tolist(), strict=True))
+        ]
 
     def _encode_alone(self, image: Image.Image, images_in_prompt: int) -> ImageFeatures:
         rows, tensors = self.tokenizer.process_images([image] * images_in_prompt, per_prompt=images_in_prompt)
-        found, inner = self._run_tower(tensors)
+        found, *inner = self._run_tower(tensors)
         if inner or GRID in tensors:
             raise TypeError("images of this processor are not joined by concatenation")
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
@@ -141,15 +128,9 @@ class VisualTokenCache:
         return ImageFeatures(row, flat[: len(flat) // images_in_prompt])
 
     @torch.inference_mode()
-    def _run_tower(
-        self, tensors: dict[str, torch.Tensor]
-    ) -> tuple[Sequence[torch.Tensor], Sequence[Sequence[torch.Tensor]]]:
-        """Visual tokens of each image, and of each image in each inner layer that takes them."""
-        device = self.model.device
-        inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name in self._parameters}
-        out = self.model.get_image_features(**inputs, return_dict=True)
-        found, *inner = tower_layers(out)
-        return found, inner
+    def _run_tower(self, tensors: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Visual tokens of each image, in each layer that takes them."""
+        return run_tower(self.model, {name: tensor.to(self.model.device) for name, tensor in tensors.items()})
 
 
 def _file_version(image: ImageRef) -> tuple[int, ...] | None:

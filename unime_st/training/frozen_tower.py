@@ -70,10 +70,8 @@ class FrozenTowerCache:
 
         The result is kept for the second pass if asked to.
         """
-        tokens: list[torch.Tensor] = []
         if "pixel_values" in features:
-            layers = compute_visual_tokens(self._model, features, self._dtype)
-            tokens = [torch.cat([layer[image] for image in range(len(layer))]) for layer in layers]
+            tokens = list(map(torch.cat, compute_visual_tokens(self._model, features, self._dtype)))
             features = {name: value for name, value in features.items() if name != "pixel_values"}
             features[VISUAL_TOKENS] = tokens
         with autocast(self._model, self._dtype):

@@ -13,12 +13,12 @@ from sentence_transformers.base.model import BaseModel
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
+from unime_st.backbones.visual_outputs import backbone_of
 from unime_st.encoding.model_inputs import Features, same_features
 from unime_st.training.feed import ItemFeatures
 from unime_st.training.visual_tokens import (
     ROTARY_POSITIONS,
     VISUAL_TOKENS,
-    backbone,
     compute_visual_tokens,
     inject_visual_tokens,
     is_frozen,
@@ -140,7 +140,7 @@ class PreparedItems:
             elif name in _BY_IMAGE:
                 owners, parts = with_image, value.split(1)
             elif name == VISUAL_TOKENS:
-                ids = batch["input_ids"] == backbone(self._model).config.image_token_id
+                ids = batch["input_ids"] == backbone_of(self._model).config.image_token_id
                 counts = ids.sum(dim=1)[torch.tensor(images)].tolist()
                 owners, parts = with_image, list(zip(*(layer.split(counts) for layer in value)))
             if len(parts) != len(owners):
@@ -163,7 +163,7 @@ class PreparedItems:
         return [recursively_apply(torch.clone, row) for row in rows]
 
     def _add_positions(self, rows: list[Row], batch: Features) -> None:
-        base = backbone(self._model)
+        base = backbone_of(self._model)
         if not hasattr(base, "get_rope_index") or "mm_token_type_ids" not in batch:
             return
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")

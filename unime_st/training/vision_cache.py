@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.video_utils import VideoMetadata
 
 from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens
+from unime_st.backbones.visual_outputs import backbone_of
 from unime_st.data.items import Item
 from unime_st.data.records import ItemFolder
 from unime_st.encoding import pixel_budget, weights_fingerprint
@@ -32,7 +33,6 @@ from unime_st.training.visual_tokens import (
     VIDEO_TOKENS,
     VISUAL_TOKENS,
     autocast,
-    backbone,
     check_frozen,
     compute_visual_tokens,
     inject_visual_tokens,
@@ -127,7 +127,7 @@ class VisionCache:
         stream = zip(positions, feed.stream([[position] for position in positions], model.device))
         for position, features in tqdm(stream, total=len(positions), desc="visual tokens", unit="video"):
             with torch.no_grad(), autocast(model, self.dtype):
-                layers = compute_video_tokens(backbone(model), features)
+                layers = compute_video_tokens(backbone_of(model), features)
             self.store.add(self.keys[1, position].decode(), {**features[_PROCESSED], "tokens": torch.stack(layers)})
         self.store.flush()
 
@@ -230,7 +230,7 @@ def max_cache_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray
 
     It counts the texts of items with an image or a video too, and an image or a video once for each item.
     """
-    base = backbone(model)
+    base = backbone_of(model)
     weight = base.get_input_embeddings().weight
     layers = 1 + len(getattr(base.config.vision_config, "deepstack_visual_indexes", ()))
     items = ((position, records.items.at(position)) for position in np.unique(positions).tolist())
@@ -240,7 +240,7 @@ def max_cache_bytes(model: BaseModel, records: ItemFolder, positions: np.ndarray
 
 def _identity(model: BaseModel, dtype: torch.dtype, *, videos: bool) -> Json:
     """Everything that visual tokens depend on. The language model is left out: stages share a folder."""
-    base, processor, first = backbone(model), model.processor, model[0]
+    base, processor, first = backbone_of(model), model.processor, model[0]
     config = {
         name: value for name, value in base.config.to_dict().items() if name.startswith(("vision", "image", "multi"))
     }

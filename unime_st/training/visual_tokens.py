@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
-from itertools import chain
-from typing import Any
 
 import torch
 from sentence_transformers.base.model import BaseModel
 from torch import nn
 
 from unime_st.backbones.video_tokens import VIDEO_PIXELS, compute_video_tokens, video_output
-from unime_st.backbones.visual_outputs import GRID, PIXELS, image_output, image_parts, run_tower, tower_layers
+from unime_st.backbones.visual_outputs import backbone_of, image_output, run_tower
 from unime_st.encoding.model_inputs import Features
 
 VISUAL_TOKENS = "visual_tokens"
@@ -32,7 +28,7 @@ def check_frozen(model: BaseModel) -> None:
     Raises:
         ValueError: If the family is not supported, or a part outside the language model is trained or has dropout.
     """
-    base = backbone(model)
+    base = backbone_of(model)
     family = base.config.model_type.removeprefix("unime_")
     if family not in _FAMILIES:
         raise ValueError(f"vision_cache supports {', '.join(_FAMILIES)}, but the model is {family}: leave it out.")
@@ -62,22 +58,15 @@ def is_frozen(model: BaseModel) -> bool:
     return True
 
 
-def compute_visual_tokens(model: BaseModel, features: Features, dtype: torch.dtype) -> list[Sequence[torch.Tensor]]:
+def compute_visual_tokens(model: BaseModel, features: Features, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     """Run the vision tower and the projector without gradients, under autocast to ``dtype`` as in training.
 
     Returns:
-        For the input layer, and for each inner layer that visual tokens enter, a sequence over the images of tensors
+        For the input layer, and for each inner layer that visual tokens enter, the tokens of each image,
         ``(tokens, hidden)``.
     """
-    base = backbone(model)
     with torch.no_grad(), autocast(model, dtype):
-        if GRID in features:
-            outputs = [run_tower(base, *part) for part in image_parts(features[PIXELS], features[GRID])]
-        else:
-            accepted = signature(base.get_image_features).parameters
-            inputs = {name: value for name, value in features.items() if name in accepted}
-            outputs = [base.get_image_features(**inputs, return_dict=True)]
-    return [list(chain(*layers)) for layers in zip(*map(tower_layers, outputs), strict=True)]
+        return run_tower(backbone_of(model), features)
 
 
 def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...] | None:
@@ -98,7 +87,7 @@ def inject_visual_tokens(module: nn.Module, args: tuple[Features, ...]) -> tuple
     if VISUAL_TOKENS in features:
         outputs["image"] = image_output(features.pop(VISUAL_TOKENS))
     if VIDEO_TOKENS in features:
-        outputs["video"] = video_output(backbone(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
+        outputs["video"] = video_output(backbone_of(module), features.pop(VIDEO_TOKENS))  # type: ignore[arg-type]
     return {**features, "mm_encoder_outputs": outputs}, *args[1:]
 
 
@@ -107,7 +96,7 @@ def with_video_tokens(model: BaseModel, features: Features) -> Features:
     if VIDEO_PIXELS not in features:
         return features
     with torch.no_grad():
-        tokens = compute_video_tokens(backbone(model), features)
+        tokens = compute_video_tokens(backbone_of(model), features)
     kept = {name: value for name, value in features.items() if name != VIDEO_PIXELS}
     return {**kept, VIDEO_TOKENS: tokens}
 
@@ -121,12 +110,6 @@ def tensors_of(features: Features) -> list[torch.Tensor]:
 def autocast(model: BaseModel, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast context of the training; none where it computes in float32."""
     return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-
-def backbone(model: BaseModel) -> Any:
-    """The vision-language model of transformers inside a model of Sentence Transformers, without its head."""
-    transformer: Any = model.transformers_model
-    return transformer.base_model
 
 
 def name_of(module: nn.Module, part: nn.Module) -> str:
