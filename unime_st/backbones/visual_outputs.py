@@ -50,7 +50,7 @@ def takes_visual_tokens(base: Any) -> bool:
     return base is not None and "mm_encoder_outputs" in signature(base.forward).parameters
 
 
-def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def image_parts(patches: Tensor, grids: Tensor, at_once: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield patches and grids of whole images, as many at a time as a vision tower shall take.
 
     A tower looks at each image alone; the activations of fewer images take less memory and stay in the cache of a CPU.
@@ -58,6 +58,7 @@ def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor
     Args:
         patches: Patches of all images, ``(patches, values)``.
         grids: Frames, rows and columns of patches of each image, ``(images, 3)``.
+        at_once: As for :func:`run_tower`.
 
     Example:
         >>> import torch
@@ -65,7 +66,7 @@ def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor
         >>> [part.shape[0] for part, _ in image_parts(torch.zeros(1504, 3), grids)]
         [600, 904]
     """
-    limit = _CPU_PATCHES if patches.device.type == "cpu" else _DEVICE_PATCHES
+    limit = at_once or (_CPU_PATCHES if patches.device.type == "cpu" else _DEVICE_PATCHES)
     ends = grids.prod(dim=1).cumsum(0).tolist()
     first = start = 0
     for index, end in enumerate(ends):
@@ -75,7 +76,10 @@ def image_parts(patches: Tensor, grids: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 
 def run_tower(
-    base: Any, features: Mapping[str, Any], values: Callable[[Tensor], Tensor] | None = None
+    base: Any,
+    features: Mapping[str, Any],
+    values: Callable[[Tensor], Tensor] | None = None,
+    at_once: int | None = None,
 ) -> list[list[Tensor]]:
     """Run the vision tower on the images of a batch, a few at a time where they have grids.
 
@@ -83,6 +87,7 @@ def run_tower(
         base: Vision-language model of transformers without its head.
         features: Features with :data:`PIXELS`, and what else the tower takes.
         values: Makes the values of some patches from what the features have. Defaults to None: they are the values.
+        at_once: Patches that the tower takes at a time. Defaults to None: 1,024 on a CPU, 16,384 on another device.
 
     Returns:
         list[list[Tensor]]: For each layer of :func:`tower_layers` the tokens of each image, ``(tokens, hidden)``.
@@ -104,7 +109,7 @@ def run_tower(
             base.get_image_features(
                 values(patches) if values else patches, grids, return_dict=True, **_shared_positions(base, grids)
             )
-            for patches, grids in image_parts(features[PIXELS], features[GRID])
+            for patches, grids in image_parts(features[PIXELS], features[GRID], at_once)
         ]
     return [list(chain(*layers)) for layers in zip(*map(tower_layers, outputs), strict=True)]
 
