@@ -124,7 +124,7 @@ def resolve_within(folder: Path, name: str) -> Path | None:
     return folder / part
 
 
-def image_fault(source: Path | bytes) -> str | None:
+def image_fault(source: str | Path | bytes) -> str | None:
     """Fault of an encoded image, as far as its header, its end and, of PNG, its checksums show.
 
     Args:
@@ -133,10 +133,10 @@ def image_fault(source: Path | bytes) -> str | None:
     Returns:
         The end of a sentence that begins with the name of the image; None if nothing seems wrong.
     """
-    if isinstance(source, Path) and not os.path.lexists(source):
-        return "is missing"
     if _seems_whole(source):
         return None
+    if not isinstance(source, bytes) and not os.path.lexists(source):
+        return "is missing"
     reference = ImageRef(data=source) if isinstance(source, bytes) else ImageRef(path=str(source))
     try:
         reference.open()  # unusual, but perhaps whole: decoding decides
@@ -147,14 +147,14 @@ def image_fault(source: Path | bytes) -> str | None:
     return None
 
 
-def _opened(source: Path | bytes) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+def _opened(source: str | Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
-def _seems_whole(source: Path | bytes) -> bool:
+def _seems_whole(source: str | Path | bytes) -> bool:
     """Whether a file is an image up to its end mark (a cheap test for downloads cut off in the middle)."""
     try:
-        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             return False  # opening a pipe would block
         with _opened(source) as file:
             if not 12 <= file.seek(0, os.SEEK_END) <= MAX_BYTES:

@@ -63,7 +63,7 @@ def _images(file: Path, signature: StatSignature) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str) and name)
 
 
-def files_digest(files: Mapping[str, Path]) -> bytes:
+def files_digest(files: Mapping[str, str | Path]) -> bytes:
     """Digest of names and contents of files; kept on disk, because each process asks for it.
 
     Args:
@@ -81,7 +81,7 @@ def files_digest(files: Mapping[str, Path]) -> bytes:
     kept = home() / "mmeb" / "digests" / digest(known, length=64)
     if kept.is_file():
         return kept.read_bytes()
-    parts = (part for name in states for part in (name, _hash(files[name])))
+    parts = (part for name in states for part in (name, _hash(Path(files[name]))))
     found = bytes.fromhex(digest(*parts, length=64))
     kept.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(kept, sync=False) as temporary:
@@ -89,7 +89,7 @@ def files_digest(files: Mapping[str, Path]) -> bytes:
     return found
 
 
-def _state(file: Path) -> os.stat_result | None:
+def _state(file: str | Path) -> os.stat_result | None:
     """State of a regular file; None for a broken link, which is reported as missing when it is needed."""
     try:
         found = os.stat(file)

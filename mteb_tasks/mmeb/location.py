@@ -129,29 +129,32 @@ class ImageFolders:
         self._bases = [index / name for index in indices for name in IMAGE_FOLDERS]
         self._bases += [unpacked / name for name in IMAGE_FOLDERS] if unpacked else []
         self._bases += extra
-        self._listed: dict[str, list[tuple[Path, set[str]]]] = {}
+        self._listed: dict[str, list[tuple[str, set[str]]]] = {}
 
-    def find(self, relative: str) -> Path | None:
+    def find(self, relative: str) -> str | None:
         """Locate one image.
 
         Args:
             relative: Path as it stands in the table, for instance ``"OK-VQA/1.jpg"``.
 
         Returns:
-            The file, or None when there is none.
+            The file, or None when there is none. No `Path`: a benchmark asks for a hundred thousand files.
         """
         folder, _, name = relative.rpartition("/")
         if folder not in self._listed:
             self._listed[folder] = self._listings(folder)
-        return next((index / name for index, names in self._listed[folder] if name in names), None)
+        for index, names in self._listed[folder]:
+            if name in names:
+                return f"{index}{os.sep}{name}"
+        return None
 
-    def _listings(self, folder: str) -> list[tuple[Path, set[str]]]:
+    def _listings(self, folder: str) -> list[tuple[str, set[str]]]:
         """Where a folder is, and the names in it: one listing of each instead of a look-up for every image."""
         part = Path(folder)
         if part.is_absolute() or ".." in part.parts:
             return []
         indices = [base / part for base in self._bases]
-        return [(index, set(os.listdir(index))) for index in indices if index.is_dir()]
+        return [(str(index), set(os.listdir(index))) for index in indices if index.is_dir()]
 
 
 def _unpacked(archive: Path) -> Path | None:

@@ -91,7 +91,7 @@ def read_subset(root: Path, subset: Subset) -> SubsetTable:
     return found
 
 
-def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = False) -> dict[str, Path]:
+def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = False) -> dict[str, str]:
     """Locate every image of a subset.
 
     Args:
@@ -105,7 +105,7 @@ def locate_images(table: SubsetTable, folders: ImageFolders, *, look: bool = Fal
     Raises:
         MMEBDataError: If an image is missing or, when looked at, is not an image or cut off; the message names the row.
     """
-    located: dict[str, Path] = {}
+    located: dict[str, str] = {}
     for side, images in (("query", table.query_images), ("candidate", table.document_images)):
         for number, image in enumerate(images):
             if not image or image in located:

@@ -113,7 +113,7 @@ class MMEBTask(SubsetTask):
         )
 
 
-def subset_data(table: SubsetTable, files: Mapping[str, Path]) -> RetrievalData:
+def subset_data(table: SubsetTable, files: Mapping[str, str]) -> RetrievalData:
     """Turn the rows of a subset into retrieval data.
 
     Args:

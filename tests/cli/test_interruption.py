@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.programs import Program
 from unime_st import Item, UniME
 from unime_st.data import PairRecord, RecordSet
 from unime_st.retrieval import mine
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120
 """Seconds until a process counts as hanging; on a quiet machine each ends within 5."""
 UNIME = "from unime_st.cli import main; sys.exit(main())"
@@ -72,18 +71,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def start(command: Command, folder: Path, output: Path) -> subprocess.Popen[bytes]:
+def start(command: Command, folder: Path, output: Path) -> Program:
     """Start a command in a session of its own, with SIGINT as at a terminal (a background job may ignore it)."""
     code = f"import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{command.program}"
     words = command.words.replace("FOLDER", str(folder)).split()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "UNIME_HOME": str(folder / "home"), "TQDM_MININTERVAL": "0"}
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *words], env=environment, stdout=file, stderr=file, start_new_session=True
-        )
+    environment = {**os.environ, "UNIME_HOME": str(folder / "home")}
+    output.touch()
+    return Program(["-c", code, *words], env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
-def wait_for(marker: str, process: subprocess.Popen[bytes], output: Path) -> None:
+def wait_for(marker: str, process: Program, output: Path) -> None:
     """Wait until a process has written a marker."""
     while marker.encode() not in output.read_bytes():
         with pytest.raises(subprocess.TimeoutExpired):  # it has not ended

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.programs import Program, run
 from unime_st import Item, UniME
 from unime_st.cli import main
 from unime_st.data import PairRecord, RecordSet
@@ -247,16 +247,16 @@ sys.exit(main(["index", "texts.csv", "--output", sys.argv[1], "--device", "cpu",
 @pytest.mark.slow
 def test_a_killed_build_equals_an_uninterrupted_one(sources: Path):
     (sources / "texts.csv").write_text("text\n" + "".join(f"text number {number}\n" for number in range(1000)))
-    command = [sys.executable, "-c", SMALL_SHARDS, "index"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = ["-c", SMALL_SHARDS, "index"]
+    with Program(command) as process:
         while process.poll() is None and len(list(Path("index.build").glob("vectors-*/*.npy"))) < 3:
             time.sleep(0.01)
-        process.kill()
+        process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not Path("index").exists()
     kept = {path: path.stat().st_mtime_ns for path in Path("index.build").glob("vectors-*/*.npy")}
     assert 3 <= len(kept) < 20
     for name in ("index", "whole"):
-        subprocess.run([*command[:-1], name], check=True, capture_output=True)
+        run([*command[:-1], name], check=True)
     files = sorted(path.name for path in Path("whole").iterdir())
     assert files == sorted(path.name for path in Path("index").iterdir()) and len(files) == 4
     for name in files:

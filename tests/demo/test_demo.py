@@ -1,15 +1,12 @@
-"""`make demo` and one's own data, small but whole: real subprocesses, killed and started again."""
+"""`make demo` and one's own data, small but whole: real processes, killed and started again."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +18,8 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from mteb_tasks import scenes
+from tests import programs
+from tests.programs import Program
 from train_scripts.demo.distillation import paraphrases
 from train_scripts.demo.evaluation import ndcg_at_10
 from train_scripts.demo.filters import FILTERS
@@ -52,31 +51,28 @@ SMALL = {
 
 def _command(**options: object) -> list[str]:
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "train_scripts.demo", *pairs]
+    return ["-m", "train_scripts.demo", *pairs]
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all arms that was killed after mining, and started again."""
-    output = tmp_path_factory.mktemp("run") / "demo"
+def _make_run(output: Path) -> None:
     command = _command(output=output, arms="all", **SMALL)
     mined = output / "seed-0" / f"pools-{list(PAIR_ORDERS)[-1]}" / "manifest.json"
-    with subprocess.Popen(command, env=_environment(), stdout=-3, stderr=-3) as process:
+    with Program(command) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not mined.exists():
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
     before = json.loads((output / "seed-0" / "seconds.json").read_text())
     assert "warm" in before and not (output / "results.json").exists()
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = programs.run(command, check=True)
     assert "warm: done before" in done.stderr
     assert json.loads((output / "results.json").read_text())["seconds"]["warm"] == before["warm"]
-    return output
+
+
+@pytest.fixture(scope="module")
+def run(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A run with all arms that was killed after mining, and started again."""
+    return shared_folder("demo", _make_run)
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +261,6 @@ def test_report_opens_with_figure_and_what_it_shows(run: Path, results: dict) ->
 
 def test_other_settings_are_refused(run: Path) -> None:
     command = _command(output=run, **{**SMALL, "steps": 3})
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run(command)
     assert done.returncode == 1 and "begun with other settings (steps)" in done.stderr
     assert len(done.stderr.splitlines()) == 1

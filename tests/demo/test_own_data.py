@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
+from tests import programs
 from train_scripts.demo.own_data_run import MODELS, judge_table, own_table
 from unime_st.data.logits import CERTAIN_LOGIT
 from unime_st.data.records import RecordSet
 from unime_st.judging.score_store import Scores
 
 pytestmark = pytest.mark.slow
-_ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def _own_data(folder: Path, count: int) -> Path:
@@ -46,11 +44,11 @@ def _command(folder: Path, config: str, train: Path, test: Path) -> list[str]:
     file = folder / "own.yaml"
     file.write_text(config)
     options = ["--data", str(train), "--test", str(test), "--output", str(folder / "run")]
-    return [sys.executable, "-m", "train_scripts.demo.own_data", str(file), *options]
+    return ["-m", "train_scripts.demo.own_data", str(file), *options]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False)
+    return programs.run(command)
 
 
 def test_own_images_train_and_bad_ones_are_set_aside(tmp_path: Path) -> None:
@@ -193,7 +191,6 @@ def test_tables_are_means_and_paired_differences() -> None:
 @pytest.mark.parametrize("missing", ["--data", "--test"])
 def test_own_data_names_what_is_missing(tmp_path: Path, missing: str) -> None:
     given = "--test" if missing == "--data" else "--data"
-    command = [sys.executable, "-m", "train_scripts.demo.own_data", given, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(["-m", "train_scripts.demo.own_data", given, str(tmp_path)])
     assert done.returncode == 1 and "--data TRAIN --test TEST" in done.stderr
     assert len(done.stderr.splitlines()) == 1

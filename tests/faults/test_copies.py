@@ -25,6 +25,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from mteb_tasks import RecordsRetrieval, TwoStage, register, wrap
 from tests.judging.chat_server import Handler, Model
 from tests.mteb_tasks.foreign import ForeignRetrieval
+from tests.programs import FORKS, import_libraries
 from unime_st import Item, UniME, UniMEReranker, losses
 from unime_st.data import PairRecord, RecordSet
 from unime_st.encoding import TokenCounter, VectorShards, encode_to_shards
@@ -41,7 +42,8 @@ for path in sorted(Path(sys.argv[1]).glob("*.pickle")):
     value, use = pickle.loads(path.read_bytes())
     path.with_suffix(".found").write_bytes(pickle.dumps(use(value)))
 """
-TWO_PROCESSES = ("SentenceTransformer unime-tiny", "UniME unime-tiny")
+STARTED_ANEW = "SentenceTransformer unime-tiny"
+"""The pool of this model is processes that import the libraries, as a user's; those of the others are forks."""
 ROOT = Path(__file__).resolve().parents[2]
 Converted = Callable[[str], Path]
 
@@ -276,12 +278,14 @@ def test_used_objects_work_in_another_process(sources: Sources):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name, (_, use) in OBJECTS.items() if use is encode])
-def test_pool_of_a_used_model(sources: Sources, name: str):
+def test_pool_of_a_used_model(sources: Sources, name: str, monkeypatch: pytest.MonkeyPatch):
     model = OBJECTS[name][0](sources)
     inputs = ["a b", {"image": image(), "text": "c"}, "a b"]
     expected = np.stack([model.encode([value])[0] for value in inputs])
-    processes = 2 if name in TWO_PROCESSES else 1  # a pool is the same for all models, and starts slowly
-    pool = model.start_multi_process_pool(["cpu"] * processes)
+    if name != STARTED_ANEW:
+        import_libraries()
+        monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: FORKS)
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
     try:
         assert same(model.encode(inputs, pool=pool), expected)
     finally:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.programs import Program, run
 from unime_st.data import RecordSet
 from unime_st.data.scenes import training_records
 from unime_st.judging.score_store import Scores
@@ -24,7 +23,6 @@ ROWS, CANDIDATES = 100, 10
 
 def _command(script: str, **options: object) -> list[str]:
     return [
-        sys.executable,
         str(SCRIPTS / script),
         *(text for name in options for text in (f"--{name}", str(options[name]))),
     ]
@@ -33,11 +31,11 @@ def _command(script: str, **options: object) -> list[str]:
 def test_mined_judged_killed_and_resumed(tmp_path: Path) -> None:
     RecordSet.write(tmp_path / "records", training_records(ROWS, seed=3), {})
     mine = _command("mine.py", data=tmp_path / "records", output=tmp_path / "pools", num_candidates=CANDIDATES)
-    subprocess.run([*mine, "--max_similarity", "none", "--pool", "global"], check=True, capture_output=True)
+    run([*mine, "--max_similarity", "none", "--pool", "global"], check=True)
     scores = tmp_path / "scores"
     judge = _command("judge.py", data=tmp_path / "pools", scores=scores, output=tmp_path / "rows", template="tiny")
     judge += ["--shard_size", "5", "--batch_size", "128"]
-    with subprocess.Popen(judge, stdout=-3, stderr=-3) as process:
+    with Program(judge) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and len(list(scores.glob("rows-*.parquet"))) < 3:
             assert process.poll() is None, "the judge ended before it could be killed"
@@ -46,7 +44,7 @@ def test_mined_judged_killed_and_resumed(tmp_path: Path) -> None:
     kept = {path: path.read_bytes() for path in scores.glob("rows-*.parquet")}
     assert 3 <= len(kept) < ROWS // 5 and not (scores / "manifest.json").exists()
 
-    subprocess.run(judge, check=True, capture_output=True)
+    run(judge, check=True)
     assert all(path.read_bytes() == content for path, content in kept.items())
     pairs = [
         (row["query"], row["positive"], name) for row in Scores(scores).row_shards.rows() for name in row["candidates"]

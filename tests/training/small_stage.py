@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from tests.programs import Program
 from unime_st.data.records import PairRecord
 
 SMALL = {
@@ -35,8 +34,8 @@ def losses(folder: Path) -> list[float]:
 def kill_after_some_steps(options: Mapping[str, object], output: Path) -> None:
     """Run the in-batch stage in a process of its own, and kill it between its second checkpoint and its end."""
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    script = [sys.executable, str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(output)]
-    with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    script = [str(ROOT / "train_scripts" / "in_batch.py"), *words, "--output", str(output)]
+    with Program(script) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not list((output / "checkpoints").glob("checkpoint-[4-9]*")):
             time.sleep(0.02)

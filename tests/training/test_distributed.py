@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.programs import run
 from unime_st.data.manifest import StageConflictError
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
@@ -53,6 +56,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _words(script: str, options: dict[str, object]) -> list[str]:
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     return [str(ROOT / "train_scripts" / f"{script}.py"), *words]
+
+
+def _run_ranks(script: str, processes: int, **options: object) -> str:
+    """Run a script as `torch.distributed.run` does; returns what all processes wrote."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes)}
+    environments = [{**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        words = _words(script, options)
+        done = list(pool.map(lambda environment: run(words, env=environment, check=True), environments))
+    return "".join(rank.stderr for rank in done)
 
 
 def _command(script: str, processes: int, **options: object) -> list[str]:
@@ -138,7 +154,7 @@ def test_two_processes_train_as_one(data: str, tmp_path: Path, name: str) -> Non
     outputs = [tmp_path / "one", tmp_path / "two"]
     train(kind(output=str(outputs[0]), per_device_train_batch_size=8, **common))
     cache = tmp_path / "cache"  # which both fill, and which changes nothing
-    _run(_command(script, 2, output=outputs[1], per_device_train_batch_size=4, vision_cache=cache, **common))
+    _run_ranks(script, 2, output=outputs[1], per_device_train_batch_size=4, vision_cache=cache, **common)
     _assert_same(outputs, steps=3)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.programs import Program
 from unime_st import Item, UniME, UniMEReranker
 from unime_st.data.records import PairRecord, RecordSet
 from unime_st.data.scenes import training_records
@@ -136,8 +135,8 @@ def test_training_stops_early_and_a_killed_run_chooses_the_same_model(
     common = {**OPTIONS, "data": folders[0], "eval_data": folders[1], "early_stopping_patience": 2, "max_steps": 30}
     words = [str(word) for name, value in common.items() for word in (f"--{name}", value)]
     outputs = [tmp_path / "cut", tmp_path / "whole"]
-    script = [sys.executable, "-m", "unime_st.cli", "in_batch", *words, "--output", str(outputs[0])]
-    with subprocess.Popen(script, cwd=ROOT, stdout=-3, stderr=-3) as process:
+    script = ["-m", "unime_st.cli", "in_batch", *words, "--output", str(outputs[0])]
+    with Program(script, cwd=ROOT) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not list(outputs[0].glob("checkpoints/checkpoint-2/files.json")):
             time.sleep(0.02)
