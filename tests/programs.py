@@ -24,7 +24,7 @@ from types import TracebackType
 import pytest
 
 LIBRARIES = ["unime_st.stages", "unime_st.reranking", "mteb_tasks.loader", "mteb_tasks.scenes", "mteb.cli"]
-READ_ON_IMPORT = ("ACCELERATE_", "DATASETS_", "HF_", "MKL_", "PYTHON", "TORCH", "TQDM_", "TRANSFORMERS_")
+READ_ON_IMPORT = ("ACCELERATE_", "DATASETS_", "HF_", "MKL_", "PYTHONPATH", "TORCH", "TQDM_", "TRANSFORMERS_")
 """Beginnings of the names of variables that libraries read when they are imported: a fork would not notice them."""
 
 FORKS = multiprocessing.get_context("forkserver")
