@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import pytest
+import torch.multiprocessing
 
 LIBRARIES = ["unime_st.stages", "unime_st.reranking", "mteb_tasks.loader", "mteb_tasks.scenes", "mteb.cli"]
 READ_ON_IMPORT = ("ACCELERATE_", "DATASETS_", "HF_", "MKL_", "PYTHONPATH", "TORCH", "TQDM_", "TRANSFORMERS_")
@@ -138,6 +139,12 @@ def run(
     return done
 
 
+def run_ranks(work: Callable[..., None], *args: object) -> None:
+    """Run a function in two processes, which it is told as its first argument."""
+    import_libraries()
+    torch.multiprocessing.start_processes(work, args, nprocs=2, start_method="forkserver")
+
+
 def _run(
     words: list[str], environment: dict[str, str], folder: str, stdout: str, stderr: str, new_session: bool
 ) -> None:
@@ -152,8 +159,6 @@ def _run(
     for number, file in ((1, stdout), (2, stderr)):
         os.dup2(os.open(file, flags, 0o644), number)
     if threads := environment.get("OMP_NUM_THREADS"):
-        import torch
-
         torch.set_num_threads(int(threads))  # read when OpenMP is loaded
     try:
         _execute(words)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import loss_batches as batches
 import pytest
-import torch.multiprocessing
 from loss_workers import text_embedder, train_on_shards
 from safetensors.torch import load_file
+
+from tests.programs import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -17,7 +18,7 @@ SPLITS = [[3, 3], [4, 2]]  # uneven shards are what the end of an epoch brings
 
 
 def test_two_processes_equal_one(embedder_folder: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_on_shards, (SPLITS, embedder_folder, str(tmp_path)), nprocs=2)
+    run_ranks(train_on_shards, SPLITS, embedder_folder, str(tmp_path))
     results = load_file(tmp_path / "results.safetensors")
 
     model = text_embedder(embedder_folder)

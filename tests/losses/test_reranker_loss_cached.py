@@ -8,9 +8,9 @@ import pytest
 import reranker_worker as worker
 import tiny_reranker as tiny
 import torch
-import torch.multiprocessing
 from safetensors.torch import load_file
 
+from tests.programs import run_ranks
 from unime_st import Item, UniMEReranker
 from unime_st.losses import RerankerLoss
 
@@ -83,7 +83,7 @@ def test_evaluation_needs_no_graph(model: UniMEReranker):
 
 @pytest.mark.distributed
 def test_two_processes_equal_one(reranker_folder: str, model: UniMEReranker, tmp_path: Path):
-    torch.multiprocessing.spawn(worker.train_on_half, (reranker_folder, str(tmp_path)), nprocs=2)
+    run_ranks(worker.train_on_half, reranker_folder, str(tmp_path))
     results = load_file(tmp_path / "results.safetensors")
     single = UniMEReranker(reranker_folder, device="cpu")
     torch.manual_seed(11)
